@@ -1,0 +1,5174 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["click>=8.3.3", "jsonschema>=4.24.1", "requests>=2.33.0"]
+# ///
+"""Deliver the escalations of a Superloop ops manager to webhooks, Slack and PagerDuty.
+
+The host appends one JSON object a line to ``escalations.jsonl``. One pass of ``dispatch`` takes up what is
+new there and delivers it, each sink in a lane of its own:
+
+    escalations.jsonl -> Source -> Escalation -> Router -> Lane (one a sink) -> Adapter -> Client -> sink
+                                                      \\-> Ledger: attempts, telemetry, state
+
+The promise: an escalation that was written reaches each sink that should have it, or an operator can see
+that it did not, and why. The file reads from top to bottom as a record travels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TextIO
+
+import click
+
+if TYPE_CHECKING:
+    from requests.adapters import HTTPAdapter
+
+__version__ = "1.0.0"
+
+PROGRAM = "ops-alert-dispatch"
+SCHEMA_VERSION = "v1"
+JsonObject = dict[str, Any]
+
+# ---------------------------------------------------------------------------------------------------------
+# Errors, time, JSON
+# ---------------------------------------------------------------------------------------------------------
+
+EXIT_CHECK_FAILED = 1
+EXIT_USAGE = 2
+EXIT_CONFIG = 3
+EXIT_STATE = 4
+EXIT_STORAGE = 5
+
+EXIT_CODES_HELP = """\b
+Exit codes:
+  0  done; a sink that failed is in the summary, not in the exit code
+  1  a delivery failed and --strict was given, or a check found something
+  2  usage: the command line is wrong
+  3  the config is invalid or a secret is unset: nothing sent, nothing consumed
+  4  the state file is unusable
+  5  the source, the telemetry or the disk failed
+"""
+
+
+class DispatchError(Exception):
+    """What ends a command: a headline, and one line for each fault with its place and what to do."""
+
+    exit_code: ClassVar[int] = EXIT_STORAGE
+
+    def __init__(self, headline: str, faults: Sequence[str] = ()) -> None:
+        super().__init__(headline)
+        self.headline = headline
+        self.faults = tuple(faults)
+
+    def __str__(self) -> str:
+        return "\n  ".join((self.headline, *self.faults))
+
+
+class ConfigError(DispatchError):
+    """The config is unreadable, malformed or inconsistent, or a secret of an enabled sink is unset."""
+
+    exit_code = EXIT_CONFIG
+
+
+class StateError(DispatchError):
+    """The state file cannot be used, and could not be rebuilt."""
+
+    exit_code = EXIT_STATE
+
+
+class StorageError(DispatchError):
+    """The source, the telemetry or the disk failed."""
+
+    exit_code = EXIT_STORAGE
+
+
+def storage_error(action: str, path: str | Path, error: OSError) -> StorageError:
+    """Say which file failed at what, and what an operator can do about that kind of failure."""
+    advice = {
+        errno.ENOSPC: "free space on this file system; the next pass goes on where this one stopped",
+        errno.EDQUOT: "raise the quota or free space; the next pass goes on where this one stopped",
+        errno.EFBIG: "raise the file size limit (ulimit -f) or rotate the file",
+        errno.EROFS: "mount the file system writable",
+        errno.EACCES: "give this user access to the file and its folder",
+        errno.EPERM: "give this user access to the file and its folder",
+        errno.ELOOP: "it is a symbolic link, which is not followed for writing: put a plain file there",
+    }.get(error.errno or 0, "check the file and its folder")
+    return StorageError(f"cannot {action} {path}: {error.strerror or error}", [advice])
+
+
+# Times that every zone can write: from 1970 to the end of the year 9998.
+LAST_SECOND = 253_370_764_800.0
+
+
+def iso(epoch: float, *, milliseconds: bool = False) -> str:
+    """Write seconds since the epoch as the host does: ISO 8601, UTC, whole seconds."""
+    moment = datetime.fromtimestamp(epoch, UTC)
+    return moment.isoformat(timespec="milliseconds" if milliseconds else "seconds").replace("+00:00", "Z")
+
+
+def parse_time(text: object) -> float | None:
+    """Read an ISO 8601 time as seconds since the epoch; None where it is none. No zone means UTC."""
+    if not isinstance(text, str):
+        return None
+    try:
+        moment = datetime.fromisoformat(text.strip())
+        seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        return None
+    return seconds if 0 <= seconds < LAST_SECOND else None
+
+
+# Deeper nesting than this is no escalation that anybody wrote by hand or by jq, and it is far from the
+# depth at which Python's own JSON encoder gives up.
+MAX_DEPTH = 100
+
+
+def encode_json(value: object) -> bytes:
+    """Encode as compact UTF-8 JSON, whatever the value holds.
+
+    Lone surrogates become U+FFFD; NaN and the infinities, which JSON does not have, become strings.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except ValueError:  # UnicodeEncodeError is one, too
+        return json.dumps(
+            mend_json(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")
+        ).encode()
+
+
+def mend_json(value: object) -> object:
+    """Replace what strict JSON in UTF-8 cannot say. Nesting is at most MAX_DEPTH, so recursion is safe."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, float) and value - value != 0:  # NaN, inf, -inf
+        return repr(value)
+    if isinstance(value, Mapping):
+        return {mend_json(str(key)): mend_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [mend_json(item) for item in value]
+    return value
+
+
+def too_deep(value: object) -> bool:
+    """Tell whether containers stand in each other more than MAX_DEPTH deep, without recursion."""
+    level: list[object] = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            item
+            for container in level
+            for item in (container.values() if isinstance(container, dict) else container)  # type: ignore[attr-defined]
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def decode_json(text: str) -> object:
+    """Read JSON leniently where leniency loses nothing: NaN and oversized integers are kept as strings.
+
+    Raises ValueError for what is not JSON, or is nested more than MAX_DEPTH deep.
+    """
+    try:
+        value = json.loads(text, parse_constant=str)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError:  # an integer of more digits than Python converts
+        value = json.loads(text, parse_constant=str, parse_int=str)
+    if text.count("{") + text.count("[") > MAX_DEPTH and isinstance(value, dict | list) and too_deep(value):
+        raise ValueError("nested too deeply")
+    return value
+
+
+def mapping(value: object) -> JsonObject:
+    """A JSON object as it is; an empty one in place of anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+# Control characters and those that change the direction of text: they forge log lines and terminal output.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
+
+
+def printable(text: str) -> str:
+    """Make text safe for a line of a log or a terminal: control and bidirectional characters go."""
+    return UNPRINTABLE.sub(" ", text)
+
+
+def cut(text: str, limit: int) -> str:
+    """Cut text to at most `limit` characters; a cut is marked with an ellipsis."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def plural(count: int, noun: str) -> str:
+    """`3 escalations`, `1 escalation`, `2 deliveries`."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun[:-1]}ies" if noun.endswith("y") else f"{count} {noun}s"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Secrets
+# ---------------------------------------------------------------------------------------------------------
+
+MASK = "[secret]"
+# A run of this many characters of a secret is taken for a part of it.
+SECRET_RUN = 8
+
+
+class Redactor:
+    """Keeps the secrets that were read from the environment out of every text that leaves the program.
+
+    `mask` is for what sinks and errors say: it finds parts and encodings too. `mask_value` is for what
+    records hold: it finds the secrets as they are and as they are usually encoded, and costs next to
+    nothing. The program's own words (keys, outcomes, places) are never touched. What stands in `public` (the
+    config, say) is no secret, even where a URL happens to hold the same word.
+    """
+
+    def __init__(self, secrets: Iterable[str] = (), public: str = "") -> None:
+        self._public = public
+        self._whole: list[str] = []
+        self._runs: set[str] = set()
+        for secret in secrets:
+            self._add(secret)
+
+    def _add(self, secret: str) -> None:
+        """Take one secret: a token, a key, or a URL (of which scheme and host may be shown)."""
+        from urllib.parse import quote, quote_plus, unquote, urlsplit
+
+        parts = {secret}
+        if "://" in secret:
+            with contextlib.suppress(ValueError):
+                url = urlsplit(secret)
+                userinfo = url.netloc.rpartition("@")[0]
+                parts |= {userinfo, *userinfo.split(":"), url.path.strip("/"), url.query, url.fragment}
+                parts |= {value for pair in url.query.split("&") for value in pair.split("=")[1:]}
+        spellings: set[str] = set()
+        for part in parts:
+            spellings |= {part, quote(part), quote(part, safe=""), quote_plus(part), unquote(part)}
+            spellings |= {json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1]}
+            spellings |= base64_spellings(part)
+        hidden = {text for text in spellings if len(text) >= SECRET_RUN and text not in self._public}
+        self._whole = sorted({*self._whole, *hidden}, key=len, reverse=True)
+        for text in hidden:
+            if "://" not in text:
+                runs = {text[i : i + SECRET_RUN] for i in range(len(text) - SECRET_RUN + 1)}
+                self._runs |= {run for run in runs if run not in self._public}
+
+    def mask(self, text: str) -> str:
+        """Mask secrets, and any run of SECRET_RUN characters of one, in a text from outside."""
+        text = self._mask_whole(text)
+        hidden = bytearray(len(text))
+        for start in range(len(text) - SECRET_RUN + 1):
+            if text[start : start + SECRET_RUN] in self._runs:
+                hidden[start : start + SECRET_RUN] = b"\1" * SECRET_RUN
+        pieces: list[str] = []
+        for index, character in enumerate(text):
+            if not hidden[index]:
+                pieces.append(character)
+            elif index == 0 or not hidden[index - 1]:
+                pieces.append(MASK)
+        return "".join(pieces)
+
+    def mask_value(self, value: Any) -> Any:
+        """Mask secrets that stand whole in the texts of a JSON value, keys included."""
+        if isinstance(value, str):
+            return self._mask_whole(value)
+        if isinstance(value, dict):
+            return {self._mask_whole(key): self.mask_value(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.mask_value(item) for item in value]
+        return value
+
+    def finds(self, line: str) -> bool:
+        """Tell whether a secret stands whole in a line: nearly always not, and quickly told."""
+        return any(spelling in line for spelling in self._whole)
+
+    def _mask_whole(self, text: str) -> str:
+        for spelling in self._whole:
+            if spelling in text:
+                text = text.replace(spelling, MASK)
+        return text
+
+
+def base64_spellings(text: str) -> set[str]:
+    """How `text` may look inside a base64 string: alone, or after one or two other bytes."""
+    from base64 import b64encode
+
+    raw = text.encode("utf-8", "surrogateescape")
+    found: set[str] = set()
+    for lead in range(3):
+        coded = b64encode(b"\0" * lead + raw).decode()
+        # The first characters depend on what stands before, the last ones on what comes after.
+        coded = coded[(0, 2, 3)[lead] :].rstrip("=")[:-1]
+        found |= {coded, coded.replace("+", "-").replace("/", "_")}
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Config and routing
+# ---------------------------------------------------------------------------------------------------------
+
+SCHEMA_FILE = Path(__file__).resolve().with_name("alert-sinks.schema.json")
+DEFAULT_CONFIG = Path("config", "ops-manager-alert-sinks.v1.json")
+CONFIG_ENV = "OPS_MANAGER_ALERT_SINKS_FILE"
+TRACE_ENV = "OPS_MANAGER_TRACE_ID"
+MAX_CONFIG_BYTES = 1 << 20
+
+DEFAULT_TIMEOUT = 5.0
+SEVERITIES = ("info", "warning", "critical")
+SEVERITY_SYNONYMS = {
+    word: severity
+    for severity, words in {
+        "info": "info informational information notice debug trace low ok healthy",
+        "warning": "warning warn degraded minor medium moderate",
+        "critical": "critical crit error err fatal major high severe alert emergency emerg panic disaster",
+    }.items()
+    for word in words.split()
+}
+
+
+def normalise_severity(value: object) -> str | None:
+    """Map a severity word, in any case, to `info`, `warning` or `critical`; None where nobody knows it."""
+    return SEVERITY_SYNONYMS.get(value.strip().lower()) if isinstance(value, str) else None
+
+
+class Sink(NamedTuple):
+    """A configured sink: `settings` is its object in the config, `secrets` what its `…Env` keys hold."""
+
+    id: str
+    type: str
+    enabled: bool
+    timeout_seconds: float
+    min_severity: str | None
+    settings: JsonObject
+    secrets: Mapping[str, str]
+
+    @property
+    def secret_refs(self) -> dict[str, str]:
+        """The keys that name environment variables, with those names."""
+        return {key: name for key, name in self.settings.items() if key.endswith("Env")}
+
+    def summary(self) -> JsonObject:
+        """The sink as the resolver lists it: no secret, only the names of the variables."""
+        return {
+            "id": self.id,
+            "enabled": self.enabled,
+            "type": self.type,
+            "timeoutSeconds": self.timeout_seconds,
+            "secretRefs": self.secret_refs,
+        }
+
+    def describe(self) -> JsonObject:
+        """The sink as the resolver describes a selected one: `summary` and what else is set on it."""
+        known = {"enabled", "type", "timeoutSeconds", *self.secret_refs}
+        config = {key: value for key, value in self.settings.items() if key not in known}
+        return {**self.summary(), "config": config}
+
+
+class DeliveryPolicy(NamedTuple):
+    """How a lane treats failures. Times are in seconds."""
+
+    max_attempts_per_pass: int = 3
+    backoff_initial: float = 30.0
+    backoff_max: float = 900.0
+    give_up_after: float = 86400.0
+
+
+class Config(NamedTuple):
+    """A valid config. `digest` stands for its bytes: a config with a known digest needs no validation."""
+
+    path: Path
+    digest: str
+    document: JsonObject
+    default_min_severity: str
+    sinks: Mapping[str, Sink]
+    policy: DeliveryPolicy
+    env_checked: bool
+
+    @property
+    def routing(self) -> JsonObject:
+        """The `routing` object as it stands in the file."""
+        routing: JsonObject = self.document["routing"]
+        return routing
+
+    def env_status(self) -> JsonObject:
+        """For each environment variable that a sink names: whether it is set."""
+        return {
+            name: {"present": key in sink.secrets}
+            for sink in self.sinks.values()
+            for key, name in sorted(sink.secret_refs.items())
+        }
+
+    def redactor(self) -> Redactor:
+        """A redactor for every secret that the environment holds for this config."""
+        secrets = (value for sink in self.sinks.values() for value in sink.secrets.values())
+        return Redactor(secrets, public=json.dumps(self.document, ensure_ascii=False))
+
+
+def json_path(parts: Iterable[str | int]) -> str:
+    """Write a place in a document as JSONPath (RFC 9535): `$.sinks['webhook-default'].urlEnv`."""
+    path = "$"
+    for part in parts:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", part):
+            path += f".{part}"
+        else:
+            path += f"[{json.dumps(printable(part), ensure_ascii=False)[1:-1]!r}]"
+    return path
+
+
+def load_config(
+    path: Path, environ: Mapping[str, str], *, check_env: bool = True, known_digest: str | None = None
+) -> Config:
+    """Read, validate and resolve the config.
+
+    `known_digest` is the digest of a config that an earlier pass found valid: the same bytes are not
+    validated against the schema again, which saves the import of jsonschema. The secrets are always checked.
+
+    Raises ConfigError, which lists every fault with its JSON path.
+    """
+    document, digest = read_config(path)
+    faults = [] if digest == known_digest else validate_config(document)
+    if check_env:
+        faults += check_secrets(document, environ)
+    if faults:
+        raise config_error(path, faults)
+    sinks = {
+        sink_id: Sink(
+            id=sink_id,
+            type=settings["type"],
+            enabled=settings["enabled"],
+            timeout_seconds=settings.get("timeoutSeconds", DEFAULT_TIMEOUT),
+            min_severity=settings.get("minSeverity"),
+            settings={k: v for k, v in settings.items() if k != "description" and not k.startswith("x-")},
+            secrets={
+                key: environ[name]
+                for key, name in settings.items()
+                if key.endswith("Env") and not key.startswith("x-") and environ.get(name)
+            },
+        )
+        for sink_id, settings in document["sinks"].items()
+    }
+    delivery = document.get("delivery", {})
+    backoff = delivery.get("backoffSeconds", {})
+    defaults = DeliveryPolicy()
+    return Config(
+        path=path,
+        digest=digest,
+        document=document,
+        default_min_severity=document["defaultMinSeverity"],
+        sinks=sinks,
+        policy=DeliveryPolicy(
+            max_attempts_per_pass=delivery.get("maxAttemptsPerPass", defaults.max_attempts_per_pass),
+            backoff_initial=backoff.get("initial", min(defaults.backoff_initial, backoff.get("max", 30.0))),
+            backoff_max=backoff.get("max", max(defaults.backoff_max, backoff.get("initial", 0.0))),
+            give_up_after=delivery.get("giveUpAfterSeconds", defaults.give_up_after),
+        ),
+        env_checked=check_env,
+    )
+
+
+def read_config(path: Path) -> tuple[JsonObject, str]:
+    """Read the config's bytes: the document, and a digest that stands for it and for this version."""
+    from hashlib import sha256
+
+    def unique(pairs: list[tuple[str, object]]) -> JsonObject:
+        document = dict(pairs)
+        if len(document) < len(pairs):
+            twice = sorted({key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1})
+            raise config_error(path, [f"$: the key {', '.join(map(repr, twice))} stands twice in one object"])
+        return document
+
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "not a regular file")
+        with path.open("rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise config_error(
+            path, [f"$: the file cannot be read: {error.strerror}; {where_config()}"]
+        ) from None
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise config_error(
+            path, [f"$: the file is larger than {MAX_CONFIG_BYTES} bytes; is it the right one?"]
+        )
+    try:
+        document = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
+    except UnicodeDecodeError as error:
+        raise config_error(path, [f"$: not UTF-8 at byte {error.start}; save the file as UTF-8"]) from None
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise config_error(path, [f"$: not JSON at {place}: {error.msg}; mend the file there"]) from None
+    except (RecursionError, ValueError):
+        raise config_error(path, ["$: nested too deeply, or a number too long; mend the file"]) from None
+    if not isinstance(document, dict) or too_deep(document):
+        raise config_error(path, ["$: must be one JSON object; see the README's full example"])
+    return document, sha256(__version__.encode() + b"\0" + raw).hexdigest()
+
+
+def where_config() -> str:
+    return f"name the config with --alert-config-file or {CONFIG_ENV}"
+
+
+def config_error(path: Path, faults: Sequence[str]) -> ConfigError:
+    return ConfigError(f"config invalid, nothing was sent or consumed: {path}", sorted(faults))
+
+
+def validate_config(document: JsonObject) -> list[str]:
+    """Find every fault in a config document: first what the schema can say, then references between keys."""
+    import jsonschema
+
+    try:
+        schema = json.loads(SCHEMA_FILE.read_bytes())
+    except OSError as error:
+        raise StorageError(
+            f"cannot read {SCHEMA_FILE}: {error.strerror}",
+            [f"{SCHEMA_FILE.name} belongs beside {Path(__file__).name}: put it there, or install again"],
+        ) from None
+    validator = jsonschema.Draft202012Validator(schema)
+    faults = [fault for error in validator.iter_errors(document) for fault in explain_schema_error(error)]
+    return sorted({*faults, *check_references(document)})
+
+
+def explain_schema_error(error: Any) -> Iterator[str]:
+    """Put a jsonschema ValidationError into words that an operator can act on, without the value itself
+    where that may be a secret that somebody wrote into the file."""
+    path: list[str | int] = list(error.absolute_path)
+    value, rule = error.instance, error.validator_value
+    match error.validator:
+        case "required":
+            missing = next(key for key in rule if key not in value and repr(key) in error.message)
+            yield f"{json_path([*path, missing])}: is missing; add it"
+        case "additionalProperties":
+            known = list(error.schema.get("properties", {}))
+            for key in value:
+                if key not in known and not key.startswith("x-"):
+                    yield f"{json_path([*path, key])}: unknown key; {suggest(key, known)}"
+        case "enum":
+            shown = show_value(value)
+            yield f"{json_path(path)}: {shown} is not one of {', '.join(rule)}; {suggest(value, rule)}"
+        case "const":
+            yield f"{json_path(path)}: {show_value(value)} is not {json.dumps(rule)}; set it to that"
+        case "type":
+            names = {"object": "an object", "array": "an array", "integer": "a whole number"}
+            yield f"{json_path(path)}: must be {names.get(rule, f'a {rule}')}; now it is {kind_of(value)}"
+        case "minimum" | "maximum":
+            low, high = error.schema.get("minimum"), error.schema.get("maximum")
+            yield f"{json_path(path)}: {value} is out of range; use {low} to {high}"
+        case "pattern" if path and isinstance(path[-1], str) and path[-1].endswith("Env"):
+            yield (
+                f"{json_path(path)}: must be the name of an environment variable (A-Z, 0-9, _); "
+                "a secret never stands in the file"
+            )
+        case "pattern" if "headers" in path:
+            what = "name" if path[-1] == "headers" else "value"
+            yield f"{json_path(path)}: holds a header {what} that HTTP does not allow (RFC 9110); mend it"
+        case "pattern" | "maxLength" if "propertyNames" in error.absolute_schema_path:
+            yield f"{json_path([*path, value])}: a sink id is 1 to 64 of A-Z a-z 0-9 . _ -; rename it"
+        case "minProperties":
+            yield f"{json_path(path)}: at least one sink is needed; add one"
+        case "minLength":
+            yield f"{json_path(path)}: must not be empty; fill it in or leave the key out"
+        case "maxLength":
+            yield f"{json_path(path)}: is longer than {rule} characters; shorten it"
+        case _:
+            yield f"{json_path(path)}: breaks the rule {error.validator} {json.dumps(rule)}; mend it"
+
+
+def suggest(word: object, known: Sequence[str]) -> str:
+    """`did you mean …?`, or what is known where nothing is near."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(str(word).lower(), [item.lower() for item in known], n=1, cutoff=0.5)
+    nearest = next((item for item in known if near and item.lower() == near[0]), None)
+    synonym = normalise_severity(word) if set(known) == set(SEVERITIES) else None
+    if nearest or synonym:
+        return f"did you mean {(nearest or synonym)!r}?"
+    return f"known here: {', '.join(known)}"
+
+
+def show_value(value: object) -> str:
+    """A short value as it stands in the config; what may be a secret, or is long, by its kind only."""
+    if isinstance(value, str | int | float | bool) and len(str(value)) <= 40 and "://" not in str(value):
+        return json.dumps(value if not isinstance(value, str) else printable(value), ensure_ascii=False)
+    return kind_of(value)
+
+
+def kind_of(value: object) -> str:
+    if value is None:
+        return "null"
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
+    return names.get(type(value), "a number")
+
+
+def check_references(document: JsonObject) -> Iterator[str]:
+    """Find references to sinks that are not there, and what else needs a look at two keys at once."""
+    sinks, routing = document.get("sinks"), document.get("routing")
+    if isinstance(sinks, dict) and sinks and isinstance(routing, dict):
+        lists: list[tuple[list[str | int], object]] = [(["defaultSinks"], routing.get("defaultSinks"))]
+        routes = routing.get("routes")
+        for index, route in enumerate(routes if isinstance(routes, list) else []):
+            if isinstance(route, dict):
+                lists.append((["routes", index, "sinks"], route.get("sinks")))
+        for place, names in lists:
+            for index, name in enumerate(names if isinstance(names, list) else []):
+                if isinstance(name, str) and name not in sinks:
+                    path = json_path(["routing", *place, index])
+                    yield f"{path}: there is no sink {printable(name)!r}; {suggest(name, list(sinks))}"
+    delivery = document.get("delivery")
+    backoff = delivery.get("backoffSeconds") if isinstance(delivery, dict) else None
+    if isinstance(backoff, dict):
+        initial, maximum = backoff.get("initial"), backoff.get("max")
+        if isinstance(initial, int | float) and isinstance(maximum, int | float) and initial > maximum:
+            yield f"$.delivery.backoffSeconds: initial {initial} is more than max {maximum}; swap them"
+
+
+def check_secrets(document: JsonObject, environ: Mapping[str, str]) -> list[str]:
+    """Find the secrets of enabled sinks that are unset or unusable. No fault ever shows a value.
+
+    The document may be invalid elsewhere: all faults are to be told at once.
+    """
+    unset: dict[str, str] = {}
+    faults: list[str] = []
+    for sink_id, sink in mapping(document.get("sinks")).items():
+        settings = mapping(sink)
+        if settings.get("enabled") is not True:
+            continue
+        for key, name in settings.items():
+            if not key.endswith("Env") or key.startswith("x-") or not isinstance(name, str):
+                continue
+            place = json_path(["sinks", sink_id, key])
+            if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
+                continue  # the schema has told already
+            if not environ.get(name):
+                unset.setdefault(name, place)
+            elif fault := check_secret(key, environ[name]):
+                faults.append(f"{place}: the value of {name} {fault}")
+    if unset:
+        places = ", ".join(sorted(unset.values()))
+        faults.append(f"{places}: enabled sink secret env var(s) are unset: {' '.join(sorted(unset))}")
+    return faults
+
+
+def check_secret(key: str, value: str) -> str | None:
+    """Say what is wrong with the value of a `…Env` key; None where nothing is."""
+    if not value.isascii() or not value.isprintable() or " " in value:
+        return "holds a space, a line break or another character that cannot be sent; set it again"
+    if key.lower().endswith("urlenv"):
+        from urllib.parse import urlsplit
+
+        try:
+            url = urlsplit(value)
+            host, _ = url.hostname, url.port
+        except ValueError:
+            return "is not a URL; set it to https://…"
+        if url.scheme not in ("http", "https"):
+            return "is not an https:// URL; set it to https://…"
+        if not host:
+            return "is a URL without a host; set it to https://HOST/…"
+    return None
+
+
+class Resolution(NamedTuple):
+    """Where a record of one category and severity goes, and why."""
+
+    category: str
+    event_severity: str
+    mapped_severity: str | None
+    min_severity: str
+    should_dispatch: bool
+    route: JsonObject
+    selected: tuple[Sink, ...]
+    dispatchable: tuple[Sink, ...]
+
+
+class Router:
+    """Resolves records to sinks by the rules of the config. Pure: the same question has the same answer."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        # A record's category is anybody's text: the memory of answers is bounded.
+        self.resolve = functools.lru_cache(maxsize=1024)(self._resolve)
+
+    def _resolve(self, category: str, severity: str | None) -> Resolution:
+        """Resolve a category and the record's own severity (None: it has none, or an unknown word)."""
+        routing = self.config.routing
+        match = next(
+            (
+                route
+                for route in routing.get("routes", [])
+                if route["category"] == category and route.get("enabled", True)
+            ),
+            None,
+        )
+        chosen = match or {}
+        sink_ids = list(dict.fromkeys(chosen.get("sinks") or routing["defaultSinks"]))
+        minimum = chosen.get("minSeverity", self.config.default_min_severity)
+        mapped = routing.get("categorySeverity", {}).get(category)
+        event = severity or mapped or minimum
+        selected = tuple(self.config.sinks[sink_id] for sink_id in sink_ids)
+        should_dispatch = at_least(event, minimum)
+        return Resolution(
+            category=category,
+            event_severity=event,
+            mapped_severity=mapped,
+            min_severity=minimum,
+            should_dispatch=should_dispatch,
+            route={
+                "matched": match is not None,
+                "category": category,
+                "sinks": sink_ids,
+                "minSeverity": minimum,
+                "enabled": True,
+            },
+            selected=selected,
+            dispatchable=tuple(
+                sink
+                for sink in selected
+                if should_dispatch and sink.enabled and at_least(event, sink.min_severity or minimum)
+            ),
+        )
+
+
+def at_least(severity: str, minimum: str) -> bool:
+    """Tell whether a severity reaches a minimum."""
+    return SEVERITIES.index(severity) >= SEVERITIES.index(minimum)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Source: the escalations file as an append-only log, through rotations
+# ---------------------------------------------------------------------------------------------------------
+
+READ_CHUNK = 1 << 17
+# A record beyond this is put on record as too large instead of being held in memory.
+MAX_RECORD_BYTES = 32 << 20
+# How much of a first line stands for the file, and how much before an offset proves that it is still ours.
+HEAD_BYTES = 4096
+TAIL_BYTES = 256
+# A writer that is still in a rotated file gets this long to finish its last line.
+ROTATED_TAIL_GRACE = 10.0
+# A file that a rotation moves while its folder is listed is looked for again.
+FIND_TRIES = 3
+
+
+class Position(NamedTuple):
+    """A place between two lines of the log: the segment's number, bytes and lines before it there."""
+
+    segment: int
+    offset: int
+    line: int
+
+
+class Record(NamedTuple):
+    """One line of the log without its line feed. `size` is the line's true size where it was too large."""
+
+    start: Position
+    end: Position
+    line: bytes
+    size: int
+
+
+def short_hash(data: bytes) -> str:
+    """Eight bytes of BLAKE2 as hexadecimal digits: names content, hides none."""
+    from hashlib import blake2b
+
+    return blake2b(data, digest_size=8).hexdigest()
+
+
+def fingerprint(descriptor: int) -> str | None:
+    """Name a file by its first line that is not blank, which never changes. None until it is complete."""
+    head = os.pread(descriptor, HEAD_BYTES, 0)
+    first, newline, _ = head.lstrip(b"\0 \t\r\n").partition(b"\n")
+    return short_hash(first) if newline or len(head) == HEAD_BYTES else None
+
+
+def file_identity(descriptor: int) -> tuple[int, int]:
+    """Device and inode of an open file."""
+    stat = os.fstat(descriptor)
+    return stat.st_dev, stat.st_ino
+
+
+# In place of a fingerprint: a file that was rotated before its first line was complete. Its inode tells.
+NAMELESS = short_hash(b"")
+
+
+def tail_hash(descriptor: int, offset: int) -> str:
+    """Name what stands just before an offset."""
+    start = max(0, offset - TAIL_BYTES)
+    return short_hash(os.pread(descriptor, offset - start, start))
+
+
+def end_of_lines(descriptor: int, size: int) -> int:
+    """The offset after the last line feed within `size` bytes; 0 where there is none."""
+    while size > 0:
+        start = max(0, size - READ_CHUNK)
+        found = os.pread(descriptor, size - start, start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        size = start
+    return 0
+
+
+def read_lines(descriptor: int, start: int, stop: int) -> Iterator[tuple[bytes, int, int]]:
+    """Stream the lines of a range: line (cut at MAX_RECORD_BYTES), its true size, the offset after it.
+
+    What stands after the last line feed of the range counts as a line: the caller chooses ranges that end
+    where a line does, or in a file that nobody writes any more.
+    """
+    pieces: list[bytes] = []
+    size, kept, at = 0, 0, start
+    while at < stop:
+        chunk = os.pread(descriptor, min(READ_CHUNK, stop - at), at)
+        if not chunk:
+            return  # truncated under our hands: the next pass finds out
+        *whole, rest = chunk.split(b"\n")
+        for piece in whole:
+            size += len(piece)
+            if kept < MAX_RECORD_BYTES:
+                pieces.append(piece)
+            start += size + 1
+            yield b"".join(pieces) if len(pieces) > 1 else (pieces[0] if pieces else b""), size, start
+            pieces, size, kept = [], 0, 0
+        size += len(rest)
+        if rest and kept < MAX_RECORD_BYTES:
+            pieces.append(rest)
+            kept += len(rest)
+        at += len(chunk)
+    if size:
+        yield b"".join(pieces), size, stop
+
+
+class Segment:
+    """One file of the log. Its name is a number and a fingerprint, for instance `2-9f86d081884c7d65`."""
+
+    def __init__(
+        self,
+        number: int,
+        fingerprint: str,
+        device: int = 0,
+        inode: int = 0,
+        offset: int = 0,
+        tail: str = "",
+    ) -> None:
+        self.number = number
+        self.fingerprint = fingerprint
+        self.device = device
+        self.inode = inode
+        # Up to where it was taken up, and a hash of what stands before that place.
+        self.offset = offset
+        self.tail = tail
+        # Known once it is found on disk in this pass.
+        self.descriptor: int | None = None
+        self.stop = 0
+        self.growing = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.number}-{self.fingerprint}"
+
+    @classmethod
+    def from_json(cls, value: JsonObject) -> Segment:
+        """Read what `to_json` wrote. Raises KeyError, TypeError or ValueError for anything else."""
+        number, mark = parse_segment_name(value["name"])
+        return cls(
+            number, mark, int(value["device"]), int(value["inode"]), int(value["offset"]), str(value["tail"])
+        )
+
+    def to_json(self) -> JsonObject:
+        return {
+            "name": self.name,
+            "device": self.device,
+            "inode": self.inode,
+            "offset": self.offset,
+            "tail": self.tail,
+        }
+
+    def is_in(self, descriptor: int) -> bool:
+        """Tell whether an open file holds this segment: the same first line, and all that was taken up."""
+        stat = os.fstat(descriptor)
+        if self.fingerprint == NAMELESS:
+            same = (stat.st_dev, stat.st_ino) == (self.device, self.inode)
+        else:
+            same = fingerprint(descriptor) == self.fingerprint
+        return (
+            same
+            and stat.st_size >= self.offset
+            and (not self.tail or tail_hash(descriptor, self.offset) == self.tail)
+        )
+
+    def attach(self, descriptor: int) -> None:
+        """Read from this open file in this pass. What is appended later belongs to the next pass."""
+        stat = os.fstat(descriptor)
+        self.descriptor, self.device, self.inode = descriptor, stat.st_dev, stat.st_ino
+        if self.fingerprint == NAMELESS:
+            self.fingerprint = fingerprint(descriptor) or NAMELESS
+        self.stop = end_of_lines(descriptor, stat.st_size)
+        self.growing = self.stop < stat.st_size
+
+    def finish(self) -> bool:
+        """Take a rotated file's unterminated last line for complete, once nobody can be writing it."""
+        if self.growing and self.descriptor is not None:
+            stat = os.fstat(self.descriptor)
+            if abs(time.time() - stat.st_mtime) < ROTATED_TAIL_GRACE:
+                return False
+            self.stop = stat.st_size
+        return True
+
+
+def parse_segment_name(name: str) -> tuple[int, str]:
+    """Split a segment's name. Raises ValueError where it is none."""
+    number, dash, mark = name.partition("-")
+    if not dash or not mark:
+        raise ValueError(f"no segment name: {name!r}")
+    return int(number), mark
+
+
+class Source:
+    """The log that the host appends to: its current file, and rotated ones that are not read to their end.
+
+    Files are held open for a pass, so that a rotation in its middle changes nothing. `stop` is where the
+    complete lines end that were there when the pass began.
+    """
+
+    def __init__(self, path: Path, segments: Iterable[Segment] = ()) -> None:
+        self.path = path
+        self.segments = list(segments)
+        self.present = False
+        self.change: str | None = None
+        self.stop = Position(0, 0, 0)
+
+    def __enter__(self) -> Source:
+        try:
+            self._locate()
+        except OSError as error:
+            raise storage_error("read", self.path, error) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for segment in self.segments:
+            if segment.descriptor is not None:
+                os.close(segment.descriptor)
+                segment.descriptor = None
+
+    @property
+    def current(self) -> Segment | None:
+        """The segment that the source's own path leads to; None where nothing complete stands there."""
+        return self._current
+
+    def _locate(self) -> None:
+        self._current: Segment | None = None
+        descriptor = self._open(self.path)
+        self.present = descriptor is not None
+        last = self.segments[-1] if self.segments else None
+        mark = fingerprint(descriptor) if descriptor is not None else None
+        if descriptor is not None and last is not None and last.is_in(descriptor):
+            last.attach(descriptor)
+            self._current = last
+            older = self.segments[:-1]
+        else:
+            older = self.segments[:]
+        newer: list[int] = []
+        for _ in range(FIND_TRIES if older else 0):
+            newer = self._find_rotated(older, descriptor)
+            if last is None or last.descriptor is not None:
+                break
+        for found in newer:
+            self._append(found)
+        if descriptor is not None and self._current is None:
+            if last is not None:
+                same_file = os.fstat(descriptor).st_ino == last.inode and last.descriptor is None
+                found_again = last.descriptor is not None
+                self.change = "truncated" if same_file else "rotated" if found_again else "replaced"
+            if mark is None:
+                os.close(descriptor)
+            else:
+                self._append(descriptor)
+                self._current = self.segments[-1]
+        for segment in self.segments:
+            if segment.descriptor is None:
+                continue
+            finished = segment is self._current or segment.finish()
+            self.stop = Position(segment.number, segment.stop, 0)
+            if not finished:
+                break
+
+    def _append(self, descriptor: int) -> None:
+        number = self.segments[-1].number + 1 if self.segments else 1
+        segment = Segment(number, fingerprint(descriptor) or NAMELESS)
+        segment.attach(descriptor)
+        self.segments.append(segment)
+
+    def _find_rotated(self, segments: Sequence[Segment], current: int | None) -> list[int]:
+        """Find known segments under other names, by inode first (rename), then by content (copy).
+
+        Returns the open files that were rotated after the last known one, oldest first: those of a logrotate
+        numbering (`.1` is newer than `.2`) or dating (`-20260131`) scheme, and no other neighbour.
+        """
+        names = self._neighbours()
+        newer: list[str] = []
+        opened: dict[str, int] = {}
+        # A rotation may come between: no file counts twice.
+        seen = set() if current is None else {file_identity(current)}
+        for name in names:
+            descriptor = self._open(self.path.with_name(name))
+            if descriptor is None:
+                continue
+            if file_identity(descriptor) in seen:
+                os.close(descriptor)
+            else:
+                seen.add(file_identity(descriptor))
+                opened[name] = descriptor
+        for by_inode in (True, False):
+            for segment in segments:
+                for name, descriptor in list(opened.items()):
+                    identity = (segment.device, segment.inode)
+                    if segment.descriptor is not None or (by_inode and file_identity(descriptor) != identity):
+                        continue
+                    if segment.is_in(descriptor):
+                        segment.attach(descriptor)
+                        del opened[name]
+                        if segment is self.segments[-1] and rotation_key(self.path.name, name):
+                            newer = [other for other in names[names.index(name) + 1 :] if other in opened]
+        newest = self.segments[-1]
+        found: list[int] = []
+        if newest.descriptor is not None and newest is not self._current:
+            found = [
+                opened.pop(name)
+                for name in newer
+                if rotation_key(self.path.name, name) is not None and os.fstat(opened[name]).st_size
+            ]
+        for descriptor in opened.values():
+            os.close(descriptor)
+        return found
+
+    def _neighbours(self) -> list[str]:
+        """The names of files beside the source that start with its name, oldest rotation first."""
+        try:
+            names = [
+                n
+                for n in os.listdir(self.path.parent)
+                if n.startswith(self.path.name) and n != self.path.name
+            ]
+        except FileNotFoundError:
+            return []
+        return sorted(names, key=lambda name: (rotation_key(self.path.name, name) or (-1, ""), name))
+
+    def _open(self, path: Path) -> int | None:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return None
+        except OSError:
+            if path == self.path:
+                raise
+            return None
+        import stat
+
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            if path == self.path:
+                raise OSError(errno.EINVAL, "not a regular file")
+            return None
+        return descriptor
+
+    def first(self) -> Position:
+        """The place before everything that is there now: where a dispatcher without a past begins."""
+        return Position(self.segments[0].number if self.segments else 1, 0, 0)
+
+    def segment(self, number: int) -> Segment | None:
+        """The segment of this number, where it is known."""
+        return next((segment for segment in self.segments if segment.number == number), None)
+
+    def name_of(self, position: Position) -> str:
+        """The name of the segment that a position is in."""
+        segment = self.segment(position.segment)
+        return segment.name if segment else f"{position.segment}-"
+
+    def readable_from(self, position: Position) -> Position | None:
+        """Where reading goes on when the file of this position is gone for good; None while it is not."""
+        for segment in self.segments:
+            if segment.number >= position.segment and segment.descriptor is not None:
+                return None if segment.number == position.segment else Position(segment.number, 0, 0)
+        return None
+
+    def read(self, start: Position, stop: Position | None = None) -> Iterator[Record]:
+        """Stream the complete lines between two places. Raises OSError when the disk does."""
+        stop = stop or self.stop
+        for segment in self.segments:
+            if not start.segment <= segment.number <= stop.segment or segment.descriptor is None:
+                continue
+            at = start if segment.number == start.segment else Position(segment.number, 0, 0)
+            limit = stop.offset if segment.number == stop.segment else segment.stop
+            for line, size, offset in read_lines(segment.descriptor, at.offset, limit):
+                end = Position(segment.number, offset, at.line + 1)
+                yield Record(at, end, line, size)
+                at = end
+
+    def count_lines(self, start: Position, stop: Position | None = None) -> int:
+        """Count the complete lines between two places, at the speed of the disk."""
+        stop = stop or self.stop
+        count = 0
+        for segment in self.segments:
+            if not start.segment <= segment.number <= stop.segment or segment.descriptor is None:
+                continue
+            at = start.offset if segment.number == start.segment else 0
+            limit = stop.offset if segment.number == stop.segment else segment.stop
+            while at < limit:
+                chunk = os.pread(segment.descriptor, min(1 << 20, limit - at), at)
+                if not chunk:
+                    break
+                count += chunk.count(b"\n")
+                at += len(chunk)
+        return count
+
+    def mark_taken_up(self, position: Position) -> None:
+        """Note in the segments up to where they were taken up, and what stands before those places."""
+        for segment in self.segments:
+            if segment.descriptor is None or segment.number > position.segment:
+                continue
+            offset = position.offset if segment.number == position.segment else segment.stop
+            if offset != segment.offset or not segment.tail:
+                segment.offset, segment.tail = offset, tail_hash(segment.descriptor, offset)
+
+    def forget_before(self, number: int) -> None:
+        """Forget segments that nobody reads any more."""
+        for segment in [s for s in self.segments[:-1] if s.number < number]:
+            if segment.descriptor is not None:
+                os.close(segment.descriptor)
+            self.segments.remove(segment)
+
+
+def rotation_key(base: str, name: str) -> tuple[int, str] | None:
+    """Order rotated files, oldest first; None for a neighbour that no rotation made.
+
+    `base.3` < `base.2` < `base.1`; `base-20260101` < `base-20260102`. Compressed ones do not count.
+    """
+    suffix = name[len(base) :]
+    if match := re.fullmatch(r"\.(\d{1,4})", suffix):
+        return (10_000 - int(match[1]), "")
+    if re.fullmatch(r"[-.]\d{8}[-_T0-9]*", suffix):
+        return (0, suffix)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Escalation: what a line says
+# ---------------------------------------------------------------------------------------------------------
+
+# What is kept of a line that is no escalation.
+RAW_LINE_CHARACTERS = 10_000
+
+
+class Escalation(NamedTuple):
+    """One record. `severity` is the normalised one; `unknown_severity` the word that nobody knows."""
+
+    id: str
+    category: str
+    loop_id: str
+    trace_id: str | None
+    timestamp: str | None
+    severity: str | None
+    unknown_severity: str | None
+    body: JsonObject
+
+
+class Unusable(NamedTuple):
+    """A line that cannot be routed, why, and the line as text, or the record that has no category."""
+
+    id: str
+    reason_code: str
+    raw_line: str
+    body: JsonObject | None
+
+
+def escalation_id(loop_id: str, line: bytes) -> str:
+    """The idempotency key: derived from the loop and the record's bytes alone, the same on every try."""
+    from hashlib import sha256
+
+    return "esc_" + sha256(loop_id.encode("utf-8", "surrogateescape") + b"\0" + line).hexdigest()[:32]
+
+
+def as_text(value: object) -> str | None:
+    """Normalise a field to text; None where there is nothing in it."""
+    if value is None:
+        return None
+    text = value if isinstance(value, str) else encode_json(value).decode()
+    return text.strip() or None
+
+
+def parse_escalation(record: Record, loop_id: str) -> Escalation | Unusable:
+    """Read one line of the source.
+
+    A byte order mark, NUL bytes around the line (holes that a crash leaves) and a carriage return are passed
+    over; bytes that are not UTF-8 become U+FFFD. Odd fields never make a record unusable.
+    """
+    line = record.line.removeprefix(b"\xef\xbb\xbf").strip(b"\0 \t\r\n\v\f")
+    identity = escalation_id(loop_id, line)
+    if not line:
+        return Unusable(identity, "blank_line", "", None)
+    text = line.decode("utf-8", "replace")
+    raw_line = cut(text, RAW_LINE_CHARACTERS)
+    if record.size > MAX_RECORD_BYTES:
+        return Unusable(identity, "escalation_too_large", raw_line, None)
+    try:
+        body = decode_json(text)
+    except ValueError:
+        return Unusable(identity, "invalid_escalation_json", raw_line, None)
+    if not isinstance(body, dict):
+        return Unusable(identity, "invalid_escalation_json", raw_line, None)
+    category = as_text(body.get("category"))
+    if category is None:
+        return Unusable(identity, "missing_escalation_category", raw_line, body)
+    word = as_text(body.get("severity"))
+    severity = normalise_severity(word)
+    return Escalation(
+        id=identity,
+        category=category,
+        loop_id=as_text(body.get("loopId")) or loop_id,
+        trace_id=as_text(body.get("traceId")),
+        timestamp=as_text(body.get("timestamp")),
+        severity=severity,
+        unknown_severity=word if severity is None else None,
+        body=body,
+    )
+
+
+def reason_codes(escalation: Escalation) -> list[str]:
+    """The reason codes of a record, whichever of the host's writers made it."""
+    codes = escalation.body.get("reasonCodes")
+    found = [as_text(code) for code in codes] if isinstance(codes, list) else []
+    found += [as_text(escalation.body.get("reasonCode")), as_text(escalation.body.get("failureCode"))]
+    return list(dict.fromkeys(code for code in found if code and code != escalation.category))
+
+
+# Fields that every record has, or that only name files of the host: no news to a person.
+COMMON_FIELDS = {
+    *("timestamp", "loopId", "traceId", "category", "transport", "severity", "reasonCodes", "reasonCode"),
+    *("reasons", "divergenceFlags", "state", "sequence", "drift", "cursor"),
+    *("ingestStatus", "healthStatus", "failureCode"),
+}
+
+
+def explain(escalation: Escalation) -> list[str]:
+    """Say in short lines what a person needs to know of a record, worst news first.
+
+    Reads what the category carries: reasons with observed and threshold, divergence flags, sequence
+    violations, drift advice; then any other plain field, so that a category nobody knows says something.
+    """
+    body = escalation.body
+    lines: list[str] = []
+    reasons = body.get("reasons")
+    if isinstance(reasons, list):
+        lines += [explain_reason(reason) for reason in reasons if isinstance(reason, dict)]
+    flags = mapping(body.get("divergenceFlags"))
+    if raised := [name for name, value in flags.items() if value is True]:
+        lines.append(f"divergence: {', '.join(raised)}")
+    transition = mapping(mapping(body.get("state")).get("transition"))
+    if current := as_text(transition.get("currentState")):
+        before, cause = as_text(transition.get("previousState")), as_text(transition.get("triggeringSignal"))
+        lines.append(f"state: {before or '?'} → {current}" + (f" on {cause}" if cause else ""))
+    sequence = mapping(body.get("sequence"))
+    violations = sequence.get("violations")
+    if isinstance(violations, list) and violations:
+        lines.append(f"violations: {', '.join(text for item in violations if (text := as_text(item)))}")
+    for part, before_key, now_key in (
+        ("snapshot", "previous", "current"),
+        ("events", "previousLast", "last"),
+    ):
+        numbers = mapping(sequence.get(part))
+        if numbers.get("regressed") is True:
+            lines.append(
+                f"{part} went back: {as_text(numbers.get(before_key))} → {as_text(numbers.get(now_key))}"
+            )
+    drift = mapping(body.get("drift"))
+    if applied := as_text(drift.get("appliedProfile")):
+        advice = f"profile: {applied} applied, {as_text(drift.get('recommendedProfile')) or '?'} recommended"
+        confidence = as_text(drift.get("recommendationConfidence"))
+        lines.append(advice + (f" ({confidence} confidence)" if confidence else ""))
+    for key, label in (("rationale", "rationale"), ("action", "action")):
+        if text := as_text(drift.get(key)):
+            lines.append(f"{label}: {text}")
+    if not lines and (codes := reason_codes(escalation)):
+        lines.append(f"reasons: {', '.join(codes)}")
+    status = [
+        f"{label} {text}"
+        for key, label in (("healthStatus", "health"), ("ingestStatus", "ingest"), ("failureCode", "failure"))
+        if (text := as_text(body.get(key)))
+    ]
+    if status:
+        lines.append(", ".join(status))
+    lines += [
+        f"{key}: {cut(encode_json(value).decode() if isinstance(value, dict | list) else str(value), 500)}"
+        for key, value in body.items()
+        if key not in COMMON_FIELDS and not key.endswith("File") and value is not None
+    ]
+    return lines
+
+
+def explain_reason(reason: JsonObject) -> str:
+    """`ingest_stale: ingestLagSeconds is 1200, threshold 900 (critical)`."""
+    code, metric = as_text(reason.get("code")) or "reason", as_text(reason.get("metric"))
+    observed, threshold = as_text(reason.get("observed")), as_text(reason.get("threshold"))
+    severity = as_text(reason.get("severity"))
+    measured = f"{metric or 'observed'} is {observed}" if observed else metric
+    return (
+        code
+        + (f": {measured}" if measured else "")
+        + (f", threshold {threshold}" if threshold else "")
+        + (f" ({severity})" if severity else "")
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Adapters: an escalation in, a request out; an answer in, a verdict out. Pure, no I/O
+# ---------------------------------------------------------------------------------------------------------
+
+MESSAGE_CHARACTERS = 300
+# RFC 9110, "Retry-After": a delay in seconds, or a date. Nobody is believed for longer than this.
+RETRY_AFTER_MAX = 3600.0
+
+Outcome = Literal["delivered", "retry", "misconfigured", "dead_letter", "skipped"]
+
+
+class Delivery(NamedTuple):
+    """One escalation on its way to one sink. `late`: it has been put off in an earlier row already."""
+
+    record: Record
+    escalation: Escalation
+    resolution: Resolution
+    late: bool
+
+
+class Origin(NamedTuple):
+    """What every payload says of where it comes from."""
+
+    repo_path: str
+    trace_id: str
+    emitted_at: float
+
+
+class HttpRequest(NamedTuple):
+    """What a sink is sent: always a POST of a JSON body."""
+
+    url: str
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Answer(NamedTuple):
+    """What a sink answered: status, headers (names in lower case), and the first 64 KB of its body."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        return self.body.decode("utf-8", "replace").strip()
+
+
+class Verdict(NamedTuple):
+    """What an answer, or the lack of one, means.
+
+    `retry`: the sink is not well. `misconfigured`: it will not get better by itself. `dead_letter`: this
+    record is not acceptable to this sink. `not_taken`: the sink surely did not act on the request, so that
+    trying again at once cannot repeat anything.
+    """
+
+    outcome: Outcome
+    reason_code: str | None = None
+    http_status: int | None = None
+    message: str | None = None
+    retry_after: float | None = None
+    not_taken: bool = False
+
+
+SINK_UNWELL = {408, 425, 429}
+RECORD_REFUSED = {400, 411, 413, 414, 415, 416, 417, 422, 431}
+
+
+def judge_status(answer: Answer, now: float) -> Verdict:
+    """Judge an answer by its status alone, as design and RFC 9110 have it."""
+    status = answer.status
+    message = answer.text or None
+    if 200 <= status < 300:
+        return Verdict("delivered", None, status, message)
+    if status in SINK_UNWELL or status >= 500:
+        wait = parse_retry_after(answer.headers.get("retry-after"), now)
+        return Verdict("retry", "http_error", status, message, wait, not_taken=True)
+    if status in RECORD_REFUSED:
+        return Verdict("dead_letter", "http_error", status, message)
+    if 300 <= status < 400:
+        message = "answered with a redirect, which is never followed: set the URL that it leads to"
+    return Verdict("misconfigured", "http_error", status, message)
+
+
+def parse_retry_after(value: str | None, now: float) -> float | None:
+    """Read a `Retry-After` as seconds from `now`, 0 to RETRY_AFTER_MAX; None where it says nothing.
+
+    RFC 9110, section 10.2.3: delay-seconds or an HTTP-date.
+    """
+    if value is None:
+        return None
+    value = value.strip()
+    if re.fullmatch(r"[0-9]{1,12}", value):
+        seconds = float(value)
+    else:
+        from email.utils import parsedate_to_datetime
+
+        try:
+            moment = parsedate_to_datetime(value)
+            seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() - now
+        except (ValueError, TypeError, IndexError, OverflowError):
+            return None
+    return min(max(seconds, 0.0), RETRY_AFTER_MAX)
+
+
+class Adapter:
+    """What a sink type is sent, and what its answers mean."""
+
+    url_key: ClassVar[str] = "urlEnv"
+    default_url: ClassVar[str | None] = None
+
+    def url(self, sink: Sink) -> str:
+        """Where the sink is; an empty string where its secret is unset."""
+        return sink.secrets.get(self.url_key) or self.default_url or ""
+
+    def missing_secrets(self, sink: Sink) -> list[str]:
+        """The variables that this sink needs and that are unset."""
+        return [name for key, name in sink.secret_refs.items() if key not in sink.secrets]
+
+    def build(self, sink: Sink, delivery: Delivery, origin: Origin) -> HttpRequest:
+        """Turn a delivery into the request for this sink."""
+        raise NotImplementedError
+
+    def judge(self, answer: Answer, now: float) -> Verdict:
+        """Turn an answer into a verdict."""
+        return judge_status(answer, now)
+
+
+class WebhookAdapter(Adapter):
+    """A JSON envelope by POST.
+
+    Standard Webhooks, "Webhook headers": `webhook-id` is the idempotency key, the same on every try.
+    """
+
+    def build(self, sink: Sink, delivery: Delivery, origin: Origin) -> HttpRequest:
+        escalation, resolution = delivery.escalation, delivery.resolution
+        body = {
+            "schemaVersion": SCHEMA_VERSION,
+            "emittedAt": iso(origin.emitted_at),
+            "source": {
+                "repoPath": origin.repo_path,
+                "loopId": escalation.loop_id,
+                "channel": "ops_manager_alert_dispatch",
+                "traceId": origin.trace_id,
+            },
+            "event": {"category": escalation.category, "severity": resolution.event_severity},
+            "sink": {"id": sink.id, "type": sink.type},
+            "escalation": escalation.body,
+        }
+        headers = {
+            **sink.settings.get("headers", {}),
+            "Content-Type": "application/json",
+            "webhook-id": escalation.id,
+            "webhook-timestamp": str(int(origin.emitted_at)),
+        }
+        if token := sink.secrets.get("authTokenEnv"):
+            headers["Authorization"] = f"Bearer {token}"
+        return HttpRequest(self.url(sink), headers, encode_json(body))
+
+
+SEVERITY_EMOJI = {"info": ":information_source:", "warning": ":warning:", "critical": ":rotating_light:"}
+
+# Slack, "Block Kit reference": header text 150, section text 3,000 characters; "chat.postMessage": 4,000.
+SLACK_HEADER = 150
+SLACK_SECTION = 3000
+SLACK_TEXT = 4000
+
+# Slack, "Sending messages using incoming webhooks", the table of errors: whose fault each one is.
+SLACK_SINK_ERRORS = {
+    *("no_service", "no_service_id", "no_team", "team_disabled", "invalid_token", "no_active_hooks"),
+    *("action_prohibited", "posting_to_general_channel_denied", "channel_not_found", "channel_is_archived"),
+    "user_not_found",
+}
+SLACK_RECORD_ERRORS = {
+    "invalid_payload",
+    "invalid_blocks",
+    "no_text",
+    "too_many_attachments",
+    "msg_too_long",
+}
+
+
+def slack_escape(text: str, limit: int) -> str:
+    """Escape text for Slack and cut it to `limit` characters as sent, never within an entity.
+
+    Slack, "Formatting text for app surfaces", escaping: `&`, `<` and `>` are the control characters.
+    """
+    entities = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+    pieces = [entities.get(character, character) for character in printable(text)]
+    if sum(map(len, pieces)) <= limit:
+        return "".join(pieces)
+    kept, room = [], limit - 1
+    for piece in pieces:
+        room -= len(piece)
+        if room < 0:
+            break
+        kept.append(piece)
+    return "".join(kept) + "…"
+
+
+class SlackAdapter(Adapter):
+    """A message to a Slack incoming webhook: a header, what a person needs to know, and where it is from."""
+
+    url_key = "webhookUrlEnv"
+
+    def build(self, sink: Sink, delivery: Delivery, origin: Origin) -> HttpRequest:
+        escalation, severity = delivery.escalation, delivery.resolution.event_severity
+        lines = explain(escalation)
+        context = [
+            f"loop {escalation.loop_id}",
+            escalation.timestamp,
+            f"transport {as_text(escalation.body.get('transport')) or 'unknown'}",
+            f"trace {escalation.trace_id or origin.trace_id}",
+        ]
+        blocks: list[JsonObject] = [
+            {
+                "type": "header",
+                # A receiver can tell a repeat by it: Slack, "Block Kit reference", block_id, 255 characters.
+                "block_id": escalation.id,
+                "text": {
+                    "type": "plain_text",
+                    "text": cut(f"{SEVERITY_EMOJI[severity]} {printable(escalation.category)}", SLACK_HEADER),
+                    "emoji": True,
+                },
+            }
+        ]
+        if lines:
+            text = slack_escape_lines(lines, SLACK_SECTION)
+            blocks.append({"type": "section", "text": {"type": "mrkdwn", "text": text}})
+        blocks.append(
+            {
+                "type": "context",
+                "elements": [
+                    {"type": "mrkdwn", "text": slack_escape(" · ".join(filter(None, context)), SLACK_SECTION)}
+                ],
+            }
+        )
+        message: JsonObject = {
+            "text": slack_escape(f"{SEVERITY_EMOJI[severity]} {headline(delivery)}", SLACK_TEXT),
+            "blocks": blocks,
+        }
+        for key, name in (("channel", "channel"), ("username", "username"), ("iconEmoji", "icon_emoji")):
+            if key in sink.settings:
+                message[name] = sink.settings[key]
+        return HttpRequest(self.url(sink), {"Content-Type": "application/json"}, encode_json(message))
+
+    def judge(self, answer: Answer, now: float) -> Verdict:
+        """Slack names its errors in the body, which says more than the status does."""
+        code = answer.text
+        if code in SLACK_SINK_ERRORS:
+            return Verdict("misconfigured", "http_error", answer.status, code)
+        if code in SLACK_RECORD_ERRORS:
+            return Verdict("dead_letter", "http_error", answer.status, code)
+        return judge_status(answer, now)
+
+
+def slack_escape_lines(lines: Sequence[str], limit: int) -> str:
+    """Escape a list of lines as one text of at most `limit` characters; says how many lines fell off."""
+    kept: list[str] = []
+    room = limit - len("… and 9999 more")
+    for index, line in enumerate(lines):
+        text = slack_escape(f"• {line}", max(room, 1))
+        if len(text) > room or room < 20:
+            kept.append(f"… and {len(lines) - index} more")
+            break
+        kept.append(text)
+        room -= len(text) + 1
+    return "\n".join(kept)
+
+
+def headline(delivery: Delivery) -> str:
+    """One line that says what is wrong where: `[critical] health_critical on demo-loop: ingest_stale`."""
+    escalation = delivery.escalation
+    what = ", ".join(reason_codes(escalation)) or next(iter(explain(escalation)), "")
+    head = f"[{delivery.resolution.event_severity}] {escalation.category} on {escalation.loop_id}"
+    return printable(f"{head}: {what}" if what else head)
+
+
+# PagerDuty, "Send an alert event" (Events API v2): summary 1,024, dedup_key 255 characters.
+PAGERDUTY_SUMMARY = 1024
+PAGERDUTY_DEDUP_KEY = 255
+
+
+class PagerDutyAdapter(Adapter):
+    """A `trigger` event of PagerDuty's Events API v2."""
+
+    default_url = "https://events.pagerduty.com/v2/enqueue"
+
+    def build(self, sink: Sink, delivery: Delivery, origin: Origin) -> HttpRequest:
+        escalation, settings = delivery.escalation, sink.settings
+        moment = parse_time(escalation.timestamp)
+        payload = {
+            "summary": cut(headline(delivery), PAGERDUTY_SUMMARY),
+            "severity": delivery.resolution.event_severity,
+            "source": settings.get("source", "superloop-ops-manager"),
+            "timestamp": iso(origin.emitted_at if moment is None else moment),
+            "component": settings.get("component", "ops-manager"),
+            "group": settings.get("group", "loop-run"),
+            "class": settings.get("class", "escalation"),
+            "custom_details": {
+                "escalation": escalation.body,
+                "traceId": origin.trace_id,
+                "escalationId": escalation.id,
+            },
+        }
+        event = {
+            "routing_key": sink.secrets.get("routingKeyEnv", ""),
+            "event_action": "trigger",
+            "dedup_key": dedup_key(escalation),
+            "payload": payload,
+        }
+        return HttpRequest(self.url(sink), {"Content-Type": "application/json"}, encode_json(event))
+
+    def judge(self, answer: Answer, now: float) -> Verdict:
+        """A 400 that complains of the routing key is the sink's fault; any other one is the record's.
+
+        PagerDuty, "Send an alert event": 400 comes with `{"status", "message", "errors": [...]}`.
+        """
+        if answer.status == 400 and re.search(
+            r"routing.?key|service.?key|integration.?key", answer.text, re.IGNORECASE
+        ):
+            return Verdict("misconfigured", "http_error", answer.status, answer.text)
+        return judge_status(answer, now)
+
+
+def dedup_key(escalation: Escalation) -> str:
+    """`<loopId>:<category>:<timestamp>`; a longer one than PagerDuty takes ends in a hash of the whole."""
+    key = f"{escalation.loop_id}:{escalation.category}:{escalation.timestamp or escalation.id}"
+    key = printable(key)
+    if len(key) <= PAGERDUTY_DEDUP_KEY:
+        return key
+    mark = short_hash(key.encode("utf-8", "replace"))
+    return f"{key[: PAGERDUTY_DEDUP_KEY - len(mark) - 1]}:{mark}"
+
+
+ADAPTERS: dict[str, Adapter] = {
+    "webhook": WebhookAdapter(),
+    "slack": SlackAdapter(),
+    "pagerduty_events": PagerDutyAdapter(),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sending: one request, one answer, one deadline
+# ---------------------------------------------------------------------------------------------------------
+
+MAX_ANSWER_BYTES = 64 << 10
+
+
+class NoAnswerError(Exception):
+    """No usable answer came. `not_taken`: the request surely was not received whole."""
+
+    def __init__(self, message: str, *, not_taken: bool) -> None:
+        super().__init__(message)
+        self.not_taken = not_taken
+
+
+class Client:
+    """One sink's connection, kept open between requests.
+
+    requests is imported with the first request: a pass that sends nothing does not pay for it. What it reads
+    from the environment (proxies, a private CA) is read once; .netrc is not read at all.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        # Host and port, which may be shown: known with the first request.
+        self.host = "the sink"
+        self._adapter: HTTPAdapter | None = None
+
+    def _connect(self, url: str) -> HTTPAdapter:
+        from urllib.parse import urlsplit
+
+        import requests
+        from requests.adapters import HTTPAdapter
+
+        parts = urlsplit(url)
+        self.host = f"{parts.hostname}:{parts.port}" if parts.port else str(parts.hostname)
+        self._adapter = HTTPAdapter(pool_connections=1, pool_maxsize=1)
+        self._template = requests.Request("POST", url, headers={"Accept-Encoding": "identity"}).prepare()
+        self._template.headers["User-Agent"] = f"{PROGRAM}/{__version__}"
+        self._proxies = requests.utils.get_environ_proxies(url)
+        self._verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
+        return self._adapter
+
+    def send(self, request: HttpRequest) -> Answer:
+        """Send one request and read the whole answer. An answer that is cut off is none.
+
+        Raises NoAnswerError.
+        """
+        import requests
+        import urllib3
+
+        adapter = self._adapter or self._connect(request.url)
+        prepared = self._template.copy()
+        prepared.headers.update(request.headers)
+        prepared.headers["Content-Length"] = str(len(request.body))
+        prepared.body = request.body
+        try:
+            response = adapter.send(
+                prepared,
+                stream=True,
+                timeout=urllib3.Timeout(total=self.timeout),  # type: ignore[arg-type]
+                verify=self._verify,
+                proxies=self._proxies,
+            )
+            with contextlib.closing(response):
+                raw: urllib3.HTTPResponse = response.raw
+                body = b""
+                # The end must be met: an answer that is cut off shows only there.
+                while len(body) < MAX_ANSWER_BYTES:
+                    piece = raw.read(MAX_ANSWER_BYTES - len(body), decode_content=False)
+                    if not piece:
+                        break
+                    body += piece
+                headers = {name.lower(): value for name, value in response.headers.items()}
+                if len(body) < MAX_ANSWER_BYTES:
+                    raw.release_conn()
+                return Answer(response.status_code, headers, body)
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            raise self._explain(error) from None
+
+    def _explain(self, error: Exception) -> NoAnswerError:
+        """Say in words what went wrong, without the URL that exceptions carry."""
+        import http.client
+        import socket
+        import ssl
+
+        import urllib3.exceptions as pool
+
+        chain = list(causes(error))
+
+        def first(*kinds: type[BaseException]) -> BaseException | None:
+            return next((cause for cause in chain if isinstance(cause, kinds)), None)
+
+        certificate = first(ssl.SSLCertVerificationError)
+        if isinstance(certificate, ssl.SSLCertVerificationError):
+            reason = certificate.verify_message
+            return NoAnswerError(
+                f"TLS: the certificate of {self.host} is not valid: {reason}", not_taken=True
+            )
+        if first(socket.gaierror, pool.NameResolutionError):
+            return NoAnswerError(f"no such host: {self.host}", not_taken=True)
+        if first(ConnectionRefusedError):
+            return NoAnswerError(f"connection refused by {self.host}", not_taken=True)
+        if first(pool.ConnectTimeoutError):
+            return NoAnswerError(f"no connection to {self.host} within {self.timeout:g} s", not_taken=True)
+        if first(pool.ProxyError):
+            return NoAnswerError(f"the proxy gave no connection to {self.host}", not_taken=True)
+        if tls := first(ssl.SSLError):
+            return NoAnswerError(
+                f"TLS with {self.host} failed: {getattr(tls, 'reason', None) or 'hang-up'}", not_taken=False
+            )
+        if first(pool.ReadTimeoutError, TimeoutError):
+            return NoAnswerError(
+                f"no complete answer from {self.host} within {self.timeout:g} s", not_taken=False
+            )
+        if first(http.client.BadStatusLine, http.client.LineTooLong, pool.InvalidHeader) and not first(
+            http.client.RemoteDisconnected
+        ):
+            return NoAnswerError(f"{self.host} answered with something that is not HTTP", not_taken=False)
+        if first(pool.NewConnectionError):
+            failed = first(OSError)
+            words = getattr(failed, "strerror", None) or "connection failed"
+            return NoAnswerError(f"no connection to {self.host}: {words}", not_taken=True)
+        return NoAnswerError(f"{self.host} hung up before the answer was complete", not_taken=False)
+
+
+def make_attempt(
+    sink: Sink, client: Client, delivery: Delivery, origin: Origin, redactor: Redactor
+) -> Verdict:
+    """Send a delivery to a sink once, and judge what comes back. What it says is masked and cut."""
+    adapter = ADAPTERS[sink.type]
+    try:
+        request = adapter.build(sink, delivery, origin)
+    except Exception as error:  # noqa: BLE001 - one record must not stop what comes after it
+        message = f"no payload could be made of this record: {type(error).__name__}"
+        return Verdict("dead_letter", "payload_failed", message=message)
+    try:
+        answer = client.send(request)
+    except NoAnswerError as error:
+        return Verdict("retry", "request_failed", message=str(error), not_taken=error.not_taken)
+    verdict = adapter.judge(answer, time.time())
+    if verdict.outcome == "delivered":
+        return verdict._replace(message=None)
+    # Masked before it is cut: half a secret would not be found.
+    message = redactor.mask(cut(printable(verdict.message or ""), 10 * MESSAGE_CHARACTERS))
+    return verdict._replace(message=cut(message.strip(), MESSAGE_CHARACTERS) or None)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception and what is behind it: causes, contexts, and the exceptions it carries as arguments."""
+    seen: set[int] = set()
+    waiting: list[BaseException] = [error]
+    while waiting:
+        current = waiting.pop(0)
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        inner = [current.__cause__, current.__context__, getattr(current, "reason", None), *current.args]
+        waiting += [item for item in inner if isinstance(item, BaseException)]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files: append, replace, lock
+# ---------------------------------------------------------------------------------------------------------
+
+# What must fit on the disk before anything is sent.
+RESERVE_BYTES = 256 << 10
+LOCK_WAIT_SECONDS = 1.0
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for this user alone; one that is there keeps its mode."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error("make the folder", path, error) from None
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write every byte. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+# The fields of a row that hold what others wrote; a sink's message is masked as it comes in.
+FROM_OUTSIDE = {
+    *("escalation", "rawLine", "unknownSeverity", "escalationCategory", "escalationTimestamp"),
+    *("traceId", "escalationTraceId"),
+}
+
+
+class JsonlFile:
+    """An append-only file of JSON lines, opened with the first row. A row is in it whole, or visibly torn."""
+
+    def __init__(self, path: Path, redactor: Redactor) -> None:
+        self.path = path
+        self._redactor = redactor
+        self._descriptor: int | None = None
+
+    def open(self) -> int:
+        """Open for appending, and close a line that a crash or a full disk has torn. Raises StorageError."""
+        if self._descriptor is None:
+            make_folder(self.path.parent)
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            try:
+                self._descriptor = os.open(self.path, flags, 0o600)
+                size = os.fstat(self._descriptor).st_size
+                if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
+                    write_all(self._descriptor, b"\n")
+            except OSError as error:
+                raise storage_error("append to", self.path, error) from None
+        return self._descriptor
+
+    def append(self, rows: Iterable[JsonObject]) -> None:
+        """Append rows with one write: a kill leaves all of them or, at worst, a torn last one.
+
+        Raises StorageError.
+        """
+        descriptor = self.open()
+        size = os.fstat(descriptor).st_size
+        data = b"".join(map(self._encode, rows))
+        try:
+            write_all(descriptor, data)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # the host appends to telemetry too: not to half a row
+                os.ftruncate(descriptor, size)
+            raise storage_error("append to", self.path, error) from None
+
+    def _encode(self, row: JsonObject) -> bytes:
+        line = encode_json(row)
+        if self._redactor.finds(line.decode()):
+            mask = self._redactor.mask_value
+            line = encode_json({k: mask(v) if k in FROM_OUTSIDE else v for k, v in row.items()})
+        return line + b"\n"
+
+    def close(self) -> None:
+        """Flush to disk and close."""
+        if self._descriptor is not None:
+            descriptor, self._descriptor = self._descriptor, None
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                raise storage_error("flush", self.path, error) from None
+            finally:
+                os.close(descriptor)
+
+
+def replace_file(path: Path, data: bytes, *, durable: bool) -> None:
+    """Replace a file in one step: a reader sees the old content or the new one. A mode is kept.
+
+    `durable`: flush to disk before and after the rename. Raises StorageError.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    make_folder(path.parent)
+    try:
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(temporary, flags, 0o600)
+        try:
+            os.fchmod(descriptor, mode)
+            write_all(descriptor, data)
+            if durable:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        temporary.replace(path)
+        if durable:
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise storage_error("write", path, error) from None
+
+
+def check_room(folder: Path, *files: Path) -> None:
+    """Find out before anything is sent whether what happens to it can be written down.
+
+    Takes RESERVE_BYTES of the disk for a moment (free space, quota, a read-only mount), and looks at the file
+    size limit. Raises StorageError.
+    """
+    import resource
+
+    make_folder(folder)
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = RESERVE_BYTES if limit == resource.RLIM_INFINITY else max(1, min(RESERVE_BYTES, limit))
+    probe = folder / f".{PROGRAM}.reserve"
+    try:
+        for file in files:
+            if limit != resource.RLIM_INFINITY and file.exists() and file.stat().st_size + room > limit:
+                raise storage_error("append to", file, OSError(errno.EFBIG, os.strerror(errno.EFBIG)))
+        with contextlib.suppress(FileNotFoundError):
+            probe.unlink()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(probe, flags, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, room)
+        finally:
+            os.close(descriptor)
+            probe.unlink()
+    except OSError as error:
+        raise storage_error(f"reserve {RESERVE_BYTES >> 10} KiB in", folder, error) from None
+
+
+@contextlib.contextmanager
+def loop_lock(path: Path, wait: float = LOCK_WAIT_SECONDS) -> Iterator[bool]:
+    """Hold the loop's lock; yields whether it was to be had within `wait` seconds.
+
+    The kernel drops the lock with its process, so none is ever left behind. Raises StorageError.
+    """
+    make_folder(path.parent)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise storage_error("lock", path, error) from None
+    try:
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    yield False
+                    return
+                time.sleep(0.05)
+            except OSError as error:
+                raise storage_error("lock", path, error) from None
+            else:
+                yield True
+                return
+    finally:
+        os.close(descriptor)
+
+
+class Checkpoint(NamedTuple):
+    """Up to where a file of rows is accounted for in the state."""
+
+    device: int = 0
+    inode: int = 0
+    offset: int = 0
+
+
+def read_rows(path: Path, since: Checkpoint) -> tuple[list[Iterator[JsonObject]], Checkpoint]:
+    """The rows after a checkpoint, as streams in order, and the checkpoint after them.
+
+    A file that was rotated away meanwhile is found under its new name; torn lines are passed over.
+    Raises StorageError.
+    """
+    files: list[tuple[Path, int]] = []
+    try:
+        stat = path.stat() if path.exists() else None
+        if stat and (stat.st_dev, stat.st_ino) == since[:2] and stat.st_size >= since.offset:
+            files.append((path, since.offset))
+        else:
+            if since.inode:
+                for name in sorted(os.listdir(path.parent)) if path.parent.exists() else []:
+                    other = path.with_name(name)
+                    if (
+                        name.startswith(path.name)
+                        and name != path.name
+                        and other.stat().st_ino == since.inode
+                    ):
+                        files.append((other, since.offset))
+            if stat:
+                files.append((path, 0))
+    except OSError as error:
+        raise storage_error("read", path, error) from None
+    after = Checkpoint(stat.st_dev, stat.st_ino, stat.st_size) if stat else Checkpoint()
+    return [iterate_rows(file, offset) for file, offset in files if file.stat().st_size > offset], after
+
+
+def iterate_rows(path: Path, offset: int = 0) -> Iterator[JsonObject]:
+    """The JSON objects of a file of rows, from an offset on. What is none is passed over."""
+    try:
+        with path.open("rb") as file:
+            for line, _, _ in read_lines(file.fileno(), offset, os.fstat(file.fileno()).st_size):
+                with contextlib.suppress(ValueError, RecursionError):
+                    row = json.loads(line)
+                    if isinstance(row, dict):
+                        yield row
+    except OSError as error:
+        raise storage_error("read", path, error) from None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# State: a checkpoint of the lanes
+# ---------------------------------------------------------------------------------------------------------
+# The attempts file is the log from which the state can always be brought up to date: a row is appended to it
+# with one write as each attempt ends, and says which record of which lane it settles. The state names the
+# place in that file up to which it accounts for it. So a delivery is safe from being repeated as soon as its
+# row is written, and the state itself needs writing only once a pass.
+
+STATE_VERSION = 1
+
+
+class Lane:
+    """The place of one sink in the log, and how it fares there. Times are seconds since the epoch."""
+
+    # Attribute and key of each plain field; what is None or 0 is not written.
+    FIELDS: ClassVar = (
+        ("waiting_count", "waitingCount"),
+        ("oldest_pending_at", "oldestPendingAt"),
+        ("attempts", "attempts"),
+        ("backoff_step", "backoffStep"),
+        ("consecutive_failures", "consecutiveFailures"),
+        ("dead_letter_count", "deadLetterCount"),
+        ("delivered_count", "deliveredCount"),
+        ("failed_attempt_count", "failedAttemptCount"),
+        ("reason_code", "reasonCode"),
+        ("http_status", "httpStatus"),
+        ("message", "message"),
+        ("sink_digest", "sinkDigest"),
+    )
+    TIMES: ClassVar = (
+        ("lagging_since", "laggingSince"),
+        ("failing_since", "failingSince"),
+        ("waiting_since", "waitingSince"),
+        ("next_attempt_at", "nextAttemptAt"),
+        ("last_success_at", "lastSuccessAt"),
+        ("last_failure_at", "lastFailureAt"),
+    )
+
+    def __init__(self, position: Position) -> None:
+        self.position = position
+        # Deliveries that a row says were put off, and the timestamp of the first of them.
+        self.waiting_count = 0
+        self.oldest_pending_at: str | None = None
+        self.lagging_since: float | None = None
+        # Attempts of the delivery at `position`; failures in a row; how often the lane has given up a pass.
+        self.attempts = 0
+        self.consecutive_failures = 0
+        self.backoff_step = 0
+        self.failing_since: float | None = None
+        # The wait between passes: since when, until when, and the sink's digest as it was then.
+        self.waiting_since: float | None = None
+        self.next_attempt_at: float | None = None
+        self.sink_digest: str | None = None
+        self.last_success_at: float | None = None
+        self.last_failure_at: float | None = None
+        self.reason_code: str | None = None
+        self.message: str | None = None
+        self.http_status: int | None = None
+        self.dead_letter_count = 0
+        self.delivered_count = 0
+        self.failed_attempt_count = 0
+        # Where the lane stood still because its sink was disabled, and stretches of the log that it passes
+        # over because their rows say that the sink was disabled then.
+        self.disabled_at: Position | None = None
+        self.gaps: list[tuple[Position, Position]] = []
+
+    @classmethod
+    def from_json(cls, value: JsonObject) -> Lane:
+        """Read what `to_json` wrote. Raises KeyError, TypeError or ValueError for anything else."""
+        lane = cls(position_from_json(value["position"]))
+        for name, key in cls.FIELDS:
+            if key in value:
+                kind = int if isinstance(getattr(lane, name), int) or name == "http_status" else str
+                setattr(lane, name, kind(value[key]))
+        for name, key in cls.TIMES:
+            setattr(lane, name, parse_time(value.get(key)))
+        if "disabledAt" in value:
+            lane.disabled_at = position_from_json(value["disabledAt"])
+        lane.gaps = [(position_from_json(a), position_from_json(b)) for a, b in value.get("gaps", [])]
+        return lane
+
+    def to_json(self, source: Source) -> JsonObject:
+        value: JsonObject = {"position": position_to_json(self.position, source)}
+        value |= {key: field for name, key in self.FIELDS if (field := getattr(self, name)) is not None}
+        for name, key in self.TIMES:
+            if (moment := getattr(self, name)) is not None:
+                value[key] = iso(moment, milliseconds=name in ("waiting_since", "next_attempt_at"))
+        if self.disabled_at:
+            value["disabledAt"] = position_to_json(self.disabled_at, source)
+        if self.gaps:
+            value["gaps"] = [[position_to_json(p, source) for p in gap] for gap in self.gaps]
+        return value
+
+    def apply(self, attempt: JsonObject) -> None:
+        """Bring the lane up to date with one row of the attempts file, as it is written or after a crash."""
+        at = parse_time(attempt["timestamp"])
+        outcome = attempt["outcome"]
+        if outcome == "delivered":
+            self.last_success_at = at
+            self.delivered_count += 1
+            self.reason_code = self.message = self.http_status = None
+        elif outcome != "skipped":
+            self.last_failure_at = at
+            self.failed_attempt_count += 1
+            self.reason_code, self.message = attempt.get("reasonCode"), attempt.get("message")
+            self.http_status = attempt.get("httpStatus")
+        if outcome in SETTLED:
+            self.position = max(self.position, end_of_row(attempt))
+            self.attempts = 0
+            self.waiting_count = max(0, self.waiting_count - bool(attempt.get("late")))
+            if outcome == "dead_letter":
+                self.dead_letter_count += 1
+            if attempt.get("httpStatus") is not None:  # the sink is there, whatever it said of the record
+                self.consecutive_failures = self.backoff_step = 0
+                self.failing_since = self.waiting_since = self.next_attempt_at = None
+        else:
+            self.attempts = attempt["attempt"]
+            self.consecutive_failures += 1
+            self.failing_since = self.failing_since or at
+            self.waiting_since, self.next_attempt_at = at, parse_time(attempt.get("nextAttemptAt"))
+            self.backoff_step += attempt.get("backoffSeconds") is not None
+
+    def due(self, now: float, sink_digest: str) -> bool:
+        """Tell whether the lane may try: the wait is over, the sink has changed, or the clock went back."""
+        if self.next_attempt_at is None or self.waiting_since is None:
+            return True
+        if self.sink_digest is not None and self.sink_digest != sink_digest:
+            return True
+        return not self.waiting_since - 1.0 <= now < self.next_attempt_at
+
+    def ranges(self, stop: Position) -> Iterator[tuple[Position, Position]]:
+        """The stretches of the log that the lane has yet to go through."""
+        at = self.position
+        for start, end in self.gaps:
+            if at < start:
+                yield at, min(start, stop)
+            at = max(at, end)
+        if at < stop:
+            yield at, stop
+
+
+# A record (segment, offset) and a sink.
+Key = tuple[int, int, str]
+
+SETTLED = ("delivered", "dead_letter", "skipped")
+
+
+def position_from_json(value: JsonObject) -> Position:
+    """Read a position. Raises KeyError, TypeError or ValueError where it is none."""
+    position = Position(parse_segment_name(value["segment"])[0], int(value["offset"]), int(value["line"]))
+    if min(position) < 0:
+        raise ValueError(f"no position: {position}")
+    return position
+
+
+def position_to_json(position: Position, source: Source) -> JsonObject:
+    return {"segment": source.name_of(position), "offset": position.offset, "line": position.line}
+
+
+def record_place(record: Record, source: Source) -> JsonObject:
+    """Where a record stands, as rows give it: `line` counts from 1, `offset` to `end` are its bytes."""
+    return {
+        "segment": source.name_of(record.start),
+        "offset": record.start.offset,
+        "end": record.end.offset,
+        "line": record.end.line,
+    }
+
+
+def end_of_row(row: JsonObject) -> Position:
+    """The place after the record of a row. Raises KeyError, TypeError or ValueError where it has none."""
+    place = row["position"]
+    return Position(parse_segment_name(place["segment"])[0], int(place["end"]), int(place["line"]))
+
+
+def start_of_row(row: JsonObject) -> Position:
+    """The place of the record of a row. Raises KeyError, TypeError or ValueError where it has none."""
+    place = row["position"]
+    return Position(parse_segment_name(place["segment"])[0], int(place["offset"]), int(place["line"]) - 1)
+
+
+def key_of_row(row: JsonObject, sink_id: str) -> Key:
+    """Which delivery a row is about. Raises KeyError, TypeError or ValueError where it does not say."""
+    return (*start_of_row(row)[:2], sink_id)
+
+
+class State:
+    """Everything that a pass must know of earlier ones; kept in the state file beside what the host reads."""
+
+    def __init__(self) -> None:
+        # What the host reads, as the last pass wrote it.
+        self.published: JsonObject = {}
+        # Where escalations were taken up to. None: nothing was yet, or only by the shell dispatcher, whose
+        # state gives lines alone.
+        self.taken_up: Position | None = None
+        self.legacy_lines = 0
+        self.segments: list[Segment] = []
+        self.lanes: dict[str, Lane] = {}
+        self.attempts = Checkpoint()
+        self.telemetry = Checkpoint()
+        self.config_digest: str | None = None
+        # After a crash: attempts that settled a delivery of which no row tells yet, what they say for rows
+        # that are still to come, and whether to count anew what waits.
+        self.unrecorded: list[JsonObject] = []
+        self.remembered: dict[Key, JsonObject] = {}
+        self.recount = False
+        # Makes digests of secrets worthless to whoever reads the state.
+        self.salt = os.urandom(16).hex()
+
+    @classmethod
+    def from_json(cls, document: JsonObject) -> State:
+        """Read a state document, ours or the shell dispatcher's. Raises KeyError, TypeError or ValueError."""
+        state = cls()
+        state.published = document
+        if "source" not in document:
+            state.legacy_lines = max(0, int(document.get("escalationsLineOffset") or 0))
+            return state
+        source = document["source"]
+        state.taken_up = position_from_json(source["takenUp"])
+        state.segments = [Segment.from_json(segment) for segment in source["segments"]]
+        state.lanes = {str(name): Lane.from_json(lane) for name, lane in document["lanes"].items()}
+        checkpoint = document["checkpoint"]
+        state.attempts = Checkpoint(*map(int, checkpoint["attempts"]))
+        state.telemetry = Checkpoint(*map(int, checkpoint["telemetry"]))
+        state.config_digest = document.get("configDigest")
+        state.salt = str(document["salt"])
+        state.unrecorded = list(document.get("unrecorded", []))
+        return state
+
+    def to_json(self, source: Source) -> JsonObject:
+        """The fields that are added to those which the host reads."""
+        if self.taken_up is None:
+            return {}
+        return {
+            "stateVersion": STATE_VERSION,
+            "source": {
+                "takenUp": position_to_json(self.taken_up, source),
+                "segments": [segment.to_json() for segment in source.segments],
+            },
+            "lanes": {name: lane.to_json(source) for name, lane in sorted(self.lanes.items())},
+            "checkpoint": {"attempts": list(self.attempts), "telemetry": list(self.telemetry)},
+            "configDigest": self.config_digest,
+            "salt": self.salt,
+            **({"unrecorded": self.unrecorded} if self.unrecorded else {}),
+        }
+
+    def remember(self, attempts: Iterable[JsonObject], told: Collection[Key]) -> None:
+        """Keep what settled a delivery whose row was not written before a crash.
+
+        `told`: the deliveries that have a late row. Raises KeyError, TypeError or ValueError.
+        """
+        self.unrecorded, self.remembered = [], {}
+        for attempt in attempts:
+            key = key_of_row(attempt, attempt["sinkId"])
+            if attempt.get("late"):
+                if key not in told:
+                    self.unrecorded.append(attempt)
+            elif self.taken_up is None or end_of_row(attempt) > self.taken_up:
+                self.unrecorded.append(attempt)
+                self.remembered[key] = sink_entry(attempt)
+
+    def sink_digest(self, sink: Sink) -> str:
+        """A salted digest of a sink's settings and secrets: tells that they changed, and nothing else."""
+        from hashlib import blake2b
+
+        content = encode_json([sink.settings, dict(sink.secrets)])
+        return blake2b(content, digest_size=8, key=bytes.fromhex(self.salt)).hexdigest()
+
+
+def read_state_document(path: Path) -> JsonObject | None:
+    """Read the state file; None where there is none.
+
+    Raises ValueError for a damaged or foreign file, StateError for one that cannot be read or is newer.
+    """
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StateError(
+            f"cannot read the state file {path}: {error.strerror}", ["give this user access to the file"]
+        ) from None
+    try:
+        document = json.loads(raw)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(document, dict):
+        raise ValueError("not an object")
+    schema, version = document.get("schemaVersion"), document.get("stateVersion", STATE_VERSION)
+    newer = isinstance(schema, str) and re.fullmatch(r"v([2-9]|[1-9][0-9]+)", schema)
+    if newer or (isinstance(version, int) and version > STATE_VERSION):
+        raise StateError(
+            f"the state file {path} was written by a newer version (schemaVersion {schema}, "
+            f"stateVersion {version}); it is left as it is",
+            [f"run that version of {PROGRAM} again, or a later one"],
+        )
+    if schema != SCHEMA_VERSION:
+        raise ValueError("not a state file of this program")
+    return document
+
+
+class Job(NamedTuple):
+    """What one pass works on. Paths are absolute; `time_budget` is in seconds."""
+
+    repo: Path
+    loop_id: str
+    trace_id: str
+    escalations_file: Path
+    state_file: Path
+    telemetry_file: Path
+    config_file: Path
+    max_escalations: int = 0
+    time_budget: float = 30.0
+
+    @property
+    def attempts_file(self) -> Path:
+        return self.telemetry_file.with_name("alert-attempts.jsonl")
+
+    @property
+    def lock_file(self) -> Path:
+        return self.state_file.with_name(self.state_file.name + ".lock")
+
+
+def load_state(job: Job, *, read_only: bool = False) -> State:
+    """Read the state, or rebuild it from telemetry where it is missing, damaged or foreign.
+
+    A damaged file is kept under another name. Raises StateError or StorageError.
+    """
+    document: JsonObject | None = None
+    damaged = False
+    try:
+        document = read_state_document(job.state_file)
+        if document and "source" in document and document.get("loopId") != job.loop_id:
+            raise ValueError("the state of another loop")
+        state = State.from_json(document) if document is not None else State()
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        damaged = True
+        state = State()
+    if state.taken_up is not None or state.legacy_lines:
+        catch_up(state, job)
+        return state
+    rebuilt = rebuild_state(job)
+    rebuilt.published = state.published
+    if damaged and rebuilt.taken_up is None:
+        # Where this fails the damaged file stays: without it the next pass would send everything.
+        adopt_shell_telemetry(rebuilt, job)
+    if damaged and not read_only:
+        aside = job.state_file.with_name(f"{job.state_file.name}.damaged-{int(time.time())}")
+        try:
+            job.state_file.replace(aside)
+        except OSError as error:
+            raise storage_error("move aside the damaged state file", job.state_file, error) from None
+    return rebuilt
+
+
+def loop_rows(
+    job: Job, path: Path, since: Checkpoint, *, redeliveries: bool = False
+) -> tuple[Iterator[JsonObject], Checkpoint]:
+    """The rows of this loop after a checkpoint that say which record they are about.
+
+    What an operator sent again says nothing of a lane's place: it is left out unless asked for.
+    """
+    streams, after = read_rows(path, since)
+
+    def rows() -> Iterator[JsonObject]:
+        for stream in streams:
+            for row in stream:
+                ours = row.get("loopId") == job.loop_id and isinstance(row.get("position"), dict)
+                if ours and (redeliveries or "redelivery" not in row):
+                    yield row
+
+    return rows(), after
+
+
+def catch_up(state: State, job: Job) -> None:
+    """Bring a state up to date with the rows that a pass wrote after it, before it was killed."""
+    rows, state.telemetry = loop_rows(job, job.telemetry_file, state.telemetry)
+    killed = False
+    told: set[Key] = set()
+    for row in rows:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            if "late" in row:
+                told.add(key_of_row(row, row["sinks"][0]["id"]))
+            elif state.taken_up is not None:
+                state.taken_up = max(state.taken_up, end_of_row(row))
+                killed = True
+    rows, state.attempts = loop_rows(job, job.attempts_file, state.attempts)
+    for row in rows:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            lane = state.lanes.get(row["sinkId"])
+            if lane is not None and end_of_row(row) > lane.position:
+                lane.apply(row)
+                killed = True
+                if row["outcome"] in SETTLED:
+                    state.unrecorded.append(row)
+    state.remember(state.unrecorded, told)
+    state.recount = state.recount or killed
+
+
+def find_dead_letters(job: Job) -> set[tuple[str, str]]:
+    """The dead letters of a loop that were not redelivered since: escalationId and sink id."""
+    dead: set[tuple[str, str]] = set()
+    rows, _ = loop_rows(job, job.attempts_file, Checkpoint(), redeliveries=True)
+    for row in rows:
+        key = (str(row.get("escalationId")), str(row.get("sinkId")))
+        if row.get("outcome") == "dead_letter" and "redelivery" not in row:
+            dead.add(key)
+        elif row.get("outcome") == "delivered":
+            dead.discard(key)
+    return dead
+
+
+def rebuild_state(job: Job) -> State:
+    """Rebuild a state from all the telemetry there is. Nothing there: a state without a past.
+
+    Lanes deliver in order, so a lane is after the last record that it has settled.
+    """
+    state = State()
+    state.recount = True
+    settled: dict[str, Position] = {}
+    first_put_off: dict[str, Position] = {}
+    names: dict[int, str] = {}
+    told: set[Key] = set()
+    unrecorded: list[JsonObject] = []
+    rows, state.telemetry = loop_rows(job, job.telemetry_file, Checkpoint())
+    for row in rows:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            end, place = end_of_row(row), row["position"]
+            names[end.segment] = place["segment"]
+            for entry in row["sinks"]:
+                if entry["status"] == "success" or entry.get("deadLetter"):
+                    settled[entry["id"]] = max(settled.get(entry["id"], end), end)
+                else:
+                    start = Position(end.segment, int(place["offset"]), end.line - 1)
+                    first_put_off.setdefault(entry["id"], start)
+            if "late" in row:
+                told.add(key_of_row(row, row["sinks"][0]["id"]))
+            else:
+                state.taken_up = max(state.taken_up or end, end)
+    rows, state.attempts = loop_rows(job, job.attempts_file, Checkpoint())
+    for row in rows:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            end, sink_id = end_of_row(row), row["sinkId"]
+            names[end.segment] = row["position"]["segment"]
+            if row["outcome"] in SETTLED:
+                if row.get("late") or state.taken_up is None or end > state.taken_up:
+                    unrecorded.append(row)
+                settled[sink_id] = max(settled.get(sink_id, end), end)
+    state.remember(unrecorded, told)
+    if state.taken_up is None:
+        if not settled:
+            return state
+        state.taken_up = Position(min(end.segment for end in settled.values()), 0, 0)
+    dead = [sink_id for _, sink_id in find_dead_letters(job)]
+    for sink_id in {*settled, *first_put_off}:
+        lane = Lane(settled.get(sink_id) or first_put_off[sink_id])
+        lane.dead_letter_count = dead.count(sink_id)
+        lane.waiting_count = 1  # recounted as soon as the source is open
+        state.lanes[sink_id] = lane
+    needed = min(state.taken_up, *(lane.position for lane in state.lanes.values())).segment
+    for number in sorted(names):
+        if number >= needed:
+            offset = state.taken_up.offset if number == state.taken_up.segment else 0
+            state.segments.append(Segment(*parse_segment_name(names[number]), offset=offset))
+    return state
+
+
+def adopt_shell_telemetry(state: State, job: Job) -> None:
+    """Find the last record that the shell dispatcher took up, whose state is damaged, in the source.
+
+    Raises StateError where there is telemetry of its, but that record cannot be found.
+    """
+    last: JsonObject | None = None
+    for row in iterate_rows(job.telemetry_file) if job.telemetry_file.exists() else ():
+        if row.get("category") == "alert_dispatch" and ("escalation" in row or "rawLine" in row):
+            last = row
+    if last is None:
+        return
+    with Source(job.escalations_file) as source:
+        for record in source.read(source.first()):
+            line = parse_escalation(record, job.loop_id)
+            if (line.body is not None and line.body == last.get("escalation")) or (
+                isinstance(line, Unusable) and line.body is None and line.raw_line == last.get("rawLine")
+            ):
+                state.legacy_lines = record.end.line
+    if not state.legacy_lines:
+        raise StateError(
+            f"the state file {job.state_file} is damaged, and what was sent cannot be told from telemetry",
+            [
+                "the damaged file is left as it is, and nothing is sent",
+                f"to go on after line N of {job.escalations_file}, write this to the state file:",
+                '{"schemaVersion":"v1","escalationsLineOffset":N}',
+            ],
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Ledger: what happened, written down as it happens
+# ---------------------------------------------------------------------------------------------------------
+
+# So many records may be answered by one lane before the row of the slowest is written without it.
+ROW_WINDOW = 1000
+
+
+# What an operator gave up on purpose.
+SKIPPED_BY_OPERATOR = "skipped_by_operator"
+
+
+class Counts:
+    """What a pass did, as the summary gives it."""
+
+    def __init__(self) -> None:
+        self.processed = self.dispatched = self.skipped = self.failed = 0
+        self.late_dispatched = self.late_failed = 0
+        self.reason_codes: set[str] = set()
+
+
+class Ledger:
+    """Writes attempts and rows, and keeps the state of the lanes in step with them.
+
+    `changed` guards everything in here and in the lanes; it is notified when a lane has news.
+    """
+
+    def __init__(self, job: Job, state: State, source: Source, redactor: Redactor) -> None:
+        self.job = job
+        self.state = state
+        self.source = source
+        self.redactor = redactor
+        self.counts = Counts()
+        self.changed = threading.Condition()
+        self.results: dict[Key, JsonObject] = state.remembered
+        self._attempts = JsonlFile(job.attempts_file, redactor)
+        self._telemetry = JsonlFile(job.telemetry_file, redactor)
+
+    @property
+    def taken_up(self) -> Position:
+        """Up to where rows are written."""
+        if self.state.taken_up is None:
+            raise StateError("no place in the source is known yet")
+        return self.state.taken_up
+
+    def prepare(self) -> None:
+        """Before anything is sent: open what will be written to, and make sure of room.
+
+        Raises StorageError.
+        """
+        check_room(self.job.telemetry_file.parent, self.job.attempts_file, self.job.telemetry_file)
+        check_room(self.job.state_file.parent)
+        if self.job.state_file.is_symlink():
+            raise storage_error("write", self.job.state_file, OSError(errno.ELOOP, os.strerror(errno.ELOOP)))
+        self._attempts.open()
+        self._telemetry.open()
+
+    def record_attempt(
+        self,
+        sink: Sink,
+        delivery: Delivery,
+        verdict: Verdict,
+        *,
+        attempt: int,
+        duration: float,
+        wait: float | None = None,
+        gave_up: bool = False,
+    ) -> JsonObject:
+        """Write down what came of an attempt; from then on it is not repeated. Returns its entry for a row.
+
+        `wait`: seconds until the next attempt. `gave_up`: that is not within this pass.
+        """
+        now = time.time()
+        lane = self.state.lanes[sink.id]
+        late = delivery.record.start < self.taken_up
+        place = record_place(delivery.record, self.source)
+        row = self._attempt_row(now, sink, delivery, verdict, attempt=attempt, duration=duration, place=place)
+        if wait is not None:
+            row["nextAttemptAt"] = iso(now + wait, milliseconds=True)
+            if gave_up:
+                row["backoffSeconds"] = round(wait, 3)
+        if late:
+            row["late"] = True
+        self._attempts.append([row])
+        lane.apply(row)
+        entry = sink_entry(row)
+        if verdict.outcome not in SETTLED:
+            lane.sink_digest = self.state.sink_digest(sink)
+        elif late:
+            self.write_late_row(delivery, entry)
+        else:
+            self.results[(*delivery.record.start[:2], sink.id)] = entry
+        return entry
+
+    def _attempt_row(
+        self,
+        now: float,
+        sink: Sink,
+        delivery: Delivery,
+        verdict: Verdict,
+        *,
+        attempt: int,
+        duration: float,
+        place: JsonObject,
+    ) -> JsonObject:
+        row: JsonObject = {
+            "timestamp": iso(now),
+            "loopId": self.job.loop_id,
+            "traceId": self.job.trace_id,
+            "escalationId": delivery.escalation.id,
+            "sinkId": sink.id,
+            "sinkType": sink.type,
+            "attempt": attempt,
+            "durationMs": round(duration * 1000),
+            "httpStatus": verdict.http_status,
+            "outcome": verdict.outcome,
+            "reasonCode": verdict.reason_code,
+            "retryAfterSeconds": verdict.retry_after,
+            "position": place,
+        }
+        if verdict.message and verdict.outcome != "delivered":
+            row["message"] = verdict.message
+        return row
+
+    def write_late_row(self, delivery: Delivery, entry: JsonObject) -> None:
+        """Write the row of what had been put off in an earlier one."""
+        if entry["status"] == "success":
+            self.counts.late_dispatched += 1
+        elif entry["reasonCode"] != SKIPPED_BY_OPERATOR:
+            self.counts.late_failed += 1
+            self.counts.reason_codes.add(entry["reasonCode"])
+        row = self._row(delivery.record, delivery.escalation, delivery.resolution, [entry])
+        self._telemetry.append([{**row, "late": True}])
+
+    def record_redelivery(
+        self,
+        sink: Sink,
+        delivery: Delivery,
+        verdict: Verdict,
+        *,
+        place: JsonObject,
+        dead: bool,
+        duration: float,
+    ) -> None:
+        """Write down what came of a delivery that an operator asked for; `dead`: it was a dead letter."""
+        now = time.time()
+        row = self._attempt_row(now, sink, delivery, verdict, attempt=1, duration=duration, place=place)
+        row["redelivery"] = True
+        self._attempts.append([row])
+        lane = self.state.lanes.get(sink.id)
+        if verdict.outcome == "delivered" and lane is not None:
+            lane.last_success_at = now
+            lane.delivered_count += 1
+            lane.dead_letter_count = max(0, lane.dead_letter_count - dead)
+        written = self._row(delivery.record, delivery.escalation, delivery.resolution, [sink_entry(row)])
+        self._telemetry.append([{**written, "position": place, "late": True, "redelivery": True}])
+
+    def write_unusable(self, record: Record, line: Unusable) -> None:
+        """Write the row of a line that cannot be routed."""
+        skipped = line.reason_code == "blank_line"
+        row = self._base_row(record, line.id, line.body)
+        row |= {
+            "status": "skipped" if skipped else "failed",
+            "reasonCode": line.reason_code,
+            **({"rawLine": line.raw_line} if line.body is None else {"escalation": line.body}),
+            **count_sinks([]),
+        }
+        self._take_up(record, row)
+
+    def write_row(
+        self, record: Record, escalation: Escalation, resolution: Resolution, entries: list[JsonObject]
+    ) -> None:
+        """Write the row of an escalation: from then on it is taken up."""
+        for entry in entries:
+            if entry["status"] == "failed" and not entry.get("deadLetter"):
+                lane = self.state.lanes[entry["id"]]
+                lane.waiting_count += 1
+                lane.oldest_pending_at = lane.oldest_pending_at or escalation.timestamp
+        self._take_up(record, self._row(record, escalation, resolution, entries))
+
+    def _take_up(self, record: Record, row: JsonObject) -> None:
+        self._telemetry.append([row])
+        self.state.taken_up = record.end
+        counts = self.counts
+        counts.processed += 1
+        counts.dispatched += row["status"] in ("dispatched", "partial")
+        counts.failed += row["status"] in ("failed", "partial")
+        counts.skipped += row["status"] == "skipped"
+        if row["status"] in ("failed", "partial"):
+            codes = [entry["reasonCode"] for entry in row["sinks"] if entry["status"] == "failed"]
+            counts.reason_codes |= {row["reasonCode"], *codes}
+
+    def _base_row(self, record: Record, identity: str, body: JsonObject | None) -> JsonObject:
+        fields = body or {}
+        row = {
+            "timestamp": iso(time.time()),
+            "loopId": self.job.loop_id,
+            "traceId": self.job.trace_id,
+            "escalationTraceId": as_text(fields.get("traceId")) or self.job.trace_id,
+            "category": "alert_dispatch",
+            "escalationCategory": as_text(fields.get("category")),
+            "escalationTimestamp": as_text(fields.get("timestamp")),
+            "escalationId": identity,
+            "position": record_place(record, self.source),
+        }
+        return {key: value for key, value in row.items() if value is not None}
+
+    def _row(
+        self, record: Record, escalation: Escalation, resolution: Resolution, entries: list[JsonObject]
+    ) -> JsonObject:
+        row = self._base_row(record, escalation.id, escalation.body)
+        status, reason = judge_row(resolution, entries)
+        row |= {"eventSeverity": resolution.event_severity, "status": status}
+        if reason:
+            row["reasonCode"] = reason
+        if escalation.unknown_severity is not None:
+            row["unknownSeverity"] = cut(escalation.unknown_severity, 100)
+        return {**row, "escalation": escalation.body, "route": resolution.route, **count_sinks(entries)}
+
+    def write_event(
+        self, sink_id: str | None, status: str, reason_code: str, dropped: int | None, message: str
+    ) -> None:
+        """Write the row of something that befell a whole lane, or the source."""
+        row = {
+            "timestamp": iso(time.time()),
+            "loopId": self.job.loop_id,
+            "traceId": self.job.trace_id,
+            "category": "alert_dispatch",
+            "status": status,
+            "reasonCode": reason_code,
+            "sinkId": sink_id,
+            "droppedCount": dropped,
+            "message": message,
+        }
+        self._telemetry.append([{key: value for key, value in row.items() if value is not None}])
+        if status == "failed":
+            self.counts.reason_codes.add(reason_code)
+
+    def flush(self) -> None:
+        """Flush the rows to disk and note in the state that it accounts for them."""
+        wrote = False
+        for file, name in ((self._attempts, "attempts"), (self._telemetry, "telemetry")):
+            file.close()
+            with contextlib.suppress(FileNotFoundError):
+                stat = file.path.stat()
+                after = Checkpoint(stat.st_dev, stat.st_ino, stat.st_size)
+                wrote = wrote or after != getattr(self.state, name)
+                setattr(self.state, name, after)
+        self.wrote = wrote
+
+
+def sink_entry(attempt: JsonObject) -> JsonObject:
+    """What a telemetry row says of one sink, from the row of the attempt."""
+    outcome = attempt["outcome"]
+    entry = {
+        "id": attempt["sinkId"],
+        "type": attempt["sinkType"],
+        "status": "success" if outcome == "delivered" else "failed",
+        "httpStatus": attempt.get("httpStatus"),
+        "reasonCode": attempt.get("reasonCode"),
+        "message": attempt.get("message"),
+    }
+    return {**entry, "deadLetter": True} if outcome == "dead_letter" else entry
+
+
+def judge_row(resolution: Resolution, entries: Sequence[JsonObject]) -> tuple[str, str | None]:
+    """The status and reason code of an escalation's row."""
+    taken = sum(entry["status"] == "success" for entry in entries)
+    if entries and all(entry["reasonCode"] == SKIPPED_BY_OPERATOR for entry in entries):
+        return "skipped", SKIPPED_BY_OPERATOR
+    if not resolution.should_dispatch:
+        return "skipped", "severity_below_min"
+    if not entries:
+        held_back = any(sink.enabled for sink in resolution.selected)
+        return "skipped", "severity_below_min" if held_back else "no_dispatchable_sinks"
+    if taken == len(entries):
+        return "dispatched", None
+    return ("partial", "partial_dispatch_failure") if taken else ("failed", "dispatch_failed")
+
+
+def count_sinks(entries: list[JsonObject]) -> JsonObject:
+    taken = sum(entry["status"] == "success" for entry in entries)
+    return {
+        "sinks": entries,
+        "sinkCount": len(entries),
+        "dispatchedSinkCount": taken,
+        "failedSinkCount": len(entries) - taken,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Lanes: one worker a sink, each in order, none waiting for another
+# ---------------------------------------------------------------------------------------------------------
+
+# Quick tries within a pass start at this many seconds, and double.
+QUICK_RETRY_SECONDS = 0.25
+# The watch gives a request this much beyond its timeout, so that its own timeout comes first.
+TIMEOUT_GRACE = 0.25
+
+# As seconds until the next attempt.
+NOT_IN_THIS_PASS = float("inf")
+
+Ending = Literal["caught_up", "failed", "out_of_time"]
+
+
+class Clock:
+    """The time budget of a pass, and whether somebody asked it to end. Monotonic seconds."""
+
+    def __init__(self, budget: float, stop: threading.Event) -> None:
+        self.stop = stop
+        self._deadline = time.monotonic() + budget
+
+    @property
+    def left(self) -> float:
+        """Seconds in which new attempts may start."""
+        return 0.0 if self.stop.is_set() else self._deadline - time.monotonic()
+
+    def pause(self, seconds: float) -> bool:
+        """Wait, where the budget allows; tells whether it did."""
+        if seconds >= self.left:
+            return False
+        return not self.stop.wait(seconds)
+
+
+class LaneWorker:
+    """Takes one lane through the log in a pass."""
+
+    def __init__(
+        self, sink: Sink, ledger: Ledger, router: Router, origin: Origin, clock: Clock, policy: DeliveryPolicy
+    ) -> None:
+        self.sink = sink
+        self.lane = ledger.state.lanes[sink.id]
+        # None while it works. Whoever sets it holds the ledger's lock.
+        self.ending: Ending | None = None
+        self.error: Exception | None = None
+        self._ledger = ledger
+        self._router = router
+        self._origin = origin
+        self._clock = clock
+        self._policy = policy
+        self._adapter = ADAPTERS[sink.type]
+        self._client = Client(sink.timeout_seconds)
+        self._began = ledger.taken_up
+        # The attempt that is on its way, and until when it may be: guarded by the ledger's lock.
+        self._in_flight: Delivery | None = None
+        self._attempt_started = 0.0
+        # What came of the last attempt of a delivery that is not settled.
+        self.failure: tuple[Position, JsonObject] | None = None
+
+    def start(self) -> None:
+        """Work in a thread of its own, which dies with the process."""
+        threading.Thread(target=self._run, name=f"lane {self.sink.id}", daemon=True).start()
+
+    def _run(self) -> None:
+        ending: Ending = "failed"
+        try:
+            ending = self._work()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the main thread must learn of it
+            self.error = error
+        with self._ledger.changed:
+            self.ending = self.ending or ending
+            self._ledger.changed.notify_all()
+
+    def _work(self) -> Ending:
+        for start, stop in list(self.lane.ranges(self._ledger.source.stop)):
+            for record in self._ledger.source.read(start, stop):
+                delivery = self._route(record)
+                if delivery is not None:
+                    ending = self._deliver(delivery)
+                    if ending is not None:
+                        return ending
+                with self._ledger.changed:
+                    if self.ending:  # abandoned
+                        return self.ending
+                    self.lane.position = max(self.lane.position, record.end)
+        return "caught_up"
+
+    def _route(self, record: Record) -> Delivery | None:
+        escalation = parse_escalation(record, self._ledger.job.loop_id)
+        if isinstance(escalation, Unusable):
+            return None
+        resolution = self._router.resolve(escalation.category, escalation.severity)
+        if all(sink.id != self.sink.id for sink in resolution.dispatchable):
+            return None
+        return Delivery(record, escalation, resolution, late=record.start < self._began)
+
+    def _deliver(self, delivery: Delivery) -> Ending | None:
+        """Try until the delivery is settled (None), or until this pass is over for the lane."""
+        if self._expired(delivery):
+            verdict = Verdict(
+                "dead_letter", "delivery_expired", message="waited longer than giveUpAfterSeconds"
+            )
+            with self._ledger.changed:
+                self._ledger.record_attempt(
+                    self.sink, delivery, verdict, attempt=self.lane.attempts, duration=0.0
+                )
+            return None
+        for tries in range(1, self._policy.max_attempts_per_pass + 1):
+            if self._clock.left <= 0:
+                return self._stop_at(delivery, "out_of_time")
+            wait = self._attempt(delivery, tries)
+            if wait is None:
+                return self.ending
+            if not self._clock.pause(wait):
+                return self._stop_at(delivery, "failed")
+        return self._stop_at(delivery, "failed")
+
+    def _stop_at(self, delivery: Delivery, ending: Ending) -> Ending:
+        self.lane.oldest_pending_at = delivery.escalation.timestamp
+        return ending
+
+    def _expired(self, delivery: Delivery) -> bool:
+        """Tell whether nobody will act on a delivery any more: it and its lane have waited too long."""
+        since = self.lane.lagging_since
+        if not delivery.late or since is None:
+            return False
+        written = parse_time(delivery.escalation.timestamp)
+        return time.time() - max(written or since, since) > self._policy.give_up_after
+
+    def _attempt(self, delivery: Delivery, tries: int) -> float | None:
+        """Make one attempt and write it down.
+
+        Returns the seconds until the next one; None where there is none, because the delivery is settled or
+        the watch has abandoned the attempt.
+        """
+        missing = self._adapter.missing_secrets(self.sink)
+        # On a busy machine this takes longer than many a request: its time is none of the sink's.
+        import requests  # noqa: F401
+
+        with self._ledger.changed:
+            self._in_flight, self._attempt_started = delivery, time.monotonic()
+        if missing:
+            verdict = Verdict("misconfigured", "missing_secret", message=f"unset: {' '.join(missing)}")
+        else:
+            verdict = make_attempt(self.sink, self._client, delivery, self._origin, self._ledger.redactor)
+        with self._ledger.changed:
+            if self.ending:  # abandoned: it is on record as timed out
+                return None
+            self._in_flight = None
+            return self._settle(delivery, verdict, tries)
+
+    def _settle(self, delivery: Delivery, verdict: Verdict, tries: int) -> float | None:
+        """Write down an attempt; the ledger's lock is held. Returns the seconds until the next one."""
+        wait, gave_up = None, False
+        if verdict.outcome not in SETTLED:
+            last = tries >= self._policy.max_attempts_per_pass
+            wait = self._quick_wait(verdict, tries)
+            gave_up = last or wait is None or wait >= self._clock.left
+            if gave_up:
+                wait = self._backoff(verdict)
+        entry = self._ledger.record_attempt(
+            self.sink,
+            delivery,
+            verdict,
+            attempt=self.lane.attempts + 1,
+            duration=time.monotonic() - self._attempt_started,
+            wait=wait,
+            gave_up=gave_up,
+        )
+        if verdict.outcome not in SETTLED:
+            self.failure = (delivery.record.start, entry)
+        # A backoff is for another pass, however short it came out.
+        return NOT_IN_THIS_PASS if gave_up else wait
+
+    def _quick_wait(self, verdict: Verdict, tries: int) -> float | None:
+        """Seconds until another try within this pass; None where that would be of no use, or a repeat.
+
+        After a timeout or a hang-up the sink may have acted on the request: that is not tried at once.
+        """
+        if verdict.outcome != "retry" or not verdict.not_taken:
+            return None
+        if verdict.retry_after is not None:
+            return verdict.retry_after
+        return jitter(min(self._policy.backoff_initial, QUICK_RETRY_SECONDS * 2**tries))
+
+    def _backoff(self, verdict: Verdict) -> float:
+        """Seconds until another pass may try: exponential with full jitter; long where nobody mends it."""
+        policy = self._policy
+        if verdict.outcome == "misconfigured":
+            return policy.backoff_max / 2 + jitter(policy.backoff_max / 2)
+        longest = min(policy.backoff_max, policy.backoff_initial * 2 ** min(self.lane.backoff_step, 30))
+        return max(verdict.retry_after or 0.0, jitter(longest))
+
+    def watch(self) -> float | None:
+        """Abandon an attempt that is over its time, whatever holds it: name lookup, handshake, a dripping
+        answer. The ledger's lock is held. Returns the seconds until there is something to look at again."""
+        if self.ending or self._in_flight is None:
+            return None
+        left = self._attempt_started + self.sink.timeout_seconds + TIMEOUT_GRACE - time.monotonic()
+        if left > 0:
+            return left
+        delivery, self._in_flight = self._in_flight, None
+        message = f"no complete answer from {self._client.host} within {self.sink.timeout_seconds:g} s"
+        verdict = Verdict("retry", "request_failed", message=message)
+        self._settle(delivery, verdict, self._policy.max_attempts_per_pass)
+        self.ending = self._stop_at(delivery, "failed")
+        return None
+
+    def behind(self, record: Record) -> bool:
+        """Tell whether the lane is still to come to a record in this pass. The ledger's lock is held."""
+        return self.ending is None and self.lane.position <= record.start
+
+
+def jitter(longest: float) -> float:
+    """A random part of a wait, so that many lanes on many machines do not come back at the same moment."""
+    import random
+
+    return random.uniform(0.0, longest)  # noqa: S311
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The pass
+# ---------------------------------------------------------------------------------------------------------
+
+# How long the writer of rows sleeps while lanes work: rows are written in batches, off the lanes' path.
+ROW_INTERVAL = 0.05
+
+
+class Pass:
+    """One pass over one loop: what is new is taken up, and every lane goes as far as it can."""
+
+    def __init__(
+        self,
+        job: Job,
+        config: Config,
+        state: State,
+        source: Source,
+        stop: threading.Event,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self.job = job
+        self.config = config
+        self.state = state
+        self.source = source
+        self.router = Router(config)
+        self.clock = Clock(job.time_budget, stop)
+        self._progress = progress
+        self.redactor = config.redactor()
+        self.ledger = Ledger(job, state, source, self.redactor)
+        self._workers: dict[str, LaneWorker] = {}
+
+    def run(self) -> JsonObject:
+        """Run the pass and write the state. Returns the summary.
+
+        Raises StorageError when something could not be read or written: nothing more is sent then.
+        """
+        self._begin()
+        if self.state.taken_up is None:
+            return self._publish("no_source" if not self.source.present else "no_new_escalations")
+        self._start_lanes()
+        try:
+            self._take_up()
+            self._wait_for_lanes()
+            self._take_up()  # what was on its way when the budget was used up, and has been answered since
+        except BaseException:
+            self.clock.stop.set()
+            with self.ledger.changed:  # no lane is in the middle of a row when the process ends
+                for worker in self._workers.values():
+                    worker.ending = worker.ending or "failed"
+            raise
+        self._end()
+        counts = self.ledger.counts
+        if not self.source.present and not counts.processed:
+            return self._publish("no_source")
+        if not counts.processed:
+            return self._publish("no_new_escalations")
+        if not counts.failed:
+            return self._publish("success")
+        return self._publish("partial" if counts.dispatched else "failed")
+
+    # -- before anything is sent
+
+    def _begin(self) -> None:
+        """Find the place where the last pass ended, and bring the lanes in line with source and config."""
+        state, source = self.state, self.source
+        if state.taken_up is None and source.segments:
+            state.taken_up = after_lines(source, state.legacy_lines)
+            for sink_id, sink in self.config.sinks.items():
+                if sink.enabled:
+                    state.lanes[sink_id] = Lane(state.taken_up)
+            state.recount = False
+        if state.taken_up is None:
+            return
+        lost = source.present and source.readable_from(state.taken_up)
+        if lost:
+            message = (
+                f"the file that was taken up to line {state.taken_up.line} is gone ({source.change}): "
+                f"what was appended to it after that, if anything, was not read"
+            )
+            self.ledger.write_event(None, "skipped", "source_replaced", None, message)
+            state.taken_up = lost
+        unknown = any(sink.enabled and name not in state.lanes for name, sink in self.config.sinks.items())
+        changed = state.config_digest != self.config.digest or unknown
+        if changed or state.recount:
+            self._align_lanes()
+        for sink_id, lane in state.lanes.items():
+            self._leave_lost_segment(sink_id, lane)
+        if changed or state.recount:
+            for sink_id, lane in state.lanes.items():
+                if lane.waiting_count:
+                    self._apply_routes(sink_id, lane)
+        state.config_digest, state.recount = self.config.digest, False
+        self._changed = changed or bool(lost) or bool(source.change)
+
+    def _align_lanes(self) -> None:
+        """Open lanes for new sinks, hold those of disabled ones, drop those of removed ones, on record."""
+        state, taken_up = self.state, self.ledger.taken_up
+        for sink_id in sorted(set(state.lanes) - set(self.config.sinks)):
+            lane = state.lanes.pop(sink_id)
+            if lane.waiting_count:
+                message = (
+                    f"sink {sink_id} was removed while {plural(lane.waiting_count, 'delivery')} "
+                    f"waited, the oldest of {lane.oldest_pending_at or 'unknown time'}"
+                )
+                self.ledger.write_event(sink_id, "skipped", "sink_removed", lane.waiting_count, message)
+        for sink_id, sink in self.config.sinks.items():
+            held = state.lanes.get(sink_id)
+            if held is None:
+                if sink.enabled:
+                    state.lanes[sink_id] = Lane(taken_up)
+            elif not sink.enabled:
+                held.disabled_at = held.disabled_at or taken_up
+            elif held.disabled_at is not None:
+                if held.disabled_at < taken_up:
+                    held.gaps.append((held.disabled_at, taken_up))
+                held.disabled_at = None
+
+    def _leave_lost_segment(self, sink_id: str, lane: Lane) -> None:
+        """Move a lane on whose file is gone for good; what it lost is put on record."""
+        place = self.source.readable_from(lane.position) if self.source.present else None
+        if place is None:
+            return
+        before = lane.waiting_count
+        lane.position = min(place, self.ledger.taken_up)
+        if before:
+            self._recount(lane)
+            if dropped := before - lane.waiting_count:
+                message = (
+                    f"{plural(dropped, 'delivery')} to {sink_id} lost: the file that held the records "
+                    f"was removed or truncated before they were sent"
+                )
+                self.ledger.write_event(sink_id, "failed", "source_lost", dropped, message)
+
+    def _apply_routes(self, sink_id: str, lane: Lane) -> None:
+        """Count what waits in a lane under the routes of a changed config; what they drop is on record."""
+        before = lane.waiting_count
+        self._recount(lane)
+        # After a crash the count from before is not to be relied on.
+        if not self.state.recount and (dropped := before - lane.waiting_count) > 0:
+            message = f"{plural(dropped, 'delivery')} waited for {sink_id}, where no route leads any more"
+            self.ledger.write_event(sink_id, "skipped", "route_changed", dropped, message)
+
+    def _recount(self, lane: Lane) -> None:
+        """Count anew what waits in a lane: routes have changed, or a crash has left the count uncertain."""
+        sink_id = next(name for name, other in self.state.lanes.items() if other is lane)
+        lane.waiting_count, lane.oldest_pending_at = 0, None
+        for start, stop in list(
+            lane.ranges(min(lane.disabled_at or self.ledger.taken_up, self.ledger.taken_up))
+        ):
+            for record in self.source.read(start, stop):
+                escalation = parse_escalation(record, self.job.loop_id)
+                if isinstance(escalation, Unusable):
+                    continue
+                resolution = self.router.resolve(escalation.category, escalation.severity)
+                if any(sink.id == sink_id for sink in resolution.selected if resolution.should_dispatch):
+                    lane.waiting_count += 1
+                    lane.oldest_pending_at = lane.oldest_pending_at or escalation.timestamp
+
+    def _start_lanes(self) -> None:
+        """Start a worker for each lane that has something to go through and may try."""
+        if self.job.max_escalations:
+            self._limit(self.job.max_escalations)
+        now = time.time()
+        origin = Origin(str(self.job.repo), self.job.trace_id, now)
+        for sink_id, lane in self.state.lanes.items():
+            sink = self.config.sinks[sink_id]
+            if not sink.enabled or not any(lane.ranges(self.source.stop)):
+                continue
+            if not lane.due(now, self.state.sink_digest(sink) if lane.next_attempt_at else ""):
+                continue
+            worker = LaneWorker(sink, self.ledger, self.router, origin, self.clock, self.config.policy)
+            self._workers[sink_id] = worker
+        if self._workers or self.ledger.taken_up < self.source.stop or self.state.unrecorded:
+            self.ledger.prepare()
+            # Rows name segments and lanes: the state must know them before the first row does.
+            if self._changed or not self.state.published.get("source"):
+                self._save(self.state.published or self._summary("no_new_escalations"), durable=False)
+        self._write_owed_rows()
+        for worker in self._workers.values():
+            worker.start()
+
+    def _write_owed_rows(self) -> None:
+        """Write the late rows that a kill between attempt and row has cost."""
+        for attempt in [attempt for attempt in self.state.unrecorded if attempt.get("late")]:
+            for record in self.source.read(start_of_row(attempt), end_of_row(attempt)):
+                escalation = parse_escalation(record, self.job.loop_id)
+                if not isinstance(escalation, Unusable):
+                    resolution = self.router.resolve(escalation.category, escalation.severity)
+                    delivery = Delivery(record, escalation, resolution, late=True)
+                    self.ledger.write_late_row(delivery, sink_entry(attempt))
+                self.state.unrecorded.remove(attempt)
+
+    def _limit(self, count: int) -> None:
+        for record in self.source.read(self.ledger.taken_up):
+            count -= 1
+            if count == 0:
+                self.source.stop = record.end
+                return
+
+    # -- while the lanes work
+
+    def _take_up(self) -> None:
+        """Take up what is new: write the row of each escalation once its sinks have answered or it is known
+        that they will not in this pass."""
+        if self.ledger.taken_up >= self.source.stop:
+            return
+        for record in self.source.read(self.ledger.taken_up):
+            if self.clock.left <= 0 and not self._answered_beyond(record):
+                return
+            line = parse_escalation(record, self.job.loop_id)
+            if isinstance(line, Unusable):
+                with self.ledger.changed:
+                    self.ledger.write_unusable(record, line)
+            else:
+                resolution = self.router.resolve(line.category, line.severity)
+                with self.ledger.changed:  # held until the row is written: what comes later is late
+                    entries = self._answers(record, resolution)
+                    if entries is None:
+                        return
+                    self.ledger.write_row(record, line, resolution, entries)
+            self._progress(1)
+
+    def _answers(self, record: Record, resolution: Resolution) -> list[JsonObject] | None:
+        """Wait for the sinks of a record. None: the budget is used up and no sink has been asked yet."""
+        ledger = self.ledger
+        with ledger.changed:
+            while True:
+                entries: list[JsonObject] = []
+                behind = out_of_time = False
+                for sink in resolution.dispatchable:
+                    entry = ledger.results.get((*record.start[:2], sink.id))
+                    worker = self._workers.get(sink.id)
+                    if entry is None and worker is not None and worker.behind(record):
+                        behind = True
+                    elif entry is None and worker is not None and worker.ending == "out_of_time":
+                        out_of_time = True
+                    entries.append(entry or self._put_off(record, sink, worker))
+                if not behind or len(ledger.results) > ROW_WINDOW:
+                    if out_of_time and not self._answered_beyond(record):
+                        return None
+                    for sink in resolution.dispatchable:
+                        ledger.results.pop((*record.start[:2], sink.id), None)
+                    return entries
+                self._wait()
+
+    def _answered_beyond(self, record: Record) -> bool:
+        """Tell whether a lane has tried this record or a later one, whose row is still to be written."""
+        tried = [worker.failure[0][:2] for worker in self._workers.values() if worker.failure]
+        return any(key[:2] >= record.start[:2] for key in (*self.ledger.results, *tried))
+
+    def _put_off(self, record: Record, sink: Sink, worker: LaneWorker | None) -> JsonObject:
+        """The entry of a sink that has not taken a record in this pass: its failure, or that it waits."""
+        if worker is not None and worker.failure is not None and worker.failure[0] == record.start:
+            return worker.failure[1]
+        lane = self.state.lanes[sink.id]
+        if lane.position > record.start:  # settled before a crash that has cost its row
+            message = "settled in an earlier pass"
+            return {**entry_without_answer(sink), "status": "success", "message": message}
+        why = (
+            f"waits behind earlier deliveries ({lane.reason_code})" if lane.reason_code else "waits its turn"
+        )
+        if lane.next_attempt_at:
+            why += f"; next attempt at {iso(lane.next_attempt_at)}"
+        return {**entry_without_answer(sink), "reasonCode": "delivery_deferred", "message": why}
+
+    def _wait(self) -> None:
+        """Sleep until a lane has news, and see to attempts that are over their time. The lock is held."""
+        self._raise_errors()
+        waits = [wait for worker in self._workers.values() if (wait := worker.watch()) is not None]
+        self.ledger.changed.wait(min([ROW_INTERVAL, *waits]))
+
+    def _wait_for_lanes(self) -> None:
+        with self.ledger.changed:
+            while any(worker.ending is None for worker in self._workers.values()):
+                self._wait()
+            self._raise_errors()
+
+    def _raise_errors(self) -> None:
+        for worker in self._workers.values():
+            if worker.error is not None:
+                raise worker.error
+
+    # -- afterwards
+
+    def _end(self) -> None:
+        """Bring the lanes' places in line with what was taken up, and forget what nobody needs any more."""
+        state, source, taken_up = self.state, self.source, self.ledger.taken_up
+        now = time.time()
+        # What the source is not there for stays on the list.
+        state.unrecorded = [
+            row
+            for row in state.unrecorded
+            if row.get("late") or key_of_row(row, row["sinkId"]) in self.ledger.results
+        ]
+        for sink_id, lane in state.lanes.items():
+            worker = self._workers.get(sink_id)
+            if worker is not None and worker.ending == "caught_up":
+                lane.position = taken_up
+            settled = [end_of_row(row) for row in state.unrecorded if row["sinkId"] == sink_id]
+            lane.position = min(lane.position, max([taken_up, *settled]))
+            lane.gaps = [gap for gap in lane.gaps if lane.position < gap[1]]
+            if lane.waiting_count:
+                lane.lagging_since = min(lane.lagging_since or now, now)
+            else:
+                lane.lagging_since = lane.oldest_pending_at = None
+        source.mark_taken_up(taken_up)
+        source.forget_before(min([taken_up, *(lane.position for lane in state.lanes.values())]).segment)
+
+    def _summary(self, status: str) -> JsonObject:
+        return summarise(self.job, self.state, self.source, self.ledger.counts, status)
+
+    def _save(self, summary: JsonObject, *, durable: bool) -> None:
+        self.state.segments = self.source.segments
+        self.state.published = {**summary, **self.state.to_json(self.source)}
+        replace_file(self.job.state_file, encode_json(self.state.published) + b"\n", durable=durable)
+
+    def _publish(self, status: str) -> JsonObject:
+        self.ledger.flush()
+        self._save(self._summary(status), durable=self.ledger.wrote)
+        return self.state.published
+
+
+def entry_without_answer(sink: Sink) -> JsonObject:
+    return {"id": sink.id, "type": sink.type, "status": "failed", "httpStatus": None, "reasonCode": None}
+
+
+def after_lines(source: Source, lines: int) -> Position:
+    """The place after so many lines of the source: where the shell dispatcher stopped.
+
+    It counted lines of a file that may have been rotated since: one with fewer lines is a new file.
+    """
+    position = source.first()
+    if lines:
+        for record in source.read(position):
+            if record.end.line == lines:
+                return record.end
+    return position
+
+
+def summarise(job: Job, state: State, source: Source | None, counts: Counts, status: str) -> JsonObject:
+    """The summary of a pass, with the fields that the host reads."""
+    taken, total = state.legacy_lines, 0
+    current = source.current if source else None
+    if state.taken_up is not None:
+        taken = state.taken_up.line
+        if current is not None and current.number != state.taken_up.segment:
+            taken = 0
+    if source is not None and current is not None:
+        start = Position(current.number, 0, 0)
+        if state.taken_up is not None and state.taken_up.segment == current.number:
+            start = state.taken_up
+        total = start.line + source.count_lines(start, Position(current.number, current.stop, 0))
+    return {
+        "schemaVersion": SCHEMA_VERSION,
+        "updatedAt": iso(time.time()),
+        "loopId": job.loop_id,
+        "traceId": job.trace_id,
+        "escalationsFile": str(job.escalations_file),
+        "dispatchTelemetryFile": str(job.telemetry_file),
+        "status": status,
+        "processedCount": counts.processed,
+        "dispatchedCount": counts.dispatched,
+        "skippedCount": counts.skipped,
+        "failedCount": counts.failed,
+        "failureReasonCodes": sorted(counts.reason_codes),
+        "escalationsLineOffset": taken,
+        "escalationsLineCount": total,
+        "lateDispatchedCount": counts.late_dispatched,
+        "lateFailedCount": counts.late_failed,
+        **count_lanes(state),
+    }
+
+
+def count_lanes(state: State) -> JsonObject:
+    """What the lanes of a loop come to."""
+    return {
+        "waitingCount": sum(lane.waiting_count for lane in state.lanes.values()),
+        "deadLetterCount": sum(lane.dead_letter_count for lane in state.lanes.values()),
+    }
+
+
+def run_pass(
+    job: Job,
+    environ: Mapping[str, str],
+    stop: threading.Event | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> JsonObject:
+    """Run one pass over one loop. Returns the summary, which is what the state file holds.
+
+    Raises ConfigError, StateError or StorageError.
+    """
+    with loop_lock(job.lock_file) as held:
+        if not held:
+            return locked_summary(job)
+        known = None
+        with contextlib.suppress(ValueError, StateError):
+            known = (read_state_document(job.state_file) or {}).get("configDigest")
+        try:
+            config = load_config(job.config_file, environ, known_digest=known)
+        except ConfigError as error:
+            note_invalid_config(job, error)
+            raise
+        state = load_state(job)
+        with Source(job.escalations_file, state.segments) as source:
+            try:
+                return Pass(job, config, state, source, stop or threading.Event(), progress).run()
+            except OSError as error:
+                raise storage_error("read", job.escalations_file, error) from None
+
+
+def locked_summary(job: Job) -> JsonObject:
+    """The summary of a pass that found another one at work: it did nothing and left the state alone."""
+    state = State()
+    with contextlib.suppress(ValueError, KeyError, TypeError, StateError):
+        state = State.from_json(read_state_document(job.state_file) or {})
+    summary = summarise(job, state, None, Counts(), "locked")
+    offsets = ("escalationsLineOffset", "escalationsLineCount")
+    return {**summary, **{key: state.published[key] for key in offsets if key in state.published}}
+
+
+def note_invalid_config(job: Job, error: ConfigError) -> None:
+    """Say in the state, which the status script reads, that the config is invalid and why."""
+    try:
+        document = read_state_document(job.state_file)
+    except (ValueError, StateError):
+        return  # the next pass with a valid config sees to the state
+    if document is None:
+        document = summarise(job, State(), None, Counts(), "config_invalid")
+    zero = dict.fromkeys(("processedCount", "dispatchedCount", "skippedCount", "failedCount"), 0)
+    document |= zero | {
+        "updatedAt": iso(time.time()),
+        "traceId": job.trace_id,
+        "status": "config_invalid",
+        "failureReasonCodes": ["config_invalid"],
+        "message": cut("; ".join(error.faults), 2000),
+    }
+    replace_file(job.state_file, encode_json(document) + b"\n", durable=False)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What will happen: the dry run
+# ---------------------------------------------------------------------------------------------------------
+
+
+def plan_pass(job: Job, environ: Mapping[str, str], *, show_payload: bool) -> JsonObject:
+    """Say for each escalation that waits where it would go, and why not to others. Changes nothing.
+
+    Raises ConfigError, StateError or StorageError.
+    """
+    config = load_config(job.config_file, environ)
+    state = load_state(job, read_only=True)
+    router, redactor = Router(config), config.redactor()
+    origin = Origin(str(job.repo), job.trace_id, time.time())
+    now = time.time()
+    plans: list[JsonObject] = []
+    with Source(job.escalations_file, state.segments) as source:
+        if not source.segments:
+            return {
+                "schemaVersion": SCHEMA_VERSION,
+                "status": "dry_run",
+                "loopId": job.loop_id,
+                "escalations": [],
+            }
+        taken_up = state.taken_up or after_lines(source, state.legacy_lines)
+        begin = min([taken_up, *(lane.position for lane in state.lanes.values() if lane.waiting_count)])
+        new = 0
+        for record in source.read(begin):
+            late = record.start < taken_up
+            new += not late
+            if job.max_escalations and new > job.max_escalations:
+                break
+            line = parse_escalation(record, job.loop_id)
+            if isinstance(line, Unusable):
+                if not late:
+                    plans.append(
+                        {"line": record.end.line, "escalationId": line.id, "decision": line.reason_code}
+                    )
+                continue
+            resolution = router.resolve(line.category, line.severity)
+            delivery = Delivery(record, line, resolution, late)
+            sinks = []
+            for sink in resolution.selected:
+                lane = state.lanes.get(sink.id) or Lane(taken_up)
+                if late and (lane.position > record.start or not lane.waiting_count):
+                    continue
+                entry: JsonObject = {
+                    "id": sink.id,
+                    "type": sink.type,
+                    **plan_sink(sink, lane, state, resolution, now),
+                }
+                if show_payload and entry["decision"] in ("send", "wait"):
+                    entry["request"] = show_request(
+                        ADAPTERS[sink.type].build(sink, delivery, origin), redactor
+                    )
+                sinks.append(entry)
+            if late and not sinks:
+                continue
+            plan = {
+                "line": record.end.line,
+                "escalationId": line.id,
+                "category": line.category,
+                "eventSeverity": resolution.event_severity,
+                "minSeverity": resolution.min_severity,
+                "timestamp": line.timestamp,
+                "late": late,
+                "decision": decide(sinks, resolution),
+                "sinks": sinks,
+            }
+            plans.append({key: value for key, value in plan.items() if value is not None})
+    return {"schemaVersion": SCHEMA_VERSION, "status": "dry_run", "loopId": job.loop_id, "escalations": plans}
+
+
+def plan_sink(sink: Sink, lane: Lane, state: State, resolution: Resolution, now: float) -> JsonObject:
+    """What a pass would do with a record and one of the sinks that its route selects."""
+    if not resolution.should_dispatch:
+        why = f"severity {resolution.event_severity} is below the route's minimum {resolution.min_severity}"
+        return {"decision": "skip", "why": why}
+    if not sink.enabled:
+        return {"decision": "skip", "why": "the sink is disabled in the config"}
+    if sink not in resolution.dispatchable:
+        why = f"severity {resolution.event_severity} is below the sink's minimum {sink.min_severity}"
+        return {"decision": "skip", "why": why}
+    if not lane.due(now, state.sink_digest(sink)):
+        until = iso(lane.next_attempt_at or now)
+        return {"decision": "wait", "why": f"the sink failed ({lane.reason_code}); next attempt at {until}"}
+    return {"decision": "send"}
+
+
+def decide(sinks: Sequence[JsonObject], resolution: Resolution) -> str:
+    """One word, or the reason code that the record's row would have."""
+    if any(sink["decision"] == "send" for sink in sinks):
+        return "send"
+    if any(sink["decision"] == "wait" for sink in sinks):
+        return "wait"
+    return judge_row(resolution, [])[1] or "skip"
+
+
+def show_request(request: HttpRequest, redactor: Redactor) -> JsonObject:
+    """A request as it may be shown: secrets masked, of the URL only scheme and host."""
+    from urllib.parse import urlsplit
+
+    url = urlsplit(request.url)
+    port = f":{url.port}" if url.port else ""
+    headers = {name: redactor.mask(value) for name, value in request.headers.items()}
+    body: JsonObject = redactor.mask_value(json.loads(request.body))
+    return {"url": f"{url.scheme}://{url.hostname}{port}/…", "headers": headers, "body": body}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------------------
+
+Format = Literal["auto", "text", "json"]
+
+
+MAX_TIME_BUDGET = 86400
+MAX_LOOP_ID_BYTES = 200
+
+
+class Commands(click.Group):
+    """The command group: an option before any command means `dispatch`, as the host calls it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0].startswith("-") and args[0] not in ("--help", "--version", "-h"):
+            args = ["dispatch", *args]
+        return super().parse_args(ctx, args)
+
+
+def check_loop_id(_: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """A loop id names a folder: one path component, and nothing that leads elsewhere."""
+    if value is None:
+        return None
+    if value in ("", ".", "..") or value[0] == "-" or "/" in value or UNPRINTABLE.search(value):
+        text = f"{printable(value)!r} is no loop id: it is one path component, and does not start with -"
+        raise click.BadParameter(text, param=param)
+    if len(value.encode("utf-8", "surrogateescape")) > MAX_LOOP_ID_BYTES:
+        raise click.BadParameter(f"a loop id is at most {MAX_LOOP_ID_BYTES} bytes long", param=param)
+    return value
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Tell whether a person reads this stream, which may be closed."""
+    return stream is not None and stream.isatty()
+
+
+def wants_json(form: Format, pretty: bool) -> bool:
+    return form == "json" or pretty or (form == "auto" and not is_terminal(sys.stdout))
+
+
+def print_json(document: JsonObject, pretty: bool) -> None:
+    """Print one JSON object: on one line, or indented."""
+    if pretty:
+        text = json.dumps(mend_json(document), indent=2, ensure_ascii=False, allow_nan=False)
+    else:
+        text = encode_json(document).decode()
+    # JSON escapes the first 32 control characters by itself; a terminal may act on the others too.
+    unsafe = r"[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+    click.echo(re.sub(unsafe, lambda found: f"\\u{ord(found[0]):04x}", text))
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A plain table for people: every cell printable, the columns aligned."""
+    cells = [[str(cell) for cell in headings]]
+    cells += [[printable("-" if cell is None else str(cell)) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(headings))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
+    return "\n".join([click.style(lines[0], bold=True), *lines[1:]])
+
+
+CONTEXT = {"help_option_names": ["--help", "-h"], "show_default": True, "max_content_width": 100}
+
+repo_option = click.option(
+    "--repo",
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="The repository that the loop works on.",
+)
+loop_option = click.option(
+    "--loop", "loop_id", required=True, metavar="ID", callback=check_loop_id, help="The loop."
+)
+config_option = click.option(
+    "--alert-config-file",
+    envvar=CONFIG_ENV,
+    show_envvar=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    show_default=f"REPO/{DEFAULT_CONFIG}",
+    help="The sinks and routes.",
+)
+pretty_option = click.option("--pretty", is_flag=True, help="Print indented JSON.")
+format_option = click.option(
+    "--format",
+    "form",
+    type=click.Choice(["auto", "text", "json"]),
+    default="auto",
+    help="text for people, json for scripts; auto: text on a terminal, else JSON on one line.",
+)
+
+
+@click.group(cls=Commands, context_settings=CONTEXT, epilog=EXIT_CODES_HELP)
+@click.version_option(__version__, prog_name=PROGRAM)
+def cli() -> None:
+    """Deliver the escalations of a Superloop ops manager to webhooks, Slack and PagerDuty.
+
+    An option in place of a command means `dispatch`: so the ops manager calls it. `COMMAND --help` says
+    more about each command.
+    """
+
+
+@cli.command(epilog=EXIT_CODES_HELP)
+@repo_option
+@loop_option
+@click.option(
+    "--escalations-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    show_default="REPO/.superloop/ops-manager/LOOP/escalations.jsonl",
+    help="What is to be delivered: one JSON object a line.",
+)
+@click.option(
+    "--dispatch-state-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    show_default="REPO/.superloop/ops-manager/LOOP/alert-dispatch-state.json",
+    help="How far each sink has got.",
+)
+@click.option(
+    "--dispatch-telemetry-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    show_default="REPO/.superloop/ops-manager/LOOP/telemetry/alerts.jsonl",
+    help="What became of each escalation; alert-attempts.jsonl beside it has every attempt.",
+)
+@click.option(
+    "--trace-id",
+    envvar=TRACE_ENV,
+    show_envvar=True,
+    show_default="a new UUID",
+    help="Written into everything this pass writes.",
+)
+@config_option
+@click.option(
+    "--max-escalations",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Take up at most N new escalations; 0: all that are there.",
+)
+@click.option(
+    "--time-budget",
+    type=float,
+    default=30.0,
+    metavar="SECONDS",
+    help="More than 0. Start no new attempt after this time; one that has started gets its full timeout.",
+)
+@click.option("--strict", is_flag=True, help="Exit with 1 when any delivery failed or was put off.")
+@click.option(
+    "--dry-run", is_flag=True, help="Send and write nothing; say what would be sent where, and why."
+)
+@click.option("--show-payload", is_flag=True, help="With --dry-run: show the requests, secrets masked.")
+@format_option
+@pretty_option
+def dispatch(
+    repo: Path,
+    loop_id: str,
+    escalations_file: Path | None,
+    dispatch_state_file: Path | None,
+    dispatch_telemetry_file: Path | None,
+    trace_id: str | None,
+    alert_config_file: Path | None,
+    max_escalations: int,
+    time_budget: float,
+    strict: bool,
+    dry_run: bool,
+    show_payload: bool,
+    form: Format,
+    pretty: bool,
+) -> None:
+    """Deliver what is new, and what waits, to the sinks that should have it.
+
+    Prints the summary of the pass, which is also the state file's content. A sink that fails stops its own
+    lane only: what it has not taken waits for the next pass.
+    """
+    if show_payload and not dry_run:
+        raise click.UsageError("--show-payload goes with --dry-run")
+    if not 0 < time_budget <= MAX_TIME_BUDGET:  # NaN is neither
+        raise click.BadParameter(
+            f"{time_budget:g} is not more than 0 and at most {MAX_TIME_BUDGET}", param_hint="--time-budget"
+        )
+    usual = default_job(repo, loop_id, alert_config_file)
+    job = usual._replace(
+        trace_id=printable(trace_id) if trace_id else usual.trace_id,
+        escalations_file=absolute(escalations_file or usual.escalations_file),
+        state_file=absolute(dispatch_state_file or usual.state_file),
+        telemetry_file=absolute(dispatch_telemetry_file or usual.telemetry_file),
+        max_escalations=max_escalations,
+        time_budget=time_budget,
+    )
+    check_files(job)
+    if dry_run:
+        plan = plan_pass(job, os.environ, show_payload=show_payload)
+        if wants_json(form, pretty):
+            print_json(plan, pretty)
+        else:
+            click.echo(plan_text(plan))
+        return
+    with orderly_end() as stop, progress_bar(job) as progress:
+        summary = run_pass(job, os.environ, stop, progress)
+    if wants_json(form, pretty):
+        print_json(summary, pretty)
+    else:
+        click.echo(summary_text(summary))
+    if strict and (summary["failedCount"] or summary["lateFailedCount"] or summary["waitingCount"]):
+        raise click.exceptions.Exit(EXIT_CHECK_FAILED)
+
+
+def loop_folder(repo: Path, loop_id: str) -> Path:
+    """Where the host keeps a loop's files."""
+    return repo / ".superloop" / "ops-manager" / loop_id
+
+
+def absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))
+
+
+def check_files(job: Job) -> None:
+    """Refuse paths that would make the program overwrite what is not its own. Raises UsageError."""
+    files = {
+        "--escalations-file": job.escalations_file,
+        "--dispatch-state-file": job.state_file,
+        "--dispatch-telemetry-file": job.telemetry_file,
+        "the attempts file": job.attempts_file,
+        "--alert-config-file": job.config_file,
+    }
+    names = list(files)
+    for index, name in enumerate(names):
+        for other in names[index + 1 :]:
+            if os.path.realpath(files[name]) == os.path.realpath(files[other]):
+                raise click.UsageError(f"{name} and {other} are the same file: {files[name]}")
+    for name in names[1:4]:
+        if files[name].exists() and not files[name].is_file():
+            raise click.UsageError(f"{name} is not a regular file: {files[name]}")
+
+
+def default_job(repo: Path, loop_id: str, config_file: Path | None) -> Job:
+    """A job on the files where the host keeps them."""
+    repo = absolute(repo)
+    folder = loop_folder(repo, loop_id)
+    return Job(
+        repo=repo,
+        loop_id=loop_id,
+        trace_id=printable(os.environ.get(TRACE_ENV) or str(uuid.uuid4())),
+        escalations_file=folder / "escalations.jsonl",
+        state_file=folder / "alert-dispatch-state.json",
+        telemetry_file=folder / "telemetry" / "alerts.jsonl",
+        config_file=absolute(config_file or repo / DEFAULT_CONFIG),
+    )
+
+
+@contextlib.contextmanager
+def orderly_end() -> Iterator[threading.Event]:
+    """Let SIGTERM and SIGINT end a pass as its time budget would; a second one ends it at once."""
+    stop = threading.Event()
+
+    def ask(signum: int, _: object) -> None:
+        stop.set()
+        signal.signal(signum, signal.SIG_DFL)
+
+    before = {signum: signal.signal(signum, ask) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def progress_bar(job: Job) -> Iterator[Callable[[int], None]]:
+    """A progress bar for a backlog, where a person watches standard error."""
+    if not is_terminal(sys.stderr):
+        yield lambda _: None
+        return
+    state = State()
+    with contextlib.suppress(ValueError, KeyError, TypeError, DispatchError):
+        state = State.from_json(read_state_document(job.state_file) or {})
+    with Source(job.escalations_file, state.segments) as source:
+        new = source.count_lines(state.taken_up or source.first())
+    if job.max_escalations:
+        new = min(new, job.max_escalations)
+    if not new:
+        yield lambda _: None
+        return
+    with click.progressbar(length=new, label="Dispatching", file=sys.stderr) as bar:
+        yield bar.update
+
+
+STATUS_COLOURS = {"success": "green", "no_new_escalations": "green", "partial": "yellow", "failed": "red"}
+
+
+def summary_text(summary: JsonObject) -> str:
+    """The summary of a pass for people: what happened, and how each lane stands."""
+    status = summary["status"]
+    outcome = ", ".join(f"{summary[f'{word}Count']} {word}" for word in ("dispatched", "skipped", "failed"))
+    new = plural(summary["processedCount"], "new escalation")
+    coloured = click.style(status, fg=STATUS_COLOURS.get(status, "yellow"))
+    lines = [f"{coloured}  loop {summary['loopId']}, {new}: {outcome}"]
+    if summary["lateDispatchedCount"] or summary["lateFailedCount"]:
+        late = plural(summary["lateDispatchedCount"], "delivery")
+        lines.append(f"late: {late} that had waited, {summary['lateFailedCount']} given up")
+    if summary["failureReasonCodes"]:
+        lines.append(f"reasons: {', '.join(summary['failureReasonCodes'])}")
+    if lanes := summary.get("lanes"):
+        rows = [
+            (
+                sink_id,
+                lane["waitingCount"],
+                lane.get("oldestPendingAt"),
+                lane["deadLetterCount"],
+                lane.get("nextAttemptAt") if lane["consecutiveFailures"] else None,
+                cut(": ".join(filter(None, (lane.get("reasonCode"), lane.get("message")))), 60) or None,
+            )
+            for sink_id, lane in lanes.items()
+        ]
+        headings = ("SINK", "WAITING", "OLDEST", "DEAD LETTERS", "NEXT ATTEMPT", "LAST FAILURE")
+        lines += ["", table(headings, rows)]
+    return "\n".join(lines)
+
+
+def plan_text(plan: JsonObject) -> str:
+    """A dry run for people."""
+    if not plan["escalations"]:
+        return "Nothing waits: a pass would send nothing."
+    blocks = []
+    for item in plan["escalations"]:
+        head = f"line {item['line']}: {item.get('category', '(no category)')}"
+        if "eventSeverity" in item:
+            head += f", severity {item['eventSeverity']} (route's minimum {item['minSeverity']})"
+        head += " [late]" if item.get("late") else ""
+        lines = [click.style(printable(head), bold=True)]
+        for sink in item.get("sinks", []):
+            why = f": {sink['why']}" if "why" in sink else ""
+            lines.append(f"  {sink['decision']:5} {printable(sink['id'] + why)}")
+            if "request" in sink:
+                shown = json.dumps(sink["request"], indent=2, ensure_ascii=False)
+                lines += [f"        {printable(text)}" for text in shown.splitlines()]
+        if not item.get("sinks"):
+            lines.append(f"  skip  {item['decision']}")
+        blocks.append("\n".join(lines))
+    sends = sum(sink["decision"] == "send" for item in plan["escalations"] for sink in item.get("sinks", []))
+    end = f"A pass would make {plural(sends, 'delivery')} of {plural(len(blocks), 'escalation')}."
+    return "\n".join([*blocks, "", f"{end} Nothing was sent or written."])
+
+
+@cli.command(epilog=EXIT_CODES_HELP)
+@click.option(
+    "--config-file",
+    envvar=CONFIG_ENV,
+    show_envvar=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    show_default=f"./{DEFAULT_CONFIG}",
+    help="The sinks and routes.",
+)
+@click.option("--category", metavar="NAME", help="Show where an escalation of this category goes.")
+@click.option("--severity", metavar="LEVEL", help="With --category: the record's own severity.")
+@click.option(
+    "--list-sinks", is_flag=True, help="Print a line for each sink: id, type, enabled, tab-separated."
+)
+@click.option("--no-env-check", is_flag=True, help="Do not ask whether the secrets are set.")
+@pretty_option
+def config(
+    config_file: Path | None,
+    category: str | None,
+    severity: str | None,
+    list_sinks: bool,
+    no_env_check: bool,
+    pretty: bool,
+) -> None:
+    """Validate the config, and show what it says: sinks, routes, and where an escalation goes."""
+    if severity is not None and category is None:
+        raise click.UsageError("--severity requires --category")
+    if list_sinks and category is not None:
+        raise click.UsageError("--list-sinks does not go with --category")
+    level = normalise_severity(severity)
+    if severity is not None and level is None:
+        raise click.BadParameter(
+            f"{severity!r} is not one of {', '.join(SEVERITIES)}", param_hint="--severity"
+        )
+    if category is not None and not category.strip():
+        raise click.BadParameter("is empty", param_hint="--category")
+    path = absolute(config_file or DEFAULT_CONFIG)
+    loaded = load_config(path, os.environ, check_env=not no_env_check)
+    if list_sinks:
+        for sink in loaded.sinks.values():
+            click.echo(f"{sink.id}\t{sink.type}\t{json.dumps(sink.enabled)}")
+    elif category is not None:
+        print_json(resolution_document(loaded, Router(loaded).resolve(category.strip(), level)), pretty)
+    else:
+        print_json(config_document(loaded), pretty)
+
+
+def config_document(config: Config) -> JsonObject:
+    """What `config` prints: the whole config, resolved."""
+    return {
+        "schemaVersion": SCHEMA_VERSION,
+        "sourceFile": str(config.path),
+        "defaultMinSeverity": config.default_min_severity,
+        "sinks": [sink.summary() for sink in config.sinks.values()],
+        "enabledSinkCount": sum(sink.enabled for sink in config.sinks.values()),
+        "routing": config.routing,
+        "envStatus": config.env_status(),
+        "validation": {"envCheckEnabled": config.env_checked},
+    }
+
+
+def resolution_document(config: Config, resolution: Resolution) -> JsonObject:
+    """What `config --category` prints: where a record goes, and why."""
+    document = {
+        "schemaVersion": SCHEMA_VERSION,
+        "sourceFile": str(config.path),
+        "category": resolution.category,
+        "eventSeverity": resolution.event_severity,
+        "categoryMappedSeverity": resolution.mapped_severity,
+        "minSeverity": resolution.min_severity,
+        "shouldDispatch": resolution.should_dispatch,
+        "route": resolution.route,
+        "selectedSinks": [sink.describe() for sink in resolution.selected],
+        "dispatchableSinks": [sink.describe() for sink in resolution.dispatchable],
+        "envStatus": config.env_status(),
+        "validation": {"envCheckEnabled": config.env_checked},
+    }
+    return {key: value for key, value in document.items() if value is not None}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Status: is it working, what is stuck, why, what to do
+# ---------------------------------------------------------------------------------------------------------
+
+# Failure reasons are counted over this much of the end of the telemetry.
+RECENT_BYTES = 1 << 20
+
+Health = Literal["ok", "warning", "critical", "disabled", "unknown"]
+HEALTH_ORDER: tuple[Health, ...] = ("ok", "disabled", "unknown", "warning", "critical")
+# The monitoring-plugin convention: OK, WARNING, CRITICAL, UNKNOWN.
+PLUGIN_CODES = {"ok": 0, "disabled": 0, "warning": 1, "critical": 2, "unknown": 3}
+
+DISPATCH_FIELDS = (
+    *("status", "updatedAt", "processedCount", "dispatchedCount", "skippedCount", "failedCount"),
+    *("failureReasonCodes", "escalationsLineOffset", "escalationsLineCount"),
+)
+DELIVERY_FIELDS = (
+    *("timestamp", "status", "reasonCode", "escalationCategory", "eventSeverity", "sinkCount"),
+    *("dispatchedSinkCount", "failedSinkCount", "traceId", "escalationTraceId"),
+)
+
+
+def advise(reason_code: str | None, http_status: int | None, message: str | None) -> str:
+    """Say what to do about a failure."""
+    text = (message or "").lower()
+    if reason_code == "missing_secret":
+        return "set the variable in the environment that reconcile runs in"
+    if reason_code == "request_failed":
+        if "no such host" in text:
+            return "check the host name in the sink's URL, and this machine's DNS"
+        if "certificate" in text:
+            return "check the sink's certificate; for a private CA set REQUESTS_CA_BUNDLE"
+        if "refused" in text or "no connection" in text:
+            return "check that the sink is up and reachable from here (firewall, proxy)"
+        return "check that the sink is up; where it is only slow, raise its timeoutSeconds"
+    if http_status in (401, 403) or any(
+        word in text for word in ("invalid_token", "routing key", "routing_key")
+    ):
+        return "the credential is wrong or was revoked: make a new one and set its variable"
+    if "channel" in text and text in SLACK_SINK_ERRORS:
+        return "Slack does not let this webhook post to its channel: unarchive it, or set another one"
+    if http_status in (404, 405, 410) or text in SLACK_SINK_ERRORS:
+        return "the URL is wrong or was deleted: make a new one and set its variable"
+    if http_status is not None and 300 <= http_status < 400:
+        return "set the URL that the redirect leads to"
+    if http_status == 429:
+        return "the sink limits the rate: nothing to do, what waits goes out by itself"
+    if http_status is not None and http_status >= 500:
+        return "the sink has trouble of its own: nothing to do here, what waits goes out by itself"
+    if http_status is not None and 400 <= http_status < 500:
+        return "the sink does not take this record: read its answer, then redeliver or skip"
+    return "see the last rows of telemetry/alert-attempts.jsonl"
+
+
+def loop_status(job: Job, critical_after: float) -> JsonObject:
+    """How each sink of a loop fares. Needs neither config nor secrets; what it cannot know without, it says.
+
+    Raises StateError or StorageError.
+    """
+    now = time.time()
+    notes: list[str] = []
+    try:
+        document = read_state_document(job.state_file)
+        state = State.from_json(document or {})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        document, state = None, State()
+        notes.append(f"the state file {job.state_file} is damaged: the next pass rebuilds it from telemetry")
+    config: Config | None = None
+    try:
+        config = load_config(job.config_file, {}, check_env=False, known_digest=state.config_digest)
+    except ConfigError as error:
+        gone = not job.config_file.exists()
+        notes.append(f"config not read: {job.config_file} is not there" if gone else str(error))
+    new, pending = count_new(job, state, config)
+    if new and config is None:
+        notes.append(
+            f"{plural(new, 'escalation')} not taken up yet, for which sinks is not known without a config"
+        )
+    sink_ids = sorted({*state.lanes, *(config.sinks if config else ())})
+    sinks = [
+        sink_status(sink_id, config, state.lanes.get(sink_id), pending.get(sink_id), critical_after, now)
+        for sink_id in sink_ids
+    ]
+    status = (document or {}).get("status")
+    health: Health = max((sink["health"] for sink in sinks), key=HEALTH_ORDER.index, default="ok")
+    if document is None:
+        health = "unknown"
+        notes.append("no pass has run for this loop yet")
+    # None: it is not there, which is no fault where status is asked on another machine.
+    config_valid = None if config is None and not job.config_file.exists() else config is not None
+    if status == "config_invalid":
+        config_valid = False
+        notes.append(f"the last pass found the config invalid: {(document or {}).get('message')}")
+    if config_valid is False:
+        health = "critical"
+    last = last_row(job.telemetry_file)
+    return {
+        "schemaVersion": SCHEMA_VERSION,
+        "generatedAt": iso(now),
+        "repoPath": str(job.repo),
+        "loopId": job.loop_id,
+        "health": "ok" if health == "disabled" else health,
+        "alerts": {
+            "dispatch": document
+            and {
+                **{key: document.get(key) for key in DISPATCH_FIELDS},
+                "lastTraceId": document.get("traceId"),
+            },
+            "lastDelivery": last and {key: last.get(key) for key in DELIVERY_FIELDS},
+        },
+        "sinks": sinks,
+        "failureReasons": recent_failures(job.telemetry_file),
+        "untakenCount": new,
+        "configValid": config_valid,
+        "notes": notes,
+    }
+
+
+def count_new(job: Job, state: State, config: Config | None) -> tuple[int, dict[str, tuple[int, str | None]]]:
+    """Count what no pass has taken up yet: in all, and for each sink with the oldest one's timestamp."""
+    router = Router(config) if config else None
+    new = 0
+    pending: dict[str, tuple[int, str | None]] = {}
+    with Source(job.escalations_file, state.segments) as source:
+        if not source.segments:
+            return 0, {}
+        start = state.taken_up or after_lines(source, state.legacy_lines)
+        for record in source.read(source.readable_from(start) or start):
+            new += 1
+            line = parse_escalation(record, job.loop_id)
+            if router is None or isinstance(line, Unusable):
+                continue
+            for sink in router.resolve(line.category, line.severity).dispatchable:
+                count, oldest = pending.get(sink.id, (0, line.timestamp))
+                pending[sink.id] = (count + 1, oldest)
+    return new, pending
+
+
+def sink_status(
+    sink_id: str,
+    config: Config | None,
+    lane: Lane | None,
+    new: tuple[int, str | None] | None,
+    critical_after: float,
+    now: float,
+) -> JsonObject:
+    """How one sink fares."""
+    sink = config.sinks.get(sink_id) if config else None
+    lane = lane or Lane(Position(1, 0, 0))
+    lag = lane.waiting_count + (new[0] if new else 0)
+    health: Health = "ok"
+    if sink is not None and not sink.enabled:
+        health = "disabled"
+    elif lane.failing_since is not None and now - lane.failing_since > critical_after:
+        health = "critical"
+    elif lag or lane.consecutive_failures or lane.dead_letter_count:
+        health = "warning"
+    next_attempt = lane.next_attempt_at if lane.consecutive_failures else None
+    return {
+        "id": sink_id,
+        "type": sink.type if sink else None,
+        "enabled": sink.enabled if sink else None,
+        "health": health,
+        "lagCount": lag,
+        "oldestPendingAt": lane.oldest_pending_at or (new[1] if new else None),
+        "lastSuccessAt": iso(lane.last_success_at) if lane.last_success_at else None,
+        "lastFailureAt": iso(lane.last_failure_at) if lane.last_failure_at else None,
+        "reasonCode": lane.reason_code,
+        "httpStatus": lane.http_status,
+        "message": lane.message,
+        "consecutiveFailures": lane.consecutive_failures,
+        "nextAttemptAt": iso(next_attempt) if next_attempt else None,
+        "deadLetterCount": lane.dead_letter_count,
+        "deliveredCount": lane.delivered_count,
+        "failedAttemptCount": lane.failed_attempt_count,
+    }
+
+
+def last_lines(path: Path, size: int) -> list[bytes]:
+    """The whole lines in the last `size` bytes of a file, as far as there are any."""
+    try:
+        with path.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - size))
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise storage_error("read", path, error) from None
+    return lines[1:] if end > size else lines
+
+
+def last_row(path: Path) -> JsonObject | None:
+    """The last line of the telemetry, as the status script reads it; None where it is no row."""
+    for size in (RECENT_BYTES, 2 * MAX_RECORD_BYTES):
+        if lines := last_lines(path, size):
+            with contextlib.suppress(ValueError):
+                row = json.loads(lines[-1])
+                return row if isinstance(row, dict) else None
+    return None
+
+
+def recent_failures(path: Path) -> list[JsonObject]:
+    """Count the failure reasons at the end of the telemetry, most frequent first."""
+    found: dict[str, JsonObject] = {}
+    for line in last_lines(path, RECENT_BYTES):
+        row: JsonObject = {}
+        with contextlib.suppress(ValueError):
+            row = mapping(json.loads(line))
+        if row.get("status") not in ("failed", "partial", "failed_command"):
+            continue
+        sinks = row.get("sinks")
+        entries = [mapping(entry) for entry in sinks] if isinstance(sinks, list) else []
+        codes = {entry.get("reasonCode") for entry in entries if entry.get("status") == "failed"}
+        for code in codes or {row.get("reasonCode")}:
+            if isinstance(code, str):
+                reason = found.setdefault(code, {"reasonCode": code, "count": 0, "lastSeenAt": None})
+                reason["count"] += 1
+                reason["lastSeenAt"] = row.get("timestamp")
+    return sorted(found.values(), key=lambda reason: (-reason["count"], reason["reasonCode"]))
+
+
+def verdict_of(status: JsonObject) -> tuple[str, str | None]:
+    """The state of a loop in one sentence, and what to do about it."""
+    if status["configValid"] is False:
+        return (
+            "the config is invalid: nothing is sent",
+            "run `config`, mend what it names; then all that waits goes out",
+        )
+    if status["alerts"]["dispatch"] is None:
+        return "no pass has run yet", "run `dispatch`, or hook it into reconcile"
+    failing = [
+        sink for sink in status["sinks"] if sink["consecutiveFailures"] and sink["health"] != "disabled"
+    ]
+    if failing:
+        sink = max(failing, key=lambda sink: HEALTH_ORDER.index(sink["health"]))
+        why = ": ".join(filter(None, (sink["reasonCode"], sink["message"])))
+        words = f"{sink['id']} is failing ({why}), {plural(sink['lagCount'], 'delivery')} waiting"
+        return words, advise(sink["reasonCode"], sink["httpStatus"], sink["message"])
+    if lagging := [sink for sink in status["sinks"] if sink["lagCount"] and sink["health"] != "disabled"]:
+        waiting = sum(sink["lagCount"] for sink in lagging)
+        return (
+            f"{plural(waiting, 'delivery')} waiting",
+            "the next pass goes on with them; run `dispatch` to do so now",
+        )
+    if dead := sum(sink["deadLetterCount"] for sink in status["sinks"]):
+        return plural(dead, "dead letter"), "run `redeliver --dead-letters`"
+    if status["untakenCount"] and status["configValid"] is None:
+        return f"{plural(status['untakenCount'], 'escalation')} not taken up yet", "run `dispatch`"
+    if status["sinks"] and all(sink["enabled"] is False for sink in status["sinks"]):
+        return "no sink is enabled: nothing is sent", 'set "enabled": true on a sink in the config'
+    return "nothing waits: all that was taken up is delivered, or its row says why not", None
+
+
+def status_text(status: JsonObject) -> str:
+    """The status of a loop for people."""
+    colours = {"ok": "green", "warning": "yellow", "critical": "red", "unknown": "yellow"}
+    words, advice = verdict_of(status)
+    head = click.style(status["health"].upper(), fg=colours[status["health"]], bold=True)
+    lines = [f"{head}  loop {status['loopId']}: {printable(words)}"]
+    if advice:
+        lines.append(f"What to do: {advice}")
+    rows = [
+        (
+            sink["id"],
+            sink["health"],
+            sink["lagCount"],
+            sink["oldestPendingAt"],
+            sink["lastSuccessAt"],
+            sink["lastFailureAt"],
+            sink["consecutiveFailures"],
+            sink["nextAttemptAt"],
+            sink["deadLetterCount"],
+            cut(": ".join(filter(None, (sink["reasonCode"], sink["message"]))), 80) or None,
+        )
+        for sink in status["sinks"]
+    ]
+    headings = ("SINK", "HEALTH", "LAG", "OLDEST", "LAST SUCCESS", "LAST FAILURE", "FAILURES")
+    if rows:
+        lines += ["", table((*headings, "NEXT ATTEMPT", "DEAD", "REASON"), rows)]
+    if status["failureReasons"]:
+        reasons = (
+            f"{r['reasonCode']} {r['count']} (last {r['lastSeenAt']})" for r in status["failureReasons"]
+        )
+        lines += ["", f"Recent failures: {printable(', '.join(reasons))}"]
+    return "\n".join([*lines, *(f"note: {printable(note)}" for note in status["notes"])])
+
+
+def prometheus_text(statuses: Sequence[JsonObject]) -> str:
+    """The status of loops as text exposition, for node_exporter's textfile collector.
+
+    Prometheus, "Exposition formats": a label's value escapes backslash, quote and line feed.
+    """
+
+    def labels(**pairs: str) -> str:
+        escaped = {
+            key: value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+            for key, value in pairs.items()
+        }
+        return "{" + ",".join(f'{key}="{value}"' for key, value in escaped.items()) + "}"
+
+    def age(moment: str | None) -> float | None:
+        written = parse_time(moment)
+        return None if written is None else max(0.0, round(time.time() - written, 3))
+
+    families: list[tuple[str, str, str, Callable[[JsonObject], float | None]]] = [
+        ("lag", "gauge", "Deliveries that wait for the sink.", lambda s: s["lagCount"]),
+        (
+            "oldest_pending_age_seconds",
+            "gauge",
+            "Age of the oldest delivery that waits.",
+            lambda s: age(s["oldestPendingAt"]) if s["lagCount"] else 0,
+        ),
+        (
+            "last_success_timestamp_seconds",
+            "gauge",
+            "When the sink last took a delivery.",
+            lambda s: parse_time(s["lastSuccessAt"]),
+        ),
+        ("consecutive_failures", "gauge", "Failed attempts in a row.", lambda s: s["consecutiveFailures"]),
+        ("dead_letters", "gauge", "Deliveries given up for good.", lambda s: s["deadLetterCount"]),
+    ]
+    lines: list[str] = []
+    for name, kind, text, value_of in families:
+        metric = f"ops_alert_dispatch_{name}"
+        lines += [f"# HELP {metric} {text}", f"# TYPE {metric} {kind}"]
+        for status in statuses:
+            for sink in status["sinks"]:
+                value = value_of(sink)
+                if value is not None:
+                    lines.append(f"{metric}{labels(loop=status['loopId'], sink=sink['id'])} {value:.15g}")
+    metric = "ops_alert_dispatch_deliveries_total"
+    lines += [f"# HELP {metric} Attempts by what came of them.", f"# TYPE {metric} counter"]
+    for status in statuses:
+        for sink in status["sinks"]:
+            for outcome, key in (("delivered", "deliveredCount"), ("failed", "failedAttemptCount")):
+                found = labels(loop=status["loopId"], sink=sink["id"], outcome=outcome)
+                lines.append(f"{metric}{found} {sink[key]}")
+    return "\n".join(lines)
+
+
+def loops_of(repo: Path) -> list[str]:
+    """The loops of a repo that have escalations or a dispatcher's state. `fleet` is no loop."""
+    folder = repo / ".superloop" / "ops-manager"
+    names = ("escalations.jsonl", "alert-dispatch-state.json")
+    try:
+        found = [entry.name for entry in folder.iterdir() if any((entry / name).exists() for name in names)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise storage_error("read", folder, error) from None
+    return sorted(name for name in found if name != "fleet" and not UNPRINTABLE.search(name))
+
+
+@cli.command(epilog=EXIT_CODES_HELP)
+@repo_option
+@click.option(
+    "--loop", "loop_id", metavar="ID", callback=check_loop_id, show_default="all loops", help="The loop."
+)
+@config_option
+@click.option(
+    "--check", is_flag=True, help="One line for a monitor; exit 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN."
+)
+@click.option(
+    "--critical-after",
+    type=click.FloatRange(min=0),
+    default=900.0,
+    metavar="SECONDS",
+    help="A sink that has been failing for longer is critical.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["auto", "text", "json", "prometheus"]),
+    default="auto",
+    help="text for people, json for scripts, prometheus for a textfile collector; auto: text on a terminal.",
+)
+@pretty_option
+def status(
+    repo: Path,
+    loop_id: str | None,
+    alert_config_file: Path | None,
+    check: bool,
+    critical_after: float,
+    form: str,
+    pretty: bool,
+) -> None:
+    """Say how each sink of a loop fares, what is stuck, why, and what to do. Changes nothing."""
+    try:
+        loops = [loop_id] if loop_id else loops_of(absolute(repo))
+        statuses = [loop_status(default_job(repo, loop, alert_config_file), critical_after) for loop in loops]
+    except DispatchError as error:
+        if not check:
+            raise
+        # A monitor knows 0 to 3, and one line on standard output.
+        click.echo(printable(f"ALERT DISPATCH UNKNOWN: {str(error).replace(chr(10), ';')}"))
+        raise click.exceptions.Exit(PLUGIN_CODES["unknown"]) from None
+    if check:
+        worst = max(
+            (s["health"] for s in statuses), key=lambda h: (0, 1, 3, 2)[PLUGIN_CODES[h]], default="unknown"
+        )
+        words = [f"{s['loopId']}: {verdict_of(s)[0]}" for s in statuses if s["health"] == worst]
+        named = next(word for word in ("OK", "WARNING", "CRITICAL", "UNKNOWN") if word.lower() == worst)
+        click.echo(
+            printable(f"ALERT DISPATCH {named}: {'; '.join(words) or 'no loop has escalations or a state'}")
+        )
+        raise click.exceptions.Exit(PLUGIN_CODES[worst])
+    if form == "prometheus":
+        click.echo(prometheus_text(statuses))
+    elif form == "json" or pretty or (form == "auto" and not is_terminal(sys.stdout)):
+        print_json(statuses[0] if loop_id else {"loops": statuses}, pretty)
+    else:
+        click.echo("\n\n".join(map(status_text, statuses)) or "No loop of this repo has escalations.")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What an operator does: test, redeliver, skip, init
+# ---------------------------------------------------------------------------------------------------------
+
+
+def attempt_once(sink: Sink, delivery: Delivery, origin: Origin, redactor: Redactor) -> tuple[Verdict, float]:
+    """Make one attempt outside of any lane, within the timeout. Returns what came of it, and seconds."""
+    began = time.monotonic()
+    results: list[Verdict] = []
+    client = Client(sink.timeout_seconds)
+    worker = threading.Thread(
+        target=lambda: results.append(make_attempt(sink, client, delivery, origin, redactor)), daemon=True
+    )
+    worker.start()
+    worker.join(sink.timeout_seconds + TIMEOUT_GRACE)
+    timed_out = Verdict(
+        "retry", "request_failed", message=f"no complete answer within {sink.timeout_seconds:g} s"
+    )
+    return (results[0] if results else timed_out), time.monotonic() - began
+
+
+def outcome_text(verdict: Verdict) -> str:
+    """What came of an attempt, in words."""
+    if verdict.outcome == "delivered":
+        return f"delivered ({verdict.http_status})"
+    answer = f" {verdict.http_status}" if verdict.http_status is not None else ""
+    return f"{verdict.reason_code}{answer}" + (f": {verdict.message}" if verdict.message else "")
+
+
+@cli.command("test", epilog=EXIT_CODES_HELP)
+@click.option(
+    "--repo",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    default=Path(),
+    show_default="the current folder",
+    help="The repository whose config is meant.",
+)
+@config_option
+@click.option(
+    "--sink", "sink_ids", multiple=True, metavar="ID", help="Only this sink, enabled or not. Repeatable."
+)
+@click.option("--severity", default="info", metavar="LEVEL", help="The severity of the test alert.")
+@format_option
+@pretty_option
+def send_test(
+    repo: Path,
+    alert_config_file: Path | None,
+    sink_ids: tuple[str, ...],
+    severity: str,
+    form: Format,
+    pretty: bool,
+) -> None:
+    """Send one clearly marked test alert to each enabled sink, and say what came of it.
+
+    Goes through the real adapters with the real credentials, and touches no offset.
+    """
+    level = normalise_severity(severity)
+    if level is None:
+        raise click.BadParameter(
+            f"{severity!r} is not one of {', '.join(SEVERITIES)}", param_hint="--severity"
+        )
+    repo = absolute(repo)
+    loaded = load_config(
+        absolute(alert_config_file or repo / DEFAULT_CONFIG), os.environ, check_env=not sink_ids
+    )
+    unknown = [sink_id for sink_id in sink_ids if sink_id not in loaded.sinks]
+    if unknown:
+        raise click.BadParameter(
+            f"there is no sink {unknown[0]!r}; {suggest(unknown[0], list(loaded.sinks))}", param_hint="--sink"
+        )
+    chosen = [sink for sink in loaded.sinks.values() if (sink.id in sink_ids if sink_ids else sink.enabled)]
+    faults = check_secrets({"sinks": {s.id: {**s.settings, "enabled": True} for s in chosen}}, os.environ)
+    if faults:
+        raise config_error(loaded.path, faults)
+    if not chosen:
+        raise click.UsageError("no sink is enabled; name one with --sink ID, or enable one in the config")
+    trace_id = printable(os.environ.get(TRACE_ENV) or str(uuid.uuid4()))
+    body = {
+        "timestamp": iso(time.time()),
+        "loopId": PROGRAM,
+        "traceId": trace_id,
+        "category": "test_alert",
+        "severity": level,
+        "transport": "local",
+        "message": "This is a test alert. Nothing is wrong, and there is nothing to do.",
+    }
+    results = []
+    for sink in chosen:
+        delivery = delivery_of(encode_json(body), Router(loaded), PROGRAM, Position(1, 0, 0))
+        origin = Origin(str(repo), trace_id, time.time())
+        verdict, seconds = attempt_once(sink, delivery, origin, loaded.redactor())
+        result: JsonObject = {
+            "id": sink.id,
+            "type": sink.type,
+            "status": "success" if verdict.outcome == "delivered" else "failed",
+            "httpStatus": verdict.http_status,
+            "reasonCode": verdict.reason_code,
+            "message": verdict.message if verdict.outcome != "delivered" else None,
+            "durationMs": round(seconds * 1000),
+        }
+        if verdict.outcome != "delivered":
+            result["advice"] = advise(verdict.reason_code, verdict.http_status, verdict.message)
+        results.append(result)
+        if not wants_json(form, pretty):
+            colour = "green" if verdict.outcome == "delivered" else "red"
+            said = click.style(printable(outcome_text(verdict)), fg=colour)
+            click.echo(f"{sink.id}: {said}, {result['durationMs']} ms")
+            if "advice" in result:
+                click.echo(f"  what to do: {result['advice']}")
+    if wants_json(form, pretty):
+        print_json({"schemaVersion": SCHEMA_VERSION, "sinks": results}, pretty)
+    if any(result["status"] == "failed" for result in results):
+        raise click.exceptions.Exit(EXIT_CHECK_FAILED)
+
+
+def delivery_of(line: bytes, router: Router, loop_id: str, place: Position) -> Delivery:
+    """A delivery of a line that is an escalation. Raises ValueError where it is none."""
+    record = Record(
+        place, place._replace(offset=place.offset + len(line) + 1, line=place.line + 1), line, len(line)
+    )
+    escalation = parse_escalation(record, loop_id)
+    if isinstance(escalation, Unusable):
+        raise ValueError(escalation.reason_code)
+    return Delivery(record, escalation, router.resolve(escalation.category, escalation.severity), late=True)
+
+
+class Redelivery(NamedTuple):
+    """A delivery that an operator asks for again, and what its rows say of its place."""
+
+    sink: Sink
+    delivery: Delivery
+    place: JsonObject
+    dead_letter: bool
+
+
+def find_redeliveries(
+    job: Job,
+    config: Config,
+    state: State,
+    *,
+    dead_letters: bool,
+    escalation: str | None,
+    lines: tuple[int, int | None] | None,
+    sink_id: str | None,
+) -> list[Redelivery]:
+    """Find what an operator asks to be sent again. What still waits in a lane goes out by itself."""
+    router = Router(config)
+    dead = find_dead_letters(job)
+    found: dict[tuple[str, str], Redelivery] = {}
+
+    def add(delivery: Delivery, place: JsonObject, sink_ids: Iterable[str]) -> None:
+        for name in sink_ids:
+            sink, lane = config.sinks.get(name), state.lanes.get(name)
+            key = (delivery.escalation.id, name)
+            waits = lane is not None and lane.position <= delivery.record.start and key not in dead
+            if (
+                sink is not None
+                and not waits
+                and sink_id in (None, name)
+                and (not dead_letters or key in dead)
+            ):
+                found[key] = Redelivery(sink, delivery, place, key in dead)
+
+    if lines is not None:
+        with Source(job.escalations_file, state.segments) as source:
+            if source.current is None:
+                return []
+            for record in source.read(Position(source.current.number, 0, 0)):
+                if record.end.line < lines[0] or (lines[1] is not None and record.end.line > lines[1]):
+                    continue
+                line = parse_escalation(record, job.loop_id)
+                if isinstance(line, Unusable):
+                    continue
+                resolution = router.resolve(line.category, line.severity)
+                delivery = Delivery(record, line, resolution, late=True)
+                add(delivery, record_place(record, source), [sink.id for sink in resolution.dispatchable])
+        return list(found.values())
+    rows, _ = loop_rows(job, job.telemetry_file, Checkpoint())
+    for row in rows:
+        identity = row.get("escalationId")
+        if not isinstance(row.get("escalation"), dict) or (escalation is not None and identity != escalation):
+            continue
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            end, place = end_of_row(row), row["position"]
+            start = Position(end.segment, int(place["offset"]), end.line - 1)
+            delivery = delivery_of(encode_json(row["escalation"]), router, job.loop_id, start)
+            delivery = delivery._replace(escalation=delivery.escalation._replace(id=str(identity)))
+            add(delivery, place, [str(entry["id"]) for entry in row["sinks"]])
+    return list(found.values())
+
+
+def redeliver_all(
+    job: Job, state: State, config: Config, wanted: Sequence[Redelivery]
+) -> list[tuple[Redelivery, Verdict]]:
+    """Send again what an operator asked for, under the same ids, and write down what came of it."""
+    redactor = config.redactor()
+    results: list[tuple[Redelivery, Verdict]] = []
+    with Source(job.escalations_file, state.segments) as source:
+        ledger = Ledger(job, state, source, redactor)
+        ledger.prepare()
+        for item in wanted:
+            origin = Origin(str(job.repo), job.trace_id, time.time())
+            verdict, seconds = attempt_once(item.sink, item.delivery, origin, redactor)
+            ledger.record_redelivery(
+                item.sink, item.delivery, verdict, place=item.place, dead=item.dead_letter, duration=seconds
+            )
+            results.append((item, verdict))
+        ledger.flush()
+        save_lanes(job, state, source)
+    return results
+
+
+def save_lanes(job: Job, state: State, source: Source) -> None:
+    """Write the lanes as an operator's command has left them; what the last pass published stays."""
+    state.segments = source.segments
+    document = {**state.published, **state.to_json(source), **count_lanes(state)}
+    replace_file(job.state_file, encode_json(document) + b"\n", durable=True)
+
+
+@contextlib.contextmanager
+def operator_session(job: Job) -> Iterator[tuple[Config, State]]:
+    """Hold a loop's lock, with its config and state at hand, for a command that changes it."""
+    with loop_lock(job.lock_file, wait=10.0) as held:
+        if not held:
+            raise StateError(
+                f"another pass works on loop {job.loop_id}", ["wait until it has ended, then try again"]
+            )
+        loaded = load_config(job.config_file, os.environ)
+        state = load_state(job)
+        if state.taken_up is None:
+            raise StateError(f"no pass has run for loop {job.loop_id} yet", ["run `dispatch` first"])
+        yield loaded, state
+
+
+yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
+
+
+@cli.command(epilog=EXIT_CODES_HELP)
+@repo_option
+@loop_option
+@config_option
+@click.option("--dead-letters", is_flag=True, help="All dead letters.")
+@click.option("--id", "escalation", metavar="ESCALATION_ID", help="One escalation.")
+@click.option(
+    "--from-line", type=click.IntRange(min=1), metavar="N", help="From this line of escalations.jsonl …"
+)
+@click.option("--to-line", type=click.IntRange(min=1), metavar="M", help="… to this one, or to the end.")
+@click.option("--sink", "sink_id", metavar="ID", help="To this sink only.")
+@yes_option
+def redeliver(
+    repo: Path,
+    loop_id: str,
+    alert_config_file: Path | None,
+    dead_letters: bool,
+    escalation: str | None,
+    from_line: int | None,
+    to_line: int | None,
+    sink_id: str | None,
+    yes: bool,
+) -> None:
+    """Send again what was given up, skipped or delivered, under the same ids.
+
+    Shows what it will send and asks. A dead letter that is delivered is one no longer. What still waits in a
+    lane is left to it.
+    """
+    if (dead_letters + (escalation is not None) + (from_line is not None)) != 1:
+        raise click.UsageError("say what: one of --dead-letters, --id, --from-line")
+    if to_line is not None and from_line is None:
+        raise click.UsageError("--to-line goes with --from-line")
+    job = default_job(repo, loop_id, alert_config_file)
+
+    def find(loaded: Config, state: State) -> list[Redelivery]:
+        lines = None if from_line is None else (from_line, to_line)
+        return find_redeliveries(
+            job,
+            loaded,
+            state,
+            dead_letters=dead_letters,
+            escalation=escalation,
+            lines=lines,
+            sink_id=sink_id,
+        )
+
+    with operator_session(job) as (loaded, state):
+        if sink_id is not None and sink_id not in loaded.sinks:
+            raise click.BadParameter(
+                f"there is no sink {sink_id!r}; {suggest(sink_id, list(loaded.sinks))}", param_hint="--sink"
+            )
+        wanted = find(loaded, state)
+    if not wanted:
+        click.echo("Nothing to redeliver. What still waits in a lane goes out by itself: see `status`.")
+        return
+    rows = [
+        (w.delivery.escalation.id, w.sink.id, w.delivery.escalation.category, w.delivery.escalation.timestamp)
+        for w in wanted
+    ]
+    click.echo(table(("ESCALATION", "SINK", "CATEGORY", "TIMESTAMP"), rows))
+    if not yes:
+        click.confirm(f"Send {plural(len(wanted), 'delivery')}?", abort=True)
+    # No lock was held while a person thought: what another redelivery has sent since is not sent again.
+    shown = {(w.delivery.escalation.id, w.sink.id) for w in wanted}
+    failed = 0
+    with operator_session(job) as (loaded, state):
+        wanted = [w for w in find(loaded, state) if (w.delivery.escalation.id, w.sink.id) in shown]
+        for item, verdict in redeliver_all(job, state, loaded, wanted):
+            failed += verdict.outcome != "delivered"
+            click.echo(printable(f"{item.delivery.escalation.id} to {item.sink.id}: {outcome_text(verdict)}"))
+            if verdict.outcome != "delivered":
+                click.echo(
+                    f"  what to do: {advise(verdict.reason_code, verdict.http_status, verdict.message)}"
+                )
+    if failed:
+        raise click.exceptions.Exit(EXIT_CHECK_FAILED)
+
+
+@cli.command(epilog=EXIT_CODES_HELP)
+@repo_option
+@loop_option
+@config_option
+@click.option("--sink", "sink_id", required=True, metavar="ID", help="The sink whose backlog is given up.")
+@click.option(
+    "--to-line", type=click.IntRange(min=1), metavar="N", show_default="all", help="Up to this line."
+)
+@yes_option
+def skip(
+    repo: Path, loop_id: str, alert_config_file: Path | None, sink_id: str, to_line: int | None, yes: bool
+) -> None:
+    """Give up what waits for a sink, on purpose and on record; `redeliver` can send it later."""
+    job = default_job(repo, loop_id, alert_config_file)
+    with operator_session(job) as (loaded, state), Source(job.escalations_file, state.segments) as source:
+        newest = source.current.number if source.current else 0
+        waiting = [
+            delivery
+            for delivery in find_backlog(job, loaded, state, source, sink_id)
+            if to_line is None
+            or delivery.record.start.segment < newest
+            or delivery.record.end.line <= to_line
+        ]
+    if not waiting:
+        click.echo("Nothing waits there.")
+        return
+    oldest = waiting[0].escalation.timestamp or "unknown time"
+    found = f"{plural(len(waiting), 'delivery')} to {sink_id} waiting, the oldest of {oldest}."
+    click.echo(printable(found))
+    if not yes:
+        click.confirm("Give them up?", abort=True)
+    # No lock was held while a person thought: what a pass has delivered since then is not skipped.
+    shown = {delivery.escalation.id for delivery in waiting}
+    with operator_session(job) as (loaded, state), Source(job.escalations_file, state.segments) as source:
+        ledger = Ledger(job, state, source, loaded.redactor())
+        verdict = Verdict("skipped", SKIPPED_BY_OPERATOR, message="given up by an operator")
+        backlog = find_backlog(job, loaded, state, source, sink_id)
+        count = next((i for i, d in enumerate(backlog) if d.escalation.id not in shown), len(backlog))
+        ledger.prepare()
+        for delivery in backlog[:count]:
+            ledger.record_attempt(loaded.sinks[sink_id], delivery, verdict, attempt=0, duration=0.0)
+        lane = state.lanes[sink_id]
+        lane.oldest_pending_at = backlog[count].escalation.timestamp if count < len(backlog) else None
+        if lane.oldest_pending_at is None:
+            lane.lagging_since = None
+        ledger.flush()
+        save_lanes(job, state, source)
+    click.echo(f"{plural(count, 'delivery')} skipped. To send them after all: redeliver --from-line or --id.")
+
+
+def find_backlog(job: Job, config: Config, state: State, source: Source, sink_id: str) -> list[Delivery]:
+    """What waits in a sink's lane, in order. Raises BadParameter where there is no such lane."""
+    lane, sink = state.lanes.get(sink_id), config.sinks.get(sink_id)
+    if lane is None or sink is None or state.taken_up is None:
+        raise click.BadParameter(
+            f"there is no lane {sink_id!r}; {suggest(sink_id, list(state.lanes))}", param_hint="--sink"
+        )
+    router = Router(config)
+    return [
+        delivery
+        for start, stop in lane.ranges(min(lane.disabled_at or state.taken_up, state.taken_up))
+        for record in source.read(start, stop)
+        if (delivery := waiting_delivery(record, sink, router, job.loop_id)) is not None
+    ]
+
+
+def waiting_delivery(record: Record, sink: Sink, router: Router, loop_id: str) -> Delivery | None:
+    """A record that waits in a sink's lane, enabled or not; None where it is not for that sink."""
+    line = parse_escalation(record, loop_id)
+    if isinstance(line, Unusable):
+        return None
+    resolution = router.resolve(line.category, line.severity)
+    if not resolution.should_dispatch or all(other.id != sink.id for other in resolution.selected):
+        return None
+    if not at_least(resolution.event_severity, sink.min_severity or resolution.min_severity):
+        return None
+    return Delivery(record, line, resolution, late=True)
+
+
+def initial_config() -> JsonObject:
+    """What `init` writes: the three sinks, disabled, with good defaults."""
+    return {
+        "schemaVersion": SCHEMA_VERSION,
+        "defaultMinSeverity": "warning",
+        "sinks": {
+            "webhook-default": {
+                "enabled": False,
+                "type": "webhook",
+                "urlEnv": "OPS_MANAGER_ALERT_WEBHOOK_URL",
+                "timeoutSeconds": 5,
+            },
+            "slack-default": {
+                "enabled": False,
+                "type": "slack",
+                "webhookUrlEnv": "OPS_MANAGER_ALERT_SLACK_WEBHOOK_URL",
+                "timeoutSeconds": 5,
+            },
+            "pagerduty-default": {
+                "enabled": False,
+                "type": "pagerduty_events",
+                "routingKeyEnv": "OPS_MANAGER_ALERT_PAGERDUTY_ROUTING_KEY",
+                "timeoutSeconds": 5,
+            },
+        },
+        "routing": {
+            "defaultSinks": ["slack-default", "webhook-default"],
+            "categorySeverity": {
+                "divergence_detected": "warning",
+                "health_critical": "critical",
+                "health_degraded": "warning",
+                "ordering_drift_detected": "warning",
+                "profile_drift_detected": "info",
+            },
+            "routes": [
+                {
+                    "category": "health_critical",
+                    "sinks": ["pagerduty-default", "slack-default", "webhook-default"],
+                },
+                {"category": "profile_drift_detected", "minSeverity": "info"},
+            ],
+        },
+        "delivery": {
+            "maxAttemptsPerPass": 3,
+            "backoffSeconds": {"initial": 30, "max": 900},
+            "giveUpAfterSeconds": 86400,
+        },
+    }
+
+
+@cli.command(epilog=EXIT_CODES_HELP)
+@repo_option
+def init(repo: Path) -> None:
+    """Write a config with three sinks, disabled, and say what to set next. Never overwrites."""
+    path = absolute(repo) / DEFAULT_CONFIG
+    if path.exists() or path.is_symlink():
+        raise click.UsageError(f"{path} is there already, and is left as it is")
+    replace_file(path, json.dumps(initial_config(), indent=2).encode() + b"\n", durable=True)
+    click.echo(f"Wrote {path}. Next, for each sink that you want:")
+    for sink_id, sink in initial_config()["sinks"].items():
+        names = [value for key, value in sink.items() if key.endswith("Env")]
+        click.echo(
+            f'  {sink_id}: set {", ".join(names)} where reconcile runs, and "enabled": true in the config'
+        )
+    click.echo(f"Then: {PROGRAM} test --repo {printable(str(repo))}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Demo
+# ---------------------------------------------------------------------------------------------------------
+
+
+def demo_escalations(loop_id: str) -> list[JsonObject]:
+    """One escalation of each category, over both transports, as the host's writers make them."""
+
+    def record(category: str, transport: str, **fields: object) -> JsonObject:
+        common = {"timestamp": iso(time.time()), "loopId": loop_id, "traceId": str(uuid.uuid4())}
+        return {**common, "category": category, "transport": transport, **fields}
+
+    def reason(code: str, severity: str, metric: str, observed: str, threshold: str) -> JsonObject:
+        named = {"code": code, "severity": severity, "metric": metric}
+        return {**named, "observed": observed, "threshold": threshold}
+
+    return [
+        record(
+            "health_critical",
+            "local",
+            healthStatus="critical",
+            ingestStatus="success",
+            reasonCodes=["ingest_stale"],
+            reasons=[reason("ingest_stale", "critical", "ingestLagSeconds", "4210", "900")],
+        ),
+        record(
+            "health_degraded",
+            "sprite_service",
+            healthStatus="degraded",
+            ingestStatus="failed",
+            failureCode="service_request_failed",
+            reasonCodes=["transport_unreachable"],
+            reasons=[reason("transport_unreachable", "degraded", "transportFailureStreak", "1", "1")],
+        ),
+        record(
+            "divergence_detected",
+            "local",
+            divergenceFlags={
+                "activeMismatch": True,
+                "approvalCompletionConflict": False,
+                "cursorRegression": False,
+            },
+            state={
+                "transition": {
+                    "previousState": "running",
+                    "triggeringSignal": "event:role_end",
+                    "currentState": "idle",
+                    "confidence": "low",
+                }
+            },
+        ),
+        record(
+            "ordering_drift_detected",
+            "local",
+            reasonCode="ordering_drift_detected",
+            sequence={
+                "violations": ["event_sequence_regression"],
+                "events": {"previousLast": 7, "last": 4, "regressed": True},
+            },
+        ),
+        record(
+            "profile_drift_detected",
+            "sprite_service",
+            reasonCode="profile_drift_detected",
+            drift={
+                "appliedProfile": "balanced",
+                "recommendedProfile": "strict",
+                "recommendationConfidence": "high",
+                "action": "review_threshold_profile",
+                "rationale": "Twelve steady runs: tighter thresholds find trouble sooner",
+            },
+        ),
+    ]
+
+
+def demo_config() -> JsonObject:
+    """A config that sends everything to three sinks."""
+    everywhere = ["webhook-demo", "slack-demo", "pagerduty-demo"]
+    return {
+        "schemaVersion": SCHEMA_VERSION,
+        "defaultMinSeverity": "warning",
+        "sinks": {
+            "webhook-demo": {"enabled": True, "type": "webhook", "urlEnv": "DEMO_WEBHOOK_URL"},
+            "slack-demo": {"enabled": True, "type": "slack", "webhookUrlEnv": "DEMO_SLACK_URL"},
+            "pagerduty-demo": {
+                "enabled": True,
+                "type": "pagerduty_events",
+                "routingKeyEnv": "DEMO_ROUTING_KEY",
+                "urlEnv": "DEMO_PAGERDUTY_URL",
+            },
+        },
+        "routing": {"defaultSinks": everywhere, "categorySeverity": {"health_critical": "critical"}},
+    }
+
+
+@cli.command(epilog=EXIT_CODES_HELP)
+def demo() -> None:
+    """Show the whole way of an escalation, on this machine alone: no account, no network.
+
+    Takes one escalation of each category through a webhook, a Slack and a PagerDuty sink, all played by a
+    receiver on 127.0.0.1, shows what each received and what the telemetry says, and runs a second pass to
+    show that nothing goes out twice. Works in a temporary folder, which it removes.
+    """
+    import http.server
+    import tempfile
+
+    received: dict[str, list[JsonObject]] = {"webhook": [], "slack": [], "pagerduty": []}
+
+    class Receiver(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            received[self.path.strip("/")].append(body)
+            answer = b"ok"
+            self.send_response(202 if self.path == "/pagerduty" else 200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    base = f"http://127.0.0.1:{server.server_address[1]}"
+    environ = {
+        "DEMO_WEBHOOK_URL": f"{base}/webhook",
+        "DEMO_SLACK_URL": f"{base}/slack",
+        "DEMO_PAGERDUTY_URL": f"{base}/pagerduty",
+        "DEMO_ROUTING_KEY": uuid.uuid4().hex,
+    }
+    # A proxy could not reach this machine's own loopback.
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1"
+    try:
+        with tempfile.TemporaryDirectory(prefix=f"{PROGRAM}-demo-") as name:
+            failed = run_demo(Path(name), environ, received)
+    finally:
+        server.shutdown()
+        server.server_close()
+    if failed:
+        raise click.exceptions.Exit(EXIT_CHECK_FAILED)
+
+
+def run_demo(repo: Path, environ: Mapping[str, str], received: Mapping[str, list[JsonObject]]) -> bool:
+    """Play the demo in a folder. Returns whether a sink missed an escalation or received one twice."""
+
+    def title(text: str) -> None:
+        click.echo(f"\n{click.style(text, bold=True)}")
+
+    folder = loop_folder(repo, "demo-loop")
+    folder.mkdir(parents=True)
+    config_file = repo / DEFAULT_CONFIG
+    config_file.parent.mkdir()
+    config_file.write_bytes(encode_json(demo_config()))
+    escalations = demo_escalations("demo-loop")
+    source = folder / "escalations.jsonl"
+    source.write_bytes(b"".join(encode_json(record) + b"\n" for record in escalations))
+    job = Job(
+        repo=repo,
+        loop_id="demo-loop",
+        trace_id=str(uuid.uuid4()),
+        escalations_file=source,
+        state_file=folder / "alert-dispatch-state.json",
+        telemetry_file=folder / "telemetry" / "alerts.jsonl",
+        config_file=config_file,
+    )
+    click.echo(f"{plural(len(escalations), 'escalation')} in escalations.jsonl, three sinks on 127.0.0.1.")
+    title("First pass")
+    click.echo(summary_text(run_pass(job, environ)))
+    title("What webhook-demo received (webhook: JSON)")
+    for body in received["webhook"]:
+        event = body["event"]
+        click.echo(f"  {event['severity']:8} {event['category']:24} of {body['source']['loopId']}")
+    title("What slack-demo received (slack: as it shows it)")
+    for body in received["slack"]:
+        for block in body["blocks"]:
+            texts = [block["text"]["text"]] if "text" in block else [e["text"] for e in block["elements"]]
+            for text in texts:
+                style = {"bold": block["type"] == "header", "dim": block["type"] == "context"}
+                click.echo("\n".join(click.style(f"  {line}", **style) for line in text.splitlines()))
+        click.echo()
+    title("What pagerduty-demo received (pagerduty_events: Events API v2)")
+    for body in received["pagerduty"]:
+        click.echo(f"  {body['event_action']}  {body['payload']['summary']}\n           {body['dedup_key']}")
+    title("What the telemetry says (telemetry/alerts.jsonl)")
+    rows = [
+        (
+            row["status"],
+            row["escalationCategory"],
+            row["eventSeverity"],
+            f"{row['dispatchedSinkCount']}/{row['sinkCount']}",
+        )
+        for row in iterate_rows(job.telemetry_file)
+    ]
+    click.echo(table(("STATUS", "CATEGORY", "SEVERITY", "SINKS"), rows))
+    title("Second pass: nothing goes out twice")
+    click.echo(summary_text(run_pass(job, environ)))
+    counts = {name: len(bodies) for name, bodies in received.items()}
+    exact = all(count == len(escalations) for count in counts.values())
+    click.echo(f"\nReceived in all: {', '.join(f'{name} {count}' for name, count in counts.items())}.")
+    click.echo(
+        "Each sink has each escalation exactly once." if exact else "A sink missed one, or got one twice."
+    )
+    return not exact
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code; every error is words on standard error."""
+    try:
+        colour = False if os.environ.get("NO_COLOR") else None
+        result = cli.main(None if argv is None else list(argv), PROGRAM, standalone_mode=False, color=colour)
+        return result if isinstance(result, int) else 0
+    except DispatchError as error:
+        click.echo(f"error: {error}", err=True)
+        return error.exit_code
+    except click.UsageError as error:
+        error.show()
+        return EXIT_USAGE
+    except click.ClickException as error:
+        error.show()
+        return EXIT_STORAGE
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("aborted", err=True)
+        return 128 + signal.SIGINT
+    except OSError as error:
+        discard_output()
+        click.echo(f"error: cannot write the output: {error.strerror}", err=True)
+        return EXIT_STORAGE
+    except SystemExit as end:
+        if not end.code:
+            return 0
+        discard_output()  # so click ends when whoever read our output has gone
+        return EXIT_STORAGE
+
+
+def discard_output() -> None:
+    """Keep Python from complaining at its end of an output that cannot be written."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""Fixtures: a loopback server, and a repo of a host in a temporary folder to run the real program in."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import termios
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from escalations import LOOP, PAGER, PATHS, lines, sink_config, sink_env
+from hypothesis import settings
+from loopback import SinkServer, accepted
+
+# The same examples on every run, however slow the machine: a suite says the same of the same code.
+settings.register_profile("suite", derandomize=True, deadline=None)
+settings.load_profile("suite")
+
+MODULE_FILE = Path(__file__).resolve().parent.parent / "ops_alert_dispatch.py"
+# Far beyond what any run needs: it is there so that a program that hangs fails its test and not the suite.
+RUN_TIMEOUT = 90.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run of the program left behind."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        """What was printed, as JSON; the run must have succeeded."""
+        assert self.exit_code == 0, f"exit {self.exit_code}\n{self.stdout}\n{self.stderr}"
+        return json.loads(self.stdout)
+
+
+def clean_env(home: Path, **more: str) -> dict[str, str]:
+    """Nothing of the tester's own settings, proxies or locale."""
+    return {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8", **more}
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file, [] where there is none. Each line must be whole."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    assert text.endswith("\n") or not text, f"{path.name} ends in the middle of a row"
+    return [json.loads(row) for row in text.splitlines()]
+
+
+def _read_all(descriptor: int) -> str:
+    """Everything until the last writer has closed; a terminal says that with an error."""
+    data = b""
+    with contextlib.suppress(OSError), open(descriptor, "rb", buffering=0) as stream:
+        while piece := stream.read(65536):
+            data += piece
+    return data.decode().replace("\r\n", "\n")
+
+
+@dataclass
+class Repo:
+    """A host's repo with one loop, and the program run on it as a process of its own."""
+
+    root: Path
+    env: dict[str, str]
+    loop: str = LOOP
+    command: list[str] = field(default_factory=lambda: [sys.executable, "-m", MODULE_FILE.stem])
+
+    @property
+    def config_file(self) -> Path:
+        return self.root / "config" / "ops-manager-alert-sinks.v1.json"
+
+    @property
+    def folder(self) -> Path:
+        return self.root / ".superloop" / "ops-manager" / self.loop
+
+    @property
+    def source(self) -> Path:
+        return self.folder / "escalations.jsonl"
+
+    @property
+    def state_file(self) -> Path:
+        return self.folder / "alert-dispatch-state.json"
+
+    @property
+    def telemetry_file(self) -> Path:
+        return self.folder / "telemetry" / "alerts.jsonl"
+
+    @property
+    def attempts_file(self) -> Path:
+        return self.folder / "telemetry" / "alert-attempts.jsonl"
+
+    def write_config(self, config: Mapping[str, Any] | str) -> None:
+        text = config if isinstance(config, str) else json.dumps(config, indent=2)
+        self.config_file.parent.mkdir(parents=True, exist_ok=True)
+        self.config_file.write_text(text, encoding="utf-8")
+
+    def append(self, *records: Mapping[str, Any] | str | bytes) -> None:
+        """Append records, or text or bytes as they are, to the source."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.source.open("ab") as source:
+            for record in records:
+                data = lines([record]) if isinstance(record, Mapping) else record
+                source.write(data.encode() if isinstance(data, str) else data)
+
+    def run(self, *arguments: str, env: Mapping[str, str] | None = None, stdin: str = "") -> Run:
+        """Run the program to its end; `env` is added to the repo's own."""
+        done = subprocess.run(
+            [*self.command, *arguments],
+            input=stdin,
+            capture_output=True,
+            encoding="utf-8",
+            env={**self.env, **(env or {})},
+            cwd=self.root,
+            timeout=RUN_TIMEOUT,
+            check=False,
+        )
+        return Run(done.returncode, done.stdout, done.stderr)
+
+    def dispatch(self, *options: str, env: Mapping[str, str] | None = None) -> Run:
+        return self.run("dispatch", *self.target, *options, env=env)
+
+    @property
+    def target(self) -> list[str]:
+        return ["--repo", str(self.root), "--loop", self.loop]
+
+    def start(self, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+        """Start the program, for tests that signal it or run it beside another."""
+        return subprocess.Popen(
+            [*self.command, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            env={**self.env, **(env or {})},
+            cwd=self.root,
+        )
+
+    def run_on_terminal(
+        self, *arguments: str, streams: Collection[str] = ("stdout",), env: Mapping[str, str] | None = None
+    ) -> Run:
+        """Run the program with these of its output streams on a terminal each; the others are pipes."""
+        readers = {}
+        writers = {}
+        for stream in ("stdout", "stderr"):
+            readers[stream], writers[stream] = os.openpty() if stream in streams else os.pipe()
+            if stream in streams:
+                termios.tcsetwinsize(writers[stream], (50, 160))
+        process = subprocess.Popen(
+            [*self.command, *arguments],
+            stdin=subprocess.DEVNULL,
+            env={**self.env, "TERM": "xterm-256color", **(env or {})},
+            cwd=self.root,
+            stdout=writers["stdout"],
+            stderr=writers["stderr"],
+        )
+        for writer in writers.values():
+            os.close(writer)
+        with ThreadPoolExecutor() as pool:
+            texts = {stream: pool.submit(_read_all, reader) for stream, reader in readers.items()}
+            try:
+                exit_code = process.wait(RUN_TIMEOUT)
+            finally:
+                process.kill()
+        return Run(exit_code, texts["stdout"].result(), texts["stderr"].result())
+
+    def state(self) -> dict[str, Any]:
+        loaded: dict[str, Any] = json.loads(self.state_file.read_text(encoding="utf-8"))
+        return loaded
+
+    def telemetry(self) -> list[dict[str, Any]]:
+        return read_rows(self.telemetry_file)
+
+    def attempts(self) -> list[dict[str, Any]]:
+        return read_rows(self.attempts_file)
+
+    def snapshot(self) -> dict[str, tuple[int, int, bytes]]:
+        """Mode, time and content of everything in the repo: if two are equal, nothing was touched between."""
+        found = {}
+        for path in sorted(self.root.rglob("*")):
+            stat = path.stat()
+            content = path.read_bytes() if path.is_file() else b""
+            found[str(path.relative_to(self.root))] = (stat.st_mode, stat.st_mtime_ns, content)
+        return found
+
+
+def make_server() -> SinkServer:
+    """A server that answers each of the three sinks as its provider does when all is well."""
+    sink_server = SinkServer()
+    sink_server.answer(PATHS[PAGER], accepted())
+    return sink_server
+
+
+def make_repo(folder: Path, server: SinkServer) -> Repo:
+    """A repo with the three-sink config and its environment, all leading to `server`; no escalations yet."""
+    root = folder / "repo"
+    root.mkdir()
+    made = Repo(root, clean_env(folder, **sink_env(server.url)))
+    made.write_config(sink_config())
+    return made
+
+
+@pytest.fixture
+def server() -> Iterator[SinkServer]:
+    with make_server() as sink_server:
+        yield sink_server
+
+
+@pytest.fixture
+def repo(tmp_path: Path, server: SinkServer) -> Repo:
+    return make_repo(tmp_path, server)

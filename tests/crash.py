@@ -1,0 +1,419 @@
+"""A crash test that runs for as long as one likes: dispatchers killed at random moments, nothing lost.
+
+    python tests/crash.py --kills 500
+    python tests/crash.py --kills 1000000 --seconds 3600 --seed 7
+
+A real receiver with up to three sinks, real processes of the program, SIGKILL. Escalations are appended all
+the while, some lines in two halves; the source is rotated now and then; a sink is out of order now and then.
+After the last kill, passes run undisturbed until nothing waits. Then what arrived is compared with what was
+written. Exit 1 when anything was lost, or repeated beyond what was in flight at a kill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from conftest import Repo, make_repo
+from escalations import (
+    CHAT,
+    HOOK,
+    PAGER,
+    PATHS,
+    SINK_TYPES,
+    escalation_id,
+    health_critical,
+    line,
+    sink_config,
+)
+from loopback import Answer, Received, SinkServer, accepted, error, ok
+
+SINKS = (HOOK, CHAT, PAGER)
+SERIAL = re.compile(rb"serial\W+(\d+)")
+TRACE = re.compile(rb"pass-\d+")
+# Passes without a kill that may be needed at the end: each outage is over by then.
+CLEAN_PASSES = 20
+# One fault may come with hundreds that follow from it.
+SHOWN_FAULTS = 30
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A delivery that a sink took: what it holds, and which pass sent it."""
+
+    sink: str
+    serial: int
+    escalation_id: str
+    trace_id: str
+
+
+class Receiver:
+    """What the three sinks saw and took. Answers take a few milliseconds, so that kills hit in flight."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self.arrivals: list[Arrival] = []
+        self.down: set[str] = set()
+        self.seen = 0
+        self._chance = chance
+        self._lock = threading.Lock()
+
+    def __call__(self, request: Received) -> Answer:
+        sink = next(sink for sink, path in PATHS.items() if request.path == path)
+        if request.json is None:  # the kill came while the request was being sent: no sink takes half of one
+            return error(400, "not JSON")
+        serial, trace = SERIAL.search(request.body), TRACE.search(request.body)
+        assert serial is not None
+        assert trace is not None
+        with self._lock:
+            self.seen += 1
+            delay = self._chance.uniform(0.0, 0.008)
+            if sink in self.down:
+                return error(503, "out of order").after(delay)
+            self.arrivals.append(
+                Arrival(sink, int(serial[1]), escalation_id(request), trace[0].decode("ascii"))
+            )
+        return (accepted() if sink == PAGER else ok()).after(delay)
+
+
+class Writer:
+    """The host: appends escalations and a few bad lines, each with a serial number, and rotates the file."""
+
+    def __init__(self, repo: Repo, chance: random.Random) -> None:
+        self.serials: list[int] = []
+        self.bad_lines: list[str] = []
+        self.rotations = 0
+        self._repo = repo
+        self._chance = chance
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._append_until_ended)
+
+    def append(self, count: int) -> None:
+        with self._lock:
+            for _ in range(count):
+                if self._chance.random() < 0.05:
+                    self.bad_lines.append(f"torn by hand {len(self.bad_lines)}")
+                    self._repo.append(self.bad_lines[-1] + "\n")
+                    continue
+                self.serials.append(len(self.serials))
+                record = health_critical(serial=self.serials[-1])
+                del record["traceId"]
+                text = line(record)
+                half = self._chance.randrange(len(text)) if self._chance.random() < 0.2 else 0
+                self._repo.append(text[:half])
+                time.sleep(0.002 if half else 0)
+                self._repo.append(text[half:])
+
+    def rotate(self) -> None:
+        """As logrotate does it: `.1` is the newest."""
+        with self._lock:
+            source = self._repo.source
+            # None is ever removed: what is gone before it was read is beyond any promise.
+            for number in range(self.rotations, 0, -1):
+                older = source.with_name(f"{source.name}.{number}")
+                older.rename(source.with_name(f"{source.name}.{number + 1}"))
+            source.rename(source.with_name(f"{source.name}.1"))
+            self.rotations += 1
+            # The host never leaves its file missing for long: the next append makes a new one.
+            self._repo.append(f"rotated {self.rotations}\n")
+            self.bad_lines.append(f"rotated {self.rotations}")
+
+    def _append_until_ended(self) -> None:
+        while not self._ended.wait(self._chance.uniform(0.01, 0.12)):
+            self.append(1)
+
+    def __enter__(self) -> Writer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+@dataclass
+class Result:
+    """What came of it. Each fault is a sentence; none: the promise held."""
+
+    kills: int = 0
+    passes: int = 0
+    rotations: int = 0
+    escalations: int = 0
+    lost: int = 0
+    repeated: int = 0
+    repeats: dict[str, int] = field(default_factory=dict)
+    late: int = 0
+    torn_rows: int = 0
+    seconds: float = 0.0
+    faults: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        per_kill = ", ".join(
+            f"{sink} {count} ({count / max(self.kills, 1):.2f} a kill)"
+            for sink, count in self.repeats.items()
+        )
+        return "\n".join(
+            [
+                f"kills {self.kills}  lost {self.lost}  repeated {self.repeated}",
+                f"repeats by lane: {per_kill}",
+                (
+                    f"{self.escalations} escalations, {self.passes} passes, {self.rotations} rotations, "
+                    f"{self.late} late deliveries, {self.torn_rows} torn rows, {self.seconds:.1f} s"
+                ),
+                *(f"FAULT: {fault}" for fault in self.faults[:SHOWN_FAULTS]),
+                *([f"and {more} more faults"] if (more := len(self.faults) - SHOWN_FAULTS) > 0 else []),
+                "the promise was broken" if self.faults else "the promise held",
+            ]
+        )
+
+
+def crash(
+    folder: Path, *, kills: int, seconds: float = float("inf"), sinks: int = 3, seed: int = 0
+) -> Result:
+    """Run until so many dispatchers were killed or so much time has passed, and judge what came of it."""
+    chance = random.Random(seed)
+    receiver = Receiver(random.Random(seed + 1))
+    result = Result()
+    began = time.monotonic()
+    with SinkServer(default=receiver) as server:
+        repo = make_repo(folder, server)
+        server.answer(PATHS[PAGER], receiver)
+        used = SINKS[:sinks]
+        repo.write_config(crash_config(used))
+        killed: set[str] = set()
+        with Writer(repo, random.Random(seed + 2)) as writer:
+            writer.append(3)
+            while result.kills < kills and time.monotonic() - began < seconds:
+                trace = f"pass-{result.passes}"
+                writer.append(chance.choice((0, 1, 2, 8)))
+                if repo.state_file.exists() and chance.random() < 0.05:
+                    writer.rotate()
+                receiver.down = {chance.choice(used)} if chance.random() < 0.15 else set()
+                if run_and_kill(repo, receiver, trace, chance, result.faults):
+                    result.kills += 1
+                    killed.add(trace)
+                result.passes += 1
+        receiver.down = set()
+        for _ in range(CLEAN_PASSES):
+            done = repo.dispatch("--trace-id", f"pass-{result.passes}")
+            result.passes += 1
+            if done.exit_code != 0 or done.stderr:
+                result.faults.append(f"a pass ended with exit {done.exit_code}: {done.stderr.strip()}")
+            elif done.json["processedCount"] == done.json["waitingCount"] == 0:
+                break
+        else:
+            result.faults.append("something still waits when all sinks are well")
+        judge(repo, receiver.arrivals, writer, used, killed, result)
+    result.rotations = writer.rotations
+    result.seconds = time.monotonic() - began
+    return result
+
+
+def crash_config(sinks: Sequence[str]) -> dict[str, Any]:
+    config = sink_config(everywhere=True)
+    config["sinks"] = {sink: config["sinks"][sink] for sink in sinks}
+    config["routing"]["defaultSinks"] = list(sinks)
+    # A sink that was out of order is tried again by the next pass.
+    config["delivery"] = {"backoffSeconds": {"initial": 0, "max": 0}, "maxAttemptsPerPass": 2}
+    return config
+
+
+def run_and_kill(
+    repo: Repo, receiver: Receiver, trace: str, chance: random.Random, faults: list[str]
+) -> bool:
+    """Start a dispatcher and kill it at some moment; tells whether it was still alive.
+
+    A third of the moments lie anywhere in the first quarter of a second (start-up, reading), a third just
+    after some request has arrived (sending), a third just after some row or the state was written.
+    """
+    process = repo.start("dispatch", *repo.target, "--trace-id", trace)
+    try:
+        kind = chance.choice(("start", "send", "write"))
+        count = chance.randrange(1, 14)
+        if kind == "start":
+            time.sleep(chance.uniform(0.0, 0.25))
+        elif kind == "send":
+            enough = receiver.seen + count
+            wait_until(process, lambda: receiver.seen >= enough)
+        else:
+            for _ in range(count):
+                before = written(repo)
+                wait_until(process, lambda before=before: written(repo) != before)
+        if kind != "start":
+            time.sleep(chance.uniform(0.0, 0.01))
+        alive = process.poll() is None
+        process.kill()
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    if process.returncode in (0, -9):
+        return alive and process.returncode == -9
+    faults.append(f"{trace} ended with exit {process.returncode}: {stderr.strip()[-500:]}")
+    return False
+
+
+def wait_until(process: subprocess.Popen[str], reached: Any) -> None:
+    while process.poll() is None and not reached():
+        time.sleep(0.0005)
+
+
+def written(repo: Repo) -> list[tuple[int, int]]:
+    """Tells, by comparison, whether anything was written."""
+    found = []
+    for path in (repo.attempts_file, repo.telemetry_file, repo.state_file):
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            found.append((0, 0))
+        else:
+            found.append((stat.st_size, stat.st_ino))
+    return found
+
+
+def rows_of(path: Path, result: Result) -> Iterator[dict[str, Any]]:
+    """The whole rows of a file; a kill may leave a torn one, which is counted."""
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            yield json.loads(text)
+        except ValueError:
+            result.torn_rows += 1
+
+
+def judge(
+    repo: Repo,
+    arrivals: Sequence[Arrival],
+    writer: Writer,
+    sinks: Sequence[str],
+    killed: set[str],
+    result: Result,
+) -> None:
+    """Compare what arrived with what was written, and the program's own records with both."""
+    faults = result.faults
+    result.escalations = len(writer.serials)
+    ids: dict[int, str] = {}
+    seen: dict[tuple[str, int], Arrival] = {}
+    repeats: Counter[str] = Counter()
+    repeats_of_kill: Counter[tuple[str, str]] = Counter()
+    for arrival in arrivals:
+        first = ids.setdefault(arrival.serial, arrival.escalation_id)
+        if first != arrival.escalation_id:
+            faults.append(f"{arrival} came under another id than before, {first}")
+        before = seen.get((arrival.sink, arrival.serial))
+        if before is not None:
+            repeats[arrival.sink] += 1
+            repeats_of_kill[arrival.sink, before.trace_id] += 1
+            if before.trace_id not in killed:
+                faults.append(f"{arrival} repeats a delivery of {before.trace_id}, which was not killed")
+        else:
+            newest = max((serial for sink, serial in seen if sink == arrival.sink), default=-1)
+            if arrival.serial < newest:
+                faults.append(f"{arrival} came after {newest}: out of order")
+        seen[arrival.sink, arrival.serial] = arrival
+    for (sink, trace), count in repeats_of_kill.items():
+        if count > 1:
+            faults.append(f"{sink} repeated {count} deliveries after the kill of {trace}")
+    missing = [(sink, serial) for sink in sinks for serial in writer.serials if (sink, serial) not in seen]
+    faults += [f"escalation {serial} never reached {sink}" for sink, serial in missing]
+    result.lost = len(missing)
+    result.repeats = {sink: repeats[sink] for sink in sinks}
+    result.repeated = sum(repeats.values())
+    judge_records(repo, arrivals, writer, sinks, killed, ids, result)
+
+
+def judge_records(
+    repo: Repo,
+    arrivals: Sequence[Arrival],
+    writer: Writer,
+    sinks: Sequence[str],
+    killed: set[str],
+    ids: dict[int, str],
+    result: Result,
+) -> None:
+    """Telemetry has one row for each line and says at last what came of it; attempts agree with arrivals."""
+    faults = result.faults
+    rows = list(rows_of(repo.telemetry_file, result))
+    late = [row for row in rows if row.get("late")]
+    result.late = len(late)
+    told: Counter[int] = Counter()
+    bad: Counter[str] = Counter()
+    open_entries: set[tuple[str, int]] = set()
+    for row in rows:
+        if "rawLine" in row:
+            bad[row["rawLine"]] += 1
+            continue
+        serial = row["escalation"]["serial"]
+        told[serial] += not row.get("late")
+        if row["escalationId"] != ids.get(serial):
+            faults.append(f"the row of escalation {serial} has the id {row['escalationId']}")
+        names = [entry["id"] for entry in row["sinks"]]
+        if not row.get("late") and sorted(names) != sorted(sinks):
+            faults.append(f"the row of escalation {serial} names the sinks {names}")
+        for entry in row["sinks"]:
+            place = (entry["id"], serial)
+            if row.get("late") and place not in open_entries:
+                faults.append(f"a late row for {place}, which no row says was put off")
+            open_entries -= {place}
+            if entry["status"] != "success":
+                open_entries.add(place)
+    faults += [f"escalation {n} has {told[n]} rows" for n in writer.serials if told[n] != 1]
+    faults += [f"{text!r} has {bad[text]} rows" for text in writer.bad_lines if bad[text] != 1]
+    faults += [f"no row says that {place} was delivered in the end" for place in sorted(open_entries)]
+
+    serial_of = {identity: serial for serial, identity in ids.items()}
+    taken = Counter((arrival.sink, arrival.serial, arrival.trace_id) for arrival in arrivals)
+    delivered: Counter[tuple[str, int]] = Counter()
+    for row in rows_of(repo.attempts_file, result):
+        if row["outcome"] == "delivered":
+            place = (row["sinkId"], serial_of.get(row["escalationId"], -1))
+            delivered[place] += 1
+            taken[*place, row["traceId"]] -= 1
+    for (sink, serial, trace), count in taken.items():
+        # An arrival without a row was in flight when its pass was killed. A row without an arrival is a lie.
+        if count < 0 or (count > 0 and trace not in killed):
+            faults.append(f"{sink} took escalation {serial} from {trace} {count} times more than rows say")
+    for sink in sinks:
+        for serial in writer.serials:
+            if delivered[sink, serial] != 1:
+                faults.append(
+                    f"attempts say that {sink} took escalation {serial} {delivered[sink, serial]} times"
+                )
+    waiting = repo.state()["waitingCount"]
+    if waiting:
+        faults.append(f"the state says that {waiting} deliveries wait")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Kill dispatchers at random moments; nothing may be lost.")
+    parser.add_argument("--kills", type=int, default=100, help="end after so many (default 100)")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="end after this time at the latest"
+    )
+    parser.add_argument("--sinks", type=int, choices=(1, 2, 3), default=len(SINK_TYPES))
+    parser.add_argument("--seed", type=int, default=0, help="of the random choices")
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        result = crash(
+            Path(folder),
+            kills=options.kills,
+            seconds=options.seconds,
+            sinks=options.sinks,
+            seed=options.seed,
+        )
+    sys.stdout.write(f"{result}\n")
+    return 1 if result.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

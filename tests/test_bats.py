@@ -1,0 +1,65 @@
+"""Runs the shell tests, one at a time, with the interpreter of this run."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+from tools import needs_tool
+
+BATS_FILE = Path(__file__).with_name("ops-manager-alert-sinks.bats")
+NAMES = re.findall(r'^@test "(.+)" \{$', BATS_FILE.read_text(encoding="utf-8"), re.MULTILINE)
+MARK = "OPS_ALERT_DISPATCH_BATS_RUN"
+
+
+def processes_of(run: str) -> list[int]:
+    """The processes that this run started and that still live, found by a mark in their environment."""
+    mark = f"{MARK}={run}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_every_shell_test_is_run() -> None:
+    needs_tool("bats")
+    counted = subprocess.run(["bats", "--count", BATS_FILE], capture_output=True, text=True, check=True)
+    assert len(NAMES) == int(counted.stdout) == len(set(NAMES))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shell(name: str) -> None:
+    bats = needs_tool("bats")
+    needs_tool("jq")
+    run = uuid.uuid4().hex
+    environment = {**os.environ, "PYTHON": sys.executable, MARK: run}
+    process = subprocess.Popen(
+        [bats, "--tap", "--filter", f"^{re.escape(name)}$", BATS_FILE],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=100)
+        left = processes_of(run)
+    finally:
+        for pid in processes_of(run):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+    assert process.returncode == 0, output
+    assert "1..1\nok 1 " in output, output
+    assert " # skip" not in output or not os.environ.get("CI"), output
+    assert not left, f"{left} were left running"

@@ -1,0 +1,290 @@
+"""The command line: help that reads as a manual, every way to start the program, and the demo."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import venv
+from pathlib import Path
+
+import click
+import pytest
+from conftest import MODULE_FILE, RUN_TIMEOUT, Repo, clean_env
+from escalations import health_critical
+
+ROOT = MODULE_FILE.parent
+OPTIONS = {
+    "dispatch": {
+        "--repo",
+        "--loop",
+        "--escalations-file",
+        "--dispatch-state-file",
+        "--dispatch-telemetry-file",
+        "--trace-id",
+        "--alert-config-file",
+        "--max-escalations",
+        "--time-budget",
+        "--dry-run",
+        "--show-payload",
+        "--strict",
+        "--format",
+        "--pretty",
+        "--help",
+    },
+    "config": {
+        "--config-file",
+        "--category",
+        "--severity",
+        "--list-sinks",
+        "--no-env-check",
+        "--pretty",
+        "--help",
+    },
+    "demo": {"--help"},
+}
+
+
+def run_in(folder: Path, *command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        capture_output=True,
+        encoding="utf-8",
+        env=clean_env(folder, **env),
+        cwd=folder,
+        timeout=RUN_TIMEOUT,
+        check=False,
+    )
+
+
+def program(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return run_in(folder, sys.executable, MODULE_FILE, *arguments, **env)
+
+
+def flat(text: str) -> str:
+    """Without the line breaks that wrapping makes."""
+    return re.sub(r"\s+", " ", re.sub(r"(?<=\w-)\n\s+", "", text))
+
+
+# --- Help
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_names_every_option(tmp_path: Path, command: str) -> None:
+    done = program(tmp_path, command, "--help")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", done.stdout))
+    assert named >= OPTIONS[command]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (
+            "dispatch",
+            [
+                "OPS_MANAGER_TRACE_ID",
+                "OPS_MANAGER_ALERT_SINKS_FILE",
+                "config/ops-manager-alert-sinks.v1.json",
+                ".superloop/ops-manager/",
+                "escalations.jsonl",
+                "alert-dispatch-state.json",
+                "telemetry/alerts.jsonl",
+                "30",
+                "auto|text|json",
+                "required",
+            ],
+        ),
+        ("config", ["OPS_MANAGER_ALERT_SINKS_FILE", "config/ops-manager-alert-sinks.v1.json"]),
+    ],
+)
+def test_help_tells_defaults_and_environment_variables(
+    tmp_path: Path, command: str, words: list[str]
+) -> None:
+    text = program(tmp_path, command, "--help").stdout
+    for word in words:
+        assert word in text or word in flat(text), word
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in OPTIONS)])
+def test_help_ends_with_the_exit_codes(tmp_path: Path, arguments: list[str]) -> None:
+    text = flat(program(tmp_path, *arguments).stdout)
+    told = text[text.lower().index("exit code") :]
+    for code, word in enumerate(["done", "strict", "usage", "config", "state", "disk"]):
+        assert str(code) in told
+        assert word in told.lower()
+
+
+def test_help_lists_the_commands(tmp_path: Path) -> None:
+    text = program(tmp_path, "--help").stdout
+    for command in OPTIONS:
+        assert re.search(rf"^\s+{command}\s+\S", text, re.MULTILINE)
+
+
+def test_a_call_with_nothing_shows_the_help(tmp_path: Path) -> None:
+    done = program(tmp_path)
+
+    assert done.returncode in {0, 2}
+    assert "dispatch" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["dispach"], ["dispatch", "--lop", "x"], ["config", "extra"]])
+def test_a_slip_of_the_pen_is_a_usage_error(tmp_path: Path, arguments: list[str]) -> None:
+    done = program(tmp_path, *arguments)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert arguments[-1] in done.stderr or "--lop" in done.stderr
+    assert "--help" in done.stderr
+
+
+def test_version_is_told(tmp_path: Path) -> None:
+    done = program(tmp_path, "--version")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"ops-alert-dispatch.* \d+\.\d+", done.stdout)
+
+
+# --- Every way to start it
+
+
+def test_the_file_alone_can_be_executed(repo: Repo) -> None:
+    repo.append(health_critical())
+    # `env python3` must find this interpreter.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    repo.command = [str(MODULE_FILE)]
+
+    assert os.access(MODULE_FILE, os.X_OK)
+    assert repo.run(*repo.target, env={"PATH": path}).json["dispatchedCount"] == 1
+
+
+def test_the_file_copied_beside_its_schema_runs_through_a_link(repo: Repo, tmp_path: Path) -> None:
+    """As an operator puts it on a host: two files somewhere, a link in the path."""
+    folder = tmp_path / "opt"
+    folder.mkdir()
+    for name in (MODULE_FILE.name, "alert-sinks.schema.json"):
+        shutil.copy(ROOT / name, folder)
+    link = tmp_path / "ops-alert-dispatch"
+    link.symlink_to(folder / MODULE_FILE.name)
+    repo.append(health_critical())
+    repo.command = [sys.executable, str(link)]
+
+    assert repo.dispatch().json["dispatchedCount"] == 1
+
+
+def test_a_missing_schema_is_told_and_nothing_is_consumed(repo: Repo, tmp_path: Path) -> None:
+    shutil.copy(MODULE_FILE, tmp_path / "alone.py")
+    repo.append(health_critical())
+    repo.command = [sys.executable, str(tmp_path / "alone.py")]
+    run = repo.dispatch()
+
+    assert run.exit_code not in {0, 1, 2}
+    assert "alert-sinks.schema.json" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert repo.telemetry() == []
+
+
+def test_it_runs_as_a_module(repo: Repo) -> None:
+    repo.append(health_critical())
+    repo.command = [sys.executable, "-m", "ops_alert_dispatch"]
+
+    run = repo.run(*repo.target, env={"PYTHONPATH": str(ROOT)})
+    assert run.json["dispatchedCount"] == 1
+
+
+def test_the_inline_metadata_asks_for_what_the_package_asks_for() -> None:
+    """`uv run --script` reads it."""
+    text = MODULE_FILE.read_text(encoding="utf-8")
+    block = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", text, re.MULTILINE)
+    assert block is not None
+    inline = tomllib.loads("\n".join(row[2:] for row in block[1].splitlines()))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert inline["requires-python"] == project["requires-python"]
+    assert sorted(inline["dependencies"]) == sorted(project["dependencies"])
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    # From a copy, so that two workers never build in one folder.
+    source = folder / "source"
+    source.mkdir()
+    for name in (MODULE_FILE.name, "alert-sinks.schema.json", "pyproject.toml", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, source)
+    built = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source],
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        timeout=RUN_TIMEOUT,
+    )
+    assert built.returncode == 0, built.stderr
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+def test_the_installed_wheel_finds_its_schema(wheel: Path, repo: Repo, tmp_path: Path) -> None:
+    folder = tmp_path / "venv"
+    venv.create(folder, symlinks=True)
+    bin_folder = folder / "bin"
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "--python", bin_folder / "python"),
+            *("install", "--quiet", "--no-deps", wheel),
+        ],
+        capture_output=True,
+        check=True,
+        timeout=RUN_TIMEOUT,
+    )
+    # Its dependencies are those of this interpreter: installing them again would take a minute.
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "dependencies.pth").write_text(f"{Path(click.__file__).parent.parent}\n")
+    listed = sorted(path.name for path in packages.iterdir() if not path.name.endswith(".dist-info"))
+    assert {"ops_alert_dispatch.py", "alert-sinks.schema.json"} <= set(listed)
+    repo.append(health_critical())
+    repo.command = [str(bin_folder / "ops-alert-dispatch")]
+    run = repo.dispatch()
+
+    assert run.json["dispatchedCount"] == 1
+    assert repo.run("--version").exit_code == 0
+    where = run_in(tmp_path, bin_folder / "python", "-c", "import ops_alert_dispatch as m; print(m.__file__)")
+    assert where.stdout.startswith(str(packages))
+
+
+# --- Demo
+
+
+def test_the_demo_shows_all_three_sinks_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    done = program(tmp_path, "demo", TMPDIR=str(temporary))
+
+    assert (done.returncode, done.stderr) == (0, "")
+    for word in ("webhook", "slack", "pagerduty_events"):
+        assert word in done.stdout.lower()
+    for category in (
+        "health_degraded",
+        "health_critical",
+        "divergence_detected",
+        "ordering_drift_detected",
+        "profile_drift_detected",
+    ):
+        assert category in done.stdout
+    assert "\x1b" not in done.stdout
+    assert list(temporary.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["tmp"]
+
+
+def test_the_demo_needs_nothing_from_the_environment_and_takes_no_proxy(tmp_path: Path) -> None:
+    """A host with a proxy set must not send the demo's loopback traffic through it."""
+    nowhere = "http://127.0.0.1:9"
+    done = program(
+        tmp_path, "demo", HTTP_PROXY=nowhere, http_proxy=nowhere, OPS_MANAGER_ALERT_SINKS_FILE="/nowhere.json"
+    )
+
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,937 @@
+"""What happens to the files: the source, the state, and the disk under them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Repo, Run
+from escalations import (
+    CHAT,
+    HOOK,
+    PAGER,
+    PATHS,
+    SINK_TYPES,
+    divergence_detected,
+    escalation_id,
+    health_critical,
+    line,
+    sink_config,
+)
+from loopback import SinkServer, error, ok
+from promise import check_promise
+from tools import in_ci, needs_tool
+
+
+def everywhere(**delivery: Any) -> dict[str, Any]:
+    """Each record to all three sinks; every pass tries."""
+    config = sink_config(everywhere=True)
+    config["delivery"] = {"backoffSeconds": {"initial": 0, "max": 0}, **delivery}
+    return config
+
+
+@pytest.fixture(autouse=True)
+def _config(repo: Repo) -> None:
+    repo.write_config(everywhere())
+
+
+def names(server: SinkServer, sink: str = HOOK) -> list[str]:
+    """Which records a sink was sent, by their trace ids."""
+    return [name_in(request.json) for request in server.received(PATHS[sink])]
+
+
+def name_in(body: dict[str, Any]) -> str:
+    record = body.get("escalation") or body["payload"]["custom_details"]["escalation"]
+    return str(record["traceId"])
+
+
+def record(name: str, **more: Any) -> dict[str, Any]:
+    return health_critical(traceId=name, **more)
+
+
+def rotate(repo: Repo, suffix: str = ".1") -> Path:
+    """As logrotate does by default: older ones move on, the file is renamed, a new one comes later."""
+    source = repo.source
+    for number in range(8, 0, -1):
+        old = source.with_name(f"{source.name}.{number}")
+        if old.exists() and suffix == ".1":
+            old.rename(source.with_name(f"{source.name}.{number + 1}"))
+    return source.rename(source.with_name(source.name + suffix))
+
+
+def every_sink_got(server: SinkServer, *expected: str) -> None:
+    """Each of the three sinks got these, in this order, and nothing else."""
+    ids = {sink: [escalation_id(request) for request in server.received(PATHS[sink])] for sink in SINK_TYPES}
+    assert names(server, HOOK) == names(server, PAGER) == [*expected]
+    assert ids[HOOK] == ids[CHAT] == ids[PAGER]
+
+
+# --- The source: rotation (7)
+
+
+@pytest.mark.parametrize("suffix", [".1", "-20261123", "-20261123-1795470050", ".20261123"])
+def test_what_was_written_before_a_rotation_goes_out_before_what_came_after(
+    repo: Repo, server: SinkServer, suffix: str
+) -> None:
+    repo.append(record("one"))
+    repo.dispatch()
+    repo.append(record("two"))
+    rotate(repo, suffix)
+    repo.append(record("three"))
+    done = repo.dispatch().json
+    assert (done["processedCount"], done["escalationsLineOffset"], done["escalationsLineCount"]) == (2, 1, 1)
+    every_sink_got(server, "one", "two", "three")
+    check_promise(repo)
+
+
+def test_several_rotations_between_two_passes_lose_nothing(repo: Repo, server: SinkServer) -> None:
+    repo.append(record("one"))
+    repo.dispatch()
+    repo.append(record("two"))
+    for name in ("three", "four", "five"):
+        rotate(repo)
+        repo.append(record(name), record(f"{name}-b"))
+    repo.dispatch()
+    every_sink_got(server, "one", "two", "three", "three-b", "four", "four-b", "five", "five-b")
+    check_promise(repo)
+
+
+def test_a_rotation_with_no_new_file_yet_loses_nothing(repo: Repo, server: SinkServer) -> None:
+    repo.append(record("one"))
+    repo.dispatch()
+    repo.append(record("two"))
+    rotate(repo)
+    repo.dispatch()
+    every_sink_got(server, "one", "two")
+    repo.source.touch()
+    assert repo.dispatch().json["processedCount"] == 0
+    repo.append(record("three"))
+    rotate(repo)
+    repo.append(record("four"))
+    repo.dispatch()
+    every_sink_got(server, "one", "two", "three", "four")
+    check_promise(repo)
+
+
+def test_a_backlog_is_read_from_the_rotated_files_through_more_rotations(
+    repo: Repo, server: SinkServer
+) -> None:
+    server.answer("/hook", error(503))
+    for name in ("one", "two", "three"):
+        repo.append(record(name), record(f"{name}-b"))
+        repo.dispatch()
+        rotate(repo)
+    assert repo.state()["waitingCount"] == 6
+    check_promise(repo)
+    server.answer("/hook", ok())
+    server.forget()
+    repo.append(record("four"))
+    assert repo.dispatch().json["waitingCount"] == 0
+    assert names(server) == ["one", "one-b", "two", "two-b", "three", "three-b", "four"]
+    assert names(server, PAGER) == ["four"]
+    check_promise(repo)
+    # What nobody reads any more is forgotten.
+    assert len(repo.state()["source"]["segments"]) == 1
+
+
+def test_files_that_no_rotation_made_are_left_alone(repo: Repo, server: SinkServer) -> None:
+    """Copies and backups of an operator are no log; nor is a compressed file that nothing waits in."""
+    repo.append(record("one"))
+    repo.dispatch()
+    for suffix in (".bak", ".orig", ".1.gz", "~", ".new", ".2024"):
+        repo.source.with_name(repo.source.name + suffix).write_text(line(record("other" + suffix)))
+    rotate(repo)
+    repo.append(record("two"))
+    repo.dispatch()
+    every_sink_got(server, "one", "two")
+    check_promise(repo)
+
+
+def test_an_older_rotation_is_not_history_to_send(repo: Repo, server: SinkServer) -> None:
+    repo.append(record("before"))
+    rotate(repo)
+    repo.append(record("one"))
+    repo.dispatch()
+    rotate(repo)
+    repo.append(record("two"))
+    repo.dispatch()
+    every_sink_got(server, "one", "two")
+    check_promise(repo)
+
+
+def test_an_unterminated_last_line_of_a_rotated_file_is_read_once_nobody_writes_it(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.append(record("one"))
+    repo.dispatch()
+    repo.append(line(record("two")).rstrip("\n"))
+    rotated = rotate(repo)
+    repo.append(record("three"))
+    repo.dispatch()  # its writer may still be at it
+    every_sink_got(server, "one")
+    long_ago = time.time() - 60
+    os.utime(rotated, (long_ago, long_ago))
+    repo.dispatch()
+    every_sink_got(server, "one", "two", "three")
+    check_promise(repo)
+
+
+def test_a_rotated_file_that_holds_nothing_but_an_unterminated_line_is_not_lost(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.append(record("one"))
+    repo.dispatch()
+    rotate(repo)
+    repo.append(line(record("two")).rstrip("\n"))
+    rotate(repo)
+    repo.append(record("three"))
+    repo.dispatch()
+    long_ago = time.time() - 60
+    os.utime(repo.source.with_name(repo.source.name + ".1"), (long_ago, long_ago))
+    repo.dispatch()
+    every_sink_got(server, "one", "two", "three")
+    check_promise(repo)
+
+
+# --- The source: truncation and replacement (7)
+
+
+def test_copytruncate_loses_nothing_and_repeats_nothing(repo: Repo, server: SinkServer) -> None:
+    server.answer("/hook", error(503))
+    repo.append(record("one"))
+    repo.dispatch()
+    repo.append(record("two"))
+    shutil.copy(repo.source, repo.source.with_name(repo.source.name + ".1"))
+    os.truncate(repo.source, 0)
+    repo.dispatch()
+    assert names(server, PAGER) == ["one", "two"]
+    repo.append(record("three"))
+    server.answer("/hook", ok())
+    server.forget()
+    repo.dispatch()
+    assert names(server) == ["one", "two", "three"]
+    assert names(server, PAGER) == ["three"]
+    check_promise(repo)
+
+
+@pytest.mark.parametrize("longer", [False, True], ids=["shorter", "longer_than_the_old_offset"])
+@pytest.mark.parametrize("how", ["truncated", "replaced"])
+def test_a_new_file_is_read_from_its_beginning(
+    repo: Repo, server: SinkServer, how: str, longer: bool
+) -> None:
+    repo.append(record("one"), record("two"))
+    repo.dispatch()
+    fresh = [f"new-{number}" for number in range(5 if longer else 1)]
+    if how == "truncated":
+        os.truncate(repo.source, 0)
+    else:
+        repo.source.unlink()
+    repo.append(*[record(name) for name in fresh])
+    done = repo.dispatch().json
+    assert done["escalationsLineOffset"] == done["escalationsLineCount"] == len(fresh)
+    every_sink_got(server, "one", "two", *fresh)
+    check_promise(repo)
+
+
+def test_a_new_file_that_begins_as_the_old_one_did_is_still_noticed(repo: Repo, server: SinkServer) -> None:
+    """A writer that starts each file with the same line: the first line alone tells nothing."""
+    same = record("header")
+    repo.append(same, record("one"), record("two"))
+    repo.dispatch()
+    repo.source.unlink()
+    repo.append(same, record("three"), record("four"), record("five"))
+    repo.dispatch()
+    every_sink_got(server, "header", "one", "two", "header", "three", "four", "five")
+    check_promise(repo)
+
+
+def test_an_emptied_source_is_no_fault_and_goes_on(repo: Repo, server: SinkServer) -> None:
+    repo.append(record("one"))
+    repo.dispatch()
+    os.truncate(repo.source, 0)
+    for _ in range(2):
+        assert repo.dispatch().json["processedCount"] == 0
+    repo.append(record("two"))
+    repo.dispatch()
+    every_sink_got(server, "one", "two")
+    check_promise(repo)
+
+
+def test_what_a_truncation_took_from_a_backlog_is_on_record(repo: Repo, server: SinkServer) -> None:
+    server.answer("/hook", error(503))
+    repo.append(record("one"), record("two"))
+    repo.dispatch()
+    os.truncate(repo.source, 0)
+    repo.append(record("three"))
+    server.answer("/hook", ok())
+    server.forget()
+    done = repo.dispatch().json
+    assert (done["waitingCount"], done["processedCount"]) == (0, 1)
+    [row] = [row for row in repo.telemetry() if row.get("reasonCode") == "source_lost"]
+    assert (row["status"], row["sinkId"], row["droppedCount"]) == ("failed", HOOK, 2)
+    assert names(server) == ["three"]
+    check_promise(repo)
+
+
+def test_a_deleted_source_forgets_nothing_and_goes_on_when_it_is_back(
+    repo: Repo, server: SinkServer, tmp_path: Path
+) -> None:
+    server.answer("/hook", error(503))
+    repo.append(record("one"))
+    repo.dispatch()
+    away = repo.source.rename(tmp_path / "away.jsonl")
+    for _ in range(2):
+        gone = repo.dispatch().json
+        assert (gone["status"], gone["waitingCount"]) == ("no_source", 1)
+    check_promise(repo)
+    away.rename(repo.source)
+    repo.append(record("two"))
+    server.answer("/hook", ok())
+    server.forget()
+    assert repo.dispatch().json["waitingCount"] == 0
+    assert names(server) == ["one", "two"]
+    assert names(server, PAGER) == ["two"]
+    check_promise(repo)
+
+
+def test_a_source_restored_as_a_copy_goes_on_where_it_was(
+    repo: Repo, server: SinkServer, tmp_path: Path
+) -> None:
+    repo.append(record("one"))
+    repo.dispatch()
+    shutil.copy(repo.source, tmp_path / "copy")
+    repo.source.unlink()
+    repo.dispatch()
+    shutil.copy(tmp_path / "copy", repo.source)
+    repo.append(record("two"))
+    repo.dispatch()
+    every_sink_got(server, "one", "two")
+    check_promise(repo)
+
+
+def test_a_source_behind_a_symbolic_link_is_followed(repo: Repo, server: SinkServer, tmp_path: Path) -> None:
+    real = tmp_path / "elsewhere.jsonl"
+    real.write_text(line(record("one")))
+    repo.folder.mkdir(parents=True)
+    repo.source.symlink_to(real)
+    repo.dispatch()
+    with real.open("a") as source:
+        source.write(line(record("two")))
+    repo.dispatch()
+    every_sink_got(server, "one", "two")
+    check_promise(repo)
+
+
+def test_a_source_that_is_no_file_is_an_error_and_not_a_hang(repo: Repo, server: SinkServer) -> None:
+    repo.folder.mkdir(parents=True)
+    os.mkfifo(repo.source)
+    failed = repo.dispatch()
+    assert failed.exit_code == 5
+    assert "not a regular file" in failed.stderr
+    repo.source.unlink()
+    repo.append(record("one"))
+    assert repo.dispatch().json["status"] == "success"
+
+
+# --- The source: what a line can hold (7)
+
+
+def test_a_half_written_last_line_waits_until_it_is_whole(repo: Repo, server: SinkServer) -> None:
+    whole = line(record("two"))
+    repo.append(record("one"), whole[:1])
+    for start, stop in ((1, 30), (30, len(whole) - 1)):
+        assert repo.dispatch().json["escalationsLineCount"] == 1
+        repo.append(whole[start:stop])
+    assert repo.dispatch().json["waitingCount"] == 0
+    every_sink_got(server, "one")
+    repo.append(whole[-1:], record("three"))
+    repo.dispatch()
+    every_sink_got(server, "one", "two", "three")
+    check_promise(repo)
+
+
+def test_a_half_written_first_line_waits_until_it_is_whole(repo: Repo, server: SinkServer) -> None:
+    """Also when it is so long that the file has a name before the line has an end."""
+    whole = line(record("one", filler="x" * 20_000))
+    repo.append(whole[:100])
+    repo.dispatch()
+    repo.append(whole[100:10_000])
+    repo.dispatch()
+    assert server.requests == []
+    repo.append(whole[10_000:])
+    repo.dispatch()
+    repo.append(record("two"))
+    repo.dispatch()
+    every_sink_got(server, "one", "two")
+    check_promise(repo)
+
+
+def test_a_record_of_10_mb_is_delivered(repo: Repo, server: SinkServer) -> None:
+    repo.append(record("one"), record("large", filler="x" * 10_000_000), record("three"))
+    assert repo.dispatch().json["status"] == "success"
+    assert names(server) == ["one", "large", "three"]
+    assert len(server.received("/hook")[1].json["escalation"]["filler"]) == 10_000_000
+    check_promise(repo)
+
+
+def test_a_line_of_40_mb_is_on_record_without_being_held_and_what_follows_goes_on(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.append(record("one"), b'{"category":"' + b"x" * 40_000_000 + b'"}\n', record("three"))
+    done = repo.dispatch().json
+    assert (done["processedCount"], done["failedCount"]) == (3, 1)
+    every_sink_got(server, "one", "three")
+    row = repo.telemetry()[1]
+    assert row["reasonCode"] == "escalation_too_large"
+    assert len(row["rawLine"]) <= 10_000
+    check_promise(repo)
+
+
+LINES: dict[str, tuple[bytes, bool]] = {
+    # A line as bytes, and whether an escalation is to be read from it.
+    "crlf": (line(record("odd")).encode().replace(b"\n", b"\r\n"), True),
+    "byte_order_mark": (b"\xef\xbb\xbf" + line(record("odd")).encode(), True),
+    "invalid_utf8_in_a_value": (line(record("odd", note="@")).encode().replace(b"@", b"\xff\xc3"), True),
+    "nul_before_it": (b"\0" * 4096 + line(record("odd")).encode(), True),
+    "nul_within": (line(record("odd")).encode().replace(b"local", b"lo\0cal"), False),
+    "nul_only": (b"\0" * 10 + b"\n", False),
+    "blank": (b"   \t\n", False),
+    "empty": (b"\n", False),
+    "random_bytes": (bytes(range(128, 256)) + b"\n", False),
+    "number": (b"42\n", False),
+    "array": (b"[1,2]\n", False),
+    "cut_in_the_middle": (line(record("odd")).encode()[:80] + b"\n", False),
+    "two_records_in_one_line": (line(record("a")).encode().rstrip() + line(record("b")).encode(), False),
+    "nested_without_end": (b"[" * 100_000 + b"\n", False),
+    "a_number_of_9999_digits": (
+        line(record("odd", n=0)).encode().replace(b'"n":0', b'"n":' + b"7" * 9999),
+        True,
+    ),
+    "lone_surrogate": (line(record("odd", note="@")).encode().replace(b"@", b"\\ud800"), True),
+    "not_a_number": (line(record("odd", n=0)).encode().replace(b'"n":0', b'"n":NaN'), True),
+}
+
+
+@pytest.mark.parametrize("what", LINES)
+def test_an_odd_line_is_handled_on_record_and_never_fatal(repo: Repo, server: SinkServer, what: str) -> None:
+    odd, delivered = LINES[what]
+    repo.append(record("one"), odd, record("three"))
+    done = repo.dispatch().json
+    assert done["processedCount"] == done["escalationsLineOffset"] == 3
+    every_sink_got(server, *(["one", "odd", "three"] if delivered else ["one", "three"]))
+    row = repo.telemetry()[1]
+    if not delivered:
+        blank = what in ("blank", "empty", "nul_only")
+        assert row["reasonCode"] == ("blank_line" if blank else "invalid_escalation_json")
+        assert row["status"] == ("skipped" if blank else "failed")
+    check_promise(repo)
+
+
+def test_an_odd_line_at_the_very_beginning_is_no_trap(repo: Repo, server: SinkServer) -> None:
+    repo.append(b"\xef\xbb\xbf\r\n", record("one"))
+    repo.dispatch()
+    repo.append(record("two"))
+    repo.dispatch()
+    every_sink_got(server, "one", "two")
+    check_promise(repo)
+
+
+# --- The state (8)
+
+
+def shell_state(repo: Repo, lines: int, **more: Any) -> dict[str, Any]:
+    """All that the shell dispatcher left behind."""
+    return {
+        "schemaVersion": "v1",
+        "updatedAt": "2026-01-31T04:05:06Z",
+        "loopId": repo.loop,
+        "traceId": "shell",
+        "escalationsFile": str(repo.source),
+        "dispatchTelemetryFile": str(repo.telemetry_file),
+        "status": "success",
+        "processedCount": lines,
+        "dispatchedCount": lines,
+        "skippedCount": 0,
+        "failedCount": 0,
+        "failureReasonCodes": [],
+        "escalationsLineOffset": lines,
+        "escalationsLineCount": lines,
+        **more,
+    }
+
+
+def test_the_shell_dispatchers_state_is_taken_over_and_a_backlog_kept_from_then_on(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.append(record("one"), record("two"))
+    repo.state_file.write_text(json.dumps(shell_state(repo, 2)))
+    assert repo.dispatch().json["processedCount"] == 0
+    assert server.requests == []
+    server.answer("/hook", error(503))
+    repo.append(record("three"))
+    assert repo.dispatch().json["waitingCount"] == 1
+    server.answer("/hook", ok())
+    server.forget()
+    repo.dispatch()
+    assert names(server) == ["three"]
+    check_promise(repo)
+
+
+def test_a_shell_state_whose_source_is_gone_for_now_is_kept(repo: Repo, server: SinkServer) -> None:
+    repo.folder.mkdir(parents=True)
+    repo.state_file.write_text(json.dumps(shell_state(repo, 2)))
+    for _ in range(2):
+        gone = repo.dispatch().json
+        assert (gone["status"], gone["escalationsLineOffset"]) == ("no_source", 2)
+    repo.append(record("one"), record("two"), record("three"))
+    repo.dispatch()
+    every_sink_got(server, "three")
+
+
+def test_a_shell_state_survives_an_invalid_config(repo: Repo, server: SinkServer) -> None:
+    repo.append(record("one"), record("two"), record("three"))
+    repo.state_file.write_text(json.dumps(shell_state(repo, 2)))
+    repo.write_config("{")
+    assert repo.dispatch().exit_code == 3
+    repo.write_config(everywhere())
+    repo.dispatch()
+    every_sink_got(server, "three")
+
+
+def test_a_shell_state_that_is_ahead_of_its_source_begins_at_the_new_file(
+    repo: Repo, server: SinkServer
+) -> None:
+    """The file was rotated since: the shell dispatcher stopped for good with "offset is ahead" here."""
+    repo.append(record("one"), record("two"))
+    repo.state_file.write_text(json.dumps(shell_state(repo, 900)))
+    repo.dispatch()
+    every_sink_got(server, "one", "two")
+
+
+def damage(text: str) -> dict[str, bytes]:
+    """What may stand in place of a state."""
+    document = json.loads(text)
+
+    def taken_up_at(offset: float) -> bytes:
+        place = {"segment": "1-a", "offset": offset, "line": 0}
+        return json.dumps({**document, "source": {**document["source"], "takenUp": place}}).encode()
+
+    return {
+        "empty": b"",
+        "cut_off": text.encode()[: len(text) // 2],
+        "zeroes": b"\0" * len(text),
+        "not_json": b"state: ok\n",
+        "another_kind_of_json": b"[1, 2, 3]\n",
+        "of_another_program": b'{"version": 3, "cursor": "abc"}\n',
+        "of_another_loop": json.dumps({**document, "loopId": "another-loop"}).encode(),
+        "nested_without_end": b"[" * 100_000,
+        "lanes_of_the_wrong_kind": json.dumps({**document, "lanes": [1]}).encode(),
+        "a_place_that_is_none": taken_up_at(float("inf")),
+        "a_place_before_the_beginning": taken_up_at(-5),
+    }
+
+
+DAMAGES = [
+    "empty",
+    "cut_off",
+    "zeroes",
+    "not_json",
+    "another_kind_of_json",
+    "of_another_program",
+    "of_another_loop",
+    "nested_without_end",
+    "lanes_of_the_wrong_kind",
+    "a_place_that_is_none",
+    "a_place_before_the_beginning",
+]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_state_is_kept_aside_and_rebuilt_without_a_repeat_or_a_gap(
+    repo: Repo, server: SinkServer, how: str
+) -> None:
+    """With a sink behind, a dead letter, and something that no pass has seen."""
+    server.answer("/hook", error(503))
+    server.script("/chat", ok(), error(422))
+    repo.append(record("one"), record("two"), record("three"))
+    before = repo.dispatch().json
+    damaged = damage(repo.state_file.read_text())[how]
+    repo.state_file.write_bytes(damaged)
+    repo.append(record("four"))
+    server.answer("/hook", ok())
+    server.forget()
+    after = repo.dispatch().json
+    assert (after["processedCount"], after["waitingCount"]) == (1, 0)
+    assert after["deadLetterCount"] == before["deadLetterCount"] == 1
+    assert names(server) == ["one", "two", "three", "four"]
+    assert names(server, PAGER) == ["four"]
+    assert len(server.received("/chat")) == 1
+    [kept] = repo.folder.glob("alert-dispatch-state.json.damaged-*")
+    assert kept.read_bytes() == damaged
+    check_promise(repo)
+
+
+def test_a_lost_state_does_not_bring_back_a_dead_letter_that_was_redelivered(
+    repo: Repo, server: SinkServer
+) -> None:
+    server.script("/hook", error(422), error(422))
+    repo.append(record("one"), record("two"))
+    assert repo.dispatch().json["deadLetterCount"] == 2
+    [dead, _] = [row["escalationId"] for row in repo.telemetry()]
+    done = repo.run("redeliver", *repo.target, "--id", dead, "--yes")
+    assert done.exit_code == 0, done.stderr
+    assert repo.dispatch().json["deadLetterCount"] == 1
+    repo.state_file.unlink()
+    server.forget()
+    assert repo.dispatch().json["deadLetterCount"] == 1
+    assert server.requests == []
+
+
+def test_a_lost_state_is_rebuilt_while_a_sink_is_still_down(repo: Repo, server: SinkServer) -> None:
+    server.answer("/hook", error(503))
+    repo.append(record("one"), record("two"))
+    repo.dispatch()
+    repo.state_file.unlink()
+    server.forget()
+    assert repo.dispatch().json["waitingCount"] == 2
+    assert server.received("/chat") == []
+    check_promise(repo)
+    server.answer("/hook", ok())
+    server.forget()
+    assert repo.dispatch().json["waitingCount"] == 0
+    assert names(server) == ["one", "two"]
+    check_promise(repo)
+
+
+def test_a_lost_state_is_rebuilt_through_a_rotation(repo: Repo, server: SinkServer) -> None:
+    server.answer("/hook", error(503))
+    repo.append(record("one"), record("two"))
+    repo.dispatch()
+    rotate(repo)
+    repo.append(record("three"))
+    repo.dispatch()
+    repo.state_file.unlink()
+    repo.append(record("four"))
+    server.answer("/hook", ok())
+    server.forget()
+    repo.dispatch()
+    assert names(server) == ["one", "two", "three", "four"]
+    assert names(server, PAGER) == ["four"]
+    check_promise(repo)
+
+
+def test_a_damaged_shell_state_is_rebuilt_from_the_shell_dispatchers_telemetry(
+    repo: Repo, server: SinkServer
+) -> None:
+    one, two = record("one"), record("two")
+    repo.append(one, two, record("three"))
+    row = {
+        "timestamp": "2026-01-31T04:05:06Z",
+        "loopId": repo.loop,
+        "category": "alert_dispatch",
+        "status": "dispatched",
+    }
+    repo.telemetry_file.parent.mkdir()
+    repo.telemetry_file.write_text("".join(line({**row, "escalation": sent}) for sent in (one, two)))
+    repo.state_file.write_text('{"schemaVersion": "v1", "escalationsLi')
+    repo.dispatch()
+    every_sink_got(server, "three")
+
+
+def test_only_a_state_that_cannot_be_rebuilt_is_an_error_with_advice(repo: Repo, server: SinkServer) -> None:
+    repo.append(record("one"), record("two"))
+    row = {"loopId": repo.loop, "category": "alert_dispatch", "escalation": record("of-a-lost-file")}
+    repo.telemetry_file.parent.mkdir()
+    repo.telemetry_file.write_text(line(row))
+    repo.state_file.write_text('{"schemaVersion": "v1", "escalationsLi')
+    for _ in range(2):  # an error is not to heal itself by sending everything
+        failed = repo.dispatch()
+        assert (failed.exit_code, failed.stdout) == (4, "")
+        assert '{"schemaVersion":"v1","escalationsLineOffset":N}' in failed.stderr
+    assert server.requests == []
+    repo.state_file.write_text('{"schemaVersion":"v1","escalationsLineOffset":1}')
+    repo.dispatch()
+    every_sink_got(server, "two")
+
+
+@pytest.mark.parametrize("newer", [{"stateVersion": 2}, {"schemaVersion": "v2"}, {"schemaVersion": "v10"}])
+def test_a_state_of_a_newer_version_is_refused_and_left_as_it_is(
+    repo: Repo, server: SinkServer, newer: dict[str, Any]
+) -> None:
+    repo.append(record("one"))
+    repo.dispatch()
+    repo.state_file.write_text(json.dumps({**repo.state(), **newer, "lanes": "of a new kind"}))
+    repo.append(record("two"))
+    before = repo.snapshot()
+    failed = repo.dispatch()
+    assert failed.exit_code == 4
+    assert "newer version" in failed.stderr
+    repo.write_config("{")
+    assert repo.dispatch().exit_code == 3
+    repo.write_config(everywhere())
+    after = repo.snapshot()
+    state = str(repo.state_file.relative_to(repo.root))
+    assert after[state] == before[state]
+    every_sink_got(server, "one")
+
+
+# --- The disk (9)
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, options: str) -> Iterator[None]:
+    """A tmpfs of its own. Where that is not allowed the test is skipped; in CI, which is root, it fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if done.returncode:
+        if in_ci() and os.geteuid() == 0:
+            pytest.fail(f"cannot mount: {done.stderr.decode()}", pytrace=False)
+        pytest.skip("a file system cannot be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def remount(folder: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+
+def fails_of_the_disk(run: Run, *words: str) -> None:
+    assert (run.exit_code, run.stdout) == (5, "")
+    assert run.stderr.startswith("error: ")
+    assert "Traceback" not in run.stderr
+    for word in words:
+        assert word in run.stderr
+
+
+def test_a_full_disk_is_found_out_before_anything_is_sent(repo: Repo, server: SinkServer) -> None:
+    with mounted(repo.folder, "size=1m"):
+        repo.append(record("one"))
+        repo.dispatch()
+        repo.append(record("two"))
+        with contextlib.suppress(OSError), (repo.folder / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(b"x" * 4096)
+        server.forget()
+        fails_of_the_disk(repo.dispatch(), "No space left on device", "free space")
+        assert server.requests == []
+        check_promise(repo)
+        (repo.folder / "filler").unlink()
+        assert repo.dispatch().json["processedCount"] == 1
+        assert names(server) == ["two"]
+        check_promise(repo)
+
+
+def test_a_disk_that_fills_up_in_mid_pass_loses_nothing_and_repeats_only_what_was_in_flight(
+    repo: Repo, server: SinkServer
+) -> None:
+    with mounted(repo.folder, "size=1700k"):
+        sent = [f"{number}" for number in range(20)]
+        repo.append(*[record(name, filler="x" * 50_000) for name in sent])
+        fails_of_the_disk(repo.dispatch(), "No space left on device")
+        fails_of_the_disk(repo.dispatch(), "No space left on device")
+        remount(repo.folder, "size=20m")
+        assert repo.dispatch().exit_code == 0
+        for sink in (HOOK, PAGER):
+            got = names(server, sink)
+            assert list(dict.fromkeys(got)) == sent
+            assert len(got) <= len(sent) + 2
+        assert repo.state()["escalationsLineOffset"] == 20
+        check_promise(repo)
+        rows = repo.telemetry()
+        assert [row["escalationTraceId"] for row in rows if "late" not in row] == sent
+
+
+def test_a_state_folder_without_room_is_found_out_before_anything_is_sent(
+    repo: Repo, server: SinkServer, tmp_path: Path
+) -> None:
+    """The state on a disk of its own."""
+    with mounted(tmp_path / "small", "size=256k"):
+        state = tmp_path / "small" / "state.json"
+        options = ("--dispatch-state-file", str(state))
+        repo.append(record("one"))
+        with contextlib.suppress(OSError), (tmp_path / "small" / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(b"x" * 4096)
+        fails_of_the_disk(repo.dispatch(*options), "No space left on device")
+        assert server.requests == []
+        (tmp_path / "small" / "filler").unlink()
+        remount(tmp_path / "small", "size=2m")
+        assert repo.dispatch(*options).json["status"] == "success"
+        every_sink_got(server, "one")
+
+
+def limited(repo: Repo, limit: int) -> Run:
+    """A pass whose files may not grow beyond a limit."""
+    done = subprocess.run(
+        [*repo.command, "dispatch", *repo.target],
+        capture_output=True,
+        encoding="utf-8",
+        env=repo.env,
+        cwd=repo.root,
+        timeout=60,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("limit", [0, 100, 3000, 20_000])
+def test_a_file_size_limit_loses_nothing_and_repeats_only_what_was_in_flight(
+    repo: Repo, server: SinkServer, limit: int
+) -> None:
+    sent = [f"{number}" for number in range(20)]
+    repo.append(*[record(name) for name in sent])
+    for _ in range(3):
+        fails_of_the_disk(limited(repo, limit), "ulimit -f")
+    assert repo.dispatch().exit_code == 0
+    for sink in (HOOK, PAGER):
+        got = names(server, sink)
+        assert list(dict.fromkeys(got)) == sent
+        assert len(got) <= len(sent) + 3
+    check_promise(repo)
+
+
+def test_a_file_at_its_limit_is_found_out_before_anything_is_sent(repo: Repo, server: SinkServer) -> None:
+    repo.append(record("one"))
+    repo.dispatch()
+    repo.append(record("two"))
+    server.forget()
+    for _ in range(2):
+        fails_of_the_disk(limited(repo, repo.telemetry_file.stat().st_size + 10), "ulimit -f")
+    assert server.requests == []
+    repo.dispatch()
+    assert names(server) == ["two"]
+    check_promise(repo)
+
+
+def test_a_read_only_disk_is_found_out_before_anything_is_sent(repo: Repo, server: SinkServer) -> None:
+    with mounted(repo.folder, "size=2m"):
+        repo.append(record("one"))
+        repo.dispatch()
+        repo.append(record("two"))
+        server.forget()
+        remount(repo.folder, "ro")
+        fails_of_the_disk(repo.dispatch(), "Read-only file system")
+        assert server.requests == []
+        remount(repo.folder, "rw")
+        repo.dispatch()
+        assert names(server) == ["two"]
+        check_promise(repo)
+
+
+def as_owner(repo: Repo) -> Run:
+    """A pass to which the modes of files apply: for root that takes some of its power away."""
+    command = [*repo.command]
+    if os.geteuid() == 0:
+        command = [needs_tool("setpriv"), "--bounding-set=-dac_override,-dac_read_search", *command]
+    return replace(repo, command=command).dispatch()
+
+
+def forbid(path: Path) -> Callable[[], None]:
+    mode = path.stat().st_mode & 0o777
+    path.chmod(mode & 0o555)
+    return lambda: path.chmod(mode)
+
+
+@pytest.mark.parametrize(
+    "what", ["folder", "telemetry_folder", "telemetry_file", "attempts_file", "lock_file"]
+)
+def test_what_may_not_be_written_is_found_out_before_anything_is_sent(
+    repo: Repo, server: SinkServer, what: str
+) -> None:
+    repo.append(record("one"))
+    as_owner(repo)
+    repo.append(record("two"))
+    lock = repo.state_file.with_name(repo.state_file.name + ".lock")
+    paths = {
+        "folder": repo.folder,
+        "telemetry_folder": repo.telemetry_file.parent,
+        "telemetry_file": repo.telemetry_file,
+        "attempts_file": repo.attempts_file,
+        "lock_file": lock,
+    }
+    allow = forbid(paths[what])
+    server.forget()
+    fails_of_the_disk(as_owner(repo), "Permission denied", "give this user access")
+    assert server.requests == []
+    allow()
+    assert as_owner(repo).json["processedCount"] == 1
+    assert names(server) == ["two"]
+    check_promise(repo)
+
+
+def test_a_source_that_may_not_be_read_is_an_error_and_costs_nothing(repo: Repo, server: SinkServer) -> None:
+    repo.append(record("one"))
+    as_owner(repo)
+    repo.append(record("two"))
+    repo.source.chmod(0)
+    server.forget()
+    fails_of_the_disk(as_owner(repo), "Permission denied")
+    repo.source.chmod(0o644)
+    as_owner(repo)
+    assert names(server) == ["two"]
+    check_promise(repo)
+
+
+@pytest.mark.parametrize("what", ["state_file", "telemetry_file", "attempts_file"])
+def test_a_symbolic_link_is_not_followed_for_writing_and_found_out_before_anything_is_sent(
+    repo: Repo, server: SinkServer, tmp_path: Path, what: str
+) -> None:
+    repo.append(record("one"))
+    repo.dispatch()
+    repo.append(record("two"))
+    server.forget()
+    path: Path = getattr(repo, what)
+    away = path.rename(tmp_path / "away")
+    content = away.read_bytes()
+    path.symlink_to(away)
+    for _ in range(2):
+        fails_of_the_disk(repo.dispatch(), "symbolic link", path.name)
+    assert server.requests == []
+    assert away.read_bytes() == content
+    path.unlink()
+    away.rename(path)
+    repo.dispatch()
+    assert names(server) == ["two"]
+    check_promise(repo)
+
+
+def test_rows_that_are_gone_cost_neither_a_repeat_nor_an_escalation(repo: Repo, server: SinkServer) -> None:
+    """Telemetry that was rotated or removed by hand: the state is enough."""
+    server.answer("/hook", error(503))
+    repo.append(record("one"))
+    repo.dispatch()
+    shutil.rmtree(repo.telemetry_file.parent)
+    repo.append(record("two"))
+    server.answer("/hook", ok())
+    server.forget()
+    assert repo.dispatch().json["waitingCount"] == 0
+    assert names(server) == ["one", "two"]
+    assert names(server, PAGER) == ["two"]
+
+
+@pytest.mark.parametrize("file", ["telemetry_file", "attempts_file"])
+def test_a_torn_row_is_closed_and_costs_nothing(repo: Repo, server: SinkServer, file: str) -> None:
+    repo.append(record("one"))
+    repo.dispatch()
+    path: Path = getattr(repo, file)
+    with path.open("ab") as rows:
+        rows.write(b'{"timestamp":"2026-11-2')
+    repo.append(divergence_detected(traceId="two"))
+    assert repo.dispatch().json["status"] == "success"
+    every_sink_got(server, "one", "two")
+    assert path.read_bytes().endswith(b"\n")

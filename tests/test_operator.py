@@ -1,0 +1,866 @@
+"""The operator's commands (status, test, redeliver, skip, init): what they say, send, change, leave alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import RUN_TIMEOUT, Repo, Run, read_rows
+from escalations import (
+    CHAT,
+    HOOK,
+    HOOK_TOKEN,
+    PAGER,
+    PAGER_KEY,
+    PATHS,
+    SECRETS,
+    SINK_TYPES,
+    batch,
+    escalation_id,
+    health_critical,
+    health_degraded,
+    sink_config,
+    timestamp,
+)
+from loopback import Answer, SinkServer, closed_port, echo, error, ok, rate_limited
+from tools import needs_tool
+
+STATUS_STAND_IN = Path(__file__).with_name("status-stand-in.sh")
+ESCAPE = "\x1b]0;owned\x07\x1b[31m\x9b2J"
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+STATUS_FIELDS = ["schemaVersion", "generatedAt", "repoPath", "loopId", "health", "alerts", "sinks"]
+STATUS_FIELDS += ["failureReasons"]
+SINK_FIELDS = ["id", "type", "enabled", "health", "lagCount", "oldestPendingAt", "lastSuccessAt"]
+SINK_FIELDS += ["lastFailureAt", "reasonCode", "message", "consecutiveFailures", "nextAttemptAt"]
+SINK_FIELDS += ["deadLetterCount"]
+
+
+def to_all(**delivery: Any) -> dict[str, Any]:
+    """Each record to all three sinks; one try a pass, and no wait before the next pass may try."""
+    config = sink_config(everywhere=True)
+    config["delivery"] = {"maxAttemptsPerPass": 1, "backoffSeconds": {"initial": 0, "max": 0}, **delivery}
+    return config
+
+
+@pytest.fixture(autouse=True)
+def config(repo: Repo) -> None:
+    repo.write_config(to_all())
+
+
+def status(repo: Repo, *options: str) -> dict[str, Any]:
+    found: dict[str, Any] = repo.run("status", *repo.target, *options).json
+    return found
+
+
+def sink_of(found: dict[str, Any], sink_id: str) -> dict[str, Any]:
+    [sink] = [sink for sink in found["sinks"] if sink["id"] == sink_id]
+    assert isinstance(sink, dict)
+    return sink
+
+
+def check(repo: Repo, *options: str) -> tuple[int, str]:
+    """The exit code and the one line of `status --check`."""
+    run = repo.run("status", "--repo", str(repo.root), "--check", *options)
+    assert run.stderr == ""
+    assert run.stdout.count("\n") == 1
+    return run.exit_code, run.stdout.strip()
+
+
+def on_terminal(repo: Repo, *arguments: str, answer: str, **env: str) -> Run:
+    """Run the program with everything on one terminal, and type the answer once it asks."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [*repo.command, *arguments],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**repo.env, "TERM": "xterm-256color", **env},
+        cwd=repo.root,
+    )
+    os.close(theirs)
+    said = b""
+    try:
+        while True:
+            try:
+                piece = os.read(ours, 65536)
+            except OSError:
+                break
+            if not piece:
+                break
+            asked = b"[y/N]" in said
+            said += piece
+            if not asked and b"[y/N]" in said:
+                os.write(ours, f"{answer}\n".encode())
+        exit_code = process.wait(RUN_TIMEOUT)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    return Run(exit_code, said.decode().replace("\r\n", "\n"), "")
+
+
+def ids_at(server: SinkServer, sink_id: str) -> list[str]:
+    return [escalation_id(request) for request in server.received(PATHS[sink_id])]
+
+
+def make_dead_letter(repo: Repo, server: SinkServer, sink_id: str = HOOK) -> str:
+    """Three records, of which the second is a dead letter for a sink. Returns its id."""
+    repo.append(*batch(3))
+    server.script(PATHS[sink_id], ok(), error(422, "I do not take this"))
+    summary = repo.dispatch().json
+    assert (summary["deadLetterCount"], summary["waitingCount"]) == (1, 0)
+    [dead] = [row for row in repo.attempts() if row["outcome"] == "dead_letter"]
+    server.forget()
+    return str(dead["escalationId"])
+
+
+def make_backlog(repo: Repo, server: SinkServer, count: int = 4) -> list[str]:
+    """So many records that chat did not take and the others did. Returns their ids."""
+    server.answer(PATHS[CHAT], error(503, "down for repair"))
+    repo.append(*batch(count))
+    assert repo.dispatch().json["waitingCount"] == count
+    ids = [row["escalationId"] for row in repo.telemetry()]
+    server.forget()
+    return ids
+
+
+# --- status: is it working, what is stuck, why, what to do
+
+
+def test_status_has_every_field_that_scripts_read(repo: Repo, server: SinkServer) -> None:
+    server.answer(PATHS[CHAT], rate_limited(120))
+    server.script(PATHS[HOOK], error(422, "no thanks"))
+    first, second = health_critical(seconds_ago=90), health_degraded(seconds_ago=60)
+    repo.append(first, second)
+    repo.dispatch("--trace-id", "the-pass")
+    before = repo.snapshot()
+    found = status(repo)
+
+    assert [key for key in found if key in STATUS_FIELDS] == STATUS_FIELDS
+    assert (found["schemaVersion"], found["loopId"]) == ("v1", repo.loop)
+    assert (found["repoPath"], found["health"]) == (str(repo.root), "warning")
+    assert [sink["id"] for sink in found["sinks"]] == sorted(SINK_TYPES)
+    for sink in found["sinks"]:
+        assert [key for key in sink if key in SINK_FIELDS] == SINK_FIELDS
+        assert sink["type"] == SINK_TYPES[sink["id"]]
+        assert sink["enabled"] is True
+
+    chat, hook, pager = sink_of(found, CHAT), sink_of(found, HOOK), sink_of(found, PAGER)
+    assert (chat["health"], chat["lagCount"], chat["oldestPendingAt"]) == ("warning", 2, first["timestamp"])
+    assert (chat["reasonCode"], chat["message"]) == ("http_error", "slow down")
+    assert (chat["consecutiveFailures"], chat["lastSuccessAt"]) == (1, None)
+    assert chat["lastFailureAt"] < chat["nextAttemptAt"]
+    assert (hook["health"], hook["lagCount"], hook["deadLetterCount"]) == ("warning", 0, 1)
+    assert hook["lastSuccessAt"]
+    assert hook["lastFailureAt"]
+    assert (pager["health"], pager["lagCount"], pager["deadLetterCount"]) == ("ok", 0, 0)
+    assert pager["reasonCode"] is pager["lastFailureAt"] is pager["nextAttemptAt"] is None
+
+    reasons = {reason["reasonCode"]: reason for reason in found["failureReasons"]}
+    assert {code: reason["count"] for code, reason in reasons.items()} == {
+        "http_error": 1,
+        "delivery_deferred": 1,
+    }
+    assert all(set(r) == {"reasonCode", "count", "lastSeenAt"} and r["lastSeenAt"] for r in reasons.values())
+    assert repo.snapshot() == before
+    assert json.loads(repo.run("status", *repo.target, "--pretty").stdout).keys() == found.keys()
+
+
+def test_status_says_of_alerts_what_the_hosts_status_script_says(repo: Repo, server: SinkServer) -> None:
+    needs_tool("jq")
+
+    def agree() -> dict[str, Any]:
+        told = subprocess.run(
+            [STATUS_STAND_IN, "--repo", repo.root, "--loop", repo.loop], capture_output=True, check=True
+        )
+        alerts: dict[str, Any] = json.loads(told.stdout)["alerts"]
+        assert status(repo)["alerts"] == alerts
+        return alerts
+
+    repo.folder.mkdir(parents=True)
+    assert agree() == {"dispatch": None, "lastDelivery": None}
+    repo.dispatch()
+    assert agree()["dispatch"]["status"] == "no_source"
+    server.script(PATHS[CHAT], error(503))
+    repo.append(*batch(2))
+    repo.dispatch()
+    assert agree()["lastDelivery"]["failedSinkCount"] == 1
+    repo.dispatch()
+    assert agree()["lastDelivery"]["dispatchedSinkCount"] == 1
+    repo.append("no JSON\n")
+    repo.dispatch()
+    assert agree()["lastDelivery"]["reasonCode"] == "invalid_escalation_json"
+    # A row of reconcile's own, and one that is longer than the stretch of the file that is looked at.
+    with repo.telemetry_file.open("a") as telemetry:
+        telemetry.write(json.dumps({"status": "failed_command", "message": "x" * 3_000_000}) + "\n")
+    assert agree()["lastDelivery"]["status"] == "failed_command"
+    repo.write_config("{}")
+    assert repo.dispatch().exit_code == 3
+    assert agree()["dispatch"]["status"] == "config_invalid"
+
+
+def test_status_of_a_repo_tells_of_all_its_loops_and_of_nothing_else(repo: Repo) -> None:
+    assert repo.run("status", "--repo", str(repo.root)).json == {"loops": []}
+    run = repo.run("status", "--repo", str(repo.root), "--format", "text")
+    assert (run.exit_code, run.stdout) == (0, "No loop of this repo has escalations.\n")
+
+    repo.append(health_critical())
+    for name in ("a-loop", "fleet", "no-loop", f"odd{ESCAPE}"):
+        (repo.folder.parent / name).mkdir()
+    (repo.folder.parent / "a-loop" / "escalations.jsonl").touch()
+    (repo.folder.parent / "fleet" / "escalations.jsonl").touch()
+    (repo.folder.parent / f"odd{ESCAPE}" / "escalations.jsonl").touch()
+    found = repo.run("status", "--repo", str(repo.root)).json
+    assert [loop["loopId"] for loop in found["loops"]] == ["a-loop", repo.loop]
+    run = repo.run("status", "--repo", str(repo.root), "--format", "text")
+    assert "loop a-loop:" in run.stdout
+    assert f"loop {repo.loop}:" in run.stdout
+
+
+def test_what_no_pass_has_taken_up_yet_counts_as_lag(repo: Repo) -> None:
+    oldest = health_critical(seconds_ago=50)
+    repo.append(oldest, health_degraded(), "no JSON\n", health_degraded(severity="info"))
+    config = to_all()
+    config["sinks"][PAGER]["minSeverity"] = "critical"
+    config["sinks"][CHAT]["enabled"] = False
+    repo.write_config(config)
+    found = status(repo)
+    assert {sink["id"]: sink["lagCount"] for sink in found["sinks"]} == {CHAT: 0, HOOK: 3, PAGER: 1}
+    assert sink_of(found, HOOK)["oldestPendingAt"] == oldest["timestamp"]
+    assert sink_of(found, CHAT)["health"] == "disabled"
+    assert (found["health"], found["alerts"]["dispatch"]) == ("unknown", None)
+
+    repo.dispatch()
+    repo.append(health_degraded(timestamp=timestamp(5)))
+    found = status(repo)
+    assert {sink["id"]: sink["lagCount"] for sink in found["sinks"]} == {CHAT: 0, HOOK: 1, PAGER: 0}
+    assert (found["health"], sink_of(found, HOOK)["health"]) == ("warning", "warning")
+
+
+def test_status_works_without_config_and_secrets_and_says_what_it_cannot_know(
+    repo: Repo, server: SinkServer
+) -> None:
+    make_backlog(repo, server, 2)
+    repo.append(health_degraded())
+    repo.config_file.unlink()
+    repo.env = {"PATH": repo.env["PATH"]}
+    found = status(repo)
+    assert found["health"] == "warning"
+    chat = sink_of(found, CHAT)
+    assert (chat["type"], chat["enabled"], chat["lagCount"]) == (None, None, 2)
+    assert any("is not there" in note for note in found["notes"])
+    assert any("1 escalation not taken up yet" in note for note in found["notes"])
+    # The config may just be elsewhere: nobody is sent to mend it, even when the sink is critical.
+    code, line = check(repo, "--critical-after", "0")
+    assert code == 2
+    assert f"{CHAT} is failing" in line
+    assert "config" not in line
+
+
+@pytest.mark.parametrize("ran", [False, True], ids=["before any pass", "after a pass"])
+def test_an_invalid_config_is_critical(repo: Repo, ran: bool) -> None:
+    repo.append(health_critical())
+    repo.write_config('{"schemaVersion": "v1"}')
+    if ran:
+        assert repo.dispatch().exit_code == 3
+    found = status(repo)
+    assert found["health"] == "critical"
+    assert any("config invalid" in note and "$" in note for note in found["notes"])
+    text = repo.run("status", *repo.target, "--format", "text").stdout
+    head, advice, *_ = text.splitlines()
+    assert head == f"CRITICAL  loop {repo.loop}: the config is invalid: nothing is sent"
+    assert "run `config`" in advice
+    assert check(repo) == (2, f"ALERT DISPATCH CRITICAL: {repo.loop}: the config is invalid: nothing is sent")
+
+
+def test_an_unset_secret_is_critical_once_a_pass_has_met_it(repo: Repo) -> None:
+    repo.append(health_critical())
+    assert repo.dispatch(env={"ALERT_CHAT_URL": ""}).exit_code == 3
+    assert check(repo)[0] == 2
+    assert any("ALERT_CHAT_URL" in note for note in status(repo)["notes"])
+
+
+def test_a_damaged_state_is_no_riddle(repo: Repo) -> None:
+    repo.append(health_critical())
+    repo.dispatch()
+    repo.state_file.write_text('{"schemaVersion": "v1", "source"')
+    found = status(repo)
+    assert found["health"] == "unknown"
+    assert any("damaged" in note for note in found["notes"])
+
+
+ADVICE: list[tuple[str, Answer, str, str]] = [
+    ("a wrong credential", error(401, "who are you"), "http_error 401", "credential is wrong"),
+    ("a deleted webhook", error(404, "no_service"), "http_error 404", "URL is wrong or was deleted"),
+    ("an archived channel", error(410, "channel_is_archived"), "http_error 410", "unarchive it"),
+    ("an outage", error(502, "bad gateway"), "http_error 502", "trouble of its own"),
+    ("a rate limit", rate_limited(60), "http_error 429", "limits the rate"),
+    ("a moved webhook", error(302), "http_error 302", "the URL that the redirect leads to"),
+    ("a refused record", error(422, "bad field"), "http_error 422", "read its answer"),
+]
+
+
+def test_a_failed_test_alert_says_what_to_do(repo: Repo, server: SinkServer) -> None:
+    """Each fault is a sink of its own, so that one run shows them all."""
+    config = to_all()
+    config["sinks"] = {}
+    for number, (_, answer, _, _) in enumerate(ADVICE):
+        config["sinks"][f"sink-{number}"] = {
+            "enabled": True,
+            "type": "slack",
+            "webhookUrlEnv": f"URL_{number}",
+        }
+        server.answer(f"/sink-{number}", answer)
+    config["routing"]["defaultSinks"] = ["sink-0"]
+    repo.write_config(config)
+    env = {f"URL_{number}": f"{server.url}/sink-{number}" for number in range(len(ADVICE))}
+    run = repo.run("test", "--format", "text", env=env)
+    assert run.exit_code == 1
+    said = run.stdout.splitlines()
+    for number, (name, _, what, advice) in enumerate(ADVICE):
+        assert said[2 * number].startswith(f"sink-{number}: {what}"), name
+        assert said[2 * number + 1].startswith("  what to do: "), name
+        assert advice in said[2 * number + 1], name
+
+
+def test_status_says_the_verdict_and_the_advice_first(repo: Repo, server: SinkServer) -> None:
+    server.answer(PATHS[CHAT], error(403, "invalid_token"))
+    repo.append(*batch(2))
+    repo.dispatch()
+    text = repo.run("status", *repo.target, "--format", "text").stdout
+    head, advice, blank, titles, *_ = text.splitlines()
+    assert head == (
+        f"WARNING  loop {repo.loop}: {CHAT} is failing (http_error: invalid_token), 2 deliveries waiting"
+    )
+    assert advice == "What to do: the credential is wrong or was revoked: make a new one and set its variable"
+    assert blank == ""
+    assert titles.split()[:3] == ["SINK", "HEALTH", "LAG"]
+    assert "Recent failures: delivery_deferred 1" in text
+
+
+# --- status --check: for a monitor
+
+
+def test_a_monitor_gets_one_line_and_the_exit_code_of_its_convention(repo: Repo, server: SinkServer) -> None:
+    assert check(repo) == (3, "ALERT DISPATCH UNKNOWN: no loop has escalations or a state")
+    repo.append(*batch(2))
+    code, line = check(repo)
+    assert (code, line) == (3, f"ALERT DISPATCH UNKNOWN: {repo.loop}: no pass has run yet")
+    repo.dispatch()
+    code, line = check(repo)
+    assert (code, line.split(":")[0]) == (0, "ALERT DISPATCH OK")
+
+    server.answer(PATHS[CHAT], error(503, "down"))
+    repo.append(health_degraded())
+    assert check(repo)[0] == 1  # not taken up yet
+    repo.dispatch()
+    code, line = check(repo)
+    assert (code, line.split(":")[0]) == (1, "ALERT DISPATCH WARNING")
+    assert f"{repo.loop}: {CHAT} is failing (http_error: down), 1 delivery waiting" in line
+    time.sleep(1.1)  # the moment is kept in whole seconds
+    code, line = check(repo, "--critical-after", "1")
+    assert (code, line.split(":")[0]) == (2, "ALERT DISPATCH CRITICAL")
+    assert check(repo, "--critical-after", "60")[0] == 1
+
+    # The worst loop decides, and is the one that is named.
+    other = repo.folder.parent / "another"
+    other.mkdir()
+    (other / "escalations.jsonl").touch()
+    code, line = check(repo, "--critical-after", "1")
+    assert (code, "another" in line) == (2, False)
+    assert check(repo)[0] == 3
+    assert check(repo, "--loop", repo.loop)[0] == 1
+
+
+def test_dead_letters_are_a_warning(repo: Repo, server: SinkServer) -> None:
+    make_dead_letter(repo, server)
+    assert check(repo) == (1, f"ALERT DISPATCH WARNING: {repo.loop}: 1 dead letter")
+
+
+def test_a_state_that_cannot_be_used_is_unknown_to_a_monitor_and_an_error_to_people(repo: Repo) -> None:
+    repo.folder.mkdir(parents=True)
+    repo.state_file.write_text('{"schemaVersion": "v2"}')
+    code, line = check(repo)
+    assert code == 3
+    assert "newer version" in line
+    run = repo.run("status", *repo.target)
+    assert (run.exit_code, run.stdout) == (4, "")
+    assert run.stderr.startswith("error: ")
+
+
+# --- status --format prometheus
+
+
+def test_prometheus_takes_the_metrics_without_a_remark(repo: Repo, server: SinkServer) -> None:
+    promtool = needs_tool("promtool")
+    repo.loop = 'night "build" \\ 2'
+    server.answer(PATHS[CHAT], rate_limited(120))
+    server.script(PATHS[HOOK], error(422))
+    repo.append(*batch(3))
+    repo.dispatch()
+    run = repo.run("status", "--repo", str(repo.root), "--format", "prometheus")
+    judged = subprocess.run(
+        [promtool, "check", "metrics"], input=run.stdout, capture_output=True, text=True, check=False
+    )
+    assert (judged.returncode, judged.stdout, judged.stderr) == (0, "", "")
+
+    samples = {
+        name.replace('loop="night \\"build\\" \\\\ 2",', ""): float(value)
+        for name, value in re.findall(r"^ops_alert_dispatch_(.*\}) (\S+)$", run.stdout, re.MULTILINE)
+    }
+    assert samples[f'lag{{sink="{CHAT}"}}'] == 3
+    assert samples[f'lag{{sink="{HOOK}"}}'] == 0
+    assert samples[f'dead_letters{{sink="{HOOK}"}}'] == 1
+    assert samples[f'consecutive_failures{{sink="{CHAT}"}}'] == 1
+    assert 60 <= samples[f'oldest_pending_age_seconds{{sink="{CHAT}"}}'] < 60 + RUN_TIMEOUT
+    assert abs(samples[f'last_success_timestamp_seconds{{sink="{PAGER}"}}'] - time.time()) < RUN_TIMEOUT
+    assert f'last_success_timestamp_seconds{{sink="{CHAT}"}}' not in samples
+    assert samples[f'deliveries_total{{sink="{PAGER}",outcome="delivered"}}'] == 3
+    assert samples[f'deliveries_total{{sink="{HOOK}",outcome="failed"}}'] == 1
+
+
+def test_prometheus_takes_the_metrics_of_a_repo_without_loops(repo: Repo) -> None:
+    promtool = needs_tool("promtool")
+    run = repo.run("status", "--repo", str(repo.root), "--format", "prometheus")
+    judged = subprocess.run(
+        [promtool, "check", "metrics"], input=run.stdout, capture_output=True, text=True, check=False
+    )
+    assert (judged.returncode, judged.stdout, judged.stderr) == (0, "", "")
+
+
+# --- test: would an alert arrive
+
+
+def test_a_test_alert_reaches_each_enabled_sink_marked_as_one_and_touches_nothing(
+    repo: Repo, server: SinkServer
+) -> None:
+    config = to_all()
+    config["sinks"][PAGER]["minSeverity"] = "critical"  # a test alert is no escalation: it goes out
+    config["sinks"]["spare"] = {"enabled": False, "type": "webhook", "urlEnv": "SPARE_URL"}
+    repo.write_config(config)
+    repo.append(*batch(2))
+    repo.dispatch()
+    server.forget()
+    before = repo.snapshot()
+    run = repo.run("test", "--repo", str(repo.root))
+    assert repo.snapshot() == before
+    assert run.stderr == ""
+    results = {sink["id"]: sink for sink in run.json["sinks"]}
+    assert set(results) == set(SINK_TYPES)
+    for sink_id, result in results.items():
+        assert (result["status"], result["reasonCode"], result["message"]) == ("success", None, None)
+        assert result["durationMs"] >= 0
+        [request] = server.received(PATHS[sink_id])
+        assert "test_alert" in request.body.decode()
+        assert "Nothing is wrong" in request.body.decode()
+    [request] = server.received(PATHS[HOOK])
+    assert request.headers["authorization"] == f"Bearer {HOOK_TOKEN}"
+    assert request.json["event"] == {"category": "test_alert", "severity": "info"}
+    [request] = server.received(PATHS[PAGER])
+    assert (request.json["routing_key"], request.json["payload"]["severity"]) == (PAGER_KEY, "info")
+
+
+def test_a_disabled_sink_can_be_tested_before_it_is_switched_on(repo: Repo, server: SinkServer) -> None:
+    config = to_all()
+    config["sinks"][CHAT]["enabled"] = False
+    repo.write_config(config)
+    run = repo.run(
+        "test", "--sink", CHAT, "--severity", "CRIT", "--format", "text", env={"ALERT_HOOK_URL": ""}
+    )
+    assert run.exit_code == 0
+    assert re.fullmatch(rf"{CHAT}: delivered \(200\), \d+ ms\n", run.stdout)
+    assert [request.path for request in server.requests] == [PATHS[CHAT]]
+    assert "[critical]" in server.requests[0].json["text"]
+    run = repo.run("test", "--sink", CHAT, env={"ALERT_CHAT_URL": ""})
+    assert (run.exit_code, run.stdout) == (3, "")
+    assert "ALERT_CHAT_URL" in run.stderr
+
+
+def test_one_failing_sink_does_not_hide_the_others(repo: Repo, server: SinkServer) -> None:
+    with closed_port() as port:
+        run = repo.run("test", env={"ALERT_CHAT_URL": f"http://127.0.0.1:{port}/chat"})
+    assert run.exit_code == 1
+    results = {sink["id"]: sink for sink in json.loads(run.stdout)["sinks"]}
+    assert [results[sink]["status"] for sink in (HOOK, PAGER)] == ["success", "success"]
+    assert results[CHAT]["reasonCode"] == "request_failed"
+    assert "refused" in results[CHAT]["message"]
+    assert "sink is up and reachable" in results[CHAT]["advice"]
+    assert not repo.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["test", "--sink", "ops-chatt"], "ops-chat"),
+        (["test", "--severity", "loud"], "--severity"),
+        (["redeliver", "--repo", ".", "--loop", "x"], "--dead-letters"),
+        (["redeliver", "--repo", ".", "--loop", "x", "--id", "esc_1", "--from-line", "1"], "one of"),
+        (["redeliver", "--repo", ".", "--loop", "x", "--dead-letters", "--to-line", "1"], "--from-line"),
+        (["redeliver", "--repo", ".", "--loop", "x", "--from-line", "0"], "--from-line"),
+        (["skip", "--repo", ".", "--loop", "x"], "--sink"),
+        (["skip", "--repo", ".", "--loop", "../x", "--sink", "y"], "loop id"),
+        (["status", "--repo", "nowhere"], "--repo"),
+        (["status", "--repo", ".", "--critical-after", "-1"], "--critical-after"),
+    ],
+)
+def test_a_wrong_command_line_is_exit_2_and_says_what_is_wrong(
+    repo: Repo, arguments: list[str], says: str
+) -> None:
+    run = repo.run(*arguments)
+    assert (run.exit_code, run.stdout) == (2, "")
+    assert says in run.stderr
+
+
+@pytest.mark.parametrize("command", [["redeliver", "--dead-letters"], ["skip", "--sink", CHAT]])
+def test_a_loop_that_no_pass_has_seen_is_named_as_such(repo: Repo, command: list[str]) -> None:
+    repo.append(health_critical())
+    run = repo.run(*command, *repo.target, "--yes")
+    assert (run.exit_code, run.stdout) == (4, "")
+    assert "run `dispatch` first" in run.stderr
+    repo.write_config("{}")
+    assert repo.run(*command, *repo.target, "--yes").exit_code == 3
+
+
+# --- redeliver
+
+
+def test_a_dead_letter_that_is_redelivered_is_one_no_longer(repo: Repo, server: SinkServer) -> None:
+    dead = make_dead_letter(repo, server)
+    before = repo.snapshot()
+    command = ["redeliver", *repo.target, "--dead-letters"]
+    run = on_terminal(repo, *command, answer="n")
+    assert run.exit_code != 0
+    assert dead in run.stdout
+    assert "Send 1 delivery?" in run.stdout
+    assert server.requests == []
+    assert {k: v[2] for k, v in repo.snapshot().items()} == {k: v[2] for k, v in before.items()}
+
+    run = on_terminal(repo, *command, answer="y")
+    assert run.exit_code == 0
+    assert f"{dead} to {HOOK}: delivered (200)" in run.stdout
+    [request] = server.requests
+    assert (request.path, request.headers["webhook-id"]) == (PATHS[HOOK], dead)
+    assert repo.state()["deadLetterCount"] == 0
+    assert repo.state()["lanes"][HOOK]["deadLetterCount"] == 0
+    assert (repo.attempts()[-1]["outcome"], repo.attempts()[-1]["escalationId"]) == ("delivered", dead)
+    row = repo.telemetry()[-1]
+    assert (row["escalationId"], row["status"], [s["id"] for s in row["sinks"]]) == (
+        dead,
+        "dispatched",
+        [HOOK],
+    )
+    assert check(repo)[0] == 0
+    run = repo.run(*command, "--yes")
+    assert (run.exit_code, run.stdout.split(".")[0]) == (0, "Nothing to redeliver")
+
+    # A later pass, with the state or without, sends none of it again.
+    server.forget()
+    repo.dispatch()
+    repo.state_file.unlink()
+    repo.dispatch()
+    assert server.requests == []
+
+
+def test_a_dead_letter_that_is_refused_again_stays_one_and_exit_1_says_so(
+    repo: Repo, server: SinkServer
+) -> None:
+    make_dead_letter(repo, server)
+    server.answer(PATHS[HOOK], error(422, "still not"))
+    run = repo.run("redeliver", *repo.target, "--dead-letters", "--yes")
+    assert run.exit_code == 1
+    assert "http_error 422: still not" in run.stdout
+    assert "what to do: " in run.stdout
+    assert repo.state()["deadLetterCount"] == 1
+    # And without --yes, with nobody there to answer, nothing is sent.
+    server.forget()
+    assert repo.run("redeliver", *repo.target, "--dead-letters").exit_code != 0
+    assert server.requests == []
+
+
+def test_one_escalation_is_redelivered_by_its_id_to_every_sink_or_to_one(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.append(*batch(3))
+    repo.dispatch()
+    wanted = repo.telemetry()[1]["escalationId"]
+    server.forget()
+    repo.run("redeliver", *repo.target, "--id", wanted, "--sink", PAGER, "--yes")
+    assert [request.path for request in server.requests] == [PATHS[PAGER]]
+    server.forget()
+    assert repo.run("redeliver", *repo.target, "--id", wanted, "--yes").exit_code == 0
+    assert {sink: ids_at(server, sink) for sink in SINK_TYPES} == {sink: [wanted] for sink in SINK_TYPES}
+    assert "Nothing to redeliver" in repo.run("redeliver", *repo.target, "--id", "esc_0").stdout
+
+
+def test_a_range_of_lines_is_redelivered_under_the_same_ids(repo: Repo, server: SinkServer) -> None:
+    repo.append(*batch(5))
+    repo.dispatch()
+    ids = [row["escalationId"] for row in repo.telemetry()]
+    assert ids_at(server, HOOK) == ids
+    bodies = [request.json["escalation"] for request in server.received(PATHS[HOOK])]
+    server.forget()
+    done = repo.run("redeliver", *repo.target, "--from-line", "2", "--to-line", "3", "--sink", HOOK, "--yes")
+    assert done.exit_code == 0
+    assert ids_at(server, HOOK) == ids[1:3]
+    assert [request.json["escalation"] for request in server.received(PATHS[HOOK])] == bodies[1:3]
+    assert len(server.requests) == 2
+    server.forget()
+    assert repo.run("redeliver", *repo.target, "--from-line", "4", "--yes").exit_code == 0
+    assert {sink: ids_at(server, sink) for sink in SINK_TYPES} == dict.fromkeys(SINK_TYPES, ids[3:])
+    assert repo.state()["escalationsLineOffset"] == 5
+    assert repo.dispatch().json["status"] == "no_new_escalations"
+
+
+def test_what_waits_in_a_lane_is_left_to_the_lane(repo: Repo, server: SinkServer) -> None:
+    ids = make_backlog(repo, server, 3)
+    server.answer(PATHS[CHAT], ok())
+    repo.append(health_degraded())  # not taken up yet: not a redelivery's business either
+    run = repo.run("redeliver", *repo.target, "--from-line", "1", "--yes")
+    assert run.exit_code == 0
+    assert ids_at(server, CHAT) == []
+    assert ids_at(server, HOOK) == ids
+    assert "goes out by itself" in repo.run("redeliver", *repo.target, "--id", ids[0], "--sink", CHAT).stdout
+    repo.dispatch()
+    assert ids_at(server, CHAT)[:3] == ids
+
+
+def test_a_prompt_that_nobody_answers_does_not_hold_up_alerts(repo: Repo, server: SinkServer) -> None:
+    make_dead_letter(repo, server)
+    repo.append(health_critical())
+    process = subprocess.Popen(
+        [*repo.command, "redeliver", *repo.target, "--dead-letters"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=repo.env,
+    )
+    assert process.stdout is not None
+    try:
+        said = b""
+        while b"[y/N]" not in said:
+            said += os.read(process.stdout.fileno(), 65536)
+        assert repo.dispatch().json["status"] == "success"
+        said, _ = process.communicate(b"y\n", RUN_TIMEOUT)
+    finally:
+        process.kill()
+        process.wait()
+    assert b"delivered (200)" in said
+    assert repo.state()["deadLetterCount"] == 0
+    assert repo.dispatch().json["processedCount"] == 0
+
+
+# --- skip
+
+
+def test_a_backlog_is_given_up_on_record_and_can_be_redelivered(repo: Repo, server: SinkServer) -> None:
+    ids = make_backlog(repo, server)
+    with closed_port() as port:  # another lane that waits, and is not meant
+        repo.append(health_critical())
+        repo.dispatch(env={"ALERT_HOOK_URL": f"http://127.0.0.1:{port}/hook"})
+    rows_before, attempts_before = len(repo.telemetry()), len(repo.attempts())
+    state = repo.state()
+    server.forget()
+    command = ["skip", *repo.target, "--sink", CHAT]
+
+    run = on_terminal(repo, *command, answer="n")
+    assert run.exit_code != 0
+    assert f"5 deliveries to {CHAT} waiting" in run.stdout
+    assert len(repo.telemetry()) == rows_before
+    assert repo.state() == state
+
+    run = on_terminal(repo, *command, "--to-line", "3", answer="y")
+    assert run.exit_code == 0
+    assert "3 deliveries skipped" in run.stdout
+    rows = repo.telemetry()[rows_before:]
+    assert [(row["escalationId"], row["status"], row["reasonCode"]) for row in rows] == [
+        (wanted, "skipped", "skipped_by_operator") for wanted in ids[:3]
+    ]
+    assert {row["sinkId"] for row in repo.attempts()[attempts_before:]} == {CHAT}
+    chat = sink_of(status(repo), CHAT)
+    assert (chat["lagCount"], chat["oldestPendingAt"]) == (2, repo.telemetry()[3]["escalationTimestamp"])
+    after = repo.state()
+    assert (after["waitingCount"], after["deadLetterCount"]) == (state["waitingCount"] - 3, 0)
+    assert after["lanes"][HOOK] == state["lanes"][HOOK]
+    assert after["lanes"][PAGER] == state["lanes"][PAGER]
+    assert after["escalationsLineOffset"] == state["escalationsLineOffset"]
+
+    assert repo.run(*command, "--yes").exit_code == 0
+    assert sink_of(status(repo), CHAT)["lagCount"] == 0
+    assert repo.run(*command, "--yes").stdout == "Nothing waits there.\n"
+    assert server.requests == []
+
+    server.answer(PATHS[CHAT], ok())
+    repo.dispatch()
+    assert ids_at(server, CHAT) == []
+    assert len(ids_at(server, HOOK)) == 1
+    done = repo.run("redeliver", *repo.target, "--from-line", "1", "--to-line", "4", "--sink", CHAT, "--yes")
+    assert done.exit_code == 0
+    assert ids_at(server, CHAT) == ids
+    assert (
+        "Nothing" not in repo.run("redeliver", *repo.target, "--id", ids[0], "--sink", CHAT, "--yes").stdout
+    )
+
+
+def test_the_backlog_of_a_disabled_sink_can_be_given_up_too(repo: Repo, server: SinkServer) -> None:
+    make_backlog(repo, server, 2)
+    config = to_all()
+    config["sinks"][CHAT]["enabled"] = False
+    repo.write_config(config)
+    repo.append(health_critical())
+    repo.dispatch()
+    assert sink_of(status(repo), CHAT)["lagCount"] == 2
+    run = repo.run("skip", *repo.target, "--sink", CHAT, "--yes")
+    assert "2 deliveries skipped" in run.stdout
+    assert sink_of(status(repo), CHAT)["lagCount"] == 0
+    repo.write_config(to_all())
+    server.answer(PATHS[CHAT], ok())
+    server.forget()
+    repo.dispatch()
+    assert server.requests == []
+
+
+def test_skip_counts_only_what_the_sink_would_have_got(repo: Repo, server: SinkServer) -> None:
+    config = to_all()
+    config["sinks"][CHAT]["minSeverity"] = "critical"
+    repo.write_config(config)
+    server.answer(PATHS[CHAT], error(503))
+    repo.append(health_critical(), health_degraded(), "no JSON\n", health_critical(seconds_ago=1))
+    repo.dispatch()
+    run = repo.run("skip", *repo.target, "--sink", CHAT, "--yes")
+    assert "2 deliveries skipped" in run.stdout
+    assert repo.state()["waitingCount"] == 0
+
+
+def test_an_unknown_sink_is_named_with_those_that_there_are(repo: Repo) -> None:
+    repo.append(health_critical())
+    repo.dispatch()
+    for command in (["skip", "--sink", "ops-cat"], ["redeliver", "--dead-letters", "--sink", "ops-cat"]):
+        run = repo.run(*command, *repo.target, "--yes")
+        assert (run.exit_code, run.stdout) == (2, "")
+        assert "ops-chat" in run.stderr
+
+
+# --- init
+
+
+def test_init_writes_a_config_that_is_valid_and_sends_nothing(repo: Repo, server: SinkServer) -> None:
+    repo.config_file.unlink()
+    repo.env = {"PATH": repo.env["PATH"]}
+    run = repo.run("init", "--repo", str(repo.root))
+    assert (run.exit_code, run.stderr) == (0, "")
+    assert str(repo.config_file) in run.stdout
+    written = json.loads(repo.config_file.read_text())
+    assert [sink["type"] for sink in written["sinks"].values()] == ["webhook", "slack", "pagerduty_events"]
+    for sink in written["sinks"].values():
+        assert sink["enabled"] is False
+        assert all(name in run.stdout for key, name in sink.items() if key.endswith("Env"))
+    assert f"test --repo {repo.root}" in run.stdout
+    assert repo.run("config", "--config-file", str(repo.config_file)).json["enabledSinkCount"] == 0
+    repo.append(*batch(5))
+    summary = repo.dispatch().json
+    assert (summary["status"], summary["skippedCount"]) == ("success", 5)
+    assert server.requests == []
+    assert {row["reasonCode"] for row in repo.telemetry()} == {"no_dispatchable_sinks"}
+    code, line = check(repo)
+    assert (code, "no sink is enabled" in line) == (0, True)
+    run = repo.run("test", "--repo", str(repo.root))
+    assert (run.exit_code, run.stdout) == (2, "")
+    assert "no sink is enabled" in run.stderr
+
+
+def test_init_never_overwrites(repo: Repo, tmp_path: Path) -> None:
+    before = repo.snapshot()
+    run = repo.run("init", "--repo", str(repo.root))
+    assert (run.exit_code, run.stdout) == (2, "")
+    assert "is there already" in run.stderr
+    assert repo.snapshot() == before
+    repo.config_file.unlink()
+    repo.config_file.symlink_to(tmp_path / "elsewhere.json")  # one that leads nowhere yet
+    assert repo.run("init", "--repo", str(repo.root)).exit_code == 2
+    assert not (tmp_path / "elsewhere.json").exists()
+
+
+# --- on a terminal
+
+
+def test_colour_only_on_a_terminal_and_not_with_no_color(repo: Repo, server: SinkServer) -> None:
+    make_backlog(repo, server, 1)
+    commands = (
+        ["status", *repo.target, "--format", "text"],
+        ["test", "--format", "text"],
+        ["redeliver", *repo.target, "--from-line", "1", "--sink", HOOK, "--yes"],
+    )
+    for command in commands:
+        assert COLOUR.search(repo.run_on_terminal(*command).stdout), command
+        assert "\x1b" not in repo.run_on_terminal(*command, env={"NO_COLOR": "1"}).stdout
+        assert "\x1b" not in repo.run(*command).stdout
+    # Text where people look, JSON where a script does.
+    assert repo.run_on_terminal("status", *repo.target).stdout.count("What to do: ") == 1
+    assert repo.run("status", *repo.target).json["schemaVersion"] == "v1"
+
+
+def test_what_a_record_or_a_sink_says_never_steers_the_terminal(repo: Repo, server: SinkServer) -> None:
+    record = health_critical(
+        timestamp=f"2026{ESCAPE}", category=f"health{ESCAPE}", traceId=ESCAPE, severity=f"loud{ESCAPE}"
+    )
+    repo.append(record)
+    server.answer(PATHS[CHAT], error(503, f"down{ESCAPE}"))
+    server.script(PATHS[HOOK], error(422, f"no{ESCAPE}"))
+    said = [
+        repo.run_on_terminal(*command)
+        for command in (
+            ["dispatch", *repo.target],
+            ["status", "--repo", str(repo.root)],
+            ["status", *repo.target, "--pretty"],
+            ["status", *repo.target, "--check"],
+            ["dispatch", *repo.target, "--dry-run", "--show-payload"],
+            ["test"],
+        )
+    ]
+    said.append(on_terminal(repo, "redeliver", *repo.target, "--dead-letters", answer="y"))
+    said.append(on_terminal(repo, "skip", *repo.target, "--sink", CHAT, answer="y"))
+    assert "skipped" in said[-1].stdout
+    for run in said:
+        left = COLOUR.sub("", run.stdout + run.stderr)
+        assert not {"\x07", "\x1b", "\x9b"} & set(left), run
+
+
+def test_no_secret_is_in_any_output(repo: Repo, server: SinkServer) -> None:
+    for path in PATHS.values():
+        server.answer(path, echo(422))
+    repo.append(*batch(2))
+    said = [repo.dispatch()]
+    server.answer(PATHS[CHAT], echo(503))
+    repo.append(health_critical(seconds_ago=3))
+    said += [
+        repo.dispatch(),
+        repo.run("test"),
+        repo.run("test", "--format", "text"),
+        repo.run("redeliver", *repo.target, "--dead-letters", "--yes"),
+        repo.run("status", *repo.target),
+        repo.run("status", *repo.target, "--format", "text"),
+        repo.run("status", *repo.target, "--check"),
+        repo.run("skip", *repo.target, "--sink", CHAT, "--yes"),
+        repo.run("dispatch", *repo.target, env={"ALERT_HOOK_URL": f"ftp://127.0.0.1{PATHS[HOOK]}"}),
+        repo.run("test", env={"ALERT_HOOK_URL": f"ftp://127.0.0.1{PATHS[HOOK]}"}),
+    ]
+    assert any("[secret]" in run.stdout for run in said)
+    files = "".join(str(row) for path in (repo.telemetry_file, repo.attempts_file) for row in read_rows(path))
+    text = "".join(run.stdout + run.stderr for run in said) + files + repo.state_file.read_text()
+    for secret in SECRETS:
+        assert secret not in text
+        assert secret.rpartition("/")[2] not in text
+
+
+def test_every_command_explains_itself_with_its_exit_codes(repo: Repo) -> None:
+    for command in ("status", "test", "redeliver", "skip", "init"):
+        run = repo.run(command, "--help")
+        assert run.exit_code == 0
+        assert "Exit codes:" in run.stdout, command
