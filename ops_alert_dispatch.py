@@ -1349,6 +1349,13 @@ RETRY_AFTER_MAX = 3600.0
 Outcome = Literal["delivered", "retry", "misconfigured", "dead_letter", "skipped"]
 
 
+class HeldBack(NamedTuple):
+    """Repeats of an escalation that a sink was not sent: how many, and the timestamp of the first."""
+
+    count: int
+    since: str
+
+
 class Delivery(NamedTuple):
     """One escalation on its way to one sink. `late`: it has been put off in an earlier row already."""
 
@@ -1356,6 +1363,7 @@ class Delivery(NamedTuple):
     escalation: Escalation
     resolution: Resolution
     late: bool
+    held_back: HeldBack | None = None
 
 
 class Origin(NamedTuple):
@@ -1457,8 +1465,12 @@ class Adapter:
         """The variables that this sink needs and that are unset."""
         return [name for key, name in sink.secret_refs.items() if key not in sink.secrets]
 
-    def build(self, sink: Sink, delivery: Delivery, origin: Origin) -> HttpRequest:
-        """Turn a delivery into the request for this sink."""
+    def batch_size(self, sink: Sink) -> int:  # noqa: ARG002
+        """How many deliveries one request to this sink may hold."""
+        return 1
+
+    def build(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> HttpRequest:
+        """Turn deliveries, oldest first and at most `batch_size` of them, into one request for this sink."""
         raise NotImplementedError
 
     def judge(self, answer: Answer, now: float) -> Verdict:
@@ -1472,7 +1484,8 @@ class WebhookAdapter(Adapter):
     Standard Webhooks, "Webhook headers": `webhook-id` is the idempotency key, the same on every try.
     """
 
-    def build(self, sink: Sink, delivery: Delivery, origin: Origin) -> HttpRequest:
+    def build(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> HttpRequest:
+        [delivery] = deliveries
         escalation, resolution = delivery.escalation, delivery.resolution
         body = {
             "schemaVersion": SCHEMA_VERSION,
@@ -1543,7 +1556,8 @@ class SlackAdapter(Adapter):
 
     url_key = "webhookUrlEnv"
 
-    def build(self, sink: Sink, delivery: Delivery, origin: Origin) -> HttpRequest:
+    def build(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> HttpRequest:
+        [delivery] = deliveries
         escalation, severity = delivery.escalation, delivery.resolution.event_severity
         lines = explain(escalation)
         context = [
@@ -1626,7 +1640,8 @@ class PagerDutyAdapter(Adapter):
 
     default_url = "https://events.pagerduty.com/v2/enqueue"
 
-    def build(self, sink: Sink, delivery: Delivery, origin: Origin) -> HttpRequest:
+    def build(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> HttpRequest:
+        [delivery] = deliveries
         escalation, settings = delivery.escalation, sink.settings
         moment = parse_time(escalation.timestamp)
         payload = {
@@ -1807,12 +1822,12 @@ class Client:
 
 
 def make_attempt(
-    sink: Sink, client: Client, delivery: Delivery, origin: Origin, redactor: Redactor
+    sink: Sink, client: Client, deliveries: Sequence[Delivery], origin: Origin, redactor: Redactor
 ) -> Verdict:
-    """Send a delivery to a sink once, and judge what comes back. What it says is masked and cut."""
+    """Send deliveries to a sink once, as one request, and judge what comes back: masked and cut."""
     adapter = ADAPTERS[sink.type]
     try:
-        request = adapter.build(sink, delivery, origin)
+        request = adapter.build(sink, deliveries, origin)
     except Exception as error:  # noqa: BLE001 - one record must not stop what comes after it
         message = f"no payload could be made of this record: {type(error).__name__}"
         return Verdict("dead_letter", "payload_failed", message=message)
@@ -3003,7 +3018,7 @@ class LaneWorker:
         if missing:
             verdict = Verdict("misconfigured", "missing_secret", message=f"unset: {' '.join(missing)}")
         else:
-            verdict = make_attempt(self.sink, self._client, delivery, self._origin, self._ledger.redactor)
+            verdict = make_attempt(self.sink, self._client, [delivery], self._origin, self._ledger.redactor)
         with self._ledger.changed:
             if self.ending:  # abandoned: it is on record as timed out
                 return None
@@ -3571,7 +3586,7 @@ def plan_pass(job: Job, environ: Mapping[str, str], *, show_payload: bool) -> Js
                 }
                 if show_payload and entry["decision"] in ("send", "wait"):
                     entry["request"] = show_request(
-                        ADAPTERS[sink.type].build(sink, delivery, origin), redactor
+                        ADAPTERS[sink.type].build(sink, [delivery], origin), redactor
                     )
                 sinks.append(entry)
             if late and not sinks:
@@ -4477,7 +4492,7 @@ def attempt_once(sink: Sink, delivery: Delivery, origin: Origin, redactor: Redac
     results: list[Verdict] = []
     client = Client(sink.timeout_seconds)
     worker = threading.Thread(
-        target=lambda: results.append(make_attempt(sink, client, delivery, origin, redactor)), daemon=True
+        target=lambda: results.append(make_attempt(sink, client, [delivery], origin, redactor)), daemon=True
     )
     worker.start()
     worker.join(sink.timeout_seconds + TIMEOUT_GRACE)

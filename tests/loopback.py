@@ -206,7 +206,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection_number = self.server.sink.connection_number()
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length)
+        if len(body) < length:  # its sender has died: nobody could act on half a request
+            self.hang_up()
+            return
         request = Received(
             at=time.monotonic(),
             connection=self.connection_number,

@@ -476,4 +476,6 @@ def build(kind: str, line: bytes) -> ops_alert_dispatch.HttpRequest:
     start, end = ops_alert_dispatch.Position(1, 0, 0), ops_alert_dispatch.Position(1, len(line) + 1, 1)
     record = ops_alert_dispatch.Record(start, end, line, len(line))
     delivery = ops_alert_dispatch.Delivery(record, escalation, resolution, late=False)
-    return ADAPTERS[kind].build(sink, delivery, ops_alert_dispatch.Origin("/repo", "trace", NOW.timestamp()))
+    return ADAPTERS[kind].build(
+        sink, [delivery], ops_alert_dispatch.Origin("/repo", "trace", NOW.timestamp())
+    )
