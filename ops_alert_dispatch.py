@@ -1352,7 +1352,7 @@ Outcome = Literal["delivered", "retry", "misconfigured", "dead_letter", "skipped
 class HeldBack(NamedTuple):
     """Repeats of an escalation that a sink was not sent: how many, and the timestamp of the first."""
 
-    count: int
+    repeats: int
     since: str
 
 
