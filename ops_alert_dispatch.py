@@ -29,6 +29,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -408,6 +409,12 @@ class Config(NamedTuple):
         """The `routing` object as it stands in the file."""
         routing: JsonObject = self.document["routing"]
         return routing
+
+    @property
+    def repeat_window(self) -> float:
+        """For how many seconds a sink is not told the same again; 0: it always is."""
+        window: float = self.routing.get("repeat", {}).get("windowSeconds", 0)
+        return window
 
     def env_status(self) -> JsonObject:
         """For each environment variable that a sink names: whether it is set."""
@@ -1363,6 +1370,8 @@ class Delivery(NamedTuple):
     escalation: Escalation
     resolution: Resolution
     late: bool
+    # Where repeats are held back: what this record is a repeat of, and those that this message speaks for.
+    repeat_key: str | None = None
     held_back: HeldBack | None = None
 
 
@@ -1456,6 +1465,8 @@ class Adapter:
 
     url_key: ClassVar[str] = "urlEnv"
     default_url: ClassVar[str | None] = None
+    # Requests a minute, where the provider limits them and the config does not say.
+    max_per_minute: ClassVar[int | None] = None
 
     def url(self, sink: Sink) -> str:
         """Where the sink is; an empty string where its secret is unset."""
@@ -1555,6 +1566,8 @@ class SlackAdapter(Adapter):
     """A message to a Slack incoming webhook: a header, what a person needs to know, and where it is from."""
 
     url_key = "webhookUrlEnv"
+    # Slack, "Rate limits": incoming webhooks, one message a second, short bursts allowed.
+    max_per_minute = 60
 
     def build(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> HttpRequest:
         [delivery] = deliveries
@@ -1639,6 +1652,8 @@ class PagerDutyAdapter(Adapter):
     """A `trigger` event of PagerDuty's Events API v2."""
 
     default_url = "https://events.pagerduty.com/v2/enqueue"
+    # PagerDuty, "Events API rate limits": 120 events a minute for an integration key.
+    max_per_minute = 120
 
     def build(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> HttpRequest:
         [delivery] = deliveries
@@ -2098,6 +2113,17 @@ def iterate_rows(path: Path, offset: int = 0) -> Iterator[JsonObject]:
 
 STATE_VERSION = 1
 
+# So many different things does a lane remember to have told: enough for what lasts, little for the state.
+TOLD_MAX = 32
+
+
+class Told(NamedTuple):
+    """What a sink was told last of one thing: the record's timestamp, and the repeats held back since."""
+
+    at: str
+    repeats: int = 0
+    since: str | None = None
+
 
 class Lane:
     """The place of one sink in the log, and how it fares there. Times are seconds since the epoch."""
@@ -2112,6 +2138,7 @@ class Lane:
         ("dead_letter_count", "deadLetterCount"),
         ("delivered_count", "deliveredCount"),
         ("failed_attempt_count", "failedAttemptCount"),
+        ("skipped_count", "skippedCount"),
         ("reason_code", "reasonCode"),
         ("http_status", "httpStatus"),
         ("message", "message"),
@@ -2124,7 +2151,9 @@ class Lane:
         ("next_attempt_at", "nextAttemptAt"),
         ("last_success_at", "lastSuccessAt"),
         ("last_failure_at", "lastFailureAt"),
+        ("paced_until", "pacedUntil"),
     )
+    PRECISE: ClassVar = ("waiting_since", "next_attempt_at", "paced_until")
 
     def __init__(self, position: Position) -> None:
         self.position = position
@@ -2149,6 +2178,11 @@ class Lane:
         self.dead_letter_count = 0
         self.delivered_count = 0
         self.failed_attempt_count = 0
+        self.skipped_count = 0
+        # Up to when the requests that were sent are paid for, at the sink's rate.
+        self.paced_until: float | None = None
+        # What the sink was told, by what repeats of it have in common; the latest told comes last.
+        self.told: dict[str, Told] = {}
         # Where the lane stood still because its sink was disabled, and stretches of the log that it passes
         # over because their rows say that the sink was disabled then.
         self.disabled_at: Position | None = None
@@ -2167,6 +2201,7 @@ class Lane:
         if "disabledAt" in value:
             lane.disabled_at = position_from_json(value["disabledAt"])
         lane.gaps = [(position_from_json(a), position_from_json(b)) for a, b in value.get("gaps", [])]
+        lane.told = {key: Told(str(at), int(n), since) for key, at, n, since in value.get("told", [])}
         return lane
 
     def to_json(self, source: Source) -> JsonObject:
@@ -2174,24 +2209,31 @@ class Lane:
         value |= {key: field for name, key in self.FIELDS if (field := getattr(self, name)) is not None}
         for name, key in self.TIMES:
             if (moment := getattr(self, name)) is not None:
-                value[key] = iso(moment, milliseconds=name in ("waiting_since", "next_attempt_at"))
+                value[key] = iso(moment, milliseconds=name in self.PRECISE)
         if self.disabled_at:
             value["disabledAt"] = position_to_json(self.disabled_at, source)
         if self.gaps:
             value["gaps"] = [[position_to_json(p, source) for p in gap] for gap in self.gaps]
+        if self.told:
+            value["told"] = [[key, *told] for key, told in self.told.items()]
         return value
 
     def apply(self, attempt: JsonObject) -> None:
         """Bring the lane up to date with one row of the attempts file, as it is written or after a crash."""
         at = parse_time(attempt["timestamp"])
         outcome = attempt["outcome"]
+        # The deliveries of one request fail together: that is one failure.
+        counts = not attempt.get("batchIndex")
+        self.note_told(attempt)
         if outcome == "delivered":
             self.last_success_at = at
             self.delivered_count += 1
             self.reason_code = self.message = self.http_status = None
-        elif outcome != "skipped":
+        elif outcome == "skipped":
+            self.skipped_count += 1
+        else:
             self.last_failure_at = at
-            self.failed_attempt_count += 1
+            self.failed_attempt_count += counts
             self.reason_code, self.message = attempt.get("reasonCode"), attempt.get("message")
             self.http_status = attempt.get("httpStatus")
         if outcome in SETTLED:
@@ -2205,10 +2247,33 @@ class Lane:
                 self.failing_since = self.waiting_since = self.next_attempt_at = None
         else:
             self.attempts = attempt["attempt"]
-            self.consecutive_failures += 1
+            self.consecutive_failures += counts
             self.failing_since = self.failing_since or at
             self.waiting_since, self.next_attempt_at = at, parse_time(attempt.get("nextAttemptAt"))
-            self.backoff_step += attempt.get("backoffSeconds") is not None
+            self.backoff_step += counts and attempt.get("backoffSeconds") is not None
+
+    def note_told(self, attempt: JsonObject) -> None:
+        """Keep in mind what the sink was told, and what was held back since, from a row of the attempts."""
+        repeat = attempt.get("repeat")
+        if repeat is None:
+            return
+        key, at = str(repeat["key"]), str(repeat["at"])
+        if attempt["outcome"] == "delivered":
+            self.told.pop(key, None)
+            self.told[key] = Told(at)
+            while len(self.told) > TOLD_MAX:
+                del self.told[next(iter(self.told))]
+        elif attempt["outcome"] == "skipped" and (told := self.told.get(key)):
+            self.told[key] = Told(told.at, told.repeats + 1, told.since or at)
+
+    def wait_like(self, other: Lane, sink_digest: str) -> None:
+        """Wait as another loop's lane to the same sink does, which has just found the sink unwell."""
+        self.reason_code, self.message, self.http_status = other.reason_code, other.message, other.http_status
+        self.waiting_since, self.next_attempt_at = other.waiting_since, other.next_attempt_at
+        self.last_failure_at, self.sink_digest = other.last_failure_at, sink_digest
+        self.failing_since = self.failing_since or other.failing_since
+        self.consecutive_failures = max(self.consecutive_failures, 1)
+        self.backoff_step = max(self.backoff_step, other.backoff_step)
 
     def due(self, now: float, sink_digest: str) -> bool:
         """Tell whether the lane may try: the wait is over, the sink has changed, or the clock went back."""
@@ -2508,7 +2573,9 @@ def rebuild_state(job: Job) -> State:
     state = State()
     state.recount = True
     settled: dict[str, Position] = {}
-    first_put_off: dict[str, Position] = {}
+    put_off: dict[str, Position] = {}
+    waiting: dict[str, int] = {}
+    memories: dict[str, Lane] = {}
     names: dict[int, str] = {}
     told: set[Key] = set()
     unrecorded: list[JsonObject] = []
@@ -2518,11 +2585,13 @@ def rebuild_state(job: Job) -> State:
             end, place = end_of_row(row), row["position"]
             names[end.segment] = place["segment"]
             for entry in row["sinks"]:
-                if entry["status"] == "success" or entry.get("deadLetter"):
-                    settled[entry["id"]] = max(settled.get(entry["id"], end), end)
+                sink_id = entry["id"]
+                if entry["status"] != "failed" or entry.get("deadLetter"):
+                    settled[sink_id] = max(settled.get(sink_id, end), end)
+                    waiting[sink_id] = waiting.get(sink_id, 0) - ("late" in row)
                 else:
-                    start = Position(end.segment, int(place["offset"]), end.line - 1)
-                    first_put_off.setdefault(entry["id"], start)
+                    put_off.setdefault(sink_id, start_of_row(row))
+                    waiting[sink_id] = waiting.get(sink_id, 0) + 1
             if "late" in row:
                 told.add(key_of_row(row, row["sinks"][0]["id"]))
             else:
@@ -2532,6 +2601,7 @@ def rebuild_state(job: Job) -> State:
         with contextlib.suppress(KeyError, TypeError, ValueError):
             end, sink_id = end_of_row(row), row["sinkId"]
             names[end.segment] = row["position"]["segment"]
+            memories.setdefault(sink_id, Lane(end)).note_told(row)
             if row["outcome"] in SETTLED:
                 if row.get("late") or state.taken_up is None or end > state.taken_up:
                     unrecorded.append(row)
@@ -2542,10 +2612,12 @@ def rebuild_state(job: Job) -> State:
             return state
         state.taken_up = Position(min(end.segment for end in settled.values()), 0, 0)
     dead = [sink_id for _, sink_id in find_dead_letters(job)]
-    for sink_id in {*settled, *first_put_off}:
-        lane = Lane(settled.get(sink_id) or first_put_off[sink_id])
+    for sink_id in {*settled, *put_off}:
+        lane = Lane(settled.get(sink_id) or put_off[sink_id])
         lane.dead_letter_count = dead.count(sink_id)
-        lane.waiting_count = 1  # recounted as soon as the source is open
+        owed = sum(1 for row in state.unrecorded if row.get("late") and row["sinkId"] == sink_id)
+        lane.waiting_count = max(0, waiting.get(sink_id, 0) - owed)
+        lane.told = memories[sink_id].told if sink_id in memories else {}
         state.lanes[sink_id] = lane
     needed = min(state.taken_up, *(lane.position for lane in state.lanes.values())).segment
     for number in sorted(names):
@@ -2592,8 +2664,9 @@ def adopt_shell_telemetry(state: State, job: Job) -> None:
 ROW_WINDOW = 1000
 
 
-# What an operator gave up on purpose.
+# What an operator gave up on purpose, and what a sink has been told already.
 SKIPPED_BY_OPERATOR = "skipped_by_operator"
+REPEATED = Verdict("skipped", "repeat_suppressed", message="a repeat of what this sink was told")
 
 
 class Counts:
@@ -2611,13 +2684,20 @@ class Ledger:
     `changed` guards everything in here and in the lanes; it is notified when a lane has news.
     """
 
-    def __init__(self, job: Job, state: State, source: Source, redactor: Redactor) -> None:
+    def __init__(
+        self,
+        job: Job,
+        state: State,
+        source: Source,
+        redactor: Redactor,
+        changed: threading.Condition | None = None,
+    ) -> None:
         self.job = job
         self.state = state
         self.source = source
         self.redactor = redactor
         self.counts = Counts()
-        self.changed = threading.Condition()
+        self.changed = changed or threading.Condition()
         self.results: dict[Key, JsonObject] = state.remembered
         self._attempts = JsonlFile(job.attempts_file, redactor)
         self._telemetry = JsonlFile(job.telemetry_file, redactor)
@@ -2641,42 +2721,64 @@ class Ledger:
         self._attempts.open()
         self._telemetry.open()
 
-    def record_attempt(
+    def record(
         self,
         sink: Sink,
-        delivery: Delivery,
+        deliveries: Sequence[Delivery],
         verdict: Verdict,
         *,
         attempt: int,
         duration: float,
         wait: float | None = None,
         gave_up: bool = False,
-    ) -> JsonObject:
-        """Write down what came of an attempt; from then on it is not repeated. Returns its entry for a row.
+        repeats: Sequence[Delivery] = (),
+    ) -> list[JsonObject]:
+        """Write down what came of deliveries that went out as one request; from then on they are settled.
 
-        `wait`: seconds until the next attempt. `gave_up`: that is not within this pass.
+        `wait`: seconds until the next attempt. `gave_up`: that is not within this pass. `repeats`: what is
+        held back because of these deliveries. Returns the deliveries' entries for their rows.
         """
         now = time.time()
         lane = self.state.lanes[sink.id]
-        late = delivery.record.start < self.taken_up
-        place = record_place(delivery.record, self.source)
-        row = self._attempt_row(now, sink, delivery, verdict, attempt=attempt, duration=duration, place=place)
-        if wait is not None:
-            row["nextAttemptAt"] = iso(now + wait, milliseconds=True)
-            if gave_up:
-                row["backoffSeconds"] = round(wait, 3)
-        if late:
-            row["late"] = True
-        self._attempts.append([row])
-        lane.apply(row)
-        entry = sink_entry(row)
+        rows: list[tuple[Delivery, JsonObject]] = []
+        for index, delivery in enumerate(deliveries):
+            place = record_place(delivery.record, self.source)
+            row = self._attempt_row(
+                now, sink, delivery, verdict, attempt=attempt, duration=duration, place=place
+            )
+            if len(deliveries) > 1:
+                row |= {"batchSize": len(deliveries), "batchIndex": index}
+            if wait is not None:
+                row["nextAttemptAt"] = iso(now + wait, milliseconds=True)
+                if gave_up:
+                    row["backoffSeconds"] = round(wait, 3)
+            rows.append((delivery, row))
+        entries = [sink_entry(row) for _, row in rows]
+        for delivery in repeats:
+            place = record_place(delivery.record, self.source)
+            row = self._attempt_row(now, sink, delivery, REPEATED, attempt=0, duration=0.0, place=place)
+            rows.append((delivery, row))
+        for delivery, row in rows:
+            if row["outcome"] in ("delivered", "skipped") and delivery.repeat_key:
+                row["repeat"] = {"key": delivery.repeat_key, "at": delivery.escalation.timestamp}
+            if delivery.record.start < self.taken_up:
+                row["late"] = True
+        rows.sort(key=lambda item: item[0].record.start)
+        self._attempts.append([row for _, row in rows])
+        for _, row in rows:
+            lane.apply(row)
         if verdict.outcome not in SETTLED:
             lane.sink_digest = self.state.sink_digest(sink)
-        elif late:
-            self.write_late_row(delivery, entry)
-        else:
-            self.results[(*delivery.record.start[:2], sink.id)] = entry
-        return entry
+            return entries
+        late: list[tuple[Delivery, JsonObject]] = []
+        for delivery, row in rows:
+            if "late" in row:
+                late.append((delivery, sink_entry(row)))
+            else:
+                self.results[(*delivery.record.start[:2], sink.id)] = sink_entry(row)
+        if late:
+            self.write_late_rows(late)
+        return entries
 
     def _attempt_row(
         self,
@@ -2706,17 +2808,22 @@ class Ledger:
         }
         if verdict.message and verdict.outcome != "delivered":
             row["message"] = verdict.message
+        if delivery.held_back and verdict.outcome == "delivered":
+            row["heldBack"] = {"repeats": delivery.held_back.repeats, "since": delivery.held_back.since}
         return row
 
-    def write_late_row(self, delivery: Delivery, entry: JsonObject) -> None:
-        """Write the row of what had been put off in an earlier one."""
-        if entry["status"] == "success":
-            self.counts.late_dispatched += 1
-        elif entry["reasonCode"] != SKIPPED_BY_OPERATOR:
-            self.counts.late_failed += 1
-            self.counts.reason_codes.add(entry["reasonCode"])
-        row = self._row(delivery.record, delivery.escalation, delivery.resolution, [entry])
-        self._telemetry.append([{**row, "late": True}])
+    def write_late_rows(self, settled: Iterable[tuple[Delivery, JsonObject]]) -> None:
+        """Write the rows of deliveries that had been put off in earlier ones, with one write."""
+        rows: list[JsonObject] = []
+        for delivery, entry in settled:
+            if entry["status"] == "success":
+                self.counts.late_dispatched += 1
+            elif entry["status"] == "failed":
+                self.counts.late_failed += 1
+                self.counts.reason_codes.add(entry["reasonCode"])
+            row = self._row(delivery.record, delivery.escalation, delivery.resolution, [entry])
+            rows.append({**row, "late": True})
+        self._telemetry.append(rows)
 
     def record_redelivery(
         self,
@@ -2841,7 +2948,7 @@ def sink_entry(attempt: JsonObject) -> JsonObject:
     entry = {
         "id": attempt["sinkId"],
         "type": attempt["sinkType"],
-        "status": "success" if outcome == "delivered" else "failed",
+        "status": {"delivered": "success", "skipped": "skipped"}.get(outcome, "failed"),
         "httpStatus": attempt.get("httpStatus"),
         "reasonCode": attempt.get("reasonCode"),
         "message": attempt.get("message"),
@@ -2852,41 +2959,41 @@ def sink_entry(attempt: JsonObject) -> JsonObject:
 def judge_row(resolution: Resolution, entries: Sequence[JsonObject]) -> tuple[str, str | None]:
     """The status and reason code of an escalation's row."""
     taken = sum(entry["status"] == "success" for entry in entries)
-    if entries and all(entry["reasonCode"] == SKIPPED_BY_OPERATOR for entry in entries):
-        return "skipped", SKIPPED_BY_OPERATOR
-    if not resolution.should_dispatch:
+    failed = sum(entry["status"] == "failed" for entry in entries)
+    if not resolution.should_dispatch and not entries:
         return "skipped", "severity_below_min"
     if not entries:
         held_back = any(sink.enabled for sink in resolution.selected)
         return "skipped", "severity_below_min" if held_back else "no_dispatchable_sinks"
-    if taken == len(entries):
-        return "dispatched", None
-    return ("partial", "partial_dispatch_failure") if taken else ("failed", "dispatch_failed")
+    if failed:
+        return ("partial", "partial_dispatch_failure") if taken else ("failed", "dispatch_failed")
+    return ("dispatched", None) if taken else ("skipped", entries[0]["reasonCode"])
 
 
 def count_sinks(entries: list[JsonObject]) -> JsonObject:
-    taken = sum(entry["status"] == "success" for entry in entries)
     return {
         "sinks": entries,
         "sinkCount": len(entries),
-        "dispatchedSinkCount": taken,
-        "failedSinkCount": len(entries) - taken,
+        "dispatchedSinkCount": sum(entry["status"] == "success" for entry in entries),
+        "failedSinkCount": sum(entry["status"] == "failed" for entry in entries),
     }
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Lanes: one worker a sink, each in order, none waiting for another
+# Lanes: one worker a sink, each lane in order, none waiting for another sink
 # ---------------------------------------------------------------------------------------------------------
 
 # Quick tries within a pass start at this many seconds, and double.
 QUICK_RETRY_SECONDS = 0.25
 # The watch gives a request this much beyond its timeout, so that its own timeout comes first.
 TIMEOUT_GRACE = 0.25
+# So many repeats are held back with one write.
+REPEATS_AT_ONCE = 200
 
 # As seconds until the next attempt.
 NOT_IN_THIS_PASS = float("inf")
 
-Ending = Literal["caught_up", "failed", "out_of_time"]
+Ending = Literal["caught_up", "failed", "out_of_time", "abandoned"]
 
 
 class Clock:
@@ -2908,61 +3015,140 @@ class Clock:
         return not self.stop.wait(seconds)
 
 
-class LaneWorker:
-    """Takes one lane through the log in a pass."""
+class Pace:
+    """Keeps the requests to a sink within so many in any minute, a sixth of them at once.
 
-    def __init__(
-        self, sink: Sink, ledger: Ledger, router: Router, origin: Origin, clock: Clock, policy: DeliveryPolicy
-    ) -> None:
+    The generic cell rate algorithm (ITU-T I.371): `until` is up to when what was sent is paid for, in seconds
+    since the epoch, and all there is to keep between passes.
+    """
+
+    def __init__(self, per_minute: int) -> None:
+        burst = max(1, per_minute // 6)
+        self._interval = 60.0 / (per_minute - burst + 1)
+        self._credit = (burst - 1) * self._interval
+        self.until = 0.0
+
+    def wait(self, now: float) -> float:
+        """Seconds until the next request may start."""
+        # No debt is larger than this, unless the clock was ahead.
+        self.until = min(self.until, now + self._credit + self._interval)
+        return max(0.0, self.until - self._credit - now)
+
+    def spend(self, now: float) -> None:
+        """Note that a request starts."""
+        self.until = max(self.until, now) + self._interval
+
+
+class Batch(NamedTuple):
+    """Deliveries that go out as one request, oldest first, and the repeats that they speak for."""
+
+    deliveries: list[Delivery]
+    repeats: list[Delivery]
+
+
+def waiting_delivery(record: Record, sink: Sink, router: Router, loop_id: str) -> Delivery | None:
+    """A record that waits in a sink's lane, enabled or not; None where it is not for that sink."""
+    line = parse_escalation(record, loop_id)
+    if isinstance(line, Unusable):
+        return None
+    resolution = router.resolve(line.category, line.severity)
+    if not resolution.should_dispatch or all(other.id != sink.id for other in resolution.selected):
+        return None
+    if not at_least(resolution.event_severity, sink.min_severity or resolution.min_severity):
+        return None
+    return Delivery(record, line, resolution, late=True)
+
+
+class LaneRun:
+    """One lane of one loop in a pass: what it has to deliver, in order, and what came of it."""
+
+    def __init__(self, sink: Sink, ledger: Ledger, router: Router) -> None:
         self.sink = sink
+        self.ledger = ledger
         self.lane = ledger.state.lanes[sink.id]
-        # None while it works. Whoever sets it holds the ledger's lock.
+        # None while there is work. Whoever sets it holds the ledger's lock.
         self.ending: Ending | None = None
         self.error: Exception | None = None
-        self._ledger = ledger
+        # What came of the last attempt, for each of its deliveries that is not settled.
+        self.failures: dict[tuple[int, int], JsonObject] = {}
         self._router = router
-        self._origin = origin
-        self._clock = clock
-        self._policy = policy
-        self._adapter = ADAPTERS[sink.type]
-        self._client = Client(sink.timeout_seconds)
+        self._window = router.config.repeat_window
+        self._give_up_after = router.config.policy.give_up_after
+        self._batch_size = ADAPTERS[sink.type].batch_size(sink)
         self._began = ledger.taken_up
-        # The attempt that is on its way, and until when it may be: guarded by the ledger's lock.
-        self._in_flight: Delivery | None = None
-        self._attempt_started = 0.0
-        # What came of the last attempt of a delivery that is not settled.
-        self.failure: tuple[Position, JsonObject] | None = None
+        self._records = self._read()
+        self._put_back: tuple[Record, Delivery] | None = None
 
-    def start(self) -> None:
-        """Work in a thread of its own, which dies with the process."""
-        threading.Thread(target=self._run, name=f"lane {self.sink.id}", daemon=True).start()
+    def behind(self, record: Record) -> bool:
+        """Tell whether the lane is still to come to a record in this pass. The ledger's lock is held."""
+        return self.ending is None and self.lane.position <= record.start
 
-    def _run(self) -> None:
-        ending: Ending = "failed"
-        try:
-            ending = self._work()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the main thread must learn of it
-            self.error = error
-        with self._ledger.changed:
+    def end(self, ending: Ending) -> None:
+        """Note how the pass ended for this lane, and wake up whoever waits for it."""
+        with self.ledger.changed:
             self.ending = self.ending or ending
-            self._ledger.changed.notify_all()
+            self.ledger.changed.notify_all()
 
-    def _work(self) -> Ending:
-        for start, stop in list(self.lane.ranges(self._ledger.source.stop)):
-            for record in self._ledger.source.read(start, stop):
-                delivery = self._route(record)
-                if delivery is not None:
-                    ending = self._deliver(delivery)
-                    if ending is not None:
-                        return ending
-                with self._ledger.changed:
-                    if self.ending:  # abandoned
-                        return self.ending
+    def fail(self, error: Exception) -> None:
+        """End with an error that ends the loop's pass, too."""
+        with self.ledger.changed:
+            self.error = error
+            self.end("failed")
+
+    def next_batch(self) -> Batch | None:
+        """What goes out with the next request; None when the lane has caught up.
+
+        What needs no request, because it has expired or is a repeat, is settled on the way. Raises OSError
+        or StorageError.
+        """
+        deliveries: list[Delivery] = []
+        repeats: list[Delivery] = []
+        telling: dict[str, str] = {}
+        while len(deliveries) < self._batch_size and (step := self._next()):
+            record, delivery = step
+            if delivery is None:
+                if not deliveries and not repeats:
                     self.lane.position = max(self.lane.position, record.end)
-        return "caught_up"
+                continue
+            delivery = self._look_back(delivery)
+            if self._is_repeat(delivery, telling):
+                repeats.append(delivery)
+                if not deliveries and len(repeats) >= REPEATS_AT_ONCE:
+                    self._settle(repeats, REPEATED)
+                    repeats = []
+            elif self._expired(delivery):
+                if deliveries:
+                    self._put_back = (record, delivery)
+                    break
+                self._settle(repeats, REPEATED)
+                repeats = []
+                self._settle([delivery], EXPIRED)
+            else:
+                if not deliveries:  # what was held back so far is not held back because of this one
+                    self._settle(repeats, REPEATED)
+                    repeats = []
+                deliveries.append(delivery)
+                if delivery.repeat_key and delivery.escalation.timestamp:
+                    telling[delivery.repeat_key] = delivery.escalation.timestamp
+        if deliveries:
+            return Batch(deliveries, repeats)
+        self._settle(repeats, REPEATED)
+        return None
+
+    def _read(self) -> Iterator[tuple[Record, Delivery | None]]:
+        ledger = self.ledger
+        for start, stop in list(self.lane.ranges(ledger.source.stop)):
+            for record in ledger.source.read(start, stop):
+                yield record, self._route(record)
+
+    def _next(self) -> tuple[Record, Delivery | None] | None:
+        if self.ending:  # the pass has been given up
+            return None
+        step, self._put_back = self._put_back, None
+        return step or next(self._records, None)
 
     def _route(self, record: Record) -> Delivery | None:
-        escalation = parse_escalation(record, self._ledger.job.loop_id)
+        escalation = parse_escalation(record, self.ledger.job.loop_id)
         if isinstance(escalation, Unusable):
             return None
         resolution = self._router.resolve(escalation.category, escalation.severity)
@@ -2970,30 +3156,24 @@ class LaneWorker:
             return None
         return Delivery(record, escalation, resolution, late=record.start < self._began)
 
-    def _deliver(self, delivery: Delivery) -> Ending | None:
-        """Try until the delivery is settled (None), or until this pass is over for the lane."""
-        if self._expired(delivery):
-            verdict = Verdict(
-                "dead_letter", "delivery_expired", message="waited longer than giveUpAfterSeconds"
-            )
-            with self._ledger.changed:
-                self._ledger.record_attempt(
-                    self.sink, delivery, verdict, attempt=self.lane.attempts, duration=0.0
-                )
-            return None
-        for tries in range(1, self._policy.max_attempts_per_pass + 1):
-            if self._clock.left <= 0:
-                return self._stop_at(delivery, "out_of_time")
-            wait = self._attempt(delivery, tries)
-            if wait is None:
-                return self.ending
-            if not self._clock.pause(wait):
-                return self._stop_at(delivery, "failed")
-        return self._stop_at(delivery, "failed")
+    def _look_back(self, delivery: Delivery) -> Delivery:
+        """Say what a delivery would be a repeat of, and what was held back since the sink was told."""
+        if not self._window or parse_time(delivery.escalation.timestamp) is None:
+            return delivery
+        key = repeat_key(delivery)
+        told = self.lane.told.get(key)
+        held_back = HeldBack(told.repeats, told.since) if told and told.since else None
+        return delivery._replace(repeat_key=key, held_back=held_back)
 
-    def _stop_at(self, delivery: Delivery, ending: Ending) -> Ending:
-        self.lane.oldest_pending_at = delivery.escalation.timestamp
-        return ending
+    def _is_repeat(self, delivery: Delivery, telling: Mapping[str, str]) -> bool:
+        """Tell whether the sink was told, or is being told by this batch, within the record's window."""
+        key = delivery.repeat_key
+        if key is None:
+            return False
+        told = self.lane.told.get(key)
+        before = parse_time(telling.get(key) or (told and told.at))
+        now = parse_time(delivery.escalation.timestamp)
+        return before is not None and now is not None and abs(now - before) < self._window
 
     def _expired(self, delivery: Delivery) -> bool:
         """Tell whether nobody will act on a delivery any more: it and its lane have waited too long."""
@@ -3001,50 +3181,208 @@ class LaneWorker:
         if not delivery.late or since is None:
             return False
         written = parse_time(delivery.escalation.timestamp)
-        return time.time() - max(written or since, since) > self._policy.give_up_after
+        return time.time() - max(written or since, since) > self._give_up_after
 
-    def _attempt(self, delivery: Delivery, tries: int) -> float | None:
+    def _settle(self, deliveries: Sequence[Delivery], verdict: Verdict) -> None:
+        """Settle deliveries that are sent no request."""
+        with self.ledger.changed:
+            if deliveries and not self.ending:
+                attempt = self.lane.attempts if verdict is EXPIRED else 0
+                self.ledger.record(self.sink, deliveries, verdict, attempt=attempt, duration=0.0)
+
+
+def repeat_key(delivery: Delivery) -> str:
+    """Names what repeats of a record have in common: category, event severity and reason codes."""
+    codes = sorted(reason_codes(delivery.escalation))
+    return short_hash(encode_json([delivery.escalation.category, delivery.resolution.event_severity, codes]))
+
+
+EXPIRED = Verdict("dead_letter", "delivery_expired", message="waited longer than giveUpAfterSeconds")
+
+
+class SinkWorker:
+    """Serves one sink in a thread of its own: the lanes of all loops in turn, one request at a time.
+
+    So a sink has one connection, one pace and, where it is down, one failure, however many loops there are.
+    """
+
+    def __init__(
+        self,
+        sink: Sink,
+        policy: DeliveryPolicy,
+        origin: Origin,
+        redactor: Redactor,
+        changed: threading.Condition,
+    ) -> None:
+        self.sink = sink
+        self._policy = policy
+        self._origin = origin
+        # Until lanes are to be served, there is no time.
+        self._clock = Clock(0.0, threading.Event())
+        self._redactor = redactor
+        self._changed = changed
+        self._adapter = ADAPTERS[sink.type]
+        self._client = Client(sink.timeout_seconds)
+        per_minute = sink.settings.get("maxPerMinute", self._adapter.max_per_minute)
+        self._pace = Pace(per_minute) if per_minute else None
+        # The lanes that are still to be served, and those that wait until the sink is seen to be well.
+        self._runs: deque[LaneRun] = deque()
+        self._held: list[LaneRun] = []
+        # The lane that has found the sink unwell: nothing more is sent in this pass.
+        self._down: LaneRun | None = None
+        # The attempt that is on its way, and since when: guarded by the lock.
+        self._in_flight: tuple[LaneRun, Batch] | None = None
+        self._attempt_started = 0.0
+        self._abandoned = False
+        self._thread: threading.Thread | None = None
+
+    def serve(self, runs: Iterable[LaneRun], held: Iterable[LaneRun], clock: Clock) -> None:
+        """Serve these lanes, in a thread that dies with the process."""
+        if self._thread is not None and not self._abandoned:
+            self._thread.join()  # it has ended the lanes of an earlier call, and has nothing left to do
+        self._runs.extend(runs)
+        self._held.extend(held)
+        self._clock = clock
+        if self._pace:
+            paid = [run.lane.paced_until or 0.0 for run in (*self._runs, *self._held)]
+            self._pace.until = max(self._pace.until, *paid, 0.0)
+        if self._abandoned:
+            self._put_off("failed")
+        else:
+            self._thread = threading.Thread(target=self._work, name=f"sink {self.sink.id}", daemon=True)
+            self._thread.start()
+
+    def _work(self) -> None:
+        if self._down is not None:
+            self._put_off("failed")
+        while self._runs:
+            run = self._runs.popleft()
+            try:
+                batch = run.next_batch()
+                ending: Ending | None = "caught_up" if batch is None else self._deliver(run, batch)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the main thread must learn of it
+                run.fail(error)
+                continue
+            if self._abandoned:
+                return
+            if ending is None:
+                self._runs.append(run)
+                continue
+            run.end(ending)
+            if ending == "abandoned":  # the loop's own trouble, none of the sink's
+                continue
+            if ending == "failed":
+                self._down = run
+            if ending != "caught_up":
+                self._put_off(ending)
+        for run in self._held:
+            run.end("failed")
+        self._held.clear()
+
+    def _put_off(self, ending: Ending) -> None:
+        """End the lanes that were not served: the sink is down, or the time is up."""
+        down = self._down
+        for run in (*self._runs, *self._held):
+            try:
+                batch = run.next_batch()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the main thread must learn of it
+                run.fail(error)
+                continue
+            with self._changed:
+                if batch is not None:
+                    run.lane.oldest_pending_at = batch.deliveries[0].escalation.timestamp
+                if batch is not None and ending == "failed" and down is not None and down is not run:
+                    run.lane.wait_like(down.lane, run.ledger.state.sink_digest(self.sink))
+                run.end("caught_up" if batch is None else ending)
+        self._runs.clear()
+        self._held.clear()
+
+    def _deliver(self, run: LaneRun, batch: Batch) -> Ending | None:
+        """Try until the batch is settled (None), or until this pass is over for the lane."""
+        for tries in range(1, self._policy.max_attempts_per_pass + 1):
+            if self._clock.left <= 0 or not self._keep_pace(run):
+                return self._stop_at(run, batch, "out_of_time")
+            wait = self._attempt(run, batch, tries)
+            if wait is None:
+                return run.ending
+            if not self._clock.pause(wait):
+                return self._stop_at(run, batch, "failed")
+        return self._stop_at(run, batch, "failed")
+
+    def _stop_at(self, run: LaneRun, batch: Batch, ending: Ending) -> Ending:
+        run.lane.oldest_pending_at = batch.deliveries[0].escalation.timestamp
+        return ending
+
+    def _keep_pace(self, run: LaneRun) -> bool:
+        """Wait until the sink's rate allows a request; tells whether the time budget allows that."""
+        if self._pace is None:
+            return True
+        wait = self._pace.wait(time.time())
+        if wait and not self._clock.pause(wait):
+            return False
+        self._pace.spend(time.time())
+        run.lane.paced_until = self._pace.until
+        return True
+
+    def _attempt(self, run: LaneRun, batch: Batch, tries: int) -> float | None:
         """Make one attempt and write it down.
 
-        Returns the seconds until the next one; None where there is none, because the delivery is settled or
-        the watch has abandoned the attempt.
+        Returns the seconds until the next one; None where there is none, because the batch is settled or
+        the attempt has been abandoned.
         """
         missing = self._adapter.missing_secrets(self.sink)
         # On a busy machine this takes longer than many a request: its time is none of the sink's.
         import requests  # noqa: F401
 
-        with self._ledger.changed:
-            self._in_flight, self._attempt_started = delivery, time.monotonic()
+        with self._changed:
+            self._in_flight, self._attempt_started = (run, batch), time.monotonic()
         if missing:
             verdict = Verdict("misconfigured", "missing_secret", message=f"unset: {' '.join(missing)}")
         else:
-            verdict = make_attempt(self.sink, self._client, [delivery], self._origin, self._ledger.redactor)
-        with self._ledger.changed:
-            if self.ending:  # abandoned: it is on record as timed out
+            origin = self._origin._replace(emitted_at=time.time())
+            verdict = make_attempt(self.sink, self._client, batch.deliveries, origin, self._redactor)
+        with self._changed:
+            if self._abandoned or run.ending:  # it is on record as timed out, or the loop's pass has failed
+                self._in_flight = None
                 return None
             self._in_flight = None
-            return self._settle(delivery, verdict, tries)
+            return self._settle(run, batch, verdict, tries)
 
-    def _settle(self, delivery: Delivery, verdict: Verdict, tries: int) -> float | None:
-        """Write down an attempt; the ledger's lock is held. Returns the seconds until the next one."""
+    def _settle(self, run: LaneRun, batch: Batch, verdict: Verdict, tries: int) -> float | None:
+        """Write down an attempt; the lock is held. Returns the seconds until the next one."""
+        lane = run.lane
         wait, gave_up = None, False
-        if verdict.outcome not in SETTLED:
+        repeats: Sequence[Delivery] = ()
+        if verdict.outcome in SETTLED:
+            repeats = batch.repeats if verdict.outcome == "delivered" else ()
+        else:
             last = tries >= self._policy.max_attempts_per_pass
             wait = self._quick_wait(verdict, tries)
             gave_up = last or wait is None or wait >= self._clock.left
             if gave_up:
-                wait = self._backoff(verdict)
-        entry = self._ledger.record_attempt(
+                wait = self._backoff(verdict, lane.backoff_step)
+        deliveries = batch.deliveries
+        if verdict.outcome == "dead_letter" and batch.repeats:
+            # They stand between these deliveries, and would have been told with them.
+            deliveries = sorted([*deliveries, *batch.repeats], key=lambda delivery: delivery.record.start)
+        entries = run.ledger.record(
             self.sink,
-            delivery,
+            deliveries,
             verdict,
-            attempt=self.lane.attempts + 1,
+            attempt=lane.attempts + 1,
             duration=time.monotonic() - self._attempt_started,
             wait=wait,
             gave_up=gave_up,
+            repeats=repeats,
         )
-        if verdict.outcome not in SETTLED:
-            self.failure = (delivery.record.start, entry)
+        if verdict.outcome in SETTLED:
+            run.failures = {}
+            if self._held:
+                self._runs.extend(self._held)
+                self._held = []
+            return None
+        places = (delivery.record.start[:2] for delivery in deliveries)
+        run.failures = dict(zip(places, entries, strict=True))
         # A backoff is for another pass, however short it came out.
         return NOT_IN_THIS_PASS if gave_up else wait
 
@@ -3059,32 +3397,34 @@ class LaneWorker:
             return verdict.retry_after
         return jitter(min(self._policy.backoff_initial, QUICK_RETRY_SECONDS * 2**tries))
 
-    def _backoff(self, verdict: Verdict) -> float:
+    def _backoff(self, verdict: Verdict, step: int) -> float:
         """Seconds until another pass may try: exponential with full jitter; long where nobody mends it."""
         policy = self._policy
         if verdict.outcome == "misconfigured":
             return policy.backoff_max / 2 + jitter(policy.backoff_max / 2)
-        longest = min(policy.backoff_max, policy.backoff_initial * 2 ** min(self.lane.backoff_step, 30))
+        longest = min(policy.backoff_max, policy.backoff_initial * 2 ** min(step, 30))
         return max(verdict.retry_after or 0.0, jitter(longest))
 
     def watch(self) -> float | None:
         """Abandon an attempt that is over its time, whatever holds it: name lookup, handshake, a dripping
-        answer. The ledger's lock is held. Returns the seconds until there is something to look at again."""
-        if self.ending or self._in_flight is None:
+        answer. The lock is held. Returns the seconds until there is something to look at again."""
+        if self._abandoned or self._in_flight is None:
             return None
         left = self._attempt_started + self.sink.timeout_seconds + TIMEOUT_GRACE - time.monotonic()
         if left > 0:
             return left
-        delivery, self._in_flight = self._in_flight, None
+        (run, batch), self._in_flight = self._in_flight, None
+        self._abandoned, self._down = True, run
         message = f"no complete answer from {self._client.host} within {self.sink.timeout_seconds:g} s"
         verdict = Verdict("retry", "request_failed", message=message)
-        self._settle(delivery, verdict, self._policy.max_attempts_per_pass)
-        self.ending = self._stop_at(delivery, "failed")
+        if not run.ending:
+            try:
+                self._settle(run, batch, verdict, self._policy.max_attempts_per_pass)
+                run.end(self._stop_at(run, batch, "failed"))
+            except DispatchError as error:
+                run.fail(error)
+        self._put_off("failed")
         return None
-
-    def behind(self, record: Record) -> bool:
-        """Tell whether the lane is still to come to a record in this pass. The ledger's lock is held."""
-        return self.ending is None and self.lane.position <= record.start
 
 
 def jitter(longest: float) -> float:
@@ -3100,64 +3440,61 @@ def jitter(longest: float) -> float:
 
 # How long the writer of rows sleeps while lanes work: rows are written in batches, off the lanes' path.
 ROW_INTERVAL = 0.05
+# So many loops with work are open at a time: each holds a lock and some files.
+LOOPS_AT_ONCE = 64
 
 
 class Pass:
-    """One pass over one loop: what is new is taken up, and every lane goes as far as it can."""
+    """One pass over one loop: what is new is taken up, and every lane goes as far as it can.
+
+    `begin`, then whoever drives it serves `runs` and `held` and goes through `work`, then `finish`.
+    """
 
     def __init__(
         self,
         job: Job,
-        config: Config,
+        router: Router,
         state: State,
         source: Source,
-        stop: threading.Event,
-        progress: Callable[[int], None] = lambda _: None,
+        redactor: Redactor,
+        changed: threading.Condition,
+        progress: Callable[[int], None],
     ) -> None:
         self.job = job
-        self.config = config
+        self.router = router
+        self.config = router.config
         self.state = state
         self.source = source
-        self.router = Router(config)
-        self.clock = Clock(job.time_budget, stop)
+        # Until its driver gives it one, there is no time.
+        self.clock = Clock(0.0, threading.Event())
         self._progress = progress
-        self.redactor = config.redactor()
-        self.ledger = Ledger(job, state, source, self.redactor)
-        self._workers: dict[str, LaneWorker] = {}
-
-    def run(self) -> JsonObject:
-        """Run the pass and write the state. Returns the summary.
-
-        Raises StorageError when something could not be read or written: nothing more is sent then.
-        """
-        self._begin()
-        if self.state.taken_up is None:
-            return self._publish("no_source" if not self.source.present else "no_new_escalations")
-        self._start_lanes()
-        try:
-            self._take_up()
-            self._wait_for_lanes()
-            self._take_up()  # what was on its way when the budget was used up, and has been answered since
-        except BaseException:
-            self.clock.stop.set()
-            with self.ledger.changed:  # no lane is in the middle of a row when the process ends
-                for worker in self._workers.values():
-                    worker.ending = worker.ending or "failed"
-            raise
-        self._end()
-        counts = self.ledger.counts
-        if not self.source.present and not counts.processed:
-            return self._publish("no_source")
-        if not counts.processed:
-            return self._publish("no_new_escalations")
-        if not counts.failed:
-            return self._publish("success")
-        return self._publish("partial" if counts.dispatched else "failed")
+        self.ledger = Ledger(job, state, source, redactor, changed)
+        # The lanes that may try, and those that wait.
+        self.runs: dict[str, LaneRun] = {}
+        self.held: dict[str, LaneRun] = {}
 
     # -- before anything is sent
 
-    def _begin(self) -> None:
-        """Find the place where the last pass ended, and bring the lanes in line with source and config."""
+    def begin(self) -> bool:
+        """Find the place where the last pass ended, bring the lanes in line with source and config, and get
+        ready to write. Returns whether there is anything to do.
+
+        Raises StateError, StorageError or OSError.
+        """
+        self._find_place()
+        if self.state.taken_up is None:
+            return False
+        self._open_lanes()
+        busy = bool(self.runs or self.ledger.taken_up < self.source.stop or self.state.unrecorded)
+        if busy:
+            self.ledger.prepare()
+            # Rows name segments and lanes: the state must know them before the first row does.
+            if self._changed or not self.state.published.get("source"):
+                self._save(self.state.published or self._summary("no_new_escalations"), durable=False)
+            self._write_owed_rows()
+        return busy
+
+    def _find_place(self) -> None:
         state, source = self.state, self.source
         if state.taken_up is None and source.segments:
             state.taken_up = after_lines(source, state.legacy_lines)
@@ -3219,7 +3556,7 @@ class Pass:
         before = lane.waiting_count
         lane.position = min(place, self.ledger.taken_up)
         if before:
-            self._recount(lane)
+            self._recount(sink_id, lane)
             if dropped := before - lane.waiting_count:
                 message = (
                     f"{plural(dropped, 'delivery')} to {sink_id} lost: the file that held the records "
@@ -3230,50 +3567,35 @@ class Pass:
     def _apply_routes(self, sink_id: str, lane: Lane) -> None:
         """Count what waits in a lane under the routes of a changed config; what they drop is on record."""
         before = lane.waiting_count
-        self._recount(lane)
+        self._recount(sink_id, lane)
         # After a crash the count from before is not to be relied on.
         if not self.state.recount and (dropped := before - lane.waiting_count) > 0:
             message = f"{plural(dropped, 'delivery')} waited for {sink_id}, where no route leads any more"
             self.ledger.write_event(sink_id, "skipped", "route_changed", dropped, message)
 
-    def _recount(self, lane: Lane) -> None:
+    def _recount(self, sink_id: str, lane: Lane) -> None:
         """Count anew what waits in a lane: routes have changed, or a crash has left the count uncertain."""
-        sink_id = next(name for name, other in self.state.lanes.items() if other is lane)
+        sink = self.config.sinks[sink_id]
         lane.waiting_count, lane.oldest_pending_at = 0, None
-        for start, stop in list(
-            lane.ranges(min(lane.disabled_at or self.ledger.taken_up, self.ledger.taken_up))
-        ):
-            for record in self.source.read(start, stop):
-                escalation = parse_escalation(record, self.job.loop_id)
-                if isinstance(escalation, Unusable):
-                    continue
-                resolution = self.router.resolve(escalation.category, escalation.severity)
-                if any(sink.id == sink_id for sink in resolution.selected if resolution.should_dispatch):
+        stop = min(lane.disabled_at or self.ledger.taken_up, self.ledger.taken_up)
+        for start, end in list(lane.ranges(stop)):
+            for record in self.source.read(start, end):
+                delivery = waiting_delivery(record, sink, self.router, self.job.loop_id)
+                if delivery is not None:
                     lane.waiting_count += 1
-                    lane.oldest_pending_at = lane.oldest_pending_at or escalation.timestamp
+                    lane.oldest_pending_at = lane.oldest_pending_at or delivery.escalation.timestamp
 
-    def _start_lanes(self) -> None:
-        """Start a worker for each lane that has something to go through and may try."""
+    def _open_lanes(self) -> None:
+        """Find the lanes that have something to go through, and which of them may try."""
         if self.job.max_escalations:
             self._limit(self.job.max_escalations)
         now = time.time()
-        origin = Origin(str(self.job.repo), self.job.trace_id, now)
         for sink_id, lane in self.state.lanes.items():
             sink = self.config.sinks[sink_id]
             if not sink.enabled or not any(lane.ranges(self.source.stop)):
                 continue
-            if not lane.due(now, self.state.sink_digest(sink) if lane.next_attempt_at else ""):
-                continue
-            worker = LaneWorker(sink, self.ledger, self.router, origin, self.clock, self.config.policy)
-            self._workers[sink_id] = worker
-        if self._workers or self.ledger.taken_up < self.source.stop or self.state.unrecorded:
-            self.ledger.prepare()
-            # Rows name segments and lanes: the state must know them before the first row does.
-            if self._changed or not self.state.published.get("source"):
-                self._save(self.state.published or self._summary("no_new_escalations"), durable=False)
-        self._write_owed_rows()
-        for worker in self._workers.values():
-            worker.start()
+            due = lane.due(now, self.state.sink_digest(sink) if lane.next_attempt_at else "")
+            (self.runs if due else self.held)[sink_id] = LaneRun(sink, self.ledger, self.router)
 
     def _write_owed_rows(self) -> None:
         """Write the late rows that a kill between attempt and row has cost."""
@@ -3283,7 +3605,7 @@ class Pass:
                 if not isinstance(escalation, Unusable):
                     resolution = self.router.resolve(escalation.category, escalation.severity)
                     delivery = Delivery(record, escalation, resolution, late=True)
-                    self.ledger.write_late_row(delivery, sink_entry(attempt))
+                    self.ledger.write_late_rows([(delivery, sink_entry(attempt))])
                 self.state.unrecorded.remove(attempt)
 
     def _limit(self, count: int) -> None:
@@ -3295,7 +3617,19 @@ class Pass:
 
     # -- while the lanes work
 
-    def _take_up(self) -> None:
+    def work(self) -> Iterator[None]:
+        """Write the rows of what is new as the lanes get through it. Yields whenever it has to wait for one.
+
+        Raises StorageError or OSError when something could not be read or written.
+        """
+        yield from self._take_up()
+        while any(run.ending is None for run in (*self.runs.values(), *self.held.values())):
+            yield
+            self._raise_errors()
+        self._raise_errors()
+        yield from self._take_up()  # what was on its way when the budget was used up, and has come since
+
+    def _take_up(self) -> Iterator[None]:
         """Take up what is new: write the row of each escalation once its sinks have answered or it is known
         that they will not in this pass."""
         if self.ledger.taken_up >= self.source.stop:
@@ -3307,47 +3641,54 @@ class Pass:
             if isinstance(line, Unusable):
                 with self.ledger.changed:
                     self.ledger.write_unusable(record, line)
-            else:
-                resolution = self.router.resolve(line.category, line.severity)
+                self._progress(1)
+                continue
+            resolution = self.router.resolve(line.category, line.severity)
+            while True:
                 with self.ledger.changed:  # held until the row is written: what comes later is late
-                    entries = self._answers(record, resolution)
-                    if entries is None:
-                        return
-                    self.ledger.write_row(record, line, resolution, entries)
+                    if not self._must_wait(record, resolution):
+                        entries = self._answers(record, resolution)
+                        if entries is None:
+                            return
+                        self.ledger.write_row(record, line, resolution, entries)
+                        break
+                yield
+                self._raise_errors()
             self._progress(1)
 
+    def _must_wait(self, record: Record, resolution: Resolution) -> bool:
+        """Tell whether a lane is still to come to a record, and there is room to wait for it."""
+        return len(self.ledger.results) <= ROW_WINDOW and any(
+            self.runs[sink.id].behind(record) and (*record.start[:2], sink.id) not in self.ledger.results
+            for sink in resolution.dispatchable
+            if sink.id in self.runs
+        )
+
     def _answers(self, record: Record, resolution: Resolution) -> list[JsonObject] | None:
-        """Wait for the sinks of a record. None: the budget is used up and no sink has been asked yet."""
+        """What the sinks of a record said. None: the budget is used up and no sink has been asked yet."""
         ledger = self.ledger
-        with ledger.changed:
-            while True:
-                entries: list[JsonObject] = []
-                behind = out_of_time = False
-                for sink in resolution.dispatchable:
-                    entry = ledger.results.get((*record.start[:2], sink.id))
-                    worker = self._workers.get(sink.id)
-                    if entry is None and worker is not None and worker.behind(record):
-                        behind = True
-                    elif entry is None and worker is not None and worker.ending == "out_of_time":
-                        out_of_time = True
-                    entries.append(entry or self._put_off(record, sink, worker))
-                if not behind or len(ledger.results) > ROW_WINDOW:
-                    if out_of_time and not self._answered_beyond(record):
-                        return None
-                    for sink in resolution.dispatchable:
-                        ledger.results.pop((*record.start[:2], sink.id), None)
-                    return entries
-                self._wait()
+        entries: list[JsonObject] = []
+        out_of_time = False
+        for sink in resolution.dispatchable:
+            entry = ledger.results.get((*record.start[:2], sink.id))
+            run = self.runs.get(sink.id)
+            out_of_time |= entry is None and run is not None and run.ending == "out_of_time"
+            entries.append(entry or self._put_off(record, sink, run))
+        if out_of_time and not self._answered_beyond(record):
+            return None
+        for sink in resolution.dispatchable:
+            ledger.results.pop((*record.start[:2], sink.id), None)
+        return entries
 
     def _answered_beyond(self, record: Record) -> bool:
         """Tell whether a lane has tried this record or a later one, whose row is still to be written."""
-        tried = [worker.failure[0][:2] for worker in self._workers.values() if worker.failure]
+        tried = [place for run in self.runs.values() for place in run.failures]
         return any(key[:2] >= record.start[:2] for key in (*self.ledger.results, *tried))
 
-    def _put_off(self, record: Record, sink: Sink, worker: LaneWorker | None) -> JsonObject:
+    def _put_off(self, record: Record, sink: Sink, run: LaneRun | None) -> JsonObject:
         """The entry of a sink that has not taken a record in this pass: its failure, or that it waits."""
-        if worker is not None and worker.failure is not None and worker.failure[0] == record.start:
-            return worker.failure[1]
+        if run is not None and (failure := run.failures.get(record.start[:2])):
+            return failure
         lane = self.state.lanes[sink.id]
         if lane.position > record.start:  # settled before a crash that has cost its row
             message = "settled in an earlier pass"
@@ -3359,26 +3700,31 @@ class Pass:
             why += f"; next attempt at {iso(lane.next_attempt_at)}"
         return {**entry_without_answer(sink), "reasonCode": "delivery_deferred", "message": why}
 
-    def _wait(self) -> None:
-        """Sleep until a lane has news, and see to attempts that are over their time. The lock is held."""
-        self._raise_errors()
-        waits = [wait for worker in self._workers.values() if (wait := worker.watch()) is not None]
-        self.ledger.changed.wait(min([ROW_INTERVAL, *waits]))
-
-    def _wait_for_lanes(self) -> None:
-        with self.ledger.changed:
-            while any(worker.ending is None for worker in self._workers.values()):
-                self._wait()
-            self._raise_errors()
-
     def _raise_errors(self) -> None:
-        for worker in self._workers.values():
-            if worker.error is not None:
-                raise worker.error
+        for run in (*self.runs.values(), *self.held.values()):
+            if run.error is not None:
+                raise run.error
 
     # -- afterwards
 
-    def _end(self) -> None:
+    def abandon(self) -> None:
+        """Send nothing more. No lane is in the middle of a row when this returns."""
+        with self.ledger.changed:
+            for run in (*self.runs.values(), *self.held.values()):
+                run.ending = run.ending or "abandoned"
+
+    def finish(self) -> JsonObject:
+        """Write the state. Returns the summary. Raises StorageError."""
+        if self.state.taken_up is not None:
+            self._settle_lanes()
+        counts = self.ledger.counts
+        if not counts.processed:
+            return self._publish("no_new_escalations" if self.source.present else "no_source")
+        if not counts.failed:
+            return self._publish("success")
+        return self._publish("partial" if counts.dispatched else "failed")
+
+    def _settle_lanes(self) -> None:
         """Bring the lanes' places in line with what was taken up, and forget what nobody needs any more."""
         state, source, taken_up = self.state, self.source, self.ledger.taken_up
         now = time.time()
@@ -3389,8 +3735,8 @@ class Pass:
             if row.get("late") or key_of_row(row, row["sinkId"]) in self.ledger.results
         ]
         for sink_id, lane in state.lanes.items():
-            worker = self._workers.get(sink_id)
-            if worker is not None and worker.ending == "caught_up":
+            run = self.runs.get(sink_id) or self.held.get(sink_id)
+            if run is not None and run.ending == "caught_up":
                 lane.position = taken_up
             settled = [end_of_row(row) for row in state.unrecorded if row["sinkId"] == sink_id]
             lane.position = min(lane.position, max([taken_up, *settled]))
@@ -3475,33 +3821,165 @@ def count_lanes(state: State) -> JsonObject:
     }
 
 
+class Run:
+    """One run over one loop or many: what its passes share."""
+
+    def __init__(self, config: Config, first: Job, stop: threading.Event) -> None:
+        self.router = Router(config)
+        self.redactor = config.redactor()
+        self.clock = Clock(first.time_budget, stop)
+        self.changed = threading.Condition()
+        self._origin = Origin(str(first.repo), first.trace_id, time.time())
+        self._workers: dict[str, SinkWorker] = {}
+
+    def drive(
+        self, passes: Sequence[Pass], clock: Clock
+    ) -> Iterator[tuple[Pass, JsonObject | DispatchError]]:
+        """Take passes that have begun to their ends, side by side. Yields each with its summary or error."""
+        for sink in self.router.config.sinks.values():
+            runs = [found.runs[sink.id] for found in passes if sink.id in found.runs]
+            held = [found.held[sink.id] for found in passes if sink.id in found.held]
+            if runs or held:
+                self._worker(sink).serve(runs, held, clock)
+        steps: dict[Pass, Iterator[None]] = {}
+        for found in passes:
+            found.clock = clock
+            steps[found] = found.work()
+        try:
+            while steps:
+                ended = count_ended(passes)
+                for found, work in list(steps.items()):
+                    outcome = self._step(found, work)
+                    if outcome is not None:
+                        del steps[found]
+                        yield found, outcome
+                if steps:
+                    with self.changed:
+                        waits = [wait for w in self._workers.values() if (wait := w.watch()) is not None]
+                        if count_ended(passes) == ended:
+                            self.changed.wait(min([ROW_INTERVAL, *waits]))
+        except BaseException:
+            clock.stop.set()
+            for found in passes:
+                found.abandon()
+            raise
+
+    def _step(self, found: Pass, work: Iterator[None]) -> JsonObject | DispatchError | None:
+        """Go on with a pass until it has to wait (None) or is at its end."""
+        try:
+            return found.finish() if next(work, AT_END) is AT_END else None
+        except DispatchError as error:
+            found.abandon()
+            return error
+        except OSError as error:
+            found.abandon()
+            return storage_error("read", found.job.escalations_file, error)
+
+    def _worker(self, sink: Sink) -> SinkWorker:
+        if sink.id not in self._workers:
+            self._workers[sink.id] = SinkWorker(
+                sink, self.router.config.policy, self._origin, self.redactor, self.changed
+            )
+        return self._workers[sink.id]
+
+
+AT_END = object()
+
+
+def count_ended(passes: Iterable[Pass]) -> int:
+    """How many lanes have nothing left to do."""
+    return sum(run.ending is not None for p in passes for run in (*p.runs.values(), *p.held.values()))
+
+
+def run_loops(
+    jobs: Sequence[Job],
+    environ: Mapping[str, str],
+    stop: threading.Event | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, JsonObject | DispatchError]:
+    """Run one pass over each of these loops of a repo: with one config, one connection a sink, one budget.
+
+    Returns for each loop id the summary, which is what the state file holds, or what stopped that loop.
+    Raises ConfigError.
+    """
+    stop = stop or threading.Event()
+    outcomes: dict[str, JsonObject | DispatchError] = {}
+    run: Run | None = None
+    busy: list[tuple[Pass, contextlib.ExitStack]] = []
+    begun = 0
+    with contextlib.ExitStack() as everything:
+
+        def drive(share: float) -> None:
+            nonlocal begun
+            if run is not None and busy:
+                passes = [found for found, _ in busy]
+                for found, outcome in run.drive(passes, Clock(run.clock.left * share, stop)):
+                    outcomes[found.job.loop_id] = outcome
+            for _, stack in busy:
+                stack.close()
+            busy.clear()
+            begun = 0
+
+        for index, job in enumerate(jobs):
+            begun += 1
+            stack = everything.enter_context(contextlib.ExitStack())
+            try:
+                # One loop is waited for; of many, the others come first.
+                if not stack.enter_context(loop_lock(job.lock_file, LOCK_WAIT_SECONDS / len(jobs))):
+                    outcomes[job.loop_id] = locked_summary(job)
+                    continue
+                if run is None:
+                    try:
+                        run = Run(load_known_config(job, environ), job, stop)
+                    except ConfigError as error:
+                        note_invalid_config(job, error)
+                        stack.close()
+                        for other in jobs[index + 1 :]:
+                            with loop_lock(other.lock_file, 0.0) as held:
+                                if held:
+                                    note_invalid_config(other, error)
+                        raise
+                state = load_state(job)
+                source = stack.enter_context(Source(job.escalations_file, state.segments))
+                found = Pass(job, run.router, state, source, run.redactor, run.changed, progress)
+                if found.begin():
+                    busy.append((found, stack))
+                else:
+                    outcomes[job.loop_id] = found.finish()
+            except ConfigError:
+                raise
+            except DispatchError as error:
+                outcomes[job.loop_id] = error
+            except OSError as error:
+                outcomes[job.loop_id] = storage_error("read", job.escalations_file, error)
+            finally:
+                if not busy or busy[-1][1] is not stack:
+                    stack.close()
+            if len(busy) == LOOPS_AT_ONCE:
+                drive(begun / (len(jobs) - index - 1 + begun))
+        drive(1.0)
+    return outcomes
+
+
 def run_pass(
     job: Job,
     environ: Mapping[str, str],
     stop: threading.Event | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> JsonObject:
-    """Run one pass over one loop. Returns the summary, which is what the state file holds.
+    """Run one pass over one loop. Returns the summary. Raises ConfigError, StateError or StorageError."""
+    outcome = run_loops([job], environ, stop, progress)[job.loop_id]
+    if isinstance(outcome, DispatchError):
+        raise outcome
+    return outcome
 
-    Raises ConfigError, StateError or StorageError.
-    """
-    with loop_lock(job.lock_file) as held:
-        if not held:
-            return locked_summary(job)
-        known = None
-        with contextlib.suppress(ValueError, StateError):
-            known = (read_state_document(job.state_file) or {}).get("configDigest")
-        try:
-            config = load_config(job.config_file, environ, known_digest=known)
-        except ConfigError as error:
-            note_invalid_config(job, error)
-            raise
-        state = load_state(job)
-        with Source(job.escalations_file, state.segments) as source:
-            try:
-                return Pass(job, config, state, source, stop or threading.Event(), progress).run()
-            except OSError as error:
-                raise storage_error("read", job.escalations_file, error) from None
+
+def load_known_config(job: Job, environ: Mapping[str, str]) -> Config:
+    """Load the config; one that the loop's state knows to be valid is not validated again."""
+    known = None
+    with contextlib.suppress(ValueError, StateError):
+        known = (read_state_document(job.state_file) or {}).get("configDigest")
+    return load_config(job.config_file, environ, known_digest=known)
 
 
 def locked_summary(job: Job) -> JsonObject:
@@ -4832,11 +5310,12 @@ def skip(
     with operator_session(job) as (loaded, state), Source(job.escalations_file, state.segments) as source:
         ledger = Ledger(job, state, source, loaded.redactor())
         verdict = Verdict("skipped", SKIPPED_BY_OPERATOR, message="given up by an operator")
+        sink = loaded.sinks[sink_id]
         backlog = find_backlog(job, loaded, state, source, sink_id)
         count = next((i for i, d in enumerate(backlog) if d.escalation.id not in shown), len(backlog))
         ledger.prepare()
-        for delivery in backlog[:count]:
-            ledger.record_attempt(loaded.sinks[sink_id], delivery, verdict, attempt=0, duration=0.0)
+        if count:
+            ledger.record(sink, backlog[:count], verdict, attempt=0, duration=0.0)
         lane = state.lanes[sink_id]
         lane.oldest_pending_at = backlog[count].escalation.timestamp if count < len(backlog) else None
         if lane.oldest_pending_at is None:
@@ -4860,19 +5339,6 @@ def find_backlog(job: Job, config: Config, state: State, source: Source, sink_id
         for record in source.read(start, stop)
         if (delivery := waiting_delivery(record, sink, router, job.loop_id)) is not None
     ]
-
-
-def waiting_delivery(record: Record, sink: Sink, router: Router, loop_id: str) -> Delivery | None:
-    """A record that waits in a sink's lane, enabled or not; None where it is not for that sink."""
-    line = parse_escalation(record, loop_id)
-    if isinstance(line, Unusable):
-        return None
-    resolution = router.resolve(line.category, line.severity)
-    if not resolution.should_dispatch or all(other.id != sink.id for other in resolution.selected):
-        return None
-    if not at_least(resolution.event_severity, sink.min_severity or resolution.min_severity):
-        return None
-    return Delivery(record, line, resolution, late=True)
 
 
 def initial_config() -> JsonObject:
@@ -4916,6 +5382,7 @@ def initial_config() -> JsonObject:
                 },
                 {"category": "profile_drift_detected", "minSeverity": "info"},
             ],
+            "repeat": {"windowSeconds": 900},
         },
         "delivery": {
             "maxAttemptsPerPass": 3,
