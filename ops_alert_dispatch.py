@@ -33,7 +33,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TextIO, cast
 
 import click
 
@@ -4225,7 +4225,8 @@ def cli() -> None:
 
 @cli.command(epilog=EXIT_CODES_HELP)
 @repo_option
-@loop_option
+@click.option("--loop", "loop_id", metavar="ID", callback=check_loop_id, help="The loop.")
+@click.option("--all-loops", is_flag=True, help="In place of --loop: every loop of the repo, side by side.")
 @click.option(
     "--escalations-file",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -4275,7 +4276,8 @@ def cli() -> None:
 @pretty_option
 def dispatch(
     repo: Path,
-    loop_id: str,
+    loop_id: str | None,
+    all_loops: bool,
     escalations_file: Path | None,
     dispatch_state_file: Path | None,
     dispatch_telemetry_file: Path | None,
@@ -4300,31 +4302,140 @@ def dispatch(
         raise click.BadParameter(
             f"{time_budget:g} is not more than 0 and at most {MAX_TIME_BUDGET}", param_hint="--time-budget"
         )
-    usual = default_job(repo, loop_id, alert_config_file)
-    job = usual._replace(
-        trace_id=printable(trace_id) if trace_id else usual.trace_id,
-        escalations_file=absolute(escalations_file or usual.escalations_file),
-        state_file=absolute(dispatch_state_file or usual.state_file),
-        telemetry_file=absolute(dispatch_telemetry_file or usual.telemetry_file),
-        max_escalations=max_escalations,
-        time_budget=time_budget,
-    )
-    check_files(job)
+    if (loop_id is None) is not all_loops:
+        raise click.UsageError("say which: --loop ID, or --all-loops")
+    files = (escalations_file, dispatch_state_file, dispatch_telemetry_file)
+    if all_loops and any(files):
+        raise click.UsageError("--all-loops works on each loop's own files: name none")
+    jobs: list[Job] = []
+    for name in loops_to_serve(absolute(repo)) if loop_id is None else [loop_id]:
+        usual = default_job(repo, name, alert_config_file)
+        job = usual._replace(
+            trace_id=printable(trace_id) if trace_id else jobs[0].trace_id if jobs else usual.trace_id,
+            escalations_file=absolute(escalations_file or usual.escalations_file),
+            state_file=absolute(dispatch_state_file or usual.state_file),
+            telemetry_file=absolute(dispatch_telemetry_file or usual.telemetry_file),
+            max_escalations=max_escalations,
+            time_budget=time_budget,
+        )
+        check_files(job)
+        jobs.append(job)
     if dry_run:
-        plan = plan_pass(job, os.environ, show_payload=show_payload)
-        if wants_json(form, pretty):
-            print_json(plan, pretty)
+        plans = [plan_pass(job, os.environ, show_payload=show_payload) for job in jobs]
+        if not wants_json(form, pretty):
+            click.echo("\n\n".join(plan_text(plan) for plan in plans) or NO_LOOPS)
+        elif all_loops:
+            print_json({"schemaVersion": SCHEMA_VERSION, "status": "dry_run", "loops": plans}, pretty)
         else:
-            click.echo(plan_text(plan))
+            print_json(plans[0], pretty)
         return
-    with orderly_end() as stop, progress_bar(job) as progress:
-        summary = run_pass(job, os.environ, stop, progress)
+    with orderly_end() as stop, progress_bar(jobs) as progress:
+        outcomes = run_loops(jobs, os.environ, stop, progress)
+    errors = {name: error for name, error in outcomes.items() if isinstance(error, DispatchError)}
+    if errors and not all_loops:
+        raise next(iter(errors.values()))
+    summary = (
+        summarise_loops(absolute(repo), outcomes)
+        if all_loops
+        else cast("JsonObject", outcomes[jobs[0].loop_id])
+    )
     if wants_json(form, pretty):
         print_json(summary, pretty)
     else:
-        click.echo(summary_text(summary))
+        click.echo(loops_text(summary) if all_loops else summary_text(summary))
+    for name, error in errors.items():
+        click.echo(f"error: loop {printable(name)}: {error}", err=True)
+    if errors:
+        raise click.exceptions.Exit(max(error.exit_code for error in errors.values()))
     if strict and (summary["failedCount"] or summary["lateFailedCount"] or summary["waitingCount"]):
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
+
+
+NO_LOOPS = "No loop of this repo has escalations."
+
+
+def loops_of(repo: Path) -> list[str]:
+    """The loops of a repo that have escalations or a dispatcher's state. `fleet` is no loop."""
+    folder = repo / ".superloop" / "ops-manager"
+    names = ("escalations.jsonl", "alert-dispatch-state.json")
+    try:
+        found = [entry.name for entry in folder.iterdir() if any((entry / name).exists() for name in names)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise storage_error("read", folder, error) from None
+    return sorted(name for name in found if name != "fleet" and not UNPRINTABLE.search(name))
+
+
+def loops_to_serve(repo: Path) -> list[str]:
+    """The loops of a repo, those first that were served longest ago: so none is left out for ever."""
+
+    def served(name: str) -> float:
+        with contextlib.suppress(OSError):
+            return default_job(repo, name, None).state_file.stat().st_mtime
+        return 0.0
+
+    return sorted(loops_of(repo), key=lambda name: (served(name), name))
+
+
+# What the summary of a loop holds that adds up over loops.
+LOOP_COUNTS = (
+    *("processedCount", "dispatchedCount", "skippedCount", "failedCount"),
+    *("lateDispatchedCount", "lateFailedCount", "waitingCount", "deadLetterCount"),
+)
+
+
+def summarise_loops(repo: Path, outcomes: Mapping[str, JsonObject | DispatchError]) -> JsonObject:
+    """The summary of a run over many loops: their sums, and each loop's own status and counts."""
+    loops: list[JsonObject] = []
+    for name, outcome in sorted(outcomes.items()):
+        if isinstance(outcome, DispatchError):
+            loops.append({"loopId": name, "status": "error", "message": str(outcome)})
+        else:
+            shown = ("loopId", "status", *LOOP_COUNTS, "failureReasonCodes")
+            loops.append({key: outcome[key] for key in shown})
+    sums = {key: sum(loop.get(key, 0) for loop in loops) for key in LOOP_COUNTS}
+    broken = sum(loop["status"] == "error" for loop in loops)
+    if broken or sums["failedCount"]:
+        status = "partial" if sums["dispatchedCount"] or broken < len(loops) > 1 else "failed"
+    elif sums["processedCount"]:
+        status = "success"
+    else:
+        status = "no_new_escalations" if loops else "no_source"
+    return {
+        "schemaVersion": SCHEMA_VERSION,
+        "updatedAt": iso(time.time()),
+        "repoPath": str(repo),
+        "status": status,
+        "loopCount": len(loops),
+        "lockedLoopCount": sum(loop["status"] == "locked" for loop in loops),
+        "brokenLoopCount": broken,
+        **sums,
+        "failureReasonCodes": sorted({code for loop in loops for code in loop.get("failureReasonCodes", [])}),
+        "loops": loops,
+    }
+
+
+def loops_text(summary: JsonObject) -> str:
+    """The summary of a run over many loops for people: the loops that have something to tell."""
+    quiet = {"no_new_escalations", "no_source"}
+    rows = [
+        (
+            loop["loopId"],
+            loop["status"],
+            *(loop.get(key) for key in LOOP_COUNTS),
+            cut(" ".join((loop.get("message") or ", ".join(loop["failureReasonCodes"])).split()), 60) or None,
+        )
+        for loop in summary["loops"]
+        if loop["status"] not in quiet or loop["waitingCount"] or loop["deadLetterCount"]
+    ]
+    headings = ("LOOP", "STATUS", "NEW", "DISPATCHED", "SKIPPED", "FAILED", "LATE", "LATE FAILED")
+    colour = STATUS_COLOURS.get(summary["status"], "yellow")
+    counted = f"{plural(summary['loopCount'], 'loop')}, {plural(summary['processedCount'], 'new escalation')}"
+    lines = [f"{click.style(summary['status'], fg=colour)}  {counted}"]
+    if rows:
+        lines += ["", table((*headings, "WAITING", "DEAD LETTERS", "REASONS"), rows)]
+    return "\n".join(lines)
 
 
 def loop_folder(repo: Path, loop_id: str) -> Path:
@@ -4388,18 +4499,19 @@ def orderly_end() -> Iterator[threading.Event]:
 
 
 @contextlib.contextmanager
-def progress_bar(job: Job) -> Iterator[Callable[[int], None]]:
+def progress_bar(jobs: Sequence[Job]) -> Iterator[Callable[[int], None]]:
     """A progress bar for a backlog, where a person watches standard error."""
     if not is_terminal(sys.stderr):
         yield lambda _: None
         return
-    state = State()
-    with contextlib.suppress(ValueError, KeyError, TypeError, DispatchError):
-        state = State.from_json(read_state_document(job.state_file) or {})
-    with Source(job.escalations_file, state.segments) as source:
-        new = source.count_lines(state.taken_up or source.first())
-    if job.max_escalations:
-        new = min(new, job.max_escalations)
+    new = 0
+    for job in jobs:
+        state = State()
+        with contextlib.suppress(ValueError, KeyError, TypeError, DispatchError):
+            state = State.from_json(read_state_document(job.state_file) or {})
+        with contextlib.suppress(DispatchError), Source(job.escalations_file, state.segments) as source:
+            count = source.count_lines(state.taken_up or source.first())
+            new += min(count, job.max_escalations) if job.max_escalations else count
     if not new:
         yield lambda _: None
         return
@@ -4885,19 +4997,6 @@ def prometheus_text(statuses: Sequence[JsonObject]) -> str:
     return "\n".join(lines)
 
 
-def loops_of(repo: Path) -> list[str]:
-    """The loops of a repo that have escalations or a dispatcher's state. `fleet` is no loop."""
-    folder = repo / ".superloop" / "ops-manager"
-    names = ("escalations.jsonl", "alert-dispatch-state.json")
-    try:
-        found = [entry.name for entry in folder.iterdir() if any((entry / name).exists() for name in names)]
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise storage_error("read", folder, error) from None
-    return sorted(name for name in found if name != "fleet" and not UNPRINTABLE.search(name))
-
-
 @cli.command(epilog=EXIT_CODES_HELP)
 @repo_option
 @click.option(
@@ -4956,7 +5055,7 @@ def status(
     elif form == "json" or pretty or (form == "auto" and not is_terminal(sys.stdout)):
         print_json(statuses[0] if loop_id else {"loops": statuses}, pretty)
     else:
-        click.echo("\n\n".join(map(status_text, statuses)) or "No loop of this repo has escalations.")
+        click.echo("\n\n".join(map(status_text, statuses)) or NO_LOOPS)
 
 
 # ---------------------------------------------------------------------------------------------------------

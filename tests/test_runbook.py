@@ -92,6 +92,7 @@ def host(tmp_path: Path, server: SinkServer) -> Repo:
     [example] = code_blocks(README, "json")
     config = json.loads(example)
     config["delivery"] |= {"maxAttemptsPerPass": 1, "backoffSeconds": {"initial": 0, "max": 900}}
+    config["routing"]["repeat"]["windowSeconds"] = 0  # the recipes' records are alike
     made = make_repo(tmp_path, server)
     made.write_config(config)
     programs = tmp_path / "bin"
