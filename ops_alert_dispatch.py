@@ -4318,7 +4318,7 @@ def dispatch(
             max_escalations=max_escalations,
             time_budget=time_budget,
         )
-        check_files(job)
+        check_files(job, named=any(files) or alert_config_file is not None)
         jobs.append(job)
     if dry_run:
         plans = [plan_pass(job, os.environ, show_payload=show_payload) for job in jobs]
@@ -4447,8 +4447,11 @@ def absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))
 
 
-def check_files(job: Job) -> None:
-    """Refuse paths that would make the program overwrite what is not its own. Raises UsageError."""
+def check_files(job: Job, *, named: bool = True) -> None:
+    """Refuse paths that would make the program overwrite what is not its own. Raises UsageError.
+
+    `named`: not all of them are where the host keeps them, so that two may be the same.
+    """
     files = {
         "--escalations-file": job.escalations_file,
         "--dispatch-state-file": job.state_file,
@@ -4456,12 +4459,12 @@ def check_files(job: Job) -> None:
         "the attempts file": job.attempts_file,
         "--alert-config-file": job.config_file,
     }
-    names = list(files)
-    for index, name in enumerate(names):
-        for other in names[index + 1 :]:
-            if os.path.realpath(files[name]) == os.path.realpath(files[other]):
-                raise click.UsageError(f"{name} and {other} are the same file: {files[name]}")
-    for name in names[1:4]:
+    places: dict[str, str] = {}
+    for name, file in files.items() if named else ():
+        other = places.setdefault(os.path.realpath(file), name)
+        if other != name:
+            raise click.UsageError(f"{other} and {name} are the same file: {file}")
+    for name in list(files)[1:4]:
         if files[name].exists() and not files[name].is_file():
             raise click.UsageError(f"{name} is not a regular file: {files[name]}")
 
