@@ -1754,7 +1754,7 @@ class SlackAdapter(Adapter):
 
 
 def slack_error(answer: Answer) -> str | None:
-    """The word in which an answer names its error; None where it names none that is known."""
+    """The error that an answer names, in JSON or as one of Slack's words; None where it names none."""
     if answer.text.startswith("{"):
         with contextlib.suppress(ValueError):
             said = mapping(decode_json(answer.text))
