@@ -1955,15 +1955,16 @@ def dedup_key(escalation: Escalation, by: str) -> str:
 
 # Characters of a text, items of a list or object, levels: each is tried where the one before still makes too
 # large an event. With the last any record fits.
-ABRIDGEMENTS = ((4000, 100, 6), (400, 40, 4), (60, 8, 3))
+ABRIDGEMENTS = ((4000, 100, 6), (400, 40, 4), (30, 10, 3))
 
 
 def plain_first(body: JsonObject) -> JsonObject:
-    """A record with what matters at its front: what people are shown, then plain fields, then the rest."""
+    """A record with what matters at its front: the reasons, then what else is known, then plain fields."""
 
-    def rank(field: tuple[str, object]) -> tuple[bool, bool]:
+    def rank(field: tuple[str, object]) -> tuple[bool, bool, bool]:
         key, value = field
-        return key not in COMMON_FIELDS | READ_FIELDS, isinstance(value, dict | list)
+        reason = key in ("category", "reasons", "reasonCodes")
+        return not reason, key not in COMMON_FIELDS | READ_FIELDS, isinstance(value, dict | list)
 
     return dict(sorted(body.items(), key=rank))
 

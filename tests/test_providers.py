@@ -270,6 +270,15 @@ def test_a_field_of_any_length_leaves_room_for_the_others() -> None:
     assert "14 repeats held back since 2026-03-01T12:00:00Z" in message["text"]
 
 
+def test_a_thousand_reason_codes_leave_room_for_what_else_the_record_says() -> None:
+    record = {
+        "category": "odd",
+        "reasonCodes": [f"code_{number}" for number in range(1000)],
+        "volume": "/var",
+    }
+    assert "• volume: /var" in seen(body("slack", delivery_of(record)))
+
+
 def test_what_does_not_fit_is_counted() -> None:
     reasons = [f"reason {number}: {'x' * 80}" for number in range(60)]
     said = seen(body("slack", delivery_of({"category": "odd", "reasons": reasons})))
@@ -422,12 +431,14 @@ def test_any_record_makes_an_event_that_pagerduty_takes(
         {"state": {str(number): [{"k" * 500: ["v" * 500] * 9}] * 9 for number in range(99)}},
         {"reasons": [{"code": "c" * 900, "metric": "\x02" * 900, "observed": "o" * 900}] * 2000},
         {"state": [[[[["\x01" * 99] * 9] * 9] * 9] * 9]},
+        {"state": [["\x01" * 400] * 30] * 30},
         {"number": 10**4000, "numbers": [10**4000] * 300},
     ],
-    ids=["text", "control", "fields", "nested", "reasons", "deep", "numbers"],
+    ids=["text", "control", "fields", "nested", "reasons", "deep", "wide", "numbers"],
 )
 def test_a_record_too_large_for_pagerduty_is_cut_down_and_says_so(large: dict[str, Any]) -> None:
-    record = {**health_critical(), **large}
+    # What matters comes last in the record.
+    record = {**large, **health_critical(), **large}
     request = build("pagerduty_events", delivery_of(record, "critical"))
     check_pagerduty(request)
     details = json.loads(request.body)["payload"]["custom_details"]
