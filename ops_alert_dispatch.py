@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -205,7 +205,7 @@ def mapping(value: object) -> JsonObject:
 
 
 # Control characters and those that change the direction of text: they forge log lines and terminal output.
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]+")
 
 
 def printable(text: str) -> str:
@@ -215,7 +215,31 @@ def printable(text: str) -> str:
 
 def cut(text: str, limit: int) -> str:
     """Cut text to at most `limit` characters; a cut is marked with an ellipsis."""
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    return text if len(text) <= limit else text[: character_boundary(text, limit - 1)] + "…"
+
+
+# What changes the character before it, as a combining mark does: it joins, gives a skin tone, or is a tag.
+EXTENDERS = "\u200d" + "".join(map(chr, [*range(0x1F3FB, 0x1F400), *range(0xE0020, 0xE0080)]))
+# Two of these make a flag.
+FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
+# Nobody writes longer ones than this but to break a layout.
+LONGEST_CHARACTER = 32
+
+
+def character_boundary(text: str, end: int) -> int:
+    """The last place, at most `end` and before the text's own end, where no visible character is cut in two.
+
+    An accent stays with its letter; a family, a flag or a skin tone is kept or dropped whole.
+    """
+    from unicodedata import category
+
+    for place in range(end, max(end - LONGEST_CHARACTER, 0), -1):
+        before, after = text[:place], text[place]
+        half_flag = after in FLAG_LETTERS and (place - len(before.rstrip(FLAG_LETTERS))) % 2
+        extended = category(after).startswith("M") or after in EXTENDERS or before.endswith("\u200d")
+        if not extended and not half_flag:
+            return place
+    return end
 
 
 def plural(count: int, noun: str) -> str:
@@ -254,7 +278,7 @@ class Redactor:
         """Take one secret: a token, a key, or a URL (of which scheme and host may be shown)."""
         from urllib.parse import quote, quote_plus, unquote, urlsplit
 
-        parts = {secret}
+        parts = {secret, *secret.split(" "), *(one.removeprefix("whsec_") for one in secret.split(" "))}
         if "://" in secret:
             with contextlib.suppress(ValueError):
                 url = urlsplit(secret)
@@ -678,6 +702,11 @@ def check_secrets(document: JsonObject, environ: Mapping[str, str]) -> list[str]
 
 def check_secret(key: str, value: str) -> str | None:
     """Say what is wrong with the value of a `…Env` key; None where nothing is."""
+    if key == "signingSecretEnv":
+        wrong = (
+            "is not whsec_ and base64 (several, while a key is rotated: a space between them); set it again"
+        )
+        return None if signing_keys(value) else wrong
     if not value.isascii() or not value.isprintable() or " " in value:
         return "holds a space, a line break or another character that cannot be sent; set it again"
     if key.lower().endswith("urlenv"):
@@ -693,6 +722,27 @@ def check_secret(key: str, value: str) -> str | None:
         if not host:
             return "is a URL without a host; set it to https://HOST/…"
     return None
+
+
+def signing_keys(value: str) -> list[bytes]:
+    """The keys that a webhook's signing secret holds, in its order; none where any of it is malformed.
+
+    Standard Webhooks, "Signature scheme": `whsec_` and the key in base64. Several stand side by side, with
+    a space between them, while a key is rotated.
+    """
+    from base64 import b64decode
+
+    keys: list[bytes] = []
+    for secret in value.split(" "):
+        coded = secret.removeprefix("whsec_")
+        try:
+            key = b64decode(coded.rstrip("=") + "=" * (-len(coded.rstrip("=")) % 4), validate=True)
+        except ValueError:
+            return []
+        if coded == secret or not key:
+            return []
+        keys.append(key)
+    return keys
 
 
 class Resolution(NamedTuple):
@@ -1259,90 +1309,116 @@ def parse_escalation(record: Record, loop_id: str) -> Escalation | Unusable:
     )
 
 
+# A value of a record is shown to people with at most this many characters, so that a long one leaves room for
+# the others; then a line with all its values.
+SHOWN_CHARACTERS = 200
+SHOWN_LINE = 500
+
+
+def shown(value: object, limit: int = SHOWN_CHARACTERS) -> str:
+    """A field as a person is shown it: one line of at most `limit` characters, empty if it says nothing."""
+    return cut(printable(as_text(value) or "").strip(), limit)
+
+
+def shown_list(values: object) -> list[str]:
+    """The items of a list, each as it is shown; of anything else none."""
+    return [text for value in values if (text := shown(value))] if isinstance(values, list) else []
+
+
 def reason_codes(escalation: Escalation) -> list[str]:
-    """The reason codes of a record, whichever of the host's writers made it."""
-    codes = escalation.body.get("reasonCodes")
-    found = [as_text(code) for code in codes] if isinstance(codes, list) else []
-    found += [as_text(escalation.body.get("reasonCode")), as_text(escalation.body.get("failureCode"))]
+    """The reason codes of a record as they are shown, whichever of the host's writers made it."""
+    body = escalation.body
+    found = [
+        *shown_list(body.get("reasonCodes")),
+        shown(body.get("reasonCode")),
+        shown(body.get("failureCode")),
+    ]
     return list(dict.fromkeys(code for code in found if code and code != escalation.category))
 
 
-# Fields that every record has, or that only name files of the host: no news to a person.
-COMMON_FIELDS = {
-    *("timestamp", "loopId", "traceId", "category", "transport", "severity", "reasonCodes", "reasonCode"),
-    *("reasons", "divergenceFlags", "state", "sequence", "drift", "cursor"),
+# Fields that are read by name, and those that every record has. Like the names of the host's files (`…File`),
+# what is left of the former is no news to a person, unless there is nothing else.
+READ_FIELDS = {
+    *("reasonCodes", "reasonCode", "reasons", "divergenceFlags", "state", "sequence", "drift", "cursor"),
     *("ingestStatus", "healthStatus", "failureCode"),
 }
+COMMON_FIELDS = {"timestamp", "loopId", "traceId", "category", "transport", "severity"}
 
 
 def explain(escalation: Escalation) -> list[str]:
-    """Say in short lines what a person needs to know of a record, worst news first.
+    """Say in short lines what a person needs to know of a record, worst news first; at least one line.
 
     Reads what the category carries: reasons with observed and threshold, divergence flags, sequence
-    violations, drift advice; then any other plain field, so that a category nobody knows says something.
+    violations, drift advice; then any other field, so that a category nobody knows says something.
     """
     body = escalation.body
-    lines: list[str] = []
     reasons = body.get("reasons")
-    if isinstance(reasons, list):
-        lines += [explain_reason(reason) for reason in reasons if isinstance(reason, dict)]
+    reasons = reasons if isinstance(reasons, list) else []
+    lines = [explain_reason(reason) for reason in reasons]
+    told = {shown(reason.get("code") if isinstance(reason, dict) else reason) for reason in reasons}
     flags = mapping(body.get("divergenceFlags"))
-    if raised := [name for name, value in flags.items() if value is True]:
+    if raised := [shown(name) or "?" for name, value in flags.items() if value is True]:
         lines.append(f"divergence: {', '.join(raised)}")
     transition = mapping(mapping(body.get("state")).get("transition"))
-    if current := as_text(transition.get("currentState")):
-        before, cause = as_text(transition.get("previousState")), as_text(transition.get("triggeringSignal"))
+    if current := shown(transition.get("currentState")):
+        before, cause = shown(transition.get("previousState")), shown(transition.get("triggeringSignal"))
         lines.append(f"state: {before or '?'} → {current}" + (f" on {cause}" if cause else ""))
     sequence = mapping(body.get("sequence"))
-    violations = sequence.get("violations")
-    if isinstance(violations, list) and violations:
-        lines.append(f"violations: {', '.join(text for item in violations if (text := as_text(item)))}")
+    if violations := shown_list(sequence.get("violations")):
+        lines.append(f"violations: {', '.join(violations)}")
+    told |= {*violations, shown(body.get("failureCode"))}
     for part, before_key, now_key in (
         ("snapshot", "previous", "current"),
         ("events", "previousLast", "last"),
     ):
         numbers = mapping(sequence.get(part))
         if numbers.get("regressed") is True:
-            lines.append(
-                f"{part} went back: {as_text(numbers.get(before_key))} → {as_text(numbers.get(now_key))}"
-            )
+            before, now = shown(numbers.get(before_key)), shown(numbers.get(now_key))
+            lines.append(f"{part} went back: {before or '?'} → {now or '?'}")
     drift = mapping(body.get("drift"))
-    if applied := as_text(drift.get("appliedProfile")):
-        advice = f"profile: {applied} applied, {as_text(drift.get('recommendedProfile')) or '?'} recommended"
-        confidence = as_text(drift.get("recommendationConfidence"))
+    if applied := shown(drift.get("appliedProfile")):
+        advice = f"profile: {applied} applied, {shown(drift.get('recommendedProfile')) or '?'} recommended"
+        confidence = shown(drift.get("recommendationConfidence"))
         lines.append(advice + (f" ({confidence} confidence)" if confidence else ""))
-    for key, label in (("rationale", "rationale"), ("action", "action")):
-        if text := as_text(drift.get(key)):
-            lines.append(f"{label}: {text}")
-    if not lines and (codes := reason_codes(escalation)):
+    lines += show_fields({key: drift.get(key) for key in ("rationale", "action")})
+    if codes := [code for code in reason_codes(escalation) if code not in told]:
         lines.append(f"reasons: {', '.join(codes)}")
     status = [
         f"{label} {text}"
         for key, label in (("healthStatus", "health"), ("ingestStatus", "ingest"), ("failureCode", "failure"))
-        if (text := as_text(body.get(key)))
+        if (text := shown(body.get(key)))
     ]
     if status:
         lines.append(", ".join(status))
-    lines += [
-        f"{key}: {cut(encode_json(value).decode() if isinstance(value, dict | list) else str(value), 500)}"
-        for key, value in body.items()
-        if key not in COMMON_FIELDS and not key.endswith("File") and value is not None
-    ]
-    return lines
+    others = {key: value for key, value in body.items() if key not in COMMON_FIELDS}
+    lines += show_fields(
+        {key: value for key, value in others.items() if key not in READ_FIELDS and not key.endswith("File")}
+    )
+    lines = lines or show_fields(others) or ["no details in the record"]
+    return [cut(line, SHOWN_LINE) for line in lines]
 
 
-def explain_reason(reason: JsonObject) -> str:
-    """`ingest_stale: ingestLagSeconds is 1200, threshold 900 (critical)`."""
-    code, metric = as_text(reason.get("code")) or "reason", as_text(reason.get("metric"))
-    observed, threshold = as_text(reason.get("observed")), as_text(reason.get("threshold"))
-    severity = as_text(reason.get("severity"))
+def show_fields(fields: JsonObject) -> list[str]:
+    """`freePercent: 3`: a line for each field that is not empty."""
+    return [f"{shown(key) or '?'}: {text}" for key, value in fields.items() if (text := shown(value))]
+
+
+def explain_reason(reason: object) -> str:
+    """`ingest_stale: ingestLagSeconds is 1200, threshold 900 (critical)`; any other one as it stands."""
+    known = {key: shown(mapping(reason).get(key), SHOWN_CHARACTERS // 2) for key in REASON_KEYS}
+    if not any(known.values()):
+        return shown(reason) or "?"
+    metric, observed, threshold = known["metric"], known["observed"], known["threshold"]
     measured = f"{metric or 'observed'} is {observed}" if observed else metric
     return (
-        code
+        (known["code"] or "reason")
         + (f": {measured}" if measured else "")
         + (f", threshold {threshold}" if threshold else "")
-        + (f" ({severity})" if severity else "")
+        + (f" ({known['severity']})" if known["severity"] else "")
     )
+
+
+REASON_KEYS = ("code", "metric", "observed", "threshold", "severity")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1490,15 +1566,18 @@ class Adapter:
 
 
 class WebhookAdapter(Adapter):
-    """A JSON envelope by POST.
+    """A JSON envelope by POST, with the headers of Standard Webhooks 1.0 (standardwebhooks.com).
 
-    Standard Webhooks, "Webhook headers": `webhook-id` is the idempotency key, the same on every try.
+    "Webhook headers": `webhook-id` is the idempotency key, the same on every try; `webhook-timestamp` says
+    when it was sent, in seconds. "Signature scheme": `webhook-signature` is `v1,` and the base64 of the
+    HMAC-SHA256 of `id.timestamp.body`, with one signature for each key, separated by spaces, while a key is
+    rotated.
     """
 
     def build(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> HttpRequest:
         [delivery] = deliveries
-        escalation, resolution = delivery.escalation, delivery.resolution
-        body = {
+        escalation = delivery.escalation
+        envelope = {
             "schemaVersion": SCHEMA_VERSION,
             "emittedAt": iso(origin.emitted_at),
             "source": {
@@ -1507,10 +1586,15 @@ class WebhookAdapter(Adapter):
                 "channel": "ops_manager_alert_dispatch",
                 "traceId": origin.trace_id,
             },
-            "event": {"category": escalation.category, "severity": resolution.event_severity},
+            "event": {
+                "category": escalation.category,
+                "severity": delivery.resolution.event_severity,
+                **held_back_fields(delivery),
+            },
             "sink": {"id": sink.id, "type": sink.type},
             "escalation": escalation.body,
         }
+        body = encode_json(envelope)
         headers = {
             **sink.settings.get("headers", {}),
             "Content-Type": "application/json",
@@ -1519,112 +1603,102 @@ class WebhookAdapter(Adapter):
         }
         if token := sink.secrets.get("authTokenEnv"):
             headers["Authorization"] = f"Bearer {token}"
-        return HttpRequest(self.url(sink), headers, encode_json(body))
+        if secret := sink.secrets.get("signingSecretEnv"):
+            signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
+            headers["webhook-signature"] = " ".join(signature(key, signed) for key in signing_keys(secret))
+        return HttpRequest(self.url(sink), headers, body)
 
 
-SEVERITY_EMOJI = {"info": ":information_source:", "warning": ":warning:", "critical": ":rotating_light:"}
+def signature(key: bytes, signed: bytes) -> str:
+    """A signature as Standard Webhooks writes it."""
+    import hmac
+    from base64 import b64encode
 
-# Slack, "Block Kit reference": header text 150, section text 3,000 characters; "chat.postMessage": 4,000.
+    return f"v1,{b64encode(hmac.digest(key, signed, 'sha256')).decode()}"
+
+
+def held_back_fields(delivery: Delivery) -> JsonObject:
+    """What a program is told of repeats that were held back; nothing where there are none."""
+    held_back = delivery.held_back
+    if held_back is None:
+        return {}
+    return {"heldBackCount": held_back.repeats, "heldBackSince": shown(held_back.since)}
+
+
+def held_back_text(delivery: Delivery) -> str:
+    """`and 14 repeats held back since 2026-03-01T12:00:00Z`; empty where there are none."""
+    held_back = delivery.held_back
+    if held_back is None:
+        return ""
+    return f"and {plural(held_back.repeats, 'repeat')} held back since {shown(held_back.since, 40) or '?'}"
+
+
+SEVERITY_EMOJI = {"info": "\N{INFORMATION SOURCE}\ufe0f", "warning": "⚠️", "critical": "🚨"}
+
+# Slack, "Block Kit reference", header and section blocks; "chat.postMessage", `text`. Characters as they are
+# sent, entities included.
 SLACK_HEADER = 150
 SLACK_SECTION = 3000
 SLACK_TEXT = 4000
+# What a phone shows of a message: also within SLACK_TEXT where each character becomes an entity.
+SLACK_HEADLINE = 600
+# A digest is to be read at a glance: so much for one of its lines.
+SLACK_DIGEST_LINE = 450
 
-# Slack, "Sending messages using incoming webhooks", the table of errors: whose fault each one is.
+# Slack, "Formatting text for app surfaces", "Disabling automatic parsing", and "Unfurling links in messages":
+# the fallback text is taken as it is written, no name in it becomes a mention and no address a preview.
+SLACK_AS_WRITTEN = {
+    "mrkdwn": False,
+    "parse": "none",
+    "link_names": False,
+    "unfurl_links": False,
+    "unfurl_media": False,
+}
+
+# Slack, "Sending messages using incoming webhooks", "Handling errors", and for the same by other names
+# "chat.postMessage", "Errors": whose fault each one is.
 SLACK_SINK_ERRORS = {
     *("no_service", "no_service_id", "no_team", "team_disabled", "invalid_token", "no_active_hooks"),
     *("action_prohibited", "posting_to_general_channel_denied", "channel_not_found", "channel_is_archived"),
-    "user_not_found",
+    *("user_not_found", "is_archived", "not_in_channel", "restricted_action", "team_access_not_granted"),
+    *("account_inactive", "invalid_auth", "not_authed", "token_expired", "token_revoked", "missing_scope"),
 }
 SLACK_RECORD_ERRORS = {
-    "invalid_payload",
-    "invalid_blocks",
-    "no_text",
-    "too_many_attachments",
-    "msg_too_long",
+    *("invalid_payload", "invalid_blocks", "invalid_blocks_format", "invalid_attachments", "no_text"),
+    *("too_many_attachments", "msg_too_long", "msg_blocks_too_long"),
+    *("missing_text_or_fallback_or_attachments", "attachment_payload_limit_exceeded"),
 }
+SLACK_WAIT_ERRORS = {
+    *("rollup_error", "ratelimited", "rate_limited", "message_limit_exceeded"),
+    *("internal_error", "fatal_error", "service_unavailable", "request_timeout"),
+}
+# By Slack's own words, what was asked for may have been done before these.
+SLACK_UNSURE_ERRORS = {"internal_error", "fatal_error"}
+
+SLACK_ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 
 
 def slack_escape(text: str, limit: int) -> str:
     """Escape text for Slack and cut it to `limit` characters as sent, never within an entity.
 
-    Slack, "Formatting text for app surfaces", escaping: `&`, `<` and `>` are the control characters.
+    Slack, "Formatting text for app surfaces", "Escaping text": `&`, `<` and `>` are the control characters,
+    with which mentions and links are made.
     """
-    entities = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
-    pieces = [entities.get(character, character) for character in printable(text)]
-    if sum(map(len, pieces)) <= limit:
-        return "".join(pieces)
-    kept, room = [], limit - 1
-    for piece in pieces:
-        room -= len(piece)
-        if room < 0:
-            break
-        kept.append(piece)
-    return "".join(kept) + "…"
-
-
-class SlackAdapter(Adapter):
-    """A message to a Slack incoming webhook: a header, what a person needs to know, and where it is from."""
-
-    url_key = "webhookUrlEnv"
-    # Slack, "Rate limits": incoming webhooks, one message a second, short bursts allowed.
-    max_per_minute = 60
-
-    def build(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> HttpRequest:
-        [delivery] = deliveries
-        escalation, severity = delivery.escalation, delivery.resolution.event_severity
-        lines = explain(escalation)
-        context = [
-            f"loop {escalation.loop_id}",
-            escalation.timestamp,
-            f"transport {as_text(escalation.body.get('transport')) or 'unknown'}",
-            f"trace {escalation.trace_id or origin.trace_id}",
-        ]
-        blocks: list[JsonObject] = [
-            {
-                "type": "header",
-                # A receiver can tell a repeat by it: Slack, "Block Kit reference", block_id, 255 characters.
-                "block_id": escalation.id,
-                "text": {
-                    "type": "plain_text",
-                    "text": cut(f"{SEVERITY_EMOJI[severity]} {printable(escalation.category)}", SLACK_HEADER),
-                    "emoji": True,
-                },
-            }
-        ]
-        if lines:
-            text = slack_escape_lines(lines, SLACK_SECTION)
-            blocks.append({"type": "section", "text": {"type": "mrkdwn", "text": text}})
-        blocks.append(
-            {
-                "type": "context",
-                "elements": [
-                    {"type": "mrkdwn", "text": slack_escape(" · ".join(filter(None, context)), SLACK_SECTION)}
-                ],
-            }
-        )
-        message: JsonObject = {
-            "text": slack_escape(f"{SEVERITY_EMOJI[severity]} {headline(delivery)}", SLACK_TEXT),
-            "blocks": blocks,
-        }
-        for key, name in (("channel", "channel"), ("username", "username"), ("iconEmoji", "icon_emoji")):
-            if key in sink.settings:
-                message[name] = sink.settings[key]
-        return HttpRequest(self.url(sink), {"Content-Type": "application/json"}, encode_json(message))
-
-    def judge(self, answer: Answer, now: float) -> Verdict:
-        """Slack names its errors in the body, which says more than the status does."""
-        code = answer.text
-        if code in SLACK_SINK_ERRORS:
-            return Verdict("misconfigured", "http_error", answer.status, code)
-        if code in SLACK_RECORD_ERRORS:
-            return Verdict("dead_letter", "http_error", answer.status, code)
-        return judge_status(answer, now)
+    text = printable(text)
+    escaped = text.translate(SLACK_ENTITIES)
+    if len(escaped) <= limit:
+        return escaped
+    room, kept = limit - len("…"), 0
+    while room >= (needed := len(text[kept].translate(SLACK_ENTITIES))):
+        room -= needed
+        kept += 1
+    return text[: character_boundary(text, kept)].translate(SLACK_ENTITIES) + "…"
 
 
 def slack_escape_lines(lines: Sequence[str], limit: int) -> str:
     """Escape a list of lines as one text of at most `limit` characters; says how many lines fell off."""
     kept: list[str] = []
-    room = limit - len("… and 9999 more")
+    room = limit - len("… and 9999999 more")
     for index, line in enumerate(lines):
         text = slack_escape(f"• {line}", max(room, 1))
         if len(text) > room or room < 20:
@@ -1635,21 +1709,183 @@ def slack_escape_lines(lines: Sequence[str], limit: int) -> str:
     return "\n".join(kept)
 
 
-def headline(delivery: Delivery) -> str:
-    """One line that says what is wrong where: `[critical] health_critical on demo-loop: ingest_stale`."""
+def slack_text(text: str) -> JsonObject:
+    """A text object of text that is escaped already.
+
+    Slack, "Text object": in `plain_text`, unlike in `mrkdwn`, no character is a format, no address becomes a
+    link and no name a mention; without `emoji` no `:name:` becomes a picture. So what a record says is shown
+    as it stands there, backticks and underscores included, and can be copied.
+    """
+    return {"type": "plain_text", "text": text, "emoji": False}
+
+
+class SlackAdapter(Adapter):
+    """A message to a Slack incoming webhook: a header, what a person needs to know, and where it is from.
+
+    Several deliveries make a digest: counts, then a line each, the worst first. The `block_id` of a message's
+    header, or of a digest's line, is the escalationId, by which a receiver can tell a repeat (Slack, "Block
+    Kit reference": up to 255 characters, each once in a message).
+    """
+
+    url_key = "webhookUrlEnv"
+    # Slack, "Rate limits": incoming webhooks, one message a second, short bursts allowed.
+    max_per_minute = 60
+
+    def batch_size(self, sink: Sink) -> int:
+        return int(sink.settings.get("maxPerMessage", 1))
+
+    def build(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> HttpRequest:
+        single = len(deliveries) == 1
+        message = slack_message(deliveries[0], origin) if single else slack_digest(deliveries, origin)
+        message |= SLACK_AS_WRITTEN
+        for key, name in (("channel", "channel"), ("username", "username"), ("iconEmoji", "icon_emoji")):
+            if key in sink.settings:
+                message[name] = sink.settings[key]
+        return HttpRequest(self.url(sink), {"Content-Type": "application/json"}, encode_json(message))
+
+    def judge(self, answer: Answer, now: float) -> Verdict:
+        """Slack names its errors in the body, which says more than the status does.
+
+        A webhook answers `ok`. What passes messages on to Slack may answer as its Web API does, with 200 and
+        `{"ok": false, "error": …}`: that is judged by the error. A web page is no answer of a webhook.
+        """
+        error, verdict = slack_error(answer), judge_status(answer, now)
+        failed = Verdict("dead_letter", "http_error", answer.status, error)
+        if error in SLACK_SINK_ERRORS:
+            return failed._replace(outcome="misconfigured")
+        if error in SLACK_WAIT_ERRORS:
+            wait = parse_retry_after(answer.headers.get("retry-after"), now)
+            not_taken = error not in SLACK_UNSURE_ERRORS
+            return failed._replace(outcome="retry", retry_after=wait, not_taken=not_taken)
+        if error in SLACK_RECORD_ERRORS:
+            return failed
+        if verdict.outcome == "delivered" and answer.text.startswith("<"):
+            message = "answered with a web page, not with ok: the URL is not that of an incoming webhook"
+            return failed._replace(outcome="misconfigured", message=message)
+        return failed if verdict.outcome == "delivered" and error else verdict
+
+
+def slack_error(answer: Answer) -> str | None:
+    """The error that an answer names, in JSON or as one of Slack's words; None where it names none."""
+    if answer.text.startswith("{"):
+        with contextlib.suppress(ValueError):
+            said = mapping(decode_json(answer.text))
+            if said.get("ok") is False:
+                return as_text(said.get("error")) or answer.text
+    known = SLACK_SINK_ERRORS | SLACK_RECORD_ERRORS | SLACK_WAIT_ERRORS
+    return answer.text if answer.text in known else None
+
+
+def slack_message(delivery: Delivery, origin: Origin) -> JsonObject:
+    """One escalation: category and loop, what is wrong, then time, transport and trace."""
+    escalation, severity = delivery.escalation, delivery.resolution.event_severity
+    title = f"{SEVERITY_EMOJI[severity]} {shown(escalation.category, 80)} on {shown(escalation.loop_id, 60)}"
+    context = [
+        severity,
+        f"loop {shown(escalation.loop_id)}",
+        shown(escalation.timestamp),
+        f"transport {shown(escalation.body.get('transport')) or 'unknown'}",
+        f"trace {shown(escalation.trace_id) or shown(origin.trace_id)}",
+    ]
+    blocks = [
+        slack_header(title) | {"block_id": escalation.id},
+        slack_section(slack_escape_lines(explain(escalation), SLACK_SECTION)),
+        slack_context(context),
+    ]
+    if delivery.held_back:
+        blocks.insert(2, slack_section(slack_escape(held_back_text(delivery), SLACK_SECTION)))
+    return {
+        "text": slack_escape(f"{SEVERITY_EMOJI[severity]} {headline(delivery, SLACK_HEADLINE)}", SLACK_TEXT),
+        "blocks": blocks,
+    }
+
+
+def slack_digest(deliveries: Sequence[Delivery], origin: Origin) -> JsonObject:
+    """Several escalations, oldest first: how many of which severity and category, then a line each."""
+    worst_first = sorted(
+        deliveries, key=lambda delivery: SEVERITIES.index(delivery.resolution.event_severity), reverse=True
+    )
+    worst = worst_first[0]
+    severities = count_words(delivery.resolution.event_severity for delivery in worst_first)
+    categories = count_words(shown(delivery.escalation.category, 60) for delivery in worst_first)
+    loops = list(dict.fromkeys(shown(delivery.escalation.loop_id, 60) for delivery in deliveries))
+    emoji = SEVERITY_EMOJI[worst.resolution.event_severity]
+    title = f"{emoji} {plural(len(deliveries), 'escalation')}: {severities}"
+    counts = slack_escape(f"on {', '.join(loops)}: {categories}", SLACK_SECTION)
+    blocks = [slack_header(title), slack_section(counts)]
+    seen = Counter[str]()
+    for delivery in worst_first:
+        identity = delivery.escalation.id
+        # Two lines of the source that are equal have one id, and Slack takes a block_id only once.
+        seen[identity] += 1
+        block_id = identity if seen[identity] == 1 else f"{identity}:{seen[identity]}"
+        line = slack_section(slack_digest_line(delivery, name_loop=len(loops) > 1))
+        blocks.append(line | {"block_id": block_id})
+    oldest, newest = (shown(deliveries[index].escalation.timestamp) or "?" for index in (0, -1))
+    blocks.append(slack_context([f"{oldest} to {newest}", f"trace {shown(origin.trace_id)}"]))
+    text = f"{title}. The worst: {headline(worst, SLACK_HEADLINE)}"
+    return {"text": slack_escape(text, SLACK_TEXT), "blocks": blocks}
+
+
+def slack_digest_line(delivery: Delivery, *, name_loop: bool) -> str:
+    """`🚨 health_critical · 2026-03-01T12:00:00Z · ingest_stale: …`, and at its end what was held back."""
     escalation = delivery.escalation
-    what = ", ".join(reason_codes(escalation)) or next(iter(explain(escalation)), "")
-    head = f"[{delivery.resolution.event_severity}] {escalation.category} on {escalation.loop_id}"
-    return printable(f"{head}: {what}" if what else head)
+    emoji = SEVERITY_EMOJI[delivery.resolution.event_severity]
+    where = f" on {shown(escalation.loop_id, 60)}" if name_loop else ""
+    parts = [
+        f"{emoji} {shown(escalation.category, 80)}{where}",
+        shown(escalation.timestamp, 40),
+        "; ".join(explain(escalation)),
+    ]
+    tail = f" · {held_back_text(delivery)}" if delivery.held_back else ""
+    tail = slack_escape(tail, SLACK_DIGEST_LINE // 2)
+    return slack_escape(" · ".join(filter(None, parts)), SLACK_DIGEST_LINE - len(tail)) + tail
 
 
-# PagerDuty, "Send an alert event" (Events API v2): summary 1,024, dedup_key 255 characters.
+def count_words(words: Iterable[str]) -> str:
+    """`2 critical, 10 warning`, in the order in which they first come."""
+    return ", ".join(f"{count} {word}" for word, count in Counter(words).items())
+
+
+def slack_header(text: str) -> JsonObject:
+    return {"type": "header", "text": slack_text(slack_escape(text, SLACK_HEADER))}
+
+
+def slack_section(escaped: str) -> JsonObject:
+    return {"type": "section", "text": slack_text(escaped)}
+
+
+def slack_context(parts: Iterable[str | None]) -> JsonObject:
+    return {
+        "type": "context",
+        "elements": [slack_text(slack_escape(" · ".join(filter(None, parts)), SLACK_SECTION))],
+    }
+
+
+def headline(delivery: Delivery, limit: int) -> str:
+    """One line that says what is wrong where: `[critical] health_critical on demo-loop: ingest_stale`.
+
+    At most `limit` characters; what was held back is said at its end, and never cut off.
+    """
+    escalation = delivery.escalation
+    what = ", ".join(reason_codes(escalation)) or explain(escalation)[0]
+    where = f"{shown(escalation.category, 100)} on {shown(escalation.loop_id, 100)}"
+    tail = f" ({held_back_text(delivery)})" if delivery.held_back else ""
+    return cut(f"[{delivery.resolution.event_severity}] {where}: {what}", limit - len(tail)) + tail
+
+
+# PagerDuty, "Send an alert event" (Events API v2): an event of 512 KB (taken as the smaller of what that may
+# mean), a summary of 1,024 characters, a dedup_key of 255.
+PAGERDUTY_EVENT_BYTES = 512_000
 PAGERDUTY_SUMMARY = 1024
 PAGERDUTY_DEDUP_KEY = 255
 
 
 class PagerDutyAdapter(Adapter):
-    """A `trigger` event of PagerDuty's Events API v2."""
+    """A `trigger` event of PagerDuty's Events API v2 ("Send an alert event").
+
+    Its severities are info, warning, error and critical: ours are three of them. Its `timestamp` is ISO 8601.
+    """
 
     default_url = "https://events.pagerduty.com/v2/enqueue"
     # PagerDuty, "Events API rate limits": 120 events a minute for an integration key.
@@ -1659,8 +1895,8 @@ class PagerDutyAdapter(Adapter):
         [delivery] = deliveries
         escalation, settings = delivery.escalation, sink.settings
         moment = parse_time(escalation.timestamp)
-        payload = {
-            "summary": cut(headline(delivery), PAGERDUTY_SUMMARY),
+        payload: JsonObject = {
+            "summary": headline(delivery, PAGERDUTY_SUMMARY),
             "severity": delivery.resolution.event_severity,
             "source": settings.get("source", "superloop-ops-manager"),
             "timestamp": iso(origin.emitted_at if moment is None else moment),
@@ -1669,38 +1905,100 @@ class PagerDutyAdapter(Adapter):
             "class": settings.get("class", "escalation"),
             "custom_details": {
                 "escalation": escalation.body,
-                "traceId": origin.trace_id,
+                "traceId": cut(origin.trace_id, SHOWN_CHARACTERS),
                 "escalationId": escalation.id,
+                **held_back_fields(delivery),
             },
         }
         event = {
             "routing_key": sink.secrets.get("routingKeyEnv", ""),
             "event_action": "trigger",
-            "dedup_key": dedup_key(escalation),
+            "dedup_key": dedup_key(escalation, settings.get("dedupBy", "event")),
             "payload": payload,
         }
-        return HttpRequest(self.url(sink), {"Content-Type": "application/json"}, encode_json(event))
+        body = encode_json(event)
+        if len(body) > PAGERDUTY_EVENT_BYTES:
+            original = len(encode_json(escalation.body))
+            payload["custom_details"] |= {"truncated": True, "originalBytes": original}
+            for limits in ABRIDGEMENTS:
+                payload["custom_details"]["escalation"] = abridge(plain_first(escalation.body), *limits)
+                body = encode_json(event)
+                if len(body) <= PAGERDUTY_EVENT_BYTES:
+                    break
+        return HttpRequest(self.url(sink), {"Content-Type": "application/json"}, body)
 
     def judge(self, answer: Answer, now: float) -> Verdict:
-        """A 400 that complains of the routing key is the sink's fault; any other one is the record's.
-
-        PagerDuty, "Send an alert event": 400 comes with `{"status", "message", "errors": [...]}`.
-        """
-        if answer.status == 400 and re.search(
-            r"routing.?key|service.?key|integration.?key", answer.text, re.IGNORECASE
-        ):
+        """A 400 that complains of the routing key is the sink's fault; any other one is the record's."""
+        if answer.status == 400 and any(map(ROUTING_KEY.search, pagerduty_complaints(answer))):
             return Verdict("misconfigured", "http_error", answer.status, answer.text)
         return judge_status(answer, now)
 
 
-def dedup_key(escalation: Escalation) -> str:
-    """`<loopId>:<category>:<timestamp>`; a longer one than PagerDuty takes ends in a hash of the whole."""
-    key = f"{escalation.loop_id}:{escalation.category}:{escalation.timestamp or escalation.id}"
-    key = printable(key)
-    if len(key) <= PAGERDUTY_DEDUP_KEY:
+ROUTING_KEY = re.compile(r"(routing|service|integration)[ _-]?key", re.IGNORECASE)
+
+
+def pagerduty_complaints(answer: Answer) -> list[str]:
+    """What an error answer complains of, without what it only quotes of the request.
+
+    PagerDuty, "Send an alert event", 400: `{"status": "…", "message": "…", "errors": ["…"]}`.
+    """
+    try:
+        said = mapping(decode_json(answer.text))
+    except ValueError:
+        return []
+    errors = said.get("errors")
+    words = [said.get("message"), *(errors if isinstance(errors, list) else [errors])]
+    return [word.partition("{")[0] for word in words if isinstance(word, str)]
+
+
+def dedup_key(escalation: Escalation, by: str) -> str:
+    """PagerDuty's `dedup_key`: by `event` `<loopId>:<category>:<timestamp>`, so that each escalation is an
+    alert of its own; by `condition` `<loopId>:<category>`, so that repeats join the open one.
+
+    One that is longer than PagerDuty takes, or not plain text, ends in a hash of the whole.
+    """
+    key = f"{escalation.loop_id}:{escalation.category}"
+    if by == "event":
+        key += f":{escalation.timestamp or escalation.id}"
+    plain = printable(key)
+    if plain == key and len(key) <= PAGERDUTY_DEDUP_KEY:
         return key
-    mark = short_hash(key.encode("utf-8", "replace"))
-    return f"{key[: PAGERDUTY_DEDUP_KEY - len(mark) - 1]}:{mark}"
+    mark = short_hash(key.encode("utf-8", "surrogatepass"))
+    return f"{plain[: PAGERDUTY_DEDUP_KEY - len(mark) - 1]}:{mark}"
+
+
+# Characters of a text, items of a list or object, levels: each is tried where the one before still makes too
+# large an event. With the last any record fits.
+ABRIDGEMENTS = ((4000, 100, 6), (400, 40, 4), (30, 10, 3))
+
+
+def plain_first(body: JsonObject) -> JsonObject:
+    """A record with what matters at its front: the reasons, then what else is known, then plain fields."""
+
+    def rank(field: tuple[str, object]) -> tuple[bool, bool, bool]:
+        key, value = field
+        reason = key in ("category", "reasons", "reasonCodes")
+        return not reason, key not in COMMON_FIELDS | READ_FIELDS, isinstance(value, dict | list)
+
+    return dict(sorted(body.items(), key=rank))
+
+
+def abridge(value: object, characters: int, items: int, levels: int) -> object:
+    """Cut a JSON value down, saying where and how much was left out."""
+    if isinstance(value, dict | list):
+        if not levels:
+            return f"… {len(encode_json(value))} bytes of JSON left out"
+        kept: Any
+        if isinstance(value, dict):
+            fields = list(value.items())[:items]
+            kept = {
+                cut(key, characters): abridge(item, characters, items, levels - 1) for key, item in fields
+            }
+            return kept | ({"…": f"{len(value) - items} more fields left out"} if len(value) > items else {})
+        kept = [abridge(item, characters, items, levels - 1) for item in value[:items]]
+        return kept + ([f"… {len(value) - items} more items left out"] if len(value) > items else [])
+    text = value if isinstance(value, str) else encode_json(value).decode()
+    return value if len(text) <= characters else cut(text, characters)
 
 
 ADAPTERS: dict[str, Adapter] = {
@@ -4698,17 +4996,17 @@ def advise(reason_code: str | None, http_status: int | None, message: str | None
         word in text for word in ("invalid_token", "routing key", "routing_key")
     ):
         return "the credential is wrong or was revoked: make a new one and set its variable"
-    if "channel" in text and text in SLACK_SINK_ERRORS:
+    if text in SLACK_SINK_ERRORS and ("channel" in text or "archived" in text):
         return "Slack does not let this webhook post to its channel: unarchive it, or set another one"
-    if http_status in (404, 405, 410) or text in SLACK_SINK_ERRORS:
+    if http_status in (404, 405, 410) or text in SLACK_SINK_ERRORS or "web page" in text:
         return "the URL is wrong or was deleted: make a new one and set its variable"
     if http_status is not None and 300 <= http_status < 400:
         return "set the URL that the redirect leads to"
-    if http_status == 429:
+    if http_status == 429 or text in SLACK_WAIT_ERRORS:
         return "the sink limits the rate: nothing to do, what waits goes out by itself"
     if http_status is not None and http_status >= 500:
         return "the sink has trouble of its own: nothing to do here, what waits goes out by itself"
-    if http_status is not None and 400 <= http_status < 500:
+    if http_status is not None and http_status < 500:
         return "the sink does not take this record: read its answer, then redeliver or skip"
     return "see the last rows of telemetry/alert-attempts.jsonl"
 
@@ -5659,6 +5957,8 @@ def demo() -> None:
 def run_demo(repo: Path, environ: Mapping[str, str], received: Mapping[str, list[JsonObject]]) -> bool:
     """Play the demo in a folder. Returns whether a sink missed an escalation or received one twice."""
 
+    import html
+
     def title(text: str) -> None:
         click.echo(f"\n{click.style(text, bold=True)}")
 
@@ -5690,7 +5990,7 @@ def run_demo(repo: Path, environ: Mapping[str, str], received: Mapping[str, list
     for body in received["slack"]:
         for block in body["blocks"]:
             texts = [block["text"]["text"]] if "text" in block else [e["text"] for e in block["elements"]]
-            for text in texts:
+            for text in map(html.unescape, texts):
                 style = {"bold": block["type"] == "header", "dim": block["type"] == "context"}
                 click.echo("\n".join(click.style(f"  {line}", **style) for line in text.splitlines()))
         click.echo()

@@ -617,8 +617,10 @@ def test_a_dedup_key_is_stable_short_and_tells_escalations_apart(
     loop: str, category: str, moment: str, other: str
 ) -> None:
     fields = {"loopId": loop, "category": category, "timestamp": moment}
-    one, same = (program.dedup_key(escalation(**fields, transport=name)) for name in ("local", "sprite"))
-    different = program.dedup_key(escalation(**{**fields, "timestamp": moment + "x" + other}))
+    one, same = (
+        program.dedup_key(escalation(**fields, transport=name), "event") for name in ("local", "sprite")
+    )
+    different = program.dedup_key(escalation(**{**fields, "timestamp": moment + "x" + other}), "event")
 
     assert one == same
     assert one != different

@@ -304,6 +304,9 @@ ADVICE: list[tuple[str, Answer, str, str]] = [
     ("a rate limit", rate_limited(60), "http_error 429", "limits the rate"),
     ("a moved webhook", error(302), "http_error 302", "the URL that the redirect leads to"),
     ("a refused record", error(422, "bad field"), "http_error 422", "read its answer"),
+    ("a proxy's page", error(200, "<html>Log in"), "http_error 200", "URL is wrong or was deleted"),
+    ("words of refusal", error(200, '{"ok":false,"error":"no_text"}'), "http_error 200", "read its answer"),
+    ("words of haste", error(200, '{"ok":false,"error":"ratelimited"}'), "http_error 200", "limits the rate"),
 ]
 
 

@@ -93,6 +93,8 @@ def host(tmp_path: Path, server: SinkServer) -> Repo:
     config = json.loads(example)
     config["delivery"] |= {"maxAttemptsPerPass": 1, "backoffSeconds": {"initial": 0, "max": 900}}
     config["routing"]["repeat"]["windowSeconds"] = 0  # the recipes' records are alike
+    # An escalation a message, so that what was told can be counted.
+    config["sinks"]["slack-default"]["maxPerMessage"] = 1
     made = make_repo(tmp_path, server)
     made.write_config(config)
     programs = tmp_path / "bin"
@@ -106,6 +108,7 @@ def host(tmp_path: Path, server: SinkServer) -> Repo:
         "LANG": "C.UTF-8",
         "OPS_MANAGER_ALERT_WEBHOOK_URL": server.url + HOOK,
         "OPS_MANAGER_ALERT_WEBHOOK_TOKEN": "token-0a1b2c3d4e",
+        "OPS_MANAGER_ALERT_WEBHOOK_SIGNING_SECRET": "whsec_c2lnbmluZy0wYTFiMmMzZDRl",
         SLACK_URL: server.url + SLACK,
         "OPS_MANAGER_ALERT_PAGERDUTY_ROUTING_KEY": "key0a1b2c3d4e5f",
         "OPS_MANAGER_ALERT_PAGERDUTY_URL": server.url + PAGER,
