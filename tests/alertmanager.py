@@ -26,7 +26,7 @@ PEER_TIMEOUT = 1.5
 CONFIG = """\
 route:
   receiver: page
-  group_by: [alertname, loop]
+  group_by: [{group_by}]
   group_wait: 200ms
   group_interval: 1s
   repeat_interval: 1h
@@ -53,6 +53,7 @@ class Node:
     page_url: str
     port: int
     options: tuple[str, ...] = ()
+    group_by: str = "alertname, loop"
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     @property
@@ -66,7 +67,9 @@ class Node:
     def start(self, peers: Sequence[Node] = ()) -> None:
         """Start it, and wait until it answers."""
         self.folder.mkdir(exist_ok=True)
-        (self.folder / "alertmanager.yml").write_text(CONFIG.format(url=self.page_url))
+        (self.folder / "alertmanager.yml").write_text(
+            CONFIG.format(url=self.page_url, group_by=self.group_by)
+        )
         command = [
             needs_tool(PROGRAM),
             f"--config.file={self.folder / 'alertmanager.yml'}",
@@ -78,7 +81,6 @@ class Node:
             f"--cluster.peer-timeout={PEER_TIMEOUT}s",
             "--cluster.probe-interval=200ms",
             "--cluster.probe-timeout=100ms",
-            "--log.level=debug",
             *(f"--cluster.peer={peer.gossip_address}" for peer in peers),
             *self.options,
         ]
@@ -161,7 +163,11 @@ def new_node(folder: Path, page_url: str, *options: str) -> Iterator[Node]:
 @contextlib.contextmanager
 def running_cluster(folder: Path, page_url: str) -> Iterator[tuple[Node, Node]]:
     """Two nodes that know each other."""
-    with new_node(folder / "a", page_url) as first, new_node(folder / "b", page_url) as second:
+    telling = "--log.level=debug"  # by which a test knows what they have decided
+    with (
+        new_node(folder / "a", page_url, telling) as first,
+        new_node(folder / "b", page_url, telling) as second,
+    ):
         start_cluster(first, second)
         yield first, second
 
