@@ -3,7 +3,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["click>=8.3.3", "jsonschema>=4.24.1", "requests>=2.33.0"]
 # ///
-"""Deliver the escalations of a Superloop ops manager to webhooks, Slack and PagerDuty.
+"""Deliver the escalations of a Superloop ops manager to webhooks, Slack, PagerDuty and Alertmanager.
 
 The host appends one JSON object a line to ``escalations.jsonl``. One pass of ``dispatch`` takes up what is
 new there and delivers it, each sink in a lane of its own:
@@ -375,6 +375,10 @@ def normalise_severity(value: object) -> str | None:
     return SEVERITY_SYNONYMS.get(value.strip().lower()) if isinstance(value, str) else None
 
 
+# What an Alertmanager tells our alerts apart by: a sink's own labels must not stand in for these.
+ALERT_LABELS = ("alertname", "severity", "loop", "repo", "source")
+
+
 class Sink(NamedTuple):
     """A configured sink: `settings` is its object in the config, `secrets` what its `…Env` keys hold."""
 
@@ -450,7 +454,12 @@ class Config(NamedTuple):
 
     def redactor(self) -> Redactor:
         """A redactor for every secret that the environment holds for this config."""
-        secrets = (value for sink in self.sinks.values() for value in sink.secrets.values())
+        secrets = (
+            part
+            for sink in self.sinks.values()
+            for key, value in sink.secrets.items()
+            for part in secret_parts(sink.type, key, value)
+        )
         return Redactor(secrets, public=json.dumps(self.document, ensure_ascii=False))
 
 
@@ -613,6 +622,11 @@ def explain_schema_error(error: Any) -> Iterator[str]:
         case "pattern" if "headers" in path:
             what = "name" if path[-1] == "headers" else "value"
             yield f"{json_path(path)}: holds a header {what} that HTTP does not allow (RFC 9110); mend it"
+        case "pattern" | "not" if path and path[-1] == "labels":
+            yield (
+                f"{json_path([*path, value])}: a label's name is of A-Z a-z 0-9 _, begins with no digit, "
+                f"and is none of {', '.join(ALERT_LABELS)}, which each alert has anyway; rename it"
+            )
         case "pattern" | "maxLength" if "propertyNames" in error.absolute_schema_path:
             yield f"{json_path([*path, value])}: a sink id is 1 to 64 of A-Z a-z 0-9 . _ -; rename it"
         case "minProperties":
@@ -692,12 +706,22 @@ def check_secrets(document: JsonObject, environ: Mapping[str, str]) -> list[str]
                 continue  # the schema has told already
             if not environ.get(name):
                 unset.setdefault(name, place)
-            elif fault := check_secret(key, environ[name]):
-                faults.append(f"{place}: the value of {name} {fault}")
+            else:
+                parts = secret_parts(settings.get("type"), key, environ[name])
+                found = dict.fromkeys(check_secret(key, part) for part in parts)
+                faults += [f"{place}: the value of {name} {fault}" for fault in found if fault]
     if unset:
         places = ", ".join(sorted(unset.values()))
         faults.append(f"{places}: enabled sink secret env var(s) are unset: {' '.join(sorted(unset))}")
     return faults
+
+
+def secret_parts(sink_type: object, key: str, value: str) -> list[str]:
+    """What the value of a `…Env` key holds: one secret, or the base URLs of an Alertmanager's peers."""
+    if (sink_type, key) != ("alertmanager", "urlEnv"):
+        return [value]
+    peers = dict.fromkeys(part.strip().rstrip("/") for part in value.split(","))
+    return [peer for peer in peers if peer] or [value]
 
 
 def check_secret(key: str, value: str) -> str | None:
@@ -1548,6 +1572,10 @@ class Adapter:
         """Where the sink is; an empty string where its secret is unset."""
         return sink.secrets.get(self.url_key) or self.default_url or ""
 
+    def urls(self, sink: Sink) -> tuple[str, ...]:
+        """Every place that a request goes to: the same to each, and delivered when at least one took it."""
+        return (self.url(sink),)
+
     def missing_secrets(self, sink: Sink) -> list[str]:
         """The variables that this sink needs and that are unset."""
         return [name for key, name in sink.secret_refs.items() if key not in sink.secrets]
@@ -1960,11 +1988,17 @@ def dedup_key(escalation: Escalation, by: str) -> str:
     key = f"{escalation.loop_id}:{escalation.category}"
     if by == "event":
         key += f":{escalation.timestamp or escalation.id}"
-    plain = printable(key)
-    if plain == key and len(key) <= PAGERDUTY_DEDUP_KEY:
-        return key
-    mark = short_hash(key.encode("utf-8", "surrogatepass"))
-    return f"{plain[: PAGERDUTY_DEDUP_KEY - len(mark) - 1]}:{mark}"
+    return cut_identity(key, PAGERDUTY_DEDUP_KEY)
+
+
+def cut_identity(text: str, limit: int) -> str:
+    """A text that tells things apart, printable and of at most `limit` characters: where that changes it, it
+    ends in a hash of the whole."""
+    plain = printable(text)
+    if plain == text and len(text) <= limit:
+        return text
+    mark = short_hash(text.encode("utf-8", "surrogatepass"))
+    return f"{plain[: limit - len(mark) - 1]}:{mark}"
 
 
 # Characters of a text, items of a list or object, levels: each is tried where the one before still makes too
@@ -2001,10 +2035,113 @@ def abridge(value: object, characters: int, items: int, levels: int) -> object:
     return value if len(text) <= characters else cut(text, characters)
 
 
+# Alertmanager has no limits of its own to these, nor to a request. These keep a page readable and, at a
+# hundred alerts, a request below the 1 MB that proxies let through.
+ALERT_LABEL = 256
+ALERT_SUMMARY = 1024
+ALERT_DESCRIPTION = 2048
+ALERTS_A_REQUEST = 100
+
+DEFAULT_ACTIVE_FOR = 3600.0
+# An alert that joins a group waits for the group's next turn, by default up to 5 minutes (Alertmanager,
+# "Configuration", group_interval). One that ends before it pages nobody: so much must be left of an alert.
+ALERT_LEAD_SECONDS = 600.0
+
+
+class AlertmanagerAdapter(Adapter):
+    """Alerts of Prometheus Alertmanager, by `POST /api/v2/alerts` to every peer of a cluster.
+
+    Alertmanager, "High Availability": alerts go to all peers, never through a load balancer. The peers tell
+    each other whom they have notified, not which alerts they hold.
+    """
+
+    def urls(self, sink: Sink) -> tuple[str, ...]:
+        peers = secret_parts(sink.type, self.url_key, super().url(sink))
+        return tuple(f"{peer}/api/v2/alerts" if peer else "" for peer in peers)
+
+    def url(self, sink: Sink) -> str:
+        return self.urls(sink)[0]
+
+    def batch_size(self, sink: Sink) -> int:  # noqa: ARG002
+        return ALERTS_A_REQUEST
+
+    def build(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> HttpRequest:
+        """One request to the first peer. Alertmanager takes alerts with the same labels for one, and keeps
+        what the last of them says: so does this, which sends that one, from the earliest start to the latest
+        end."""
+        alerts: dict[tuple[str, ...], JsonObject] = {}
+        for delivery in deliveries:
+            alert = self._alert(sink, delivery, origin)
+            key = tuple(alert["labels"].values())
+            if earlier := alerts.get(key):
+                alert["startsAt"] = min(earlier["startsAt"], alert["startsAt"])
+                alert["endsAt"] = max(earlier["endsAt"], alert["endsAt"])
+            alerts[key] = alert
+        headers = {"Content-Type": "application/json"}
+        if token := sink.secrets.get("authTokenEnv"):
+            headers["Authorization"] = f"Bearer {token}"
+        return HttpRequest(self.url(sink), headers, encode_json(list(alerts.values())))
+
+    def _alert(self, sink: Sink, delivery: Delivery, origin: Origin) -> JsonObject:
+        escalation = delivery.escalation
+        path = origin.repo_path.rstrip("/")
+        labels = {
+            "alertname": escalation.category,
+            "severity": delivery.resolution.event_severity,
+            "loop": escalation.loop_id,
+            "repo": path.rpartition("/")[2] or "/",
+            "source": "ops-manager",
+            **sink.settings.get("labels", {}),
+        }
+        starts, ends = alert_times(sink, escalation, origin.emitted_at)
+        description = "\n".join(map(printable, explain(escalation)))
+        return {
+            "labels": {name: cut_identity(value, ALERT_LABEL) for name, value in labels.items()},
+            "annotations": {
+                "summary": headline(delivery, ALERT_SUMMARY),
+                "description": cut(description, ALERT_DESCRIPTION),
+                "escalationId": escalation.id,
+                "traceId": cut(printable(escalation.trace_id or origin.trace_id), ALERT_LABEL),
+            },
+            "startsAt": iso(starts),
+            "endsAt": iso(ends),
+        }
+
+    def judge(self, answer: Answer, now: float) -> Verdict:
+        """A complaint about a record is JSON; one in other words is from a proxy or a TLS port.
+
+        Alertmanager, "Alerts API", OpenAPI specification: the body of a 400 is a string. Those alerts of the
+        request that it had no complaint of it has taken.
+        """
+        verdict = judge_status(answer, now)
+        if verdict.outcome == "dead_letter" and answer.status in (400, 422):
+            try:
+                decode_json(answer.text)
+            except ValueError:
+                return verdict._replace(outcome="misconfigured")
+        return verdict
+
+
+def alert_times(sink: Sink, escalation: Escalation, sent: float) -> tuple[float, float]:
+    """From when to when an alert lasts, in seconds since the epoch.
+
+    An alert that is sent in good time ends `activeForSeconds` after its record was written, whenever and to
+    whichever peer it is sent: peers that do not agree on the end would page again. Of one that is sent late
+    nothing, or too little for a page, would be left (Alertmanager takes an alert whose end is in the past for
+    a resolved one, and is silent), so it lasts as long from when it is sent.
+    """
+    active_for = sink.settings.get("activeForSeconds", DEFAULT_ACTIVE_FOR)
+    written = parse_time(escalation.timestamp)
+    starts = min(sent if written is None else written, sent)
+    in_good_time = starts + active_for - sent >= min(ALERT_LEAD_SECONDS, active_for / 2)
+    return starts, (starts if in_good_time else sent) + active_for
+
+
 ADAPTERS: dict[str, Adapter] = {
     "webhook": WebhookAdapter(),
     "slack": SlackAdapter(),
     "pagerduty_events": PagerDutyAdapter(),
+    "alertmanager": AlertmanagerAdapter(),
 }
 
 
@@ -4514,7 +4651,7 @@ format_option = click.option(
 @click.group(cls=Commands, context_settings=CONTEXT, epilog=EXIT_CODES_HELP)
 @click.version_option(__version__, prog_name=PROGRAM)
 def cli() -> None:
-    """Deliver the escalations of a Superloop ops manager to webhooks, Slack and PagerDuty.
+    """Deliver the escalations of a Superloop ops manager to webhooks, Slack, PagerDuty and Alertmanager.
 
     An option in place of a command means `dispatch`: so the ops manager calls it. `COMMAND --help` says
     more about each command.
@@ -5758,6 +5895,7 @@ def initial_config() -> JsonObject:
                 "type": "slack",
                 "webhookUrlEnv": "OPS_MANAGER_ALERT_SLACK_WEBHOOK_URL",
                 "timeoutSeconds": 5,
+                "maxPerMessage": 10,
             },
             "pagerduty-default": {
                 "enabled": False,

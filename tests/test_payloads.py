@@ -319,7 +319,7 @@ NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 )
 def test_a_status_decides_what_becomes_of_a_delivery(kind: str, statuses: list[int], outcome: str) -> None:
     for status in statuses:
-        verdict = ADAPTERS[kind].judge(Answer(status, {}, b"words"), NOW.timestamp())
+        verdict = ADAPTERS[kind].judge(Answer(status, {}, b'"words"'), NOW.timestamp())
         assert (verdict.outcome, verdict.http_status) == (outcome, status)
         assert verdict.reason_code == (None if outcome == "delivered" else "http_error")
 
@@ -348,6 +348,10 @@ def test_a_status_decides_what_becomes_of_a_delivery(kind: str, statuses: list[i
         ("pagerduty_events", 400, '{"errors":["\'routing_key\' is missing or blank"]}', "misconfigured"),
         ("pagerduty_events", 400, '{"errors":["\'severity\' is invalid"]}', "dead_letter"),
         ("pagerduty_events", 400, "no JSON", "dead_letter"),
+        ("alertmanager", 400, '"start time must be before end time"', "dead_letter"),
+        ("alertmanager", 422, '{"code":602,"message":"0.labels in body is required"}', "dead_letter"),
+        ("alertmanager", 400, "Client sent an HTTP request to an HTTPS server.", "misconfigured"),
+        ("alertmanager", 400, "<html>The plain HTTP request was sent to HTTPS port", "misconfigured"),
         # What means something to Slack means nothing to others.
         ("webhook", 400, "no_service", "dead_letter"),
         ("webhook", 400, "Invalid routing key", "dead_letter"),

@@ -1,0 +1,462 @@
+"""The sink type alertmanager: what is sent, and what a real Alertmanager, or a cluster, makes of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alertmanager import Node, new_node, running_cluster, start_cluster, wait_until
+from conftest import MODULE_FILE, Repo, clean_env
+from escalations import LOOP, MAKERS, Record, health_critical, health_degraded, timestamp
+from loopback import HOST, TLS_PEM, SinkServer
+from tools import needs_tool
+
+import ops_alert_dispatch as program
+
+SINK = "fleet"
+TOKEN = "fleettoken-5a0c77d1e2"
+SETTINGS = {"enabled": True, "type": "alertmanager", "urlEnv": "ALERT_FLEET_URLS"}
+PEERS = "http://am-1.example.org:9093,http://am-2.example.org:9093"
+ADAPTER = program.ADAPTERS["alertmanager"]
+NOW = 1_772_366_400.0  # 2026-03-01T12:00:00Z
+
+
+def fleet_config(**settings: Any) -> dict[str, Any]:
+    return {
+        "schemaVersion": "v1",
+        "defaultMinSeverity": "info",
+        "sinks": {SINK: {**SETTINGS, **settings}},
+        "routing": {"defaultSinks": [SINK], "categorySeverity": {"health_critical": "critical"}},
+        # Whatever fails is tried by the very next pass.
+        "delivery": {"backoffSeconds": {"initial": 0, "max": 0}},
+    }
+
+
+# --- What is sent
+
+
+def fleet_sink(urls: str = PEERS, **settings: Any) -> program.Sink:
+    secrets = {"urlEnv": urls, **({"authTokenEnv": TOKEN} if "authTokenEnv" in settings else {})}
+    return program.Sink(SINK, "alertmanager", True, 5, None, {**SETTINGS, **settings}, secrets)
+
+
+def delivery(record: Record, severity: str = "warning") -> program.Delivery:
+    line = json.dumps(record).encode()
+    start, end = program.Position(1, 0, 0), program.Position(1, len(line) + 1, 1)
+    read = program.Record(start, end, line, len(line))
+    escalation = program.parse_escalation(read, LOOP)
+    assert isinstance(escalation, program.Escalation)
+    resolution = program.Resolution(escalation.category, severity, None, "info", True, {}, (), ())
+    return program.Delivery(read, escalation, resolution, late=False)
+
+
+def alerts_of(
+    *records: Record, sink: program.Sink | None = None, repo: str = "/srv/shop", sent: float = NOW
+) -> Any:
+    """The alerts of one request that holds these records."""
+    deliveries = [delivery(record) for record in records]
+    origin = program.Origin(repo, "trace-of-the-pass", sent)
+    return json.loads(ADAPTER.build(sink or fleet_sink(), deliveries, origin).body)
+
+
+def at(seconds: float) -> str:
+    return program.iso(NOW + seconds)
+
+
+@pytest.mark.parametrize("category", MAKERS)
+def test_an_alert_says_what_is_wrong_where(category: str) -> None:
+    (alert,) = alerts_of(MAKERS[category](timestamp=at(-30)))
+
+    assert alert["labels"] == {
+        "alertname": category,
+        "severity": "warning",
+        "loop": LOOP,
+        "repo": "shop",
+        "source": "ops-manager",
+    }
+    assert alert["annotations"]["summary"].startswith(f"[warning] {category} on {LOOP}: ")
+    assert alert["annotations"]["description"].strip()
+    assert re.fullmatch(r"esc_[0-9a-f]{32}", alert["annotations"]["escalationId"])
+    assert alert["annotations"]["traceId"] == f"pass-{category.replace('_', '-')}"
+    assert (alert["startsAt"], alert["endsAt"]) == (at(-30), at(3570))
+
+
+def test_repeats_are_one_alert() -> None:
+    first = health_degraded(timestamp=at(-600), traceId="one", reasonCodes=["a"], observed=1)
+    again = health_degraded("sprite_service", timestamp=at(-5), traceId="two", reasonCodes=["b"], observed=2)
+
+    assert alerts_of(first)[0]["labels"] == alerts_of(again, sent=NOW + 60)[0]["labels"]
+
+
+def test_of_repeats_in_one_request_the_newest_is_sent_from_the_earliest_start() -> None:
+    """Alertmanager would keep what the last one says, and the operator read how it was an hour ago."""
+    records = [
+        health_degraded(timestamp=at(seconds), traceId=f"at{seconds}") for seconds in (-900, -60, -300)
+    ]
+    other = health_critical(timestamp=at(-100))
+    repeated, single = alerts_of(*records[:1], other, *records[1:])
+
+    assert repeated["annotations"]["traceId"] == "at-300"
+    assert (repeated["startsAt"], repeated["endsAt"]) == (at(-900), at(3540))
+    assert single["labels"]["alertname"] == "health_critical"
+
+
+def test_a_sink_adds_its_own_labels_and_its_token() -> None:
+    sink = fleet_sink(authTokenEnv="T", labels={"team": "night-watch", "host": "web\n17"})
+    (alert,) = alerts_of(health_critical(), sink=sink)
+    request = ADAPTER.build(sink, [delivery(health_critical())], program.Origin("/srv/shop", "t", NOW))
+
+    assert list(alert["labels"]) == ["alertname", "severity", "loop", "repo", "source", "team", "host"]
+    assert (alert["labels"]["team"], alert["labels"]["host"]) == ("night-watch", "web 17")
+    assert request.headers["Authorization"] == f"Bearer {TOKEN}"
+
+
+def test_a_hundred_alerts_fit_into_one_request_that_a_proxy_lets_through() -> None:
+    longest = {"category": "c" * 5000, "loopId": "l" * 5000, "traceId": "t" * 5000, "note": "n" * 50_000}
+    assert ADAPTER.batch_size(fleet_sink()) == 100
+    assert 100 * len(json.dumps(alerts_of(longest))) < 1 << 20
+
+
+@pytest.mark.parametrize("key", ["category", "loopId"])
+def test_alerts_with_long_names_are_not_taken_for_one(key: str) -> None:
+    alerts = alerts_of(*({**health_degraded(), key: "x" * 5000 + end} for end in "ab"))
+
+    assert len(alerts) == 2
+    assert all(len(value) <= 256 for alert in alerts for value in alert["labels"].values())
+
+
+@pytest.mark.parametrize(
+    ("repo", "label"), [("/srv/shop/", "shop"), ("/", "/"), ("/srv/a b", "a b"), ("/srv/\udcff", " ")]
+)
+def test_the_repo_is_named_by_the_end_of_its_path(repo: str, label: str) -> None:
+    assert alerts_of(health_critical(), repo=repo)[0]["labels"]["repo"] == label
+
+
+@pytest.mark.parametrize(
+    ("written", "active_for", "starts", "ends"),
+    [
+        (at(0), 3600, 0, 3600),
+        (at(-3000), 3600, -3000, 600),
+        # Late: what is left of it may not be enough for a page.
+        (at(-3001), 3600, -3001, 3600),
+        (at(-86_400), 3600, -86_400, 3600),
+        ("1970-01-01T00:00:00Z", 3600, -NOW, 3600),
+        (at(-30), 60, -30, 30),
+        (at(-31), 60, -31, 60),
+        # A clock that is ahead must not make an alert that stays for years.
+        (at(86_400 * 365), 3600, 0, 3600),
+        ("yesterday", 3600, 0, 3600),
+        (None, 3600, 0, 3600),
+    ],
+)
+def test_an_alert_lasts_long_enough_to_page(
+    written: str | None, active_for: float, starts: float, ends: float
+) -> None:
+    sink = fleet_sink(activeForSeconds=active_for)
+    (alert,) = alerts_of(health_critical(timestamp=written), sink=sink)
+
+    assert (alert["startsAt"], alert["endsAt"]) == (at(starts), at(ends))
+
+
+def test_a_peer_that_gets_an_alert_later_agrees_on_its_end() -> None:
+    """Otherwise it would still fire there when the others have resolved it, and page again."""
+    record = health_critical(timestamp=at(-10))
+    assert alerts_of(record, sent=NOW) == alerts_of(record, sent=NOW + 2900)
+
+
+@pytest.mark.parametrize(
+    ("value", "urls"),
+    [
+        ("http://a:9093", ["http://a:9093"]),
+        ("http://a:9093/", ["http://a:9093"]),
+        ("https://a/alerts/,http://b:1", ["https://a/alerts", "http://b:1"]),
+        (" http://a:1 , http://b:2,, ", ["http://a:1", "http://b:2"]),
+        ("http://a:1,http://a:1/", ["http://a:1"]),
+    ],
+)
+def test_each_peer_is_sent_to_once(value: str, urls: list[str]) -> None:
+    sink = fleet_sink(value)
+    request = ADAPTER.build(sink, [delivery(health_critical())], program.Origin("/srv/shop", "t", NOW))
+
+    assert ADAPTER.urls(sink) == tuple(f"{url}/api/v2/alerts" for url in urls)
+    assert request.url == ADAPTER.urls(sink)[0]
+
+
+# --- The config
+
+
+def load(tmp_path: Path, urls: str = PEERS, **settings: Any) -> program.Config:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(fleet_config(**settings)), encoding="utf-8")
+    return program.load_config(path, {"ALERT_FLEET_URLS": urls, "ALERT_FLEET_TOKEN": TOKEN})
+
+
+@pytest.mark.parametrize(
+    ("settings", "path", "word"),
+    [
+        ({"labels": {"severity": "page"}}, "$.sinks.fleet.labels.severity", "none of alertname, severity"),
+        ({"labels": {"on-call": "x"}}, "$.sinks.fleet.labels['on-call']", "A-Z a-z 0-9 _"),
+        ({"labels": {"1st": "x"}}, "$.sinks.fleet.labels['1st']", "digit"),
+        ({"labels": {"team": ""}}, "$.sinks.fleet.labels.team", "empty"),
+        ({"labels": {"team": 3}}, "$.sinks.fleet.labels.team", "string"),
+        ({"activeForSeconds": 59}, "$.sinks.fleet.activeForSeconds", "60 to 604800"),
+        ({"activeForSeconds": "1h"}, "$.sinks.fleet.activeForSeconds", "number"),
+        ({"authToken": "x"}, "$.sinks.fleet.authToken", "authTokenEnv"),
+    ],
+)
+def test_a_fault_in_a_sink_is_told_with_its_path(
+    tmp_path: Path, settings: dict[str, Any], path: str, word: str
+) -> None:
+    with pytest.raises(program.ConfigError) as raised:
+        load(tmp_path, **settings)
+    (fault,) = raised.value.faults
+
+    assert fault.startswith(path)
+    assert word in fault
+
+
+@pytest.mark.parametrize("name", program.ALERT_LABELS)
+def test_a_sink_cannot_change_what_tells_alerts_apart(tmp_path: Path, name: str) -> None:
+    with pytest.raises(program.ConfigError):
+        load(tmp_path, labels={name: "x"})
+
+
+@pytest.mark.parametrize(
+    "urls", ["a:9093", "http://a:1,b:2", "http://a:1,http://", "http://a:1;http://b:x", ","]
+)
+def test_each_of_the_urls_is_checked(tmp_path: Path, urls: str) -> None:
+    with pytest.raises(program.ConfigError) as raised:
+        load(tmp_path, urls)
+    (fault,) = raised.value.faults
+
+    assert fault.startswith("$.sinks.fleet.urlEnv: the value of ALERT_FLEET_URLS ")
+    assert urls not in fault
+
+
+def test_no_password_in_any_of_the_urls_is_ever_shown(tmp_path: Path) -> None:
+    passwords = ("secretofthefirst", "secretofthesecond")
+    urls = ",".join(f"http://ops:{password}@{HOST}:9093" for password in passwords)
+    redactor = load(tmp_path, urls, authTokenEnv="ALERT_FLEET_TOKEN").redactor()
+
+    for secret in (*passwords, TOKEN):
+        assert secret not in redactor.mask(f"denied: {secret}")
+        assert secret not in redactor.mask_value(f"denied: {secret}")
+
+
+def test_the_readme_names_the_keys_of_the_sink() -> None:
+    schema = json.loads(program.SCHEMA_FILE.read_text("utf-8"))["$defs"]["alertmanager"]["properties"]
+    for key in schema.keys() - {"type", "enabled", "description"}:
+        assert f"`{key}`" in README, key
+
+
+# --- One real Alertmanager
+
+ODD: list[Record] = [
+    {"category": "no more than that"},
+    {"category": "\u0001"},
+    {"category": "\ud800", "loopId": "\udfff", "traceId": "\u0000"},
+    {"category": {"nested": True}, "loopId": ["a", "list"], "traceId": {"x": None}},
+    {"category": "ünïcode 🚨", "loopId": "\u202eright to left"},
+    {"category": "{}=\"'\\", "note": '"quotes" and \\ and \n lines'},
+    {"category": "x" * 100_000, "loopId": "y" * 100_000, "note": "z" * 100_000},
+    {"category": "old", "timestamp": "1970-01-01T00:00:00Z"},
+    {"category": "far ahead", "timestamp": "9998-12-31T23:59:59Z"},
+    {"category": "no time at all", "timestamp": "tomorrow"},
+    {"category": "deep", "reasons": [[[{"code": [None]}]]], "severity": 7},
+]
+
+
+@pytest.fixture
+def node(tmp_path: Path, server: SinkServer) -> Iterator[Node]:
+    with new_node(tmp_path / "node", f"{server.url}/page") as alone:
+        alone.start()
+        yield alone
+
+
+def test_alertmanager_takes_every_record_as_a_firing_alert(node: Node) -> None:
+    deliveries = [delivery(record) for record in ODD]
+    sent = program.parse_time(timestamp())
+    assert sent is not None
+    request = ADAPTER.build(fleet_sink(node.url), deliveries, program.Origin("/srv/shop", "t", sent))
+
+    assert node.post(request.body) == (200, "")
+    assert len(node.names()) == len(ODD)
+    assert ADAPTER.judge(program.Answer(200, {}, b""), sent).outcome == "delivered"
+
+
+def test_what_alertmanager_refuses_is_given_up_for_that_record_alone(node: Node) -> None:
+    good, bad = alerts_of(health_critical(timestamp=timestamp()), health_degraded(), sent=NOW * 2)
+    bad["labels"] = {"not-a-name": "x"}
+    for body in (json.dumps([good, bad]), '[{"annotations": {}}]', "no JSON"):
+        status, text = node.post(body.encode())
+        assert ADAPTER.judge(program.Answer(status, {}, text.encode()), NOW).outcome == "dead_letter", text
+    # What was good beside it has been taken.
+    assert node.names() == ["health_critical"]
+
+
+def test_plain_http_to_a_tls_port_does_not_give_alerts_up(tmp_path: Path) -> None:
+    (tmp_path / "node").mkdir()
+    (tmp_path / "tls.pem").write_text(TLS_PEM)
+    web = tmp_path / "web.yml"
+    web.write_text(f"tls_server_config: {{cert_file: {tmp_path}/tls.pem, key_file: {tmp_path}/tls.pem}}\n")
+    with new_node(tmp_path / "node", "http://127.0.0.1:9/", f"--web.config.file={web}") as node:
+        node.start()
+        status, text = node.post(b"[]")
+
+    assert status == 400
+    assert ADAPTER.judge(program.Answer(status, {}, text.encode()), NOW).outcome == "misconfigured"
+
+
+# --- A cluster
+
+
+@pytest.fixture
+def nodes(tmp_path: Path, server: SinkServer) -> Iterator[tuple[Node, Node]]:
+    with running_cluster(tmp_path, f"{server.url}/page") as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, nodes: tuple[Node, Node]) -> Repo:
+    """A repo whose only sink is the cluster."""
+    (tmp_path / "shop").mkdir()
+    urls = ",".join(node.url for node in nodes)
+    made = Repo(tmp_path / "shop", clean_env(tmp_path, ALERT_FLEET_URLS=urls))
+    made.write_config(fleet_config(labels={"team": "night-watch"}))
+    return made
+
+
+def pages(server: SinkServer) -> list[str]:
+    """The names of the alerts that people were paged for, each as often as they were."""
+    return sorted(
+        alert["labels"]["alertname"]
+        for request in server.received("/page")
+        for alert in request.json["alerts"]
+        if alert["status"] == "firing"
+    )
+
+
+def wait_for_pages(nodes: tuple[Node, ...], *names: str) -> None:
+    """Wait until no node will page for these any more."""
+    wait_until(
+        f"all have decided on {' and '.join(names)}",
+        lambda: all(node.decided(name) for node in nodes for name in names),
+    )
+
+
+def test_both_nodes_hold_an_alert_and_page_once_for_it(
+    fleet: Repo, nodes: tuple[Node, Node], server: SinkServer
+) -> None:
+    """An old one, too: Alertmanager says nothing of an alert whose end is in the past."""
+    fleet.append(health_degraded(seconds_ago=7200), health_critical())
+    summary = fleet.dispatch().json
+    names = ["health_critical", "health_degraded"]
+
+    assert (summary["status"], summary["dispatchedCount"]) == ("success", 2)
+    assert [node.names() for node in nodes] == [names, names]
+    wait_for_pages(nodes, *names)
+    assert pages(server) == names
+
+    amtool = subprocess.run(
+        [needs_tool("amtool"), f"--alertmanager.url={nodes[1].url}", "alert", "query", "-o", "json"],
+        capture_output=True,
+        check=True,
+    )
+    assert [alert["labels"] for alert in json.loads(amtool.stdout)] == [
+        {
+            "alertname": name,
+            "loop": LOOP,
+            "repo": "shop",
+            "severity": severity,
+            "source": "ops-manager",
+            "team": "night-watch",
+        }
+        for name, severity in (("health_critical", "critical"), ("health_degraded", "info"))
+    ]
+
+
+def test_one_node_of_two_is_enough_and_the_other_gets_the_alert_when_it_is_back(
+    fleet: Repo, nodes: tuple[Node, Node], server: SinkServer
+) -> None:
+    dead, living = nodes
+    dead.kill()
+    fleet.append(health_critical())
+    summary = fleet.dispatch().json
+
+    assert (summary["status"], summary["dispatchedCount"], summary["failedCount"]) == ("success", 1, 0)
+    failed = [row for row in fleet.attempts() if row.get("peer") == f"{HOST}:{dead.port}"]
+    assert {row["outcome"] for row in failed} == {"retry"}
+    assert all("connection refused" in row["message"] for row in failed)
+    assert living.names() == ["health_critical"]
+
+    dead.start([living])
+    wait_until("the nodes know each other", lambda: dead.knows(2) or dead.knows(3))
+    fleet.dispatch()
+    assert dead.names() == ["health_critical"]
+    wait_for_pages(nodes, "health_critical")
+    assert pages(server) == ["health_critical"]
+
+
+def test_an_alert_waits_while_the_whole_cluster_is_down(
+    fleet: Repo, nodes: tuple[Node, Node], server: SinkServer
+) -> None:
+    for node in nodes:
+        node.kill()
+    fleet.append(health_critical())
+    down = fleet.dispatch().json
+
+    assert (down["status"], down["waitingCount"]) == ("failed", 1)
+
+    start_cluster(*nodes)
+    back = fleet.dispatch().json
+    assert (back["lateDispatchedCount"], back["waitingCount"]) == (1, 0)
+    assert [node.names() for node in nodes] == [["health_critical"]] * 2
+    wait_for_pages(nodes, "health_critical")
+    assert pages(server) == ["health_critical"]
+
+
+def test_a_payload_can_be_looked_at_without_sending_it(tmp_path: Path) -> None:
+    env = clean_env(tmp_path, ALERT_FLEET_URLS=f"http://{HOST}:9", ALERT_FLEET_TOKEN=TOKEN)
+    repo = Repo(tmp_path, env)
+    repo.write_config(fleet_config(authTokenEnv="ALERT_FLEET_TOKEN"))
+    repo.append(health_critical())
+    run = repo.dispatch("--dry-run", "--show-payload")
+    (sink,) = run.json["escalations"][0]["sinks"]
+
+    assert sink["request"]["url"] == f"http://{HOST}:9/…"
+    assert sink["request"]["body"][0]["labels"]["alertname"] == "health_critical"
+    assert TOKEN not in run.stdout
+
+
+# --- The example of the README
+
+README = MODULE_FILE.with_name("README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("severity", "receiver"), [("critical", "on-call"), ("warning", "chat"), ("info", "chat")]
+)
+def test_the_example_config_works_and_pages_for_what_is_critical(
+    tmp_path: Path, severity: str, receiver: str
+) -> None:
+    (example,) = re.findall(r"^```yaml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    config = tmp_path / "alertmanager.yml"
+    config.write_text(example)
+    amtool = needs_tool("amtool")
+    check = subprocess.run([amtool, "check-config", config], capture_output=True, text=True, check=False)
+    assert check.returncode == 0, check.stdout + check.stderr
+    routed = subprocess.run(
+        [
+            *(amtool, "config", "routes", "test", f"--config.file={config}"),
+            *("alertname=health_critical", "source=ops-manager", f"severity={severity}"),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert routed.stdout.strip() == receiver
