@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import termios
@@ -18,12 +19,16 @@ import pytest
 from escalations import LOOP, PAGER, PATHS, lines, sink_config, sink_env
 from hypothesis import settings
 from loopback import SinkServer, accepted
+from zygote import Forked
 
 # The same examples on every run, however slow the machine: a suite says the same of the same code.
 settings.register_profile("suite", derandomize=True, deadline=None)
 settings.load_profile("suite")
 
 MODULE_FILE = Path(__file__).resolve().parent.parent / "ops_alert_dispatch.py"
+# The very object: a test that sets the same as a command of its own has it executed.
+COMMAND = [sys.executable, "-m", MODULE_FILE.stem]
+AT_THE_START = re.compile("PYTHON|LD_|LC_")
 # Far beyond what any run needs: it is there so that a program that hangs fails its test and not the suite.
 RUN_TIMEOUT = 90.0
 
@@ -73,7 +78,7 @@ class Repo:
     root: Path
     env: dict[str, str]
     loop: str = LOOP
-    command: list[str] = field(default_factory=lambda: [sys.executable, "-m", MODULE_FILE.stem])
+    command: list[str] = field(default_factory=lambda: COMMAND)
 
     @property
     def config_file(self) -> Path:
@@ -114,17 +119,12 @@ class Repo:
 
     def run(self, *arguments: str, env: Mapping[str, str] | None = None, stdin: str = "") -> Run:
         """Run the program to its end; `env` is added to the repo's own."""
-        done = subprocess.run(
-            [*self.command, *arguments],
-            input=stdin,
-            capture_output=True,
-            encoding="utf-8",
-            env={**self.env, **(env or {})},
-            cwd=self.root,
-            timeout=RUN_TIMEOUT,
-            check=False,
-        )
-        return Run(done.returncode, done.stdout, done.stderr)
+        with self.popen(*arguments, stdin=subprocess.PIPE, env=env) as process:
+            try:
+                stdout, stderr = process.communicate(stdin, RUN_TIMEOUT)
+            finally:
+                process.kill()
+        return Run(process.returncode, stdout, stderr)
 
     def dispatch(self, *options: str, env: Mapping[str, str] | None = None) -> Run:
         return self.run("dispatch", *self.target, *options, env=env)
@@ -135,14 +135,26 @@ class Repo:
 
     def start(self, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
         """Start the program, for tests that signal it or run it beside another."""
-        return subprocess.Popen(
-            [*self.command, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            env={**self.env, **(env or {})},
-            cwd=self.root,
+        return self.popen(*arguments, env=env)
+
+    def popen(
+        self,
+        *arguments: str,
+        stdin: int = subprocess.DEVNULL,
+        stdout: int = subprocess.PIPE,
+        stderr: int = subprocess.PIPE,
+        env: Mapping[str, str] | None = None,
+    ) -> subprocess.Popen[str]:
+        """Start the program with these streams.
+
+        It is forked by the zygote, unless the test has a command of its own or settings that a process reads
+        only as it starts.
+        """
+        env = {**self.env, **(env or {})}
+        forked = self.command is COMMAND and not any(map(AT_THE_START.match, env))
+        start, command = (Forked, arguments) if forked else (subprocess.Popen, [*self.command, *arguments])
+        return start(
+            command, stdin=stdin, stdout=stdout, stderr=stderr, encoding="utf-8", env=env, cwd=self.root
         )
 
     def run_on_terminal(
@@ -155,14 +167,7 @@ class Repo:
             readers[stream], writers[stream] = os.openpty() if stream in streams else os.pipe()
             if stream in streams:
                 termios.tcsetwinsize(writers[stream], (50, 160))
-        process = subprocess.Popen(
-            [*self.command, *arguments],
-            stdin=subprocess.DEVNULL,
-            env={**self.env, "TERM": "xterm-256color", **(env or {})},
-            cwd=self.root,
-            stdout=writers["stdout"],
-            stderr=writers["stderr"],
-        )
+        process = self.popen(*arguments, **writers, env={"TERM": "xterm-256color", **(env or {})})
         for writer in writers.values():
             os.close(writer)
         with ThreadPoolExecutor() as pool:

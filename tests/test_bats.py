@@ -42,7 +42,9 @@ def test_shell(name: str) -> None:
     bats = needs_tool("bats")
     needs_tool("jq")
     run = uuid.uuid4().hex
-    environment = {**os.environ, "PYTHON": sys.executable, MARK: run}
+    # Nothing of the tester's own settings for Python, such as that no bytecode is to be kept.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment |= {"PYTHON": sys.executable, MARK: run}
     process = subprocess.Popen(
         [bats, "--tap", "--filter", f"^{re.escape(name)}$", BATS_FILE],
         env=environment,

@@ -1,0 +1,165 @@
+"""Runs of the program that share its imports and nothing else.
+
+Most of the time of a short run goes into importing requests and jsonschema. So that hundreds of runs do not
+each pay for it, a zygote, a process that has imported all, forks for each of them. What a run sees is its
+own: arguments, environment, folder, standard streams, signals. It is a child of the process that asked for
+it, which can kill it and gets its exit code, as with any `subprocess.Popen`. It ends as every Python does.
+
+Not for tests of the start itself: what is imported when, with which interpreter, how it is installed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import gc
+import inspect
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+STREAMS = 3
+# From <linux/prctl.h>.
+PR_SET_CHILD_SUBREAPER = 36
+
+
+# --- In the zygote
+
+
+def serve(connection: socket.socket) -> list[str]:
+    """Fork for each request. Returns in the new process, with its arguments; never in this one."""
+    while True:
+        size, descriptors, _, _ = socket.recv_fds(connection, 8, STREAMS)
+        if not size:
+            os._exit(0)
+        asked = json.loads(connection.recv(int.from_bytes(size), socket.MSG_WAITALL))
+        # Two forks: once the one between has ended, the new process is a child of whoever asked for it.
+        between = os.fork()
+        if not between:
+            pid = os.fork()
+            if not pid:
+                connection.close()
+                return become(asked, descriptors)
+            connection.sendall(pid.to_bytes(8))
+            os._exit(0)
+        os.waitpid(between, 0)
+        connection.sendall(b"\n")
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def become(asked: Mapping[str, Any], descriptors: Sequence[int]) -> list[str]:
+    """Make this process what a new interpreter would be, started with `-m`. Returns its arguments."""
+    for number, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.chdir(asked["cwd"])
+    os.environ.clear()
+    os.environ.update(asked["env"])
+    time.tzset()
+    sys.path[0] = str(asked["cwd"])
+    # The old ones know what the zygote's streams were: a terminal or not.
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        old = getattr(sys, name)
+        new = open(  # noqa: SIM115 - open for as long as the process lives
+            number,
+            "w" if number else "r",
+            buffering=1 if name == "stderr" else -1,
+            encoding=old.encoding,
+            errors=old.errors,
+            newline="\n",
+            closefd=False,
+        )
+        setattr(sys, name, new)
+        setattr(sys, f"__{name}__", new)
+    return list(asked["arguments"])
+
+
+# --- Where the tests run
+
+
+class Zygote:
+    """The process that forks, and the connection to it. It ends when the connection is closed.
+
+    It has the limits, the umask and the like that this process had when it started it.
+    """
+
+    def __init__(self) -> None:
+        # What it forks is to be a child of this process, as soon as it has lost its parent.
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self._lock = threading.Lock()
+        self._connection, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                # A warning in the program is shown, as it is when that is what Python was started with.
+                [
+                    *(sys.executable, "-W", "default::DeprecationWarning:ops_alert_dispatch"),
+                    *(__file__, str(theirs.fileno())),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8"},
+                cwd="/",
+                pass_fds=[theirs.fileno()],
+            )
+
+    def fork(self, asked: Mapping[str, Any], descriptors: Sequence[int]) -> int:
+        """Returns the process id of the new process."""
+        request = json.dumps(asked).encode()
+        with self._lock:
+            socket.send_fds(self._connection, [len(request).to_bytes(8)], descriptors)
+            self._connection.sendall(request)
+            answer = self._connection.recv(9, socket.MSG_WAITALL)
+        assert len(answer) == 9, "the zygote has ended"
+        return int.from_bytes(answer[:8])
+
+    def close(self) -> None:
+        self._connection.close()
+        self.process.wait()
+
+
+@functools.cache
+def zygote() -> Zygote:
+    """The one of this process."""
+    started = Zygote()
+    atexit.register(started.close)
+    return started
+
+
+class Forked(subprocess.Popen[str]):
+    """The program with these arguments, forked by the zygote.
+
+    Of the options of `subprocess.Popen` it takes `env`, `cwd`, the three streams, all of which must be given,
+    and what concerns the text in them.
+    """
+
+    def _execute_child(self, *given: Any) -> None:
+        start = super()._execute_child  # type: ignore[misc]
+        order = inspect.signature(start).bind(*given).arguments
+        asked = {"arguments": [*order["args"]], "env": dict(order["env"]), "cwd": str(order["cwd"])}
+        self.pid = zygote().fork(asked, [order[name] for name in ("p2cread", "c2pwrite", "errwrite")])
+        self._child_created = True
+        ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+        self._close_pipe_fds(*(order[name] for name in ends))  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    import jsonschema  # noqa: F401
+    import requests  # noqa: F401
+
+    import ops_alert_dispatch
+
+    # Else each run would go through all that was imported as it ends, and so copy it.
+    gc.freeze()
+    arguments = serve(socket.socket(fileno=int(sys.argv[1])))
+    sys.argv = [ops_alert_dispatch.__file__, *arguments]
+    sys.exit(ops_alert_dispatch.main())
