@@ -1,0 +1,1 @@
+"""How fast it is, against something that anyone can run: `python tests/benchmarks/run.py --help`."""
