@@ -78,15 +78,15 @@ class Row:
     ratio: float
     goal: str
     met: bool
-    median_ratio: float | None = None
+    best_ratio: float | None = None
     cpu_ratio: float | None = None
     samples: dict[str, list[Cost]] = field(default_factory=dict)
 
     def text(self) -> str:
-        median, cpu = (f"{r:.2f}" if r is not None else "-" for r in (self.median_ratio, self.cpu_ratio))
+        best, cpu = (f"{r:.2f}" if r is not None else "-" for r in (self.best_ratio, self.cpu_ratio))
         verdict = "met" if self.met else "MISSED"
         return (
-            f"{self.case:<66} {self.ours:>12} {self.theirs:>12} {self.ratio:>6.2f} {median:>6} {cpu:>6}"
+            f"{self.case:<66} {self.ours:>12} {self.theirs:>12} {self.ratio:>6.2f} {best:>6} {cpu:>6}"
             f"  {self.goal} {verdict}"
         )
 
@@ -98,15 +98,21 @@ class Row:
 def take_turns(
     turns: int, ours: Callable[[], Cost], theirs: Callable[[], Cost]
 ) -> tuple[list[Cost], list[Cost]]:
-    """Measure both by turns; the first turn, which warms caches, does not count."""
-    pairs = [(ours(), theirs()) for _ in range(turns + 1)][1:]
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    """Measure both by turns, each the first of every other one; the first turn warms caches, uncounted."""
+    pairs: list[tuple[Cost, Cost]] = []
+    for turn in range(turns + 1):
+        if turn % 2:
+            other, mine = theirs(), ours()
+        else:
+            mine, other = ours(), theirs()
+        pairs.append((mine, other))
+    return [mine for mine, _ in pairs[1:]], [other for _, other in pairs[1:]]
 
 
 def compare(
     case: str, ours: Sequence[Cost], theirs: Sequence[Cost], goal: float, *, as_rate: bool = False
 ) -> Row:
-    """A row from the best of both; the median of the turns' own ratios stands beside it.
+    """A row whose ratio is the median of the turns' own: both halves of a turn meet the same machine.
 
     `goal`: the most that ours may take for each of theirs or, `as_rate`, the least that its rate must be.
     """
@@ -114,20 +120,17 @@ def compare(
     def ratio(mine: float, other: float) -> float:
         return other / mine if as_rate else mine / other
 
-    def best(costs: Sequence[Cost]) -> Cost:
-        return Cost(min(cost.wall for cost in costs), min(cost.cpu for cost in costs))
-
-    mine, other = best(ours), best(theirs)
-    value = ratio(mine.wall, other.wall)
-    median = statistics.median(ratio(a.wall, b.wall) for a, b in zip(ours, theirs, strict=True))
+    value = statistics.median(ratio(a.wall, b.wall) for a, b in zip(ours, theirs, strict=True))
+    best = [min(cost.wall for cost in costs) for costs in (ours, theirs)]
+    worked = [min(cost.cpu for cost in costs) for costs in (ours, theirs)]
     return Row(
         case=case,
-        ours=f"{mine.wall * 1000:.0f} ms",
-        theirs=f"{other.wall * 1000:.0f} ms",
+        ours=f"{best[0] * 1000:.0f} ms",
+        theirs=f"{best[1] * 1000:.0f} ms",
         ratio=value,
         goal=f"{'≥' if as_rate else '≤'} {goal:.2f}",
         met=value >= goal if as_rate else value <= goal,
-        cpu_ratio=ratio(mine.cpu, other.cpu) if mine.cpu and other.cpu else None,
-        median_ratio=median,
+        best_ratio=ratio(*best),
+        cpu_ratio=ratio(*worked) if all(worked) else None,
         samples={"ours": list(ours), "theirs": list(theirs)},
     )

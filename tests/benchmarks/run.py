@@ -50,7 +50,7 @@ def main() -> int:
     check(Path(PROGRAM).exists(), f"{PROGRAM} is not there: install the project beside this Python")
 
     machine = f"{processor()}, Python {platform.python_version()}, Linux {platform.release()}"
-    print(f"{machine}\n\n{'case':<66} {'ours':>12} {'other':>12} {'ratio':>6} {'median':>6} {'cpu':>6}  goal")
+    print(f"{machine}\n\n{'case':<66} {'ours':>12} {'other':>12} {'ratio':>6} {'best':>6} {'cpu':>6}  goal")
     rows: list[Row] = []
     for name in options.cases or CASES:
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
@@ -64,7 +64,7 @@ def main() -> int:
         "rows": [row.to_json() for row in rows],
     }
     options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    print("\nBest of the turns; beside it the median of their ratios, and the ratio of processor time.")
+    print("\nTimes: best of the turns. Ratio: median of theirs; beside it of the best, of processor time.")
     print(f"Everything that was measured: {options.json}")
     return 0 if options.smoke or all(row.met for row in rows) else 1
 
