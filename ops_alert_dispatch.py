@@ -44,7 +44,7 @@ except ImportError:
     from hashlib import blake2b
 
 if TYPE_CHECKING:
-    from requests.adapters import HTTPAdapter
+    from urllib3 import HTTPConnectionPool
 
 __version__ = "1.0.0"
 
@@ -1746,30 +1746,36 @@ class NoAnswerError(Exception):
 class Client:
     """One sink's connection, kept open between requests.
 
-    requests is imported with the first request: a pass that sends nothing does not pay for it. What it reads
-    from the environment (proxies, a private CA) is read once; .netrc is not read at all.
+    requests is imported with the first request: a pass that sends nothing does not pay for it. It finds out
+    once what the environment says (proxies, a private CA; .netrc is not read at all), and gives the pool that
+    it sends with itself: used directly, that costs a third of what a requests.Session does.
     """
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
         # Host and port, which may be shown: known with the first request.
         self.host = "the sink"
-        self._adapter: HTTPAdapter | None = None
+        self._pool: HTTPConnectionPool | None = None
 
-    def _connect(self, url: str) -> HTTPAdapter:
+    def _connect(self, url: str) -> HTTPConnectionPool:
         from urllib.parse import urlsplit
 
         import requests
+        import urllib3
         from requests.adapters import HTTPAdapter
 
         parts = urlsplit(url)
         self.host = f"{parts.hostname}:{parts.port}" if parts.port else str(parts.hostname)
-        self._adapter = HTTPAdapter(pool_connections=1, pool_maxsize=1)
-        self._template = requests.Request("POST", url, headers={"Accept-Encoding": "identity"}).prepare()
-        self._template.headers["User-Agent"] = f"{PROGRAM}/{__version__}"
-        self._proxies = requests.utils.get_environ_proxies(url)
-        self._verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
-        return self._adapter
+        prepared = requests.Request("POST", url).prepare()
+        proxies = requests.utils.get_environ_proxies(url)
+        verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
+        adapter: Any = HTTPAdapter(pool_connections=1, pool_maxsize=1)
+        pool: HTTPConnectionPool = adapter.get_connection_with_tls_context(prepared, verify, proxies)
+        adapter.cert_verify(pool, url, verify, None)
+        self._target = adapter.request_url(prepared, proxies)
+        self._retries = adapter.max_retries
+        self._deadline = urllib3.Timeout(total=self.timeout)
+        return pool
 
     def send(self, request: HttpRequest) -> Answer:
         """Send one request and read the whole answer. An answer that is cut off is none.
@@ -1779,32 +1785,36 @@ class Client:
         import requests
         import urllib3
 
-        adapter = self._adapter or self._connect(request.url)
-        prepared = self._template.copy()
-        prepared.headers.update(request.headers)
-        prepared.headers["Content-Length"] = str(len(request.body))
-        prepared.body = request.body
+        # By name in any case: a sink's own headers give way to those that a payload needs.
+        headers = {"user-agent": ("User-Agent", f"{PROGRAM}/{__version__}")}
+        headers |= {name.lower(): (name, value) for name, value in request.headers.items()}
         try:
-            response = adapter.send(
-                prepared,
-                stream=True,
-                timeout=urllib3.Timeout(total=self.timeout),  # type: ignore[arg-type]
-                verify=self._verify,
-                proxies=self._proxies,
+            self._pool = self._pool or self._connect(request.url)
+            response = self._pool.urlopen(
+                "POST",
+                self._target,
+                body=request.body,
+                headers=dict(headers.values()),
+                redirect=False,
+                assert_same_host=False,
+                retries=self._retries,
+                timeout=self._deadline,
+                preload_content=False,
+                decode_content=False,
             )
             with contextlib.closing(response):
-                raw: urllib3.HTTPResponse = response.raw
                 body = b""
                 # The end must be met: an answer that is cut off shows only there.
                 while len(body) < MAX_ANSWER_BYTES:
-                    piece = raw.read(MAX_ANSWER_BYTES - len(body), decode_content=False)
+                    piece = response.read(MAX_ANSWER_BYTES - len(body))
                     if not piece:
                         break
                     body += piece
-                headers = {name.lower(): value for name, value in response.headers.items()}
                 if len(body) < MAX_ANSWER_BYTES:
-                    raw.release_conn()
-                return Answer(response.status_code, headers, body)
+                    response.release_conn()
+                return Answer(
+                    response.status, {name.lower(): value for name, value in response.headers.items()}, body
+                )
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             raise self._explain(error) from None
 
