@@ -339,7 +339,8 @@ def spellings_of(secret: str) -> set[str]:
     """How a token, a key, or a URL (of which scheme and host may be shown) may look in a text."""
     from urllib.parse import quote, quote_plus, unquote, urlsplit
 
-    parts = {secret}
+    words = secret.split(" ")
+    parts = {secret, *words, *(word.removeprefix("whsec_") for word in words)}
     if "://" in secret:
         with contextlib.suppress(ValueError):
             url = urlsplit(secret)
@@ -1585,6 +1586,8 @@ class Adapter:
     default_url: ClassVar[str | None] = None
     # Requests a minute, where the provider limits them and the config does not say.
     max_per_minute: ClassVar[int | None] = None
+    # Whether deliveries that are refused together are tried one by one.
+    splits: ClassVar[bool] = False
 
     def url(self, sink: Sink) -> str:
         """Where the sink is; an empty string where its secret is unset."""
@@ -1593,6 +1596,10 @@ class Adapter:
     def urls(self, sink: Sink) -> tuple[str, ...]:
         """Every place that a request goes to: the same to each, and delivered when at least one took it."""
         return (self.url(sink),)
+
+    def seconds_active(self, sink: Sink) -> float:  # noqa: ARG002
+        """For how long after a delivery a peer that has missed it should still get it."""
+        return 0.0
 
     def missing_secrets(self, sink: Sink) -> list[str]:
         """The variables that this sink needs and that are unset."""
@@ -2077,8 +2084,14 @@ class AlertmanagerAdapter(Adapter):
         peers = secret_parts(sink.type, self.url_key, super().url(sink))
         return tuple(f"{peer}/api/v2/alerts" if peer else "" for peer in peers)
 
+    splits = True
+
     def url(self, sink: Sink) -> str:
         return self.urls(sink)[0]
+
+    def seconds_active(self, sink: Sink) -> float:
+        seconds: float = sink.settings.get("activeForSeconds", DEFAULT_ACTIVE_FOR)
+        return seconds
 
     def batch_size(self, sink: Sink) -> int:  # noqa: ARG002
         return ALERTS_A_REQUEST
@@ -2114,7 +2127,7 @@ class AlertmanagerAdapter(Adapter):
         starts, ends = alert_times(sink, escalation, origin.emitted_at)
         description = "\n".join(map(printable, explain(escalation)))
         return {
-            "labels": {name: cut_identity(value, ALERT_LABEL) for name, value in labels.items()},
+            "labels": {name: cut_identity(printable(value), ALERT_LABEL) for name, value in labels.items()},
             "annotations": {
                 "summary": headline(delivery, ALERT_SUMMARY),
                 "description": cut(description, ALERT_DESCRIPTION),
@@ -2148,7 +2161,7 @@ def alert_times(sink: Sink, escalation: Escalation, sent: float) -> tuple[float,
     nothing, or too little for a page, would be left (Alertmanager takes an alert whose end is in the past for
     a resolved one, and is silent), so it lasts as long from when it is sent.
     """
-    active_for = sink.settings.get("activeForSeconds", DEFAULT_ACTIVE_FOR)
+    active_for = AlertmanagerAdapter().seconds_active(sink)
     written = parse_time(escalation.timestamp)
     starts = min(sent if written is None else written, sent)
     in_good_time = starts + active_for - sent >= min(ALERT_LEAD_SECONDS, active_for / 2)
@@ -2168,6 +2181,8 @@ ADAPTERS: dict[str, Adapter] = {
 # ---------------------------------------------------------------------------------------------------------
 
 MAX_ANSWER_BYTES = 64 << 10
+# Whoever waits for a request gives it this much beyond its timeout, so that its own timeout comes first.
+TIMEOUT_GRACE = 0.25
 
 
 class NoAnswerError(Exception):
@@ -2193,14 +2208,11 @@ class Client:
         self._pool: HTTPConnectionPool | None = None
 
     def _connect(self, url: str) -> HTTPConnectionPool:
-        from urllib.parse import urlsplit
-
         import requests
         import urllib3
         from requests.adapters import HTTPAdapter
 
-        parts = urlsplit(url)
-        self.host = f"{parts.hostname}:{parts.port}" if parts.port else str(parts.hostname)
+        self.host = host_of(url)
         prepared = requests.Request("POST", url).prepare()
         proxies = requests.utils.get_environ_proxies(url)
         verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
@@ -2299,26 +2311,99 @@ class Client:
         return NoAnswerError(f"{self.host} hung up before the answer was complete", not_taken=False)
 
 
-def make_attempt(
-    sink: Sink, client: Client, deliveries: Sequence[Delivery], origin: Origin, redactor: Redactor
-) -> Verdict:
-    """Send deliveries to a sink once, as one request, and judge what comes back: masked and cut."""
-    adapter = ADAPTERS[sink.type]
-    try:
-        request = adapter.build(sink, deliveries, origin)
-    except Exception as error:  # noqa: BLE001 - one record must not stop what comes after it
-        message = f"no payload could be made of this record: {type(error).__name__}"
-        return Verdict("dead_letter", "payload_failed", message=message)
-    try:
-        answer = client.send(request)
-    except NoAnswerError as error:
-        return Verdict("retry", "request_failed", message=str(error), not_taken=error.not_taken)
-    verdict = adapter.judge(answer, time.time())
-    if verdict.outcome == "delivered":
-        return verdict._replace(message=None)
-    # Masked before it is cut: half a secret would not be found.
-    message = redactor.mask(cut(printable(verdict.message or ""), 10 * MESSAGE_CHARACTERS))
-    return verdict._replace(message=cut(message.strip(), MESSAGE_CHARACTERS) or None)
+class Connections:
+    """The connections to a sink: one, or one to each peer of a cluster. Peers are named `host:port`."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink = sink
+        self.adapter = ADAPTERS[sink.type]
+        self._urls: dict[str, str] = {}
+        for url in self.adapter.urls(sink):
+            name = host_of(url)
+            same = sum(other.partition("#")[0] == name for other in self._urls)
+            self._urls[f"{name}#{same + 1}" if same else name] = url
+        self._clients: dict[str, Client] = {}
+
+    @property
+    def peers(self) -> list[str]:
+        """The names of the places that each request goes to: one, but for a cluster."""
+        return list(self._urls)
+
+    def ask(
+        self, deliveries: Sequence[Delivery], origin: Origin, redactor: Redactor, peers: Collection[str]
+    ) -> dict[str, Verdict]:
+        """Send deliveries once, as one request, to each of these peers at the same time.
+
+        Returns what came of it by peer. Where there are several, one that takes too long does not hold up
+        this call for longer than the sink's timeout.
+        """
+        if len(self._urls) == 1:
+            return {name: self._attempt(name, deliveries, origin, redactor) for name in self._urls}
+        verdicts: dict[str, Verdict] = {}
+
+        def ask_one(name: str) -> None:
+            verdict = self._attempt(name, deliveries, origin, redactor)
+            if name in waited_for:
+                verdicts[name] = verdict
+
+        waited_for = set(peers)
+        threads = [threading.Thread(target=ask_one, args=(name,), daemon=True) for name in peers]
+        deadline = time.monotonic() + self.sink.timeout_seconds + TIMEOUT_GRACE / 2
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        late = waited_for - set(verdicts)
+        waited_for.clear()
+        for name in late:
+            self._clients.pop(name, None)
+            message = f"no complete answer from {name} within {self.sink.timeout_seconds:g} s"
+            verdicts.setdefault(name, Verdict("retry", "request_failed", message=message))
+        return {name: verdicts[name] for name in peers}
+
+    def _attempt(
+        self, name: str, deliveries: Sequence[Delivery], origin: Origin, redactor: Redactor
+    ) -> Verdict:
+        """Send one request to one place, and judge what comes back: masked and cut."""
+        try:
+            request = self.adapter.build(self.sink, deliveries, origin)
+        except Exception as error:  # noqa: BLE001 - one record must not stop what comes after it
+            message = f"no payload could be made of this record: {type(error).__name__}"
+            return Verdict("dead_letter", "payload_failed", message=message)
+        client = self._clients.get(name)
+        if client is None:
+            client = self._clients[name] = Client(self.sink.timeout_seconds)
+        try:
+            answer = client.send(request._replace(url=self._urls[name]))
+        except NoAnswerError as error:
+            return Verdict("retry", "request_failed", message=str(error), not_taken=error.not_taken)
+        verdict = self.adapter.judge(answer, time.time())
+        if verdict.outcome == "delivered":
+            return verdict._replace(message=None)
+        # Masked before it is cut: half a secret would not be found.
+        message = redactor.mask(cut(printable(verdict.message or ""), 10 * MESSAGE_CHARACTERS))
+        return verdict._replace(message=cut(message.strip(), MESSAGE_CHARACTERS) or None)
+
+
+def host_of(url: str) -> str:
+    """Host and port of a URL, which may be shown."""
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(url)
+    return f"{parts.hostname}:{parts.port}" if parts.port else str(parts.hostname or "the sink")
+
+
+def best_verdict(verdicts: Mapping[str, Verdict]) -> Verdict:
+    """What the answers of several peers come to: delivered where at least one took it."""
+    order = ("delivered", "dead_letter", "retry", "misconfigured")
+    best = min(verdicts.values(), key=lambda verdict: order.index(verdict.outcome))
+    if len(verdicts) == 1 or best.outcome == "delivered":
+        return best
+    said = "; ".join(
+        f"{name}: {verdict.message or verdict.http_status}" for name, verdict in verdicts.items()
+    )
+    not_taken = all(verdict.not_taken for verdict in verdicts.values())
+    return best._replace(message=cut(said, MESSAGE_CHARACTERS), not_taken=not_taken)
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -2588,6 +2673,35 @@ class Told(NamedTuple):
     since: str | None = None
 
 
+class PeerLag(NamedTuple):
+    """From where on a peer has missed deliveries, since when, and when it is asked again."""
+
+    position: Position
+    since: float
+    next_attempt_at: float | None
+    backoff_step: int
+
+    @classmethod
+    def from_json(cls, value: JsonObject) -> PeerLag:
+        """Read what `to_json` wrote. Raises KeyError, TypeError or ValueError for anything else."""
+        since, next_attempt_at = parse_time(value["since"]), parse_time(value["nextAttemptAt"])
+        return cls(
+            position_from_json(value["position"]), since or 0.0, next_attempt_at, int(value["backoffStep"])
+        )
+
+    def to_json(self, source: Source) -> JsonObject:
+        return {
+            "position": position_to_json(self.position, source),
+            "since": iso(self.since),
+            "nextAttemptAt": self.next_attempt_at and iso(self.next_attempt_at, milliseconds=True),
+            "backoffStep": self.backoff_step,
+        }
+
+    def due(self, now: float) -> bool:
+        """Tell whether the peer may be asked: its wait is over, or the clock went back."""
+        return self.next_attempt_at is None or not self.since - 1.0 <= now < self.next_attempt_at
+
+
 class Lane:
     """The place of one sink in the log, and how it fares there. Times are seconds since the epoch."""
 
@@ -2646,6 +2760,8 @@ class Lane:
         self.paced_until: float | None = None
         # What the sink was told, by what repeats of it have in common; the latest told comes last.
         self.told: dict[str, Told] = {}
+        # The peers of a cluster that have missed deliveries which another one took.
+        self.peers: dict[str, PeerLag] = {}
         # Where the lane stood still because its sink was disabled, and stretches of the log that it passes
         # over because their rows say that the sink was disabled then.
         self.disabled_at: Position | None = None
@@ -2664,6 +2780,7 @@ class Lane:
         if "disabledAt" in value:
             lane.disabled_at = position_from_json(value["disabledAt"])
         lane.gaps = [(position_from_json(a), position_from_json(b)) for a, b in value.get("gaps", [])]
+        lane.peers = {str(name): PeerLag.from_json(lag) for name, lag in value.get("peers", {}).items()}
         lane.told = {key: Told(str(at), int(n), since) for key, at, n, since in value.get("told", [])}
         return lane
 
@@ -2677,6 +2794,8 @@ class Lane:
             value["disabledAt"] = position_to_json(self.disabled_at, source)
         if self.gaps:
             value["gaps"] = [[position_to_json(p, source) for p in gap] for gap in self.gaps]
+        if self.peers:
+            value["peers"] = {name: lag.to_json(source) for name, lag in self.peers.items()}
         if self.told:
             value["told"] = [[key, *told] for key, told in self.told.items()]
         return value
@@ -2685,6 +2804,9 @@ class Lane:
         """Bring the lane up to date with one row of the attempts file, as it is written or after a crash."""
         at = parse_time(attempt["timestamp"])
         outcome = attempt["outcome"]
+        if "peer" in attempt:
+            self._apply_to_peer(attempt, at or 0.0)
+            return
         # The deliveries of one request fail together: that is one failure.
         counts = not attempt.get("batchIndex")
         self.note_told(attempt)
@@ -2714,6 +2836,17 @@ class Lane:
             self.failing_since = self.failing_since or at
             self.waiting_since, self.next_attempt_at = at, parse_time(attempt.get("nextAttemptAt"))
             self.backoff_step += counts and attempt.get("backoffSeconds") is not None
+
+    def _apply_to_peer(self, attempt: JsonObject, at: float) -> None:
+        name, lag = attempt["peer"], self.peers.get(attempt["peer"])
+        if attempt["outcome"] == "delivered":
+            if lag is not None:
+                self.peers[name] = PeerLag(max(lag.position, end_of_row(attempt)), at, None, 0)
+        elif attempt["outcome"] != "dead_letter":
+            lag = lag or PeerLag(start_of_row(attempt), at, None, 0)
+            self.peers[name] = lag._replace(
+                next_attempt_at=parse_time(attempt.get("nextAttemptAt")), backoff_step=lag.backoff_step + 1
+            )
 
     def note_told(self, attempt: JsonObject) -> None:
         """Keep in mind what the sink was told, and what was held back since, from a row of the attempts."""
@@ -3004,7 +3137,9 @@ def catch_up(state: State, job: Job) -> None:
     for row in rows:
         with contextlib.suppress(KeyError, TypeError, ValueError):
             lane = state.lanes.get(row["sinkId"])
-            if lane is not None and end_of_row(row) > lane.position:
+            if lane is not None and "peer" in row:
+                lane.apply(row)
+            elif lane is not None and end_of_row(row) > lane.position:
                 lane.apply(row)
                 killed = True
                 if row["outcome"] in SETTLED:
@@ -3019,7 +3154,7 @@ def find_dead_letters(job: Job) -> set[tuple[str, str]]:
     rows, _ = loop_rows(job, job.attempts_file, Checkpoint(), redeliveries=True)
     for row in rows:
         key = (str(row.get("escalationId")), str(row.get("sinkId")))
-        if row.get("outcome") == "dead_letter" and "redelivery" not in row:
+        if row.get("outcome") == "dead_letter" and "redelivery" not in row and "peer" not in row:
             dead.add(key)
         elif row.get("outcome") == "delivered":
             dead.discard(key)
@@ -3062,7 +3197,11 @@ def rebuild_state(job: Job) -> State:
         with contextlib.suppress(KeyError, TypeError, ValueError):
             end, sink_id = end_of_row(row), row["sinkId"]
             names[end.segment] = row["position"]["segment"]
-            memories.setdefault(sink_id, Lane(end)).note_told(row)
+            memory = memories.setdefault(sink_id, Lane(end))
+            if "peer" in row:
+                memory.apply(row)
+                continue
+            memory.note_told(row)
             if row["outcome"] in SETTLED:
                 if row.get("late") or state.taken_up is None or end > state.taken_up:
                     unrecorded.append(row)
@@ -3078,7 +3217,8 @@ def rebuild_state(job: Job) -> State:
         lane.dead_letter_count = dead.count(sink_id)
         owed = sum(1 for row in state.unrecorded if row.get("late") and row["sinkId"] == sink_id)
         lane.waiting_count = max(0, waiting.get(sink_id, 0) - owed)
-        lane.told = memories[sink_id].told if sink_id in memories else {}
+        if sink_id in memories:
+            lane.told, lane.peers = memories[sink_id].told, memories[sink_id].peers
         state.lanes[sink_id] = lane
     needed = min(state.taken_up, *(lane.position for lane in state.lanes.values())).segment
     for number in sorted(names):
@@ -3240,6 +3380,20 @@ class Ledger:
         if late:
             self.write_late_rows(late)
         return entries
+
+    def record_peer(
+        self, sink: Sink, peer: str, deliveries: Sequence[Delivery], verdict: Verdict, wait: float | None
+    ) -> None:
+        """Write down what came of asking one peer of a cluster for deliveries that another one has taken."""
+        now = time.time()
+        first, last = deliveries[0].record, deliveries[-1].record
+        place = record_place(last if verdict.outcome == "delivered" else first, self.source)
+        row = self._attempt_row(now, sink, deliveries[0], verdict, attempt=1, duration=0.0, place=place)
+        row |= {"peer": peer, "batchSize": len(deliveries)}
+        if wait is not None:
+            row["nextAttemptAt"] = iso(now + wait, milliseconds=True)
+        self._attempts.append([row])
+        self.state.lanes[sink.id].apply(row)
 
     def _attempt_row(
         self,
@@ -3446,8 +3600,6 @@ def count_sinks(entries: list[JsonObject]) -> JsonObject:
 
 # Quick tries within a pass start at this many seconds, and double.
 QUICK_RETRY_SECONDS = 0.25
-# The watch gives a request this much beyond its timeout, so that its own timeout comes first.
-TIMEOUT_GRACE = 0.25
 # So many repeats are held back with one write.
 REPEATS_AT_ONCE = 200
 
@@ -3530,6 +3682,8 @@ class LaneRun:
         # None while there is work. Whoever sets it holds the ledger's lock.
         self.ending: Ending | None = None
         self.error: Exception | None = None
+        # The peers of a cluster that were asked in this pass whether they are back.
+        self.peers_asked: set[str] = set()
         # What came of the last attempt, for each of its deliveries that is not settled.
         self.failures: dict[tuple[int, int], JsonObject] = {}
         self._router = router
@@ -3538,11 +3692,17 @@ class LaneRun:
         self._batch_size = ADAPTERS[sink.type].batch_size(sink)
         self._began = ledger.taken_up
         self._records = self._read()
-        self._put_back: tuple[Record, Delivery] | None = None
+        # What was read and not settled, in order; and how many of these go out one by one.
+        self._put_back: deque[tuple[Record, Delivery]] = deque()
+        self._single = 0
 
     def behind(self, record: Record) -> bool:
         """Tell whether the lane is still to come to a record in this pass. The ledger's lock is held."""
         return self.ending is None and self.lane.position <= record.start
+
+    def is_over(self) -> bool:
+        """Tell whether the pass has been given up, or has ended for this lane."""
+        return self.ending is not None
 
     def end(self, ending: Ending) -> None:
         """Note how the pass ended for this lane, and wake up whoever waits for it."""
@@ -3565,7 +3725,9 @@ class LaneRun:
         deliveries: list[Delivery] = []
         repeats: list[Delivery] = []
         telling: dict[str, str] = {}
-        while len(deliveries) < self._batch_size and (step := self._next()):
+        size = 1 if self._single else self._batch_size
+        self._single = max(0, self._single - 1)
+        while len(deliveries) < size and (step := self._next()):
             record, delivery = step
             if delivery is None:
                 if not deliveries and not repeats:
@@ -3579,7 +3741,7 @@ class LaneRun:
                     repeats = []
             elif self._expired(delivery):
                 if deliveries:
-                    self._put_back = (record, delivery)
+                    self._put_back.appendleft((record, delivery))
                     break
                 self._settle(repeats, REPEATED)
                 repeats = []
@@ -3605,8 +3767,31 @@ class LaneRun:
     def _next(self) -> tuple[Record, Delivery | None] | None:
         if self.ending:  # the pass has been given up
             return None
-        step, self._put_back = self._put_back, None
-        return step or next(self._records, None)
+        return self._put_back.popleft() if self._put_back else next(self._records, None)
+
+    def split(self, batch: Batch) -> None:
+        """Take back a batch that was refused as a whole: its deliveries go out one by one."""
+        together = sorted([*batch.deliveries, *batch.repeats], key=lambda delivery: delivery.record.start)
+        self._put_back.extendleft((delivery.record, delivery) for delivery in reversed(together))
+        self._single = len(together)
+
+    def missed_batches(self, peer: str, seconds_active: float) -> Iterator[list[Delivery]]:
+        """What a peer of a cluster has missed and should still get, a request at a time."""
+        lag = self.lane.peers[peer]
+        missed: list[Delivery] = []
+        for record in self.ledger.source.read(lag.position, self.lane.position):
+            delivery = self._route(record)
+            if delivery is None:
+                continue
+            sent = max(lag.since, parse_time(delivery.escalation.timestamp) or 0.0)
+            if sent + seconds_active <= time.time():
+                continue
+            missed.append(delivery)
+            if len(missed) == self._batch_size:
+                yield missed
+                missed = []
+        if missed:
+            yield missed
 
     def _route(self, record: Record) -> Delivery | None:
         escalation = parse_escalation(record, self.ledger.job.loop_id)
@@ -3683,7 +3868,7 @@ class SinkWorker:
         self._redactor = redactor
         self._changed = changed
         self._adapter = ADAPTERS[sink.type]
-        self._client = Client(sink.timeout_seconds)
+        self._connections = Connections(sink)
         per_minute = sink.settings.get("maxPerMinute", self._adapter.max_per_minute)
         self._pace = Pace(per_minute) if per_minute else None
         # The lanes that are still to be served, and those that wait until the sink is seen to be well.
@@ -3719,6 +3904,7 @@ class SinkWorker:
         while self._runs:
             run = self._runs.popleft()
             try:
+                self._catch_up_peers(run)
                 batch = run.next_batch()
                 ending: Ending | None = "caught_up" if batch is None else self._deliver(run, batch)
             except Exception as error:  # noqa: BLE001 - whatever it is, the main thread must learn of it
@@ -3800,14 +3986,67 @@ class SinkWorker:
         if missing:
             verdict = Verdict("misconfigured", "missing_secret", message=f"unset: {' '.join(missing)}")
         else:
-            origin = self._origin._replace(emitted_at=time.time())
-            verdict = make_attempt(self.sink, self._client, batch.deliveries, origin, self._redactor)
+            verdicts = self._ask(run, batch)
+            verdict = best_verdict(verdicts)
         with self._changed:
-            if self._abandoned or run.ending:  # it is on record as timed out, or the loop's pass has failed
-                self._in_flight = None
-                return None
             self._in_flight = None
+            if self._abandoned or run.ending:  # it is on record as timed out, or the loop's pass has failed
+                return None
+            if verdict.outcome == "dead_letter" and self._adapter.splits and len(batch.deliveries) > 1:
+                run.split(batch)
+                return None
+            if verdict.outcome == "delivered":
+                for peer, said in verdicts.items():
+                    if said.outcome != "delivered":
+                        run.ledger.record_peer(
+                            self.sink, peer, batch.deliveries, said, self._peer_wait(run, peer, said)
+                        )
             return self._settle(run, batch, verdict, tries)
+
+    def _ask(self, run: LaneRun, batch: Batch) -> dict[str, Verdict]:
+        """Send a batch to every peer that has missed nothing; where none of them takes it, to the others."""
+        origin = self._origin._replace(emitted_at=time.time())
+        peers = self._connections.peers
+        behind = [peer for peer in peers if peer in run.lane.peers]
+        asked = [peer for peer in peers if peer not in behind] or peers
+        verdicts = self._connections.ask(batch.deliveries, origin, self._redactor, asked)
+        if len(asked) < len(peers) and best_verdict(verdicts).outcome != "delivered":
+            with self._changed:
+                self._attempt_started = time.monotonic()
+            verdicts |= self._connections.ask(batch.deliveries, origin, self._redactor, behind)
+        return verdicts
+
+    def _catch_up_peers(self, run: LaneRun) -> None:
+        """Send the peers of a cluster that are due what they have missed and should still get."""
+        for peer, lag in list(run.lane.peers.items()):
+            if peer not in self._connections.peers:
+                del run.lane.peers[peer]
+            elif peer not in run.peers_asked and lag.due(time.time()):
+                run.peers_asked.add(peer)
+                self._catch_up_peer(run, peer)
+
+    def _catch_up_peer(self, run: LaneRun, peer: str) -> None:
+        for missed in run.missed_batches(peer, self._adapter.seconds_active(self.sink)):
+            if self._clock.left <= 0 or run.is_over():
+                return
+            origin = self._origin._replace(emitted_at=time.time())
+            verdict = self._connections.ask(missed, origin, self._redactor, [peer])[peer]
+            with self._changed:
+                if run.is_over():
+                    return
+                refused = verdict.outcome == "dead_letter"  # another peer took it: it is not asked again
+                wait = None if refused else self._peer_wait(run, peer, verdict)
+                run.ledger.record_peer(self.sink, peer, missed, verdict, wait)
+            if verdict.outcome not in SETTLED:
+                return
+        with self._changed:
+            del run.lane.peers[peer]
+
+    def _peer_wait(self, run: LaneRun, peer: str, verdict: Verdict) -> float | None:
+        if verdict.outcome in SETTLED:
+            return None
+        lag = run.lane.peers.get(peer)
+        return self._backoff(verdict, lag.backoff_step if lag else 0)
 
     def _settle(self, run: LaneRun, batch: Batch, verdict: Verdict, tries: int) -> float | None:
         """Write down an attempt; the lock is held. Returns the seconds until the next one."""
@@ -3876,7 +4115,8 @@ class SinkWorker:
             return left
         (run, batch), self._in_flight = self._in_flight, None
         self._abandoned, self._down = True, run
-        message = f"no complete answer from {self._client.host} within {self.sink.timeout_seconds:g} s"
+        places = ", ".join(self._connections.peers)
+        message = f"no complete answer from {places} within {self.sink.timeout_seconds:g} s"
         verdict = Verdict("retry", "request_failed", message=message)
         if not run.ending:
             try:
@@ -4053,7 +4293,8 @@ class Pass:
         now = time.time()
         for sink_id, lane in self.state.lanes.items():
             sink = self.config.sinks[sink_id]
-            if not sink.enabled or not any(lane.ranges(self.source.stop)):
+            missed = any(lag.due(now) for lag in lane.peers.values())
+            if not sink.enabled or not (missed or any(lane.ranges(self.source.stop))):
                 continue
             due = lane.due(now, self.state.sink_digest(sink) if lane.next_attempt_at else "")
             (self.runs if due else self.held)[sink_id] = LaneRun(sink, self.ledger, self.router)
@@ -4207,7 +4448,9 @@ class Pass:
             else:
                 lane.lagging_since = lane.oldest_pending_at = None
         source.mark_taken_up(taken_up)
-        source.forget_before(min([taken_up, *(lane.position for lane in state.lanes.values())]).segment)
+        needed = [lane.position for lane in state.lanes.values()]
+        needed += [lag.position for lane in state.lanes.values() for lag in lane.peers.values()]
+        source.forget_before(min([taken_up, *needed]).segment)
 
     def _summary(self, status: str) -> JsonObject:
         return summarise(self.job, self.state, self.source, self.ledger.counts, status)
@@ -5530,17 +5773,17 @@ def status(
 def attempt_once(sink: Sink, delivery: Delivery, origin: Origin, redactor: Redactor) -> tuple[Verdict, float]:
     """Make one attempt outside of any lane, within the timeout. Returns what came of it, and seconds."""
     began = time.monotonic()
-    results: list[Verdict] = []
-    client = Client(sink.timeout_seconds)
+    verdicts: dict[str, Verdict] = {}
+    connections = Connections(sink)
     worker = threading.Thread(
-        target=lambda: results.append(make_attempt(sink, client, [delivery], origin, redactor)), daemon=True
+        target=lambda: verdicts.update(connections.ask([delivery], origin, redactor, connections.peers)),
+        daemon=True,
     )
     worker.start()
     worker.join(sink.timeout_seconds + TIMEOUT_GRACE)
-    timed_out = Verdict(
-        "retry", "request_failed", message=f"no complete answer within {sink.timeout_seconds:g} s"
-    )
-    return (results[0] if results else timed_out), time.monotonic() - began
+    message = f"no complete answer within {sink.timeout_seconds:g} s"
+    timed_out = Verdict("retry", "request_failed", message=message)
+    return best_verdict(verdicts or {sink.id: timed_out}), time.monotonic() - began
 
 
 def outcome_text(verdict: Verdict) -> str:
