@@ -270,6 +270,18 @@ def test_a_field_of_any_length_leaves_room_for_the_others() -> None:
     assert "14 repeats held back since 2026-03-01T12:00:00Z" in message["text"]
 
 
+def test_a_record_of_nothing_but_entities_keeps_to_every_limit_and_says_what_was_held_back() -> None:
+    codes = [f"{number}{'>' * 500}" for number in range(20)]
+    record = {"category": "<" * 500, "loopId": "&" * 500, "reasonCodes": codes, "timestamp": "<" * 500}
+    delivery = delivery_of(record, "critical", HELD_BACK)
+    for message in (body("slack", delivery), body("slack", *[delivery] * 20)):
+        check_slack(message)
+        assert "14 repeats held back since 2026-03-01T12:00:00Z" in message["text"]
+    request = build("pagerduty_events", delivery)
+    check_pagerduty(request)
+    assert json.loads(request.body)["payload"]["summary"].endswith(" since 2026-03-01T12:00:00Z)")
+
+
 def test_a_thousand_reason_codes_leave_room_for_what_else_the_record_says() -> None:
     record = {
         "category": "odd",
