@@ -662,6 +662,27 @@ def test_a_record_made_to_hurt_arrives_everywhere_harmless_and_whole_enough_to_a
     assert details["escalation"]["reasons"][0]["code"] == "runtime_heartbeat_stale"
 
 
+def test_a_backlog_reaches_slack_in_digests_and_every_escalation_is_in_one(
+    repo: Repo, server: SinkServer
+) -> None:
+    config = sink_config(everywhere=True)
+    config["sinks"] = {CHAT: config["sinks"][CHAT] | {"maxPerMessage": 10}}
+    config["routing"]["defaultSinks"] = [CHAT]
+    repo.write_config(config)
+    repo.append(*batch(21))
+    assert repo.dispatch().json["dispatchedCount"] == 21
+
+    messages = [request.json for request in server.received(PATHS[CHAT])]
+    told = [[block["block_id"] for block in message["blocks"] if "block_id" in block] for message in messages]
+    assert [len(ids) for ids in told] == [10, 10, 1]
+    assert {escalation for ids in told for escalation in ids} == {
+        row["escalationId"] for row in repo.telemetry()
+    }
+    for message in messages:
+        check_slack(message)
+    assert messages[0]["blocks"][0]["text"]["text"].startswith("🚨 10 escalations: 2 critical, ")
+
+
 def test_a_malformed_signing_secret_sends_nothing_and_is_never_shown(repo: Repo, server: SinkServer) -> None:
     config = sink_config()
     config["sinks"][HOOK]["signingSecretEnv"] = "ALERT_HOOK_SIGNING"
