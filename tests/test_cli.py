@@ -275,6 +275,8 @@ def test_the_demo_shows_all_three_sinks_and_leaves_nothing_behind(tmp_path: Path
         "profile_drift_detected",
     ):
         assert category in done.stdout
+    assert "🚨 4 escalations: 1 critical, 3 warning" in done.stdout
+    assert "Received in all: webhook 5, slack 5, pagerduty 5." in done.stdout
     assert "\x1b" not in done.stdout
     assert list(temporary.iterdir()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["tmp"]

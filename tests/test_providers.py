@@ -270,6 +270,18 @@ def test_a_field_of_any_length_leaves_room_for_the_others() -> None:
     assert "14 repeats held back since 2026-03-01T12:00:00Z" in message["text"]
 
 
+def test_a_record_of_nothing_but_entities_keeps_to_every_limit_and_says_what_was_held_back() -> None:
+    codes = [f"{number}{'>' * 500}" for number in range(20)]
+    record = {"category": "<" * 500, "loopId": "&" * 500, "reasonCodes": codes, "timestamp": "<" * 500}
+    delivery = delivery_of(record, "critical", HELD_BACK)
+    for message in (body("slack", delivery), body("slack", *[delivery] * 20)):
+        check_slack(message)
+        assert "14 repeats held back since 2026-03-01T12:00:00Z" in message["text"]
+    request = build("pagerduty_events", delivery)
+    check_pagerduty(request)
+    assert json.loads(request.body)["payload"]["summary"].endswith(" since 2026-03-01T12:00:00Z)")
+
+
 def test_a_thousand_reason_codes_leave_room_for_what_else_the_record_says() -> None:
     record = {
         "category": "odd",
@@ -648,6 +660,27 @@ def test_a_record_made_to_hurt_arrives_everywhere_harmless_and_whole_enough_to_a
     assert (details["truncated"], details["escalationId"]) == (True, hook.headers["webhook-id"])
     assert details["originalBytes"] > 700_000
     assert details["escalation"]["reasons"][0]["code"] == "runtime_heartbeat_stale"
+
+
+def test_a_backlog_reaches_slack_in_digests_and_every_escalation_is_in_one(
+    repo: Repo, server: SinkServer
+) -> None:
+    config = sink_config(everywhere=True)
+    config["sinks"] = {CHAT: config["sinks"][CHAT] | {"maxPerMessage": 10}}
+    config["routing"]["defaultSinks"] = [CHAT]
+    repo.write_config(config)
+    repo.append(*batch(21))
+    assert repo.dispatch().json["dispatchedCount"] == 21
+
+    messages = [request.json for request in server.received(PATHS[CHAT])]
+    told = [[block["block_id"] for block in message["blocks"] if "block_id" in block] for message in messages]
+    assert [len(ids) for ids in told] == [10, 10, 1]
+    assert {escalation for ids in told for escalation in ids} == {
+        row["escalationId"] for row in repo.telemetry()
+    }
+    for message in messages:
+        check_slack(message)
+    assert messages[0]["blocks"][0]["text"]["text"].startswith("🚨 10 escalations: 2 critical, ")
 
 
 def test_a_malformed_signing_secret_sends_nothing_and_is_never_shown(repo: Repo, server: SinkServer) -> None:
