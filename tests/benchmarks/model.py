@@ -223,7 +223,7 @@ def measure_sending(folder: Path) -> Iterator[tuple[str, float]]:
 
     count = 20 * BATCH
     with SinkServer() as server, new_node(folder / "node", f"{server.url}/page") as node:
-        node.group_by = "alertname, repo"
+        node.config = node.config.replace("[alertname, loop]", "[alertname, repo]")
         node.start()
         for name, kind, url in (
             ("request", "webhook", server.url),
@@ -268,7 +268,7 @@ def measure_ingest(folder: Path) -> Iterator[tuple[str, float]]:
             yield json.dumps([alert(number) for number in range(start, start + size)]).encode()
 
     with SinkServer() as server, new_node(folder / "ingest", f"{server.url}/page") as node:
-        node.group_by = "alertname, repo"
+        node.config = node.config.replace("[alertname, loop]", "[alertname, repo]")
         node.start()
         assert node.process is not None
         memory = resident(node.process.pid)
