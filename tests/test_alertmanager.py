@@ -108,7 +108,7 @@ def test_of_repeats_in_one_request_the_newest_is_sent_from_the_earliest_start() 
 
 
 def test_a_sink_adds_its_own_labels_and_its_token() -> None:
-    sink = fleet_sink(authTokenEnv="T", labels={"team": "night-watch", "host": "web\n17"})
+    sink = fleet_sink(authTokenEnv="T", labels={"team": "night-watch", "host": "web 17"})
     (alert,) = alerts_of(health_critical(), sink=sink)
     request = ADAPTER.build(sink, [delivery(health_critical())], program.Origin("/srv/shop", "t", NOW))
 
@@ -132,10 +132,17 @@ def test_alerts_with_long_names_are_not_taken_for_one(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("repo", "label"), [("/srv/shop/", "shop"), ("/", "/"), ("/srv/a b", "a b"), ("/srv/\udcff", " ")]
+    ("repo", "label"),
+    [
+        ("/srv/shop/", "shop"),
+        ("/", "/"),
+        ("/srv/a b", "a b"),
+        ("/srv/\udcff", " :[0-9a-f]+"),
+        ("/x\n", "x :.+"),
+    ],
 )
 def test_the_repo_is_named_by_the_end_of_its_path(repo: str, label: str) -> None:
-    assert alerts_of(health_critical(), repo=repo)[0]["labels"]["repo"] == label
+    assert re.fullmatch(label, alerts_of(health_critical(), repo=repo)[0]["labels"]["repo"])
 
 
 @pytest.mark.parametrize(
@@ -303,8 +310,9 @@ def test_plain_http_to_a_tls_port_does_not_give_alerts_up(tmp_path: Path) -> Non
         node.start()
         status, text = node.post(b"[]")
 
-    assert status == 400
-    assert ADAPTER.judge(program.Answer(status, {}, text.encode()), NOW).outcome == "misconfigured"
+    verdict = ADAPTER.judge(program.Answer(status, {}, text.encode()), NOW)
+    assert (verdict.outcome, verdict.http_status) == ("misconfigured", 400)
+    assert "https://" in program.advise(verdict.reason_code, verdict.http_status, verdict.message)
 
 
 # --- A cluster
