@@ -2067,6 +2067,8 @@ ALERT_SUMMARY = 1024
 ALERT_DESCRIPTION = 2048
 ALERTS_A_REQUEST = 100
 
+NO_ALERTMANAGER = "that was no Alertmanager"
+
 DEFAULT_ACTIVE_FOR = 3600.0
 # An alert that joins a group waits for the group's next turn, by default up to 5 minutes (Alertmanager,
 # "Configuration", group_interval). One that ends before it pages nobody: so much must be left of an alert.
@@ -2125,14 +2127,13 @@ class AlertmanagerAdapter(Adapter):
             **sink.settings.get("labels", {}),
         }
         starts, ends = alert_times(sink, escalation, origin.emitted_at)
-        description = "\n".join(map(printable, explain(escalation)))
         return {
             "labels": {name: cut_identity(printable(value), ALERT_LABEL) for name, value in labels.items()},
             "annotations": {
                 "summary": headline(delivery, ALERT_SUMMARY),
-                "description": cut(description, ALERT_DESCRIPTION),
+                "description": cut("\n".join(explain(escalation)), ALERT_DESCRIPTION),
                 "escalationId": escalation.id,
-                "traceId": cut(printable(escalation.trace_id or origin.trace_id), ALERT_LABEL),
+                "traceId": shown(escalation.trace_id or origin.trace_id),
             },
             "startsAt": iso(starts),
             "endsAt": iso(ends),
@@ -2149,7 +2150,7 @@ class AlertmanagerAdapter(Adapter):
             try:
                 decode_json(answer.text)
             except ValueError:
-                return verdict._replace(outcome="misconfigured")
+                return verdict._replace(outcome="misconfigured", message=f"{NO_ALERTMANAGER}: {answer.text}")
         return verdict
 
 
@@ -5412,6 +5413,8 @@ def advise(reason_code: str | None, http_status: int | None, message: str | None
         return "the sink limits the rate: nothing to do, what waits goes out by itself"
     if http_status is not None and http_status >= 500:
         return "the sink has trouble of its own: nothing to do here, what waits goes out by itself"
+    if text.startswith(NO_ALERTMANAGER.lower()):
+        return "check the sink's URLs: https:// where TLS is spoken, and what a proxy before it wants"
     if http_status is not None and http_status < 500:
         return "the sink does not take this record: read its answer, then redeliver or skip"
     return "see the last rows of telemetry/alert-attempts.jsonl"

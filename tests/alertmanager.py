@@ -26,14 +26,14 @@ PEER_TIMEOUT = 1.5
 CONFIG = """\
 route:
   receiver: page
-  group_by: [{group_by}]
+  group_by: [alertname, loop]
   group_wait: 200ms
   group_interval: 1s
   repeat_interval: 1h
 receivers:
   - name: page
     webhook_configs:
-      - url: {url}
+      - url: PAGE_URL
 """
 
 
@@ -53,7 +53,7 @@ class Node:
     page_url: str
     port: int
     options: tuple[str, ...] = ()
-    group_by: str = "alertname, loop"
+    config: str = CONFIG
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     @property
@@ -67,9 +67,7 @@ class Node:
     def start(self, peers: Sequence[Node] = ()) -> None:
         """Start it, and wait until it answers."""
         self.folder.mkdir(exist_ok=True)
-        (self.folder / "alertmanager.yml").write_text(
-            CONFIG.format(url=self.page_url, group_by=self.group_by)
-        )
+        (self.folder / "alertmanager.yml").write_text(self.config.replace("PAGE_URL", self.page_url))
         command = [
             needs_tool(PROGRAM),
             f"--config.file={self.folder / 'alertmanager.yml'}",

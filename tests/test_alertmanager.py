@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from alertmanager import Node, new_node, running_cluster, start_cluster, wait_until
 from conftest import MODULE_FILE, Repo, clean_env
 from escalations import LOOP, MAKERS, Record, health_critical, health_degraded, timestamp
-from loopback import HOST, TLS_PEM, SinkServer
+from loopback import HOST, TLS_PEM, SinkServer, accepted
 from tools import needs_tool
 
 import ops_alert_dispatch as program
@@ -107,7 +108,7 @@ def test_of_repeats_in_one_request_the_newest_is_sent_from_the_earliest_start() 
 
 
 def test_a_sink_adds_its_own_labels_and_its_token() -> None:
-    sink = fleet_sink(authTokenEnv="T", labels={"team": "night-watch", "host": "web\n17"})
+    sink = fleet_sink(authTokenEnv="T", labels={"team": "night-watch", "host": "web 17"})
     (alert,) = alerts_of(health_critical(), sink=sink)
     request = ADAPTER.build(sink, [delivery(health_critical())], program.Origin("/srv/shop", "t", NOW))
 
@@ -131,10 +132,17 @@ def test_alerts_with_long_names_are_not_taken_for_one(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("repo", "label"), [("/srv/shop/", "shop"), ("/", "/"), ("/srv/a b", "a b"), ("/srv/\udcff", " ")]
+    ("repo", "label"),
+    [
+        ("/srv/shop/", "shop"),
+        ("/", "/"),
+        ("/srv/a b", "a b"),
+        ("/srv/\udcff", " :[0-9a-f]+"),
+        ("/x\n", "x :.+"),
+    ],
 )
 def test_the_repo_is_named_by_the_end_of_its_path(repo: str, label: str) -> None:
-    assert alerts_of(health_critical(), repo=repo)[0]["labels"]["repo"] == label
+    assert re.fullmatch(label, alerts_of(health_critical(), repo=repo)[0]["labels"]["repo"])
 
 
 @pytest.mark.parametrize(
@@ -248,12 +256,6 @@ def test_no_password_in_any_of_the_urls_is_ever_shown(tmp_path: Path) -> None:
         assert secret not in redactor.mask_value(f"denied: {secret}")
 
 
-def test_the_readme_names_the_keys_of_the_sink() -> None:
-    schema = json.loads(program.SCHEMA_FILE.read_text("utf-8"))["$defs"]["alertmanager"]["properties"]
-    for key in schema.keys() - {"type", "enabled", "description"}:
-        assert f"`{key}`" in README, key
-
-
 # --- One real Alertmanager
 
 ODD: list[Record] = [
@@ -308,8 +310,9 @@ def test_plain_http_to_a_tls_port_does_not_give_alerts_up(tmp_path: Path) -> Non
         node.start()
         status, text = node.post(b"[]")
 
-    assert status == 400
-    assert ADAPTER.judge(program.Answer(status, {}, text.encode()), NOW).outcome == "misconfigured"
+    verdict = ADAPTER.judge(program.Answer(status, {}, text.encode()), NOW)
+    assert (verdict.outcome, verdict.http_status) == ("misconfigured", 400)
+    assert "https://" in program.advise(verdict.reason_code, verdict.http_status, verdict.message)
 
 
 # --- A cluster
@@ -460,3 +463,43 @@ def test_the_example_config_works_and_pages_for_what_is_critical(
         check=True,
     )
     assert routed.stdout.strip() == receiver
+
+
+def test_the_example_config_tells_people_what_they_need_to_know(tmp_path: Path, server: SinkServer) -> None:
+    """The providers are on loopback, and half a minute of waiting is a second; all else is as it stands."""
+    (example,) = re.findall(r"^```yaml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    for place, secret in (("slack-webhook-url", f"{server.url}/chat"), ("pagerduty-routing-key", "k" * 32)):
+        (tmp_path / place).write_text(secret)
+    example = example.replace("/etc/alertmanager", str(tmp_path)).replace("group_wait: 30s", "group_wait: 1s")
+    server.answer("/pager", accepted())
+    alerts = alerts_of(
+        *(health_degraded(loopId=loop, timestamp=timestamp()) for loop in ("first", "second", "third")),
+        health_critical(loopId="first", timestamp=timestamp()),
+        sent=time.time(),
+    )
+    alerts[-1]["labels"]["severity"] = "critical"
+    with new_node(tmp_path / "node", server.url) as node:
+        node.config = f"global:\n  pagerduty_url: {server.url}/pager\n{example}"
+        node.start()
+        assert node.post(json.dumps(alerts).encode()) == (200, "")
+        (event,) = server.wait_for(1, "/pager")
+        (message,) = server.wait_for(1, "/chat")
+
+    assert event.json["payload"]["summary"] == "health_critical in shop: first"
+    (attachment,) = message.json["attachments"]
+    assert attachment["title"] == "[firing] health_degraded in shop: 2"
+    # That the first loop is degraded is no news beside its critical state.
+    assert re.findall(r"on (\w+): transport_unreachable", attachment["text"]) == ["second", "third"]
+
+
+def test_the_example_of_the_sink_is_valid_and_has_every_key(tmp_path: Path) -> None:
+    _, example = re.findall(r"^```json\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    config = {**fleet_config(), "sinks": json.loads(f"{{{example}}}")}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    prefix = "OPS_MANAGER_ALERT_ALERTMANAGER"
+    env = {f"{prefix}_URLS": PEERS, f"{prefix}_TOKEN": TOKEN}
+    (sink,) = program.load_config(tmp_path / "config.json", env).sinks.values()
+
+    schema = json.loads(program.SCHEMA_FILE.read_text("utf-8"))["$defs"]
+    common = schema["webhook"]["properties"].keys() - {"urlEnv", "authTokenEnv"}
+    assert sink.settings.keys() >= schema["alertmanager"]["properties"].keys() - common

@@ -89,7 +89,7 @@ class Recipe:
 def host(tmp_path: Path, server: SinkServer) -> Repo:
     """A repo with the README's own example of a config, whose sinks are all on the loopback server."""
     needs_tool("jq")
-    [example] = code_blocks(README, "json")
+    example, *_ = code_blocks(README, "json")
     config = json.loads(example)
     config["delivery"] |= {"maxAttemptsPerPass": 1, "backoffSeconds": {"initial": 0, "max": 900}}
     config["routing"]["repeat"]["windowSeconds"] = 0  # the recipes' records are alike

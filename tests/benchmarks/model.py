@@ -40,6 +40,7 @@ class Fleet:
     minutes: float = 10.0
     categories: int = 1
     latency: float = 0.1
+    peers: int = 2
     group_interval: float = 300.0
 
 
@@ -50,6 +51,7 @@ FLEET_HELP = {
     "minutes": "length of the storm",
     "categories": "categories that they are of",
     "latency": "seconds that a sink takes to answer",
+    "peers": "peers of the Alertmanager cluster, each of which is sent everything",
     "group_interval": "of the Alertmanager, in seconds",
 }
 
@@ -110,7 +112,7 @@ def parts_of(fleet: Fleet, costs: Costs) -> list[tuple[str, float, float]]:
     def each(alone: float, batched: float) -> float:
         return alone / batch + batched * (1 - 1 / batch)
 
-    alert = each(costs.request, costs.alert)
+    alert = each(costs.request, costs.alert) * fleet.peers
     idle = costs.start + fleet.loops / fleet.hosts * costs.idle_loop
     busy = (PASS_SECONDS - idle) / PASS_SECONDS
     sending = BUDGET_SECONDS / PASS_SECONDS
@@ -223,7 +225,7 @@ def measure_sending(folder: Path) -> Iterator[tuple[str, float]]:
 
     count = 20 * BATCH
     with SinkServer() as server, new_node(folder / "node", f"{server.url}/page") as node:
-        node.group_by = "alertname, repo"
+        node.config = node.config.replace("[alertname, loop]", "[alertname, repo]")
         node.start()
         for name, kind, url in (
             ("request", "webhook", server.url),
@@ -268,7 +270,7 @@ def measure_ingest(folder: Path) -> Iterator[tuple[str, float]]:
             yield json.dumps([alert(number) for number in range(start, start + size)]).encode()
 
     with SinkServer() as server, new_node(folder / "ingest", f"{server.url}/page") as node:
-        node.group_by = "alertname, repo"
+        node.config = node.config.replace("[alertname, loop]", "[alertname, repo]")
         node.start()
         assert node.process is not None
         memory = resident(node.process.pid)
