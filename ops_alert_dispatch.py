@@ -854,8 +854,8 @@ def config_warnings(config: Config) -> list[str]:
     warnings: list[str] = []
     led_to: set[str] = set(routing["defaultSinks"])
     if not led_to & enabled:
-        reach_nobody = "no sink of it is enabled: a category without a route of its own reaches nobody"
-        warnings.append(f"$.routing.defaultSinks: {reach_nobody}")
+        why = "no sink of it is enabled: what has no route of its own reaches nobody"
+        warnings.append(f"$.routing.defaultSinks: {why}")
     first: dict[str, int] = {}
     for index, route in enumerate(routing.get("routes", [])):
         if not route.get("enabled", True):
