@@ -69,7 +69,8 @@ Exit codes:
   2  usage: the command line is wrong
   3  the config is invalid or a secret is unset: nothing sent, nothing consumed
   4  the state file is unusable
-  5  the source, the telemetry or the disk failed
+  5  the source, the telemetry, the disk or the output failed
+  130  interrupted, or a question was not answered with yes
 """
 
 
@@ -626,7 +627,9 @@ def explain_schema_error(error: Any) -> Iterator[str]:
                     yield f"{json_path([*path, key])}: unknown key; {suggest(key, known)}"
         case "enum":
             shown = show_value(value)
-            yield f"{json_path(path)}: {shown} is not one of {', '.join(rule)}; {suggest(value, rule)}"
+            near = nearest(value, rule)
+            advice = f"did you mean {near!r}?" if near else "set it to one of them"
+            yield f"{json_path(path)}: {shown} is not one of {', '.join(rule)}; {advice}"
         case "const":
             yield f"{json_path(path)}: {show_value(value)} is not {json.dumps(rule)}; set it to that"
         case "type":
@@ -660,16 +663,20 @@ def explain_schema_error(error: Any) -> Iterator[str]:
             yield f"{json_path(path)}: breaks the rule {error.validator} {json.dumps(rule)}; mend it"
 
 
-def suggest(word: object, known: Sequence[str]) -> str:
-    """`did you mean …?`, or what is known where nothing is near."""
+def nearest(word: object, known: Sequence[str]) -> str | None:
+    """Which of the known words was probably meant; None where nothing is near."""
     from difflib import get_close_matches
 
     near = get_close_matches(str(word).lower(), [item.lower() for item in known], n=1, cutoff=0.5)
-    nearest = next((item for item in known if near and item.lower() == near[0]), None)
-    synonym = normalise_severity(word) if set(known) == set(SEVERITIES) else None
-    if nearest or synonym:
-        return f"did you mean {(nearest or synonym)!r}?"
-    return f"known here: {', '.join(known)}"
+    if near:
+        return next(item for item in known if item.lower() == near[0])
+    return normalise_severity(word) if set(known) == set(SEVERITIES) else None
+
+
+def suggest(word: object, known: Sequence[str]) -> str:
+    """`did you mean …?`, or what is known where nothing is near."""
+    near = nearest(word, known)
+    return f"did you mean {near!r}?" if near else f"known here: {', '.join(known) or 'none'}"
 
 
 def show_value(value: object) -> str:
@@ -713,7 +720,7 @@ def check_secrets(document: JsonObject, environ: Mapping[str, str]) -> list[str]
 
     The document may be invalid elsewhere: all faults are to be told at once.
     """
-    unset: dict[str, str] = {}
+    unset: dict[str, list[str]] = {}
     faults: list[str] = []
     for sink_id, sink in mapping(document.get("sinks")).items():
         settings = mapping(sink)
@@ -726,14 +733,17 @@ def check_secrets(document: JsonObject, environ: Mapping[str, str]) -> list[str]
             if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
                 continue  # the schema has told already
             if not environ.get(name):
-                unset.setdefault(name, place)
+                unset.setdefault(name, []).append(place)
             else:
                 parts = secret_parts(settings.get("type"), key, environ[name])
                 found = dict.fromkeys(check_secret(key, part) for part in parts)
                 faults += [f"{place}: the value of {name} {fault}" for fault in found if fault]
     if unset:
-        places = ", ".join(sorted(unset.values()))
-        faults.append(f"{places}: enabled sink secret env var(s) are unset: {' '.join(sorted(unset))}")
+        places = {name: ", ".join(sorted(found)) for name, found in sorted(unset.items())}
+        place = "$.sinks" if len(unset) > 1 else next(iter(places.values()))
+        faults.append(f"{place}: enabled sink secret env var(s) are unset: {' '.join(places)}")
+        if len(unset) > 1:
+            faults += [f"{found}: {name} is unset or empty; set it" for name, found in places.items()]
     return faults
 
 
@@ -854,6 +864,35 @@ class Router:
 def at_least(severity: str, minimum: str) -> bool:
     """Tell whether a severity reaches a minimum."""
     return SEVERITIES.index(severity) >= SEVERITIES.index(minimum)
+
+
+def config_warnings(config: Config) -> list[str]:
+    """What is valid in a config and hardly meant, with its place: sinks and routes that lead nowhere."""
+    routing = config.routing
+    enabled = {sink.id for sink in config.sinks.values() if sink.enabled}
+    if not enabled:
+        return ["$.sinks: no sink is enabled: nothing is sent"]
+    warnings: list[str] = []
+    led_to: set[str] = set(routing["defaultSinks"])
+    if not led_to & enabled:
+        why = "no sink of it is enabled: what has no route of its own reaches nobody"
+        warnings.append(f"$.routing.defaultSinks: {why}")
+    first: dict[str, int] = {}
+    for index, route in enumerate(routing.get("routes", [])):
+        if not route.get("enabled", True):
+            continue
+        place, category = f"$.routing.routes[{index}]", printable(route["category"])
+        if (earlier := first.setdefault(route["category"], index)) != index:
+            warnings.append(f"{place}: never used: routes[{earlier}] has the same category {category!r}")
+            continue
+        sinks = set(route.get("sinks") or routing["defaultSinks"])
+        led_to |= sinks
+        if not sinks & enabled:
+            warnings.append(f"{place}: no sink of it is enabled: {category!r} reaches nobody")
+    return warnings + [
+        f"{json_path(['sinks', sink_id])}: the sink is enabled, and no route leads to it"
+        for sink_id in sorted(enabled - led_to)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2716,6 +2755,7 @@ class Lane:
         ("dead_letter_count", "deadLetterCount"),
         ("delivered_count", "deliveredCount"),
         ("failed_attempt_count", "failedAttemptCount"),
+        ("given_up_count", "givenUpCount"),
         ("skipped_count", "skippedCount"),
         ("reason_code", "reasonCode"),
         ("http_status", "httpStatus"),
@@ -2753,9 +2793,12 @@ class Lane:
         self.reason_code: str | None = None
         self.message: str | None = None
         self.http_status: int | None = None
+        # Dead letters now; the others count up for good: delivered, failed attempts of what was to be tried
+        # again, made a dead letter, skipped.
         self.dead_letter_count = 0
         self.delivered_count = 0
         self.failed_attempt_count = 0
+        self.given_up_count = 0
         self.skipped_count = 0
         # Up to when the requests that were sent are paid for, at the sink's rate.
         self.paced_until: float | None = None
@@ -2815,24 +2858,24 @@ class Lane:
             self.last_success_at = at
             self.delivered_count += 1
             self.reason_code = self.message = self.http_status = None
-        elif outcome == "skipped":
-            self.skipped_count += 1
-        else:
+        elif outcome != "skipped":
             self.last_failure_at = at
-            self.failed_attempt_count += counts
             self.reason_code, self.message = attempt.get("reasonCode"), attempt.get("message")
             self.http_status = attempt.get("httpStatus")
         if outcome in SETTLED:
             self.position = max(self.position, end_of_row(attempt))
             self.attempts = 0
             self.waiting_count = max(0, self.waiting_count - bool(attempt.get("late")))
+            self.skipped_count += outcome == "skipped"
             if outcome == "dead_letter":
                 self.dead_letter_count += 1
+                self.given_up_count += 1
             if attempt.get("httpStatus") is not None:  # the sink is there, whatever it said of the record
                 self.consecutive_failures = self.backoff_step = 0
                 self.failing_since = self.waiting_since = self.next_attempt_at = None
         else:
             self.attempts = attempt["attempt"]
+            self.failed_attempt_count += counts
             self.consecutive_failures += counts
             self.failing_since = self.failing_since or at
             self.waiting_since, self.next_attempt_at = at, parse_time(attempt.get("nextAttemptAt"))
@@ -2871,6 +2914,15 @@ class Lane:
         self.failing_since = self.failing_since or other.failing_since
         self.consecutive_failures = max(self.consecutive_failures, 1)
         self.backoff_step = max(self.backoff_step, other.backoff_step)
+
+    def apply_operator(self, attempt: JsonObject) -> None:
+        """Bring the lane up to date with what an operator did with a delivery that it is past."""
+        if attempt["outcome"] == "delivered":
+            self.last_success_at = parse_time(attempt["timestamp"])
+            self.delivered_count += 1
+        self.skipped_count += attempt["outcome"] == "skipped"
+        if attempt.get("deadLetter") and attempt["outcome"] in ("delivered", "skipped"):
+            self.dead_letter_count = max(0, self.dead_letter_count - 1)
 
     def due(self, now: float, sink_digest: str) -> bool:
         """Tell whether the lane may try: the wait is over, the sink has changed, or the clock went back."""
@@ -3071,19 +3123,31 @@ class Job(NamedTuple):
         return self.state_file.with_name(self.state_file.name + ".lock")
 
 
+def read_state(job: Job) -> State | None:
+    """The state as its file has it; None where there is none.
+
+    Raises ValueError for a damaged or foreign file, StateError for one that cannot be read or is newer.
+    """
+    document = read_state_document(job.state_file)
+    if document is None:
+        return None
+    if "source" in document and document.get("loopId") != job.loop_id:
+        raise ValueError("the state of another loop")
+    try:
+        return State.from_json(document)
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a state: {error}") from None
+
+
 def load_state(job: Job, *, read_only: bool = False) -> State:
     """Read the state, or rebuild it from telemetry where it is missing, damaged or foreign.
 
     A damaged file is kept under another name. Raises StateError or StorageError.
     """
-    document: JsonObject | None = None
     damaged = False
     try:
-        document = read_state_document(job.state_file)
-        if document and "source" in document and document.get("loopId") != job.loop_id:
-            raise ValueError("the state of another loop")
-        state = State.from_json(document) if document is not None else State()
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        state = read_state(job) or State()
+    except ValueError:
         damaged = True
         state = State()
     if state.taken_up is not None or state.legacy_lines:
@@ -3104,11 +3168,12 @@ def load_state(job: Job, *, read_only: bool = False) -> State:
 
 
 def loop_rows(
-    job: Job, path: Path, since: Checkpoint, *, redeliveries: bool = False
+    job: Job, path: Path, since: Checkpoint, *, operator: bool = False
 ) -> tuple[Iterator[JsonObject], Checkpoint]:
     """The rows of this loop after a checkpoint that say which record they are about.
 
-    What an operator sent again says nothing of a lane's place: it is left out unless asked for.
+    What an operator did with deliveries that were settled (`byOperator`) says nothing of a lane's place: it
+    is left out unless asked for.
     """
     streams, after = read_rows(path, since)
 
@@ -3116,7 +3181,7 @@ def loop_rows(
         for stream in streams:
             for row in stream:
                 ours = row.get("loopId") == job.loop_id and isinstance(row.get("position"), dict)
-                if ours and (redeliveries or "redelivery" not in row):
+                if ours and (operator or "byOperator" not in row):
                     yield row
 
     return rows(), after
@@ -3134,11 +3199,13 @@ def catch_up(state: State, job: Job) -> None:
             elif state.taken_up is not None:
                 state.taken_up = max(state.taken_up, end_of_row(row))
                 killed = True
-    rows, state.attempts = loop_rows(job, job.attempts_file, state.attempts)
+    rows, state.attempts = loop_rows(job, job.attempts_file, state.attempts, operator=True)
     for row in rows:
         with contextlib.suppress(KeyError, TypeError, ValueError):
             lane = state.lanes.get(row["sinkId"])
-            if lane is not None and "peer" in row:
+            if lane is not None and "byOperator" in row:
+                lane.apply_operator(row)
+            elif lane is not None and "peer" in row:
                 lane.apply(row)
             elif lane is not None and end_of_row(row) > lane.position:
                 lane.apply(row)
@@ -3150,14 +3217,16 @@ def catch_up(state: State, job: Job) -> None:
 
 
 def find_dead_letters(job: Job) -> set[tuple[str, str]]:
-    """The dead letters of a loop that were not redelivered since: escalationId and sink id."""
+    """The dead letters of a loop that nobody has delivered or dismissed since: escalationId and sink id."""
     dead: set[tuple[str, str]] = set()
-    rows, _ = loop_rows(job, job.attempts_file, Checkpoint(), redeliveries=True)
+    rows, _ = loop_rows(job, job.attempts_file, Checkpoint(), operator=True)
     for row in rows:
         key = (str(row.get("escalationId")), str(row.get("sinkId")))
-        if row.get("outcome") == "dead_letter" and "redelivery" not in row and "peer" not in row:
+        if "peer" in row:
+            continue
+        if row.get("outcome") == "dead_letter" and "byOperator" not in row:
             dead.add(key)
-        elif row.get("outcome") == "delivered":
+        elif row.get("outcome") in ("delivered", "skipped"):
             dead.discard(key)
     return dead
 
@@ -3172,7 +3241,6 @@ def rebuild_state(job: Job) -> State:
     settled: dict[str, Position] = {}
     put_off: dict[str, Position] = {}
     waiting: dict[str, int] = {}
-    memories: dict[str, Lane] = {}
     names: dict[int, str] = {}
     told: set[Key] = set()
     unrecorded: list[JsonObject] = []
@@ -3198,12 +3266,7 @@ def rebuild_state(job: Job) -> State:
         with contextlib.suppress(KeyError, TypeError, ValueError):
             end, sink_id = end_of_row(row), row["sinkId"]
             names[end.segment] = row["position"]["segment"]
-            memory = memories.setdefault(sink_id, Lane(end))
-            if "peer" in row:
-                memory.apply(row)
-                continue
-            memory.note_told(row)
-            if row["outcome"] in SETTLED:
+            if row["outcome"] in SETTLED and "peer" not in row:
                 if row.get("late") or state.taken_up is None or end > state.taken_up:
                     unrecorded.append(row)
                 settled[sink_id] = max(settled.get(sink_id, end), end)
@@ -3214,14 +3277,21 @@ def rebuild_state(job: Job) -> State:
         state.taken_up = Position(min(end.segment for end in settled.values()), 0, 0)
     dead = [sink_id for _, sink_id in find_dead_letters(job)]
     for sink_id in {*settled, *put_off}:
-        lane = Lane(settled.get(sink_id) or put_off[sink_id])
+        state.lanes[sink_id] = Lane(settled.get(sink_id) or put_off[sink_id])
+    rows, _ = loop_rows(job, job.attempts_file, Checkpoint(), operator=True)
+    for row in rows:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            if "byOperator" in row:
+                state.lanes[row["sinkId"]].apply_operator(row)
+            else:
+                state.lanes[row["sinkId"]].apply(row)
+    for sink_id, lane in state.lanes.items():
         lane.dead_letter_count = dead.count(sink_id)
         owed = sum(1 for row in state.unrecorded if row.get("late") and row["sinkId"] == sink_id)
         lane.waiting_count = max(0, waiting.get(sink_id, 0) - owed)
-        if sink_id in memories:
-            lane.told, lane.peers = memories[sink_id].told, memories[sink_id].peers
-        state.lanes[sink_id] = lane
-    needed = min(state.taken_up, *(lane.position for lane in state.lanes.values())).segment
+        # Whether its sink was mended meanwhile cannot be told: the next pass tries at once.
+        lane.waiting_since = lane.next_attempt_at = None
+    needed = min([state.taken_up, *(lane.position for lane in state.lanes.values())]).segment
     for number in sorted(names):
         if number >= needed:
             offset = state.taken_up.offset if number == state.taken_up.segment else 0
@@ -3441,7 +3511,7 @@ class Ledger:
             rows.append({**row, "late": True})
         self._telemetry.append(rows)
 
-    def record_redelivery(
+    def record_by_operator(
         self,
         sink: Sink,
         delivery: Delivery,
@@ -3451,18 +3521,19 @@ class Ledger:
         dead: bool,
         duration: float,
     ) -> None:
-        """Write down what came of a delivery that an operator asked for; `dead`: it was a dead letter."""
-        now = time.time()
-        row = self._attempt_row(now, sink, delivery, verdict, attempt=1, duration=duration, place=place)
-        row["redelivery"] = True
+        """Write down what an operator did with a delivery that its lane is past: sent it again, or dismissed
+        it; `dead`: it was a dead letter."""
+        sent = verdict.outcome != "skipped"
+        row = self._attempt_row(
+            time.time(), sink, delivery, verdict, attempt=int(sent), duration=duration, place=place
+        )
+        row |= {"byOperator": True, **({"deadLetter": True} if dead else {})}
         self._attempts.append([row])
         lane = self.state.lanes.get(sink.id)
-        if verdict.outcome == "delivered" and lane is not None:
-            lane.last_success_at = now
-            lane.delivered_count += 1
-            lane.dead_letter_count = max(0, lane.dead_letter_count - dead)
+        if lane is not None:
+            lane.apply_operator(row)
         written = self._row(delivery.record, delivery.escalation, delivery.resolution, [sink_entry(row)])
-        self._telemetry.append([{**written, "position": place, "late": True, "redelivery": True}])
+        self._telemetry.append([{**written, "position": place, "late": True, "byOperator": True}])
 
     def write_unusable(self, record: Record, line: Unusable) -> None:
         """Write the row of a line that cannot be routed."""
@@ -3629,6 +3700,15 @@ class Clock:
         return not self.stop.wait(seconds)
 
 
+def expired(delivery: Delivery, lane: Lane, policy: DeliveryPolicy, now: float) -> bool:
+    """Tell whether nobody will act on a delivery any more: it and its lane have waited too long."""
+    since = lane.lagging_since
+    if not delivery.late or since is None:
+        return False
+    written = parse_time(delivery.escalation.timestamp)
+    return now - max(written or since, since) > policy.give_up_after
+
+
 class Pace:
     """Keeps the requests to a sink within so many in any minute, a sixth of them at once.
 
@@ -3689,7 +3769,7 @@ class LaneRun:
         self.failures: dict[tuple[int, int], JsonObject] = {}
         self._router = router
         self._window = router.config.repeat_window
-        self._give_up_after = router.config.policy.give_up_after
+        self._policy = router.config.policy
         self._batch_size = ADAPTERS[sink.type].batch_size(sink)
         self._began = ledger.taken_up
         self._records = self._read()
@@ -3740,7 +3820,7 @@ class LaneRun:
                 if not deliveries and len(repeats) >= REPEATS_AT_ONCE:
                     self._settle(repeats, REPEATED)
                     repeats = []
-            elif self._expired(delivery):
+            elif expired(delivery, self.lane, self._policy, time.time()):
                 if deliveries:
                     self._put_back.appendleft((record, delivery))
                     break
@@ -3818,17 +3898,7 @@ class LaneRun:
         if key is None:
             return False
         told = self.lane.told.get(key)
-        before = parse_time(telling.get(key) or (told and told.at))
-        now = parse_time(delivery.escalation.timestamp)
-        return before is not None and now is not None and abs(now - before) < self._window
-
-    def _expired(self, delivery: Delivery) -> bool:
-        """Tell whether nobody will act on a delivery any more: it and its lane have waited too long."""
-        since = self.lane.lagging_since
-        if not delivery.late or since is None:
-            return False
-        written = parse_time(delivery.escalation.timestamp)
-        return time.time() - max(written or since, since) > self._give_up_after
+        return is_repeat(delivery, telling.get(key) or (told and told.at), self._window)
 
     def _settle(self, deliveries: Sequence[Delivery], verdict: Verdict) -> None:
         """Settle deliveries that are sent no request."""
@@ -3842,6 +3912,12 @@ def repeat_key(delivery: Delivery) -> str:
     """Names what repeats of a record have in common: category, event severity and reason codes."""
     codes = sorted(reason_codes(delivery.escalation))
     return short_hash(encode_json([delivery.escalation.category, delivery.resolution.event_severity, codes]))
+
+
+def is_repeat(delivery: Delivery, told: str | None, window: float) -> bool:
+    """Tell whether a sink that was told the same of this time is not to be told again, so soon after."""
+    before, now = parse_time(told), parse_time(delivery.escalation.timestamp)
+    return before is not None and now is not None and abs(now - before) < window
 
 
 EXPIRED = Verdict("dead_letter", "delivery_expired", message="waited longer than giveUpAfterSeconds")
@@ -4732,77 +4808,145 @@ def plan_pass(job: Job, environ: Mapping[str, str], *, show_payload: bool) -> Js
     origin = Origin(str(job.repo), job.trace_id, time.time())
     now = time.time()
     plans: list[JsonObject] = []
+    notes = config_warnings(config)
     with Source(job.escalations_file, state.segments) as source:
-        if not source.segments:
-            return {
-                "schemaVersion": SCHEMA_VERSION,
-                "status": "dry_run",
-                "loopId": job.loop_id,
-                "escalations": [],
-            }
-        taken_up = state.taken_up or after_lines(source, state.legacy_lines)
-        begin = min([taken_up, *(lane.position for lane in state.lanes.values() if lane.waiting_count)])
-        new = 0
-        for record in source.read(begin):
-            late = record.start < taken_up
-            new += not late
-            if job.max_escalations and new > job.max_escalations:
-                break
-            line = parse_escalation(record, job.loop_id)
-            if isinstance(line, Unusable):
-                if not late:
-                    plans.append(
-                        {"line": record.end.line, "escalationId": line.id, "decision": line.reason_code}
-                    )
-                continue
-            resolution = router.resolve(line.category, line.severity)
-            delivery = Delivery(record, line, resolution, late)
-            sinks = []
-            for sink in resolution.selected:
-                lane = state.lanes.get(sink.id) or Lane(taken_up)
-                if late and (lane.position > record.start or not lane.waiting_count):
-                    continue
-                entry: JsonObject = {
-                    "id": sink.id,
-                    "type": sink.type,
-                    **plan_sink(sink, lane, state, resolution, now),
+        if source.segments:
+            taken_up = state.taken_up or after_lines(source, state.legacy_lines)
+            begin = source.readable_from(taken_up) or taken_up
+            waiting = {
+                sink_id: {
+                    delivery.record.start: None
+                    for delivery in backlog(lane, sink, router, source, taken_up, job.loop_id)
                 }
-                if show_payload and entry["decision"] in ("send", "wait"):
-                    entry["request"] = show_request(
-                        ADAPTERS[sink.type].build(sink, [delivery], origin), redactor
-                    )
-                sinks.append(entry)
-            if late and not sinks:
-                continue
-            plan = {
-                "line": record.end.line,
-                "escalationId": line.id,
-                "category": line.category,
-                "eventSeverity": resolution.event_severity,
-                "minSeverity": resolution.min_severity,
-                "timestamp": line.timestamp,
-                "late": late,
-                "decision": decide(sinks, resolution),
-                "sinks": sinks,
+                for sink_id, lane in state.lanes.items()
+                if lane.waiting_count and (sink := config.sinks.get(sink_id)) is not None
             }
-            plans.append({key: value for key, value in plan.items() if value is not None})
-    return {"schemaVersion": SCHEMA_VERSION, "status": "dry_run", "loopId": job.loop_id, "escalations": plans}
+            notes += dropped_notes(state, config, waiting)
+            first = min([begin, *(next(iter(starts)) for starts in waiting.values() if starts)])
+            new = 0
+            telling: dict[tuple[str, str], str] = {}
+            for record in source.read(first):
+                late = record.start < begin
+                new += not late
+                if job.max_escalations and new > job.max_escalations:
+                    break
+                line = parse_escalation(record, job.loop_id)
+                if isinstance(line, Unusable):
+                    if not late:
+                        plans.append(
+                            {"line": record.end.line, "escalationId": line.id, "decision": line.reason_code}
+                        )
+                    continue
+                resolution = router.resolve(line.category, line.severity)
+                delivery = Delivery(record, line, resolution, late)
+                sinks = []
+                for sink in resolution.selected:
+                    if late and record.start not in waiting.get(sink.id, ()):
+                        continue
+                    lane = state.lanes.get(sink.id) or Lane(taken_up)
+                    if lane.position > record.start:  # settled before a crash that has cost its row
+                        continue
+                    entry: JsonObject = {
+                        "id": sink.id,
+                        "type": sink.type,
+                        **plan_sink(sink, lane, state, delivery, config.policy, now),
+                    }
+                    if entry["decision"] == "send" and config.repeat_window:
+                        key = repeat_key(delivery)
+                        told = lane.told.get(key)
+                        before = telling.get((sink.id, key)) or (told and told.at)
+                        if before and is_repeat(delivery, before, config.repeat_window):
+                            why = f"a repeat of what the sink is told of {before}"
+                            entry |= {"decision": "skip", "why": why}
+                        elif line.timestamp:
+                            telling[sink.id, key] = line.timestamp
+                    if show_payload and entry["decision"] in ("send", "wait"):
+                        entry["request"] = show_request(
+                            ADAPTERS[sink.type].build(sink, [delivery], origin), redactor
+                        )
+                    sinks.append(entry)
+                if late and not sinks:
+                    continue
+                plan = {
+                    "line": record.end.line,
+                    "escalationId": line.id,
+                    "category": line.category,
+                    "eventSeverity": resolution.event_severity,
+                    "minSeverity": resolution.min_severity,
+                    "timestamp": line.timestamp,
+                    "late": late,
+                    "decision": decide(sinks, resolution),
+                    "sinks": sinks,
+                }
+                plans.append({key: value for key, value in plan.items() if value is not None})
+    size, _ = unterminated(job.escalations_file)
+    if size:
+        notes.append(f"the last {plural(size, 'byte')} of {job.escalations_file} wait for a line feed")
+    return {
+        "schemaVersion": SCHEMA_VERSION,
+        "status": "dry_run",
+        "loopId": job.loop_id,
+        "escalations": plans,
+        "notes": notes,
+    }
 
 
-def plan_sink(sink: Sink, lane: Lane, state: State, resolution: Resolution, now: float) -> JsonObject:
+def backlog(
+    lane: Lane, sink: Sink, router: Router, source: Source, taken_up: Position, loop_id: str
+) -> Iterator[Delivery]:
+    """What was taken up and waits in a sink's lane, in order."""
+    for start, stop in lane.ranges(min(lane.disabled_at or taken_up, taken_up)):
+        for record in source.read(start, stop):
+            delivery = waiting_delivery(record, sink, router, loop_id)
+            if delivery is not None:
+                yield delivery
+
+
+def dropped_notes(
+    state: State, config: Config, waiting: Mapping[str, Collection[Position]] | None = None
+) -> list[str]:
+    """What waits in a lane and will not be sent, because the config has changed since it was put off.
+
+    `waiting`: what still waits under the routes of this config, where that is known.
+    """
+    notes = []
+    for sink_id, lane in sorted(state.lanes.items()):
+        gone = sink_id not in config.sinks
+        left = (
+            len(waiting.get(sink_id, ())) if waiting is not None and not state.recount else lane.waiting_count
+        )
+        if dropped := lane.waiting_count if gone else lane.waiting_count - left:
+            why = "the config has no such sink any more" if gone else "no route leads there any more"
+            notes.append(f"{plural(dropped, 'delivery')} waiting for {sink_id} will be given up: {why}")
+    return notes
+
+
+def plan_sink(
+    sink: Sink, lane: Lane, state: State, delivery: Delivery, policy: DeliveryPolicy, now: float
+) -> JsonObject:
     """What a pass would do with a record and one of the sinks that its route selects."""
-    if not resolution.should_dispatch:
-        why = f"severity {resolution.event_severity} is below the route's minimum {resolution.min_severity}"
-        return {"decision": "skip", "why": why}
-    if not sink.enabled:
-        return {"decision": "skip", "why": "the sink is disabled in the config"}
-    if sink not in resolution.dispatchable:
-        why = f"severity {resolution.event_severity} is below the sink's minimum {sink.min_severity}"
+    if not sink.enabled and delivery.late:
+        return {"decision": "keep", "why": "the sink is disabled; it waits until the sink is enabled"}
+    if why := why_not(sink, delivery.resolution):
         return {"decision": "skip", "why": why}
     if not lane.due(now, state.sink_digest(sink)):
         until = iso(lane.next_attempt_at or now)
         return {"decision": "wait", "why": f"the sink failed ({lane.reason_code}); next attempt at {until}"}
+    if expired(delivery, lane, policy, now):
+        return {"decision": "drop", "why": "waited longer than giveUpAfterSeconds: a dead letter"}
     return {"decision": "send"}
+
+
+def why_not(sink: Sink, resolution: Resolution) -> str | None:
+    """Why a sink that a route selects is not sent a record; None where it is."""
+    severity = resolution.event_severity
+    if not resolution.should_dispatch:
+        return f"severity {severity} is below the route's minimum {resolution.min_severity}"
+    if not sink.enabled:
+        return "the sink is disabled in the config"
+    if sink not in resolution.dispatchable:
+        return f"severity {severity} is below the sink's minimum {sink.min_severity}"
+    return None
 
 
 def decide(sinks: Sequence[JsonObject], resolution: Resolution) -> str:
@@ -4877,11 +5021,27 @@ def print_json(document: JsonObject, pretty: bool) -> None:
     click.echo(re.sub(unsafe, lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
+def terminal_width() -> int:
+    import shutil
+
+    return shutil.get_terminal_size().columns
+
+
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A plain table for people: every cell printable, the columns aligned."""
+    """A plain table for people: every cell printable, the columns aligned.
+
+    Where the terminal is too narrow for it, each row becomes a block of lines.
+    """
     cells = [[str(cell) for cell in headings]]
     cells += [[printable("-" if cell is None else str(cell)) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headings))]
+    if is_terminal(sys.stdout) and sum(widths) + 2 * len(widths) - 2 > terminal_width():
+        name = max(map(len, headings))
+        blocks = (
+            "\n".join(f"{title.ljust(name)}  {cell}" for title, cell in zip(headings, row, strict=True))
+            for row in cells[1:]
+        )
+        return "\n\n".join(blocks)
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in cells
@@ -4908,6 +5068,33 @@ config_option = click.option(
     show_default=f"REPO/{DEFAULT_CONFIG}",
     help="The sinks and routes.",
 )
+
+
+def file_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that name a loop's files, for each command that works on them."""
+    options = (
+        (
+            "--escalations-file",
+            "escalations.jsonl",
+            "What is to be delivered: one JSON object a line.",
+        ),
+        ("--dispatch-state-file", "alert-dispatch-state.json", "How far each sink has got."),
+        (
+            "--dispatch-telemetry-file",
+            "telemetry/alerts.jsonl",
+            "What became of each escalation; alert-attempts.jsonl beside it has every attempt.",
+        ),
+    )
+    for name, default, text in reversed(options):
+        command = click.option(
+            name,
+            type=click.Path(dir_okay=False, path_type=Path),
+            show_default=f"REPO/.superloop/ops-manager/LOOP/{default}",
+            help=text,
+        )(command)
+    return command
+
+
 pretty_option = click.option("--pretty", is_flag=True, help="Print indented JSON.")
 format_option = click.option(
     "--format",
@@ -4932,24 +5119,7 @@ def cli() -> None:
 @repo_option
 @click.option("--loop", "loop_id", metavar="ID", callback=check_loop_id, help="The loop.")
 @click.option("--all-loops", is_flag=True, help="In place of --loop: every loop of the repo, side by side.")
-@click.option(
-    "--escalations-file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    show_default="REPO/.superloop/ops-manager/LOOP/escalations.jsonl",
-    help="What is to be delivered: one JSON object a line.",
-)
-@click.option(
-    "--dispatch-state-file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    show_default="REPO/.superloop/ops-manager/LOOP/alert-dispatch-state.json",
-    help="How far each sink has got.",
-)
-@click.option(
-    "--dispatch-telemetry-file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    show_default="REPO/.superloop/ops-manager/LOOP/telemetry/alerts.jsonl",
-    help="What became of each escalation; alert-attempts.jsonl beside it has every attempt.",
-)
+@file_options
 @click.option(
     "--trace-id",
     envvar=TRACE_ENV,
@@ -4996,7 +5166,7 @@ def dispatch(
     form: Format,
     pretty: bool,
 ) -> None:
-    """Deliver what is new, and what waits, to the sinks that should have it.
+    """Deliver what is new, and what waits.
 
     Prints the summary of the pass, which is also the state file's content. A sink that fails stops its own
     lane only: what it has not taken waits for the next pass.
@@ -5014,16 +5184,12 @@ def dispatch(
         raise click.UsageError("--all-loops works on each loop's own files: name none")
     jobs: list[Job] = []
     for name in loops_to_serve(absolute(repo)) if loop_id is None else [loop_id]:
-        usual = default_job(repo, name, alert_config_file)
-        job = usual._replace(
-            trace_id=printable(trace_id) if trace_id else jobs[0].trace_id if jobs else usual.trace_id,
-            escalations_file=absolute(escalations_file or usual.escalations_file),
-            state_file=absolute(dispatch_state_file or usual.state_file),
-            telemetry_file=absolute(dispatch_telemetry_file or usual.telemetry_file),
+        job = make_job(repo, name, alert_config_file, *files)
+        job = job._replace(
+            trace_id=printable(trace_id) if trace_id else jobs[0].trace_id if jobs else job.trace_id,
             max_escalations=max_escalations,
             time_budget=time_budget,
         )
-        check_files(job, named=any(files) or alert_config_file is not None)
         jobs.append(job)
     if dry_run:
         plans = [plan_pass(job, os.environ, show_payload=show_payload) for job in jobs]
@@ -5077,7 +5243,7 @@ def loops_to_serve(repo: Path) -> list[str]:
 
     def served(name: str) -> float:
         with contextlib.suppress(OSError):
-            return default_job(repo, name, None).state_file.stat().st_mtime
+            return usual_job(repo, name).state_file.stat().st_mtime
         return 0.0
 
     return sorted(loops_of(repo), key=lambda name: (served(name), name))
@@ -5152,29 +5318,33 @@ def absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))
 
 
+def files_of(job: Job) -> dict[str, Path]:
+    """A job's files by the options that name them."""
+    return {
+        "--escalations-file": job.escalations_file,
+        "--dispatch-state-file": job.state_file,
+        "--dispatch-telemetry-file": job.telemetry_file,
+        "--alert-config-file": job.config_file,
+    }
+
+
 def check_files(job: Job, *, named: bool = True) -> None:
     """Refuse paths that would make the program overwrite what is not its own. Raises UsageError.
 
     `named`: not all of them are where the host keeps them, so that two may be the same.
     """
-    files = {
-        "--escalations-file": job.escalations_file,
-        "--dispatch-state-file": job.state_file,
-        "--dispatch-telemetry-file": job.telemetry_file,
-        "the attempts file": job.attempts_file,
-        "--alert-config-file": job.config_file,
-    }
+    files = {**files_of(job), "the attempts file": job.attempts_file}
     places: dict[str, str] = {}
     for name, file in files.items() if named else ():
         other = places.setdefault(os.path.realpath(file), name)
         if other != name:
             raise click.UsageError(f"{other} and {name} are the same file: {files[other]}")
-    for name in list(files)[1:4]:
+    for name in ("--dispatch-state-file", "--dispatch-telemetry-file", "the attempts file"):
         if files[name].exists() and not files[name].is_file():
             raise click.UsageError(f"{name} is not a regular file: {files[name]}")
 
 
-def default_job(repo: Path, loop_id: str, config_file: Path | None) -> Job:
+def usual_job(repo: Path, loop_id: str) -> Job:
     """A job on the files where the host keeps them."""
     repo = absolute(repo)
     folder = loop_folder(repo, loop_id)
@@ -5185,8 +5355,44 @@ def default_job(repo: Path, loop_id: str, config_file: Path | None) -> Job:
         escalations_file=folder / "escalations.jsonl",
         state_file=folder / "alert-dispatch-state.json",
         telemetry_file=folder / "telemetry" / "alerts.jsonl",
-        config_file=absolute(config_file or repo / DEFAULT_CONFIG),
+        config_file=repo / DEFAULT_CONFIG,
     )
+
+
+def make_job(
+    repo: Path,
+    loop_id: str,
+    config_file: Path | None = None,
+    escalations_file: Path | None = None,
+    state_file: Path | None = None,
+    telemetry_file: Path | None = None,
+) -> Job:
+    """A job on the files that the command line names, the others where the host keeps them.
+
+    Raises UsageError.
+    """
+    usual = usual_job(repo, loop_id)
+    job = usual._replace(
+        escalations_file=absolute(escalations_file or usual.escalations_file),
+        state_file=absolute(state_file or usual.state_file),
+        telemetry_file=absolute(telemetry_file or usual.telemetry_file),
+        config_file=absolute(config_file or usual.config_file),
+    )
+    named = any((config_file, escalations_file, state_file, telemetry_file))
+    check_files(job, named=named)
+    return job
+
+
+def command_line(command: str, job: Job, *options: str) -> str:
+    """A command on a job's files, to be pasted into a shell."""
+    import shlex
+
+    usual = files_of(usual_job(job.repo, job.loop_id))
+    words = [PROGRAM, command, "--repo", str(job.repo), "--loop", job.loop_id]
+    for name, path in files_of(job).items():
+        if path != usual[name]:
+            words += [name, str(path)]
+    return printable(shlex.join([*words, *options]))
 
 
 @contextlib.contextmanager
@@ -5259,29 +5465,45 @@ def summary_text(summary: JsonObject) -> str:
     return "\n".join(lines)
 
 
+PLAN_COLOURS = {"send": "green", "wait": "yellow", "keep": "yellow", "drop": "red"}
+
+
 def plan_text(plan: JsonObject) -> str:
-    """A dry run for people."""
-    if not plan["escalations"]:
-        return "Nothing waits: a pass would send nothing."
+    """A dry run for people: each escalation with what becomes of it at each sink, and why; then the sum."""
     blocks = []
+    counts: dict[str, int] = {}
     for item in plan["escalations"]:
-        head = f"line {item['line']}: {item.get('category', '(no category)')}"
+        head = f"line {item['line']}: {item.get('category', 'no escalation')}"
         if "eventSeverity" in item:
-            head += f", severity {item['eventSeverity']} (route's minimum {item['minSeverity']})"
-        head += " [late]" if item.get("late") else ""
+            head += f", severity {item['eventSeverity']} (the route asks for {item['minSeverity']})"
+        head += ", has waited since an earlier pass" if item.get("late") else ""
         lines = [click.style(printable(head), bold=True)]
         for sink in item.get("sinks", []):
+            counts[sink["decision"]] = counts.get(sink["decision"], 0) + 1
             why = f": {sink['why']}" if "why" in sink else ""
-            lines.append(f"  {sink['decision']:5} {printable(sink['id'] + why)}")
+            decision = click.style(f"{sink['decision']:5}", fg=PLAN_COLOURS.get(sink["decision"]))
+            lines.append(f"  {decision} {printable(sink['id'] + why)}")
             if "request" in sink:
                 shown = json.dumps(sink["request"], indent=2, ensure_ascii=False)
                 lines += [f"        {printable(text)}" for text in shown.splitlines()]
         if not item.get("sinks"):
-            lines.append(f"  skip  {item['decision']}")
+            lines.append(f"  skip  sent to nobody, on record as {item['decision']}")
         blocks.append("\n".join(lines))
-    sends = sum(sink["decision"] == "send" for item in plan["escalations"] for sink in item.get("sinks", []))
-    end = f"A pass would make {plural(sends, 'delivery')} of {plural(len(blocks), 'escalation')}."
-    return "\n".join([*blocks, "", f"{end} Nothing was sent or written."])
+    sends = plural(counts.get("send", 0), "delivery")
+    end = f"A pass would make {sends} of {plural(len(blocks), 'escalation')}"
+    if waits := counts.get("wait", 0) + counts.get("keep", 0):
+        end += f", leave {waits} waiting"
+    if drops := counts.get("drop", 0):
+        end += f", give up {drops}"
+    last = [f"{end}. Nothing was sent or written."]
+    if not blocks:
+        last = ["Nothing waits: a pass would send nothing."]
+    return "\n".join([*blocks, *([""] if blocks else []), *last, *note_lines(plan["notes"])])
+
+
+def note_lines(notes: Iterable[str]) -> list[str]:
+    """Notes as lines of a text for people."""
+    return [f"note: {printable(note)}" for note in notes]
 
 
 @cli.command(epilog=EXIT_CODES_HELP)
@@ -5299,6 +5521,7 @@ def plan_text(plan: JsonObject) -> str:
     "--list-sinks", is_flag=True, help="Print a line for each sink: id, type, enabled, tab-separated."
 )
 @click.option("--no-env-check", is_flag=True, help="Do not ask whether the secrets are set.")
+@format_option
 @pretty_option
 def config(
     config_file: Path | None,
@@ -5306,18 +5529,20 @@ def config(
     severity: str | None,
     list_sinks: bool,
     no_env_check: bool,
+    form: Format,
     pretty: bool,
 ) -> None:
-    """Validate the config, and show what it says: sinks, routes, and where an escalation goes."""
+    """Validate the config, and show where alerts go.
+
+    With --category: where an escalation of that category goes, and why.
+    """
     if severity is not None and category is None:
         raise click.UsageError("--severity requires --category")
     if list_sinks and category is not None:
         raise click.UsageError("--list-sinks does not go with --category")
-    level = normalise_severity(severity)
-    if severity is not None and level is None:
-        raise click.BadParameter(
-            f"{severity!r} is not one of {', '.join(SEVERITIES)}", param_hint="--severity"
-        )
+    if list_sinks and form == "json":
+        raise click.UsageError("--list-sinks prints plain lines: it does not go with --format json")
+    level = None if severity is None else read_severity(severity)
     if category is not None and not category.strip():
         raise click.BadParameter("is empty", param_hint="--category")
     path = absolute(config_file or DEFAULT_CONFIG)
@@ -5326,9 +5551,24 @@ def config(
         for sink in loaded.sinks.values():
             click.echo(f"{sink.id}\t{sink.type}\t{json.dumps(sink.enabled)}")
     elif category is not None:
-        print_json(resolution_document(loaded, Router(loaded).resolve(category.strip(), level)), pretty)
-    else:
+        resolution = Router(loaded).resolve(category.strip(), level)
+        if wants_json(form, pretty):
+            print_json(resolution_document(loaded, resolution), pretty)
+        else:
+            click.echo(resolution_text(resolution))
+    elif wants_json(form, pretty):
         print_json(config_document(loaded), pretty)
+    else:
+        click.echo(config_text(loaded))
+
+
+def read_severity(word: str) -> str:
+    """The severity that a word on the command line means. Raises BadParameter where nobody knows it."""
+    level = normalise_severity(word)
+    if level is None:
+        known = ", ".join(SEVERITIES)
+        raise click.BadParameter(f"{printable(word)!r} is not one of {known}", param_hint="--severity")
+    return level
 
 
 def config_document(config: Config) -> JsonObject:
@@ -5364,17 +5604,102 @@ def resolution_document(config: Config, resolution: Resolution) -> JsonObject:
     return {key: value for key, value in document.items() if value is not None}
 
 
+def config_text(config: Config) -> str:
+    """The config for people: the sinks and their secrets, where each category goes, what is hardly meant."""
+    present = config.env_status()
+
+    def secrets(sink: Sink) -> str:
+        names = sink.secret_refs.values()
+        return ", ".join(name if present[name]["present"] else f"{name} (unset)" for name in names)
+
+    def reached(resolution: Resolution) -> str:
+        names = (
+            sink.id if sink.enabled else f"{sink.id} (disabled)"
+            for sink in resolution.selected
+            if not resolution.should_dispatch or why_not(sink, resolution) is None or not sink.enabled
+        )
+        listed = ", ".join(names) or "no sink"
+        return listed if resolution.should_dispatch else f"only from {resolution.min_severity} on: {listed}"
+
+    router = Router(config)
+    routing = config.routing
+    named = [route["category"] for route in routing.get("routes", []) if route.get("enabled", True)]
+    rows = [
+        (category, found.event_severity, found.min_severity, reached(found))
+        for category in dict.fromkeys([*named, *routing.get("categorySeverity", {})])
+        for found in (router.resolve(category, None),)
+    ]
+    other = router.resolve("", None)
+    rows.append(("any other", other.event_severity, other.min_severity, reached(other)))
+    sinks = (
+        (sink.id, sink.type, "yes" if sink.enabled else "no", sink.min_severity, secrets(sink))
+        for sink in config.sinks.values()
+    )
+    return "\n".join(
+        [
+            f"{click.style('valid', fg='green')}  {printable(str(config.path))}",
+            "",
+            table(("SINK", "TYPE", "ENABLED", "MINIMUM", "SECRETS"), sinks),
+            "",
+            table(("CATEGORY", "SEVERITY", "MINIMUM", "GOES TO"), rows),
+            "",
+            "SEVERITY counts where a record has none of its own.",
+            *(f"warning: {printable(warning)}" for warning in config_warnings(config)),
+        ]
+    )
+
+
+def resolution_text(resolution: Resolution) -> str:
+    """Where a record of a category goes, for people, and why not elsewhere."""
+    route = "its route" if resolution.route["matched"] else "no route of its own: the default sinks"
+    severity, minimum = resolution.event_severity, resolution.min_severity
+    head = f"{resolution.category}, severity {severity}: {route}, from {minimum} on"
+    lines = [click.style(printable(head), bold=True)]
+    for sink in resolution.selected:
+        why = why_not(sink, resolution)
+        decision = click.style("skip ", fg="yellow") if why else click.style("send ", fg="green")
+        lines.append(f"  {decision} {sink.id} ({sink.type})" + (f": {why}" if why else ""))
+    if not resolution.selected:
+        lines.append("  to no sink: the route names none")
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Status: is it working, what is stuck, why, what to do
 # ---------------------------------------------------------------------------------------------------------
 
 # Failure reasons are counted over this much of the end of the telemetry.
 RECENT_BYTES = 1 << 20
+# What was lost stays in the verdict for so many seconds: until whoever is on duty has seen it.
+LOSS_SHOWN = 86400.0
+# An unfinished line whose writer has been silent for so many seconds is told of.
+WRITER_GRACE = 60.0
+# Of escalations that reached no sink and never will by themselves.
+LOST = (
+    *("invalid_escalation_json", "missing_escalation_category", "escalation_too_large", "source_lost"),
+    "source_replaced",
+)
 
 Health = Literal["ok", "warning", "critical", "disabled", "unknown"]
-HEALTH_ORDER: tuple[Health, ...] = ("ok", "disabled", "unknown", "warning", "critical")
+# Of loops, of which the worst is told to a monitor.
+HEALTH_ORDER: tuple[Health, ...] = ("ok", "warning", "unknown", "critical")
 # The monitoring-plugin convention: OK, WARNING, CRITICAL, UNKNOWN.
-PLUGIN_CODES = {"ok": 0, "disabled": 0, "warning": 1, "critical": 2, "unknown": 3}
+PLUGIN_CODES = {"ok": 0, "warning": 1, "critical": 2, "unknown": 3}
+
+STATUS_EXIT_CODES_HELP = """\b
+Exit codes:
+  0  done, whatever it says
+  2  usage: the command line is wrong
+  4  the state file is unusable
+  5  the source, the telemetry, the disk or the output failed
+
+\b
+Exit codes with --check:
+  0  OK
+  1  WARNING: something waits or was lost, a sink fails, or there are dead letters
+  2  CRITICAL: a sink has been failing for longer than --critical-after, or the config is invalid
+  3  UNKNOWN: no pass has run, the files cannot be read, or the command line is wrong
+"""
 
 DISPATCH_FIELDS = (
     *("status", "updatedAt", "processedCount", "dispatchedCount", "skippedCount", "failedCount"),
@@ -5384,6 +5709,14 @@ DELIVERY_FIELDS = (
     *("timestamp", "status", "reasonCode", "escalationCategory", "eventSeverity", "sinkCount"),
     *("dispatchedSinkCount", "failedSinkCount", "traceId", "escalationTraceId"),
 )
+
+
+class Finding(NamedTuple):
+    """One thing that an operator should know of a loop, how bad it is, and what to do about it."""
+
+    health: Health
+    words: str
+    advice: str | None = None
 
 
 def advise(reason_code: str | None, http_status: int | None, message: str | None) -> str:
@@ -5421,127 +5754,301 @@ def advise(reason_code: str | None, http_status: int | None, message: str | None
 
 
 def loop_status(job: Job, critical_after: float) -> JsonObject:
-    """How each sink of a loop fares. Needs neither config nor secrets; what it cannot know without, it says.
+    """How each sink of a loop fares, right now: the state is brought up to date in memory from the rows that
+    were written after it. Needs neither config nor secrets; what it cannot know without, it says.
 
     Raises StateError or StorageError.
     """
     now = time.time()
     notes: list[str] = []
+    kept, damaged = None, False
     try:
-        document = read_state_document(job.state_file)
-        state = State.from_json(document or {})
-    except (ValueError, KeyError, TypeError, AttributeError):
-        document, state = None, State()
-        notes.append(f"the state file {job.state_file} is damaged: the next pass rebuilds it from telemetry")
+        kept = read_state(job)
+    except ValueError:
+        damaged = True
+    document = kept.published if kept else None
+    state = load_state(job, read_only=True)
+    known = state.taken_up is not None or state.legacy_lines > 0
+    if document is None and (damaged or known):
+        notes.append(
+            f"the state file {job.state_file} is {'damaged' if damaged else 'not there'}: "
+            + (
+                "this is from the telemetry, from which the next pass rebuilds it"
+                if known
+                else "the next pass begins anew"
+            )
+        )
     config: Config | None = None
+    config_valid: bool | None = True
     try:
         config = load_config(job.config_file, {}, check_env=False, known_digest=state.config_digest)
     except ConfigError as error:
-        gone = not job.config_file.exists()
-        notes.append(f"config not read: {job.config_file} is not there" if gone else str(error))
-    new, pending = count_new(job, state, config)
+        # Not there is no fault where status is asked on another machine.
+        config_valid = False if job.config_file.exists() else None
+        told = (f"config not read: {job.config_file} is not there",)
+        notes += told if config_valid is None else (error.headline, *error.faults)
+    try:
+        with Source(job.escalations_file, state.segments) as source:
+            new, pending = count_new(job, state, config, source)
+            counted = count_waiting(job, state, config, source)
+    except OSError as error:
+        raise storage_error("read", job.escalations_file, error) from None
+    if not counted:
+        notes.append("a pass was killed or is at work: how much waits cannot be counted without a config")
     if new and config is None:
         notes.append(
             f"{plural(new, 'escalation')} not taken up yet, for which sinks is not known without a config"
         )
-    sink_ids = sorted({*state.lanes, *(config.sinks if config else ())})
+    if config is not None:
+        if any(sink.enabled for sink in config.sinks.values()):
+            notes += config_warnings(config)
+        notes += dropped_notes(state, config)
+    failures = last_failures(job)
     sinks = [
-        sink_status(sink_id, config, state.lanes.get(sink_id), pending.get(sink_id), critical_after, now)
-        for sink_id in sink_ids
+        sink_status(
+            sink_id,
+            config,
+            state.lanes.get(sink_id),
+            failures.get(sink_id, {}),
+            pending.get(sink_id),
+            critical_after,
+            now,
+        )
+        for sink_id in sorted({*state.lanes, *(config.sinks if config else ())})
     ]
-    status = (document or {}).get("status")
-    health: Health = max((sink["health"] for sink in sinks), key=HEALTH_ORDER.index, default="ok")
-    if document is None:
-        health = "unknown"
-        notes.append("no pass has run for this loop yet")
-    # None: it is not there, which is no fault where status is asked on another machine.
-    config_valid = None if config is None and not job.config_file.exists() else config is not None
-    if status == "config_invalid":
+    notes += [
+        f"{plural(sink['lagCount'], 'delivery')} waiting for {sink['id']}, which is disabled: kept until it "
+        f"is enabled, or given up with `skip`"
+        for sink in sinks
+        if sink["enabled"] is False and sink["lagCount"]
+    ]
+    if (document or {}).get("status") == "config_invalid" and config_valid is not False:
         config_valid = False
         notes.append(f"the last pass found the config invalid: {(document or {}).get('message')}")
-    if config_valid is False:
-        health = "critical"
-    last = last_row(job.telemetry_file)
-    return {
+    rows = recent_rows(job.telemetry_file)
+    found = {
         "schemaVersion": SCHEMA_VERSION,
         "generatedAt": iso(now),
         "repoPath": str(job.repo),
         "loopId": job.loop_id,
-        "health": "ok" if health == "disabled" else health,
+        "health": "unknown",
         "alerts": {
             "dispatch": document
             and {
                 **{key: document.get(key) for key in DISPATCH_FIELDS},
                 "lastTraceId": document.get("traceId"),
             },
-            "lastDelivery": last and {key: last.get(key) for key in DELIVERY_FIELDS},
+            "lastDelivery": (last := last_row(job.telemetry_file))
+            and {key: last.get(key) for key in DELIVERY_FIELDS},
         },
         "sinks": sinks,
-        "failureReasons": recent_failures(job.telemetry_file),
+        "failureReasons": count_failures(rows),
         "untakenCount": new,
         "configValid": config_valid,
+    }
+    findings = list(find_troubles(job, found, known or document is not None))
+    if not (config_valid is False or not (known or document)):
+        findings += [
+            *find_lost(job, rows, now),
+            *find_unfinished(job, now),
+            *find_broken_pass(document, last),
+        ]
+    if not findings:
+        findings = [
+            Finding("ok", "nothing waits: all that was taken up is delivered, or its row says why not")
+        ]
+    return {
+        **found,
+        "health": max((finding.health for finding in findings), key=HEALTH_ORDER.index),
+        "verdict": "; ".join(finding.words for finding in findings),
+        "advice": list(dict.fromkeys(finding.advice for finding in findings if finding.advice)),
         "notes": notes,
     }
 
 
-def count_new(job: Job, state: State, config: Config | None) -> tuple[int, dict[str, tuple[int, str | None]]]:
+def count_new(
+    job: Job, state: State, config: Config | None, source: Source
+) -> tuple[int, dict[str, tuple[int, str | None]]]:
     """Count what no pass has taken up yet: in all, and for each sink with the oldest one's timestamp."""
     router = Router(config) if config else None
     new = 0
     pending: dict[str, tuple[int, str | None]] = {}
-    with Source(job.escalations_file, state.segments) as source:
-        if not source.segments:
-            return 0, {}
-        start = state.taken_up or after_lines(source, state.legacy_lines)
-        for record in source.read(source.readable_from(start) or start):
-            new += 1
-            line = parse_escalation(record, job.loop_id)
-            if router is None or isinstance(line, Unusable):
-                continue
-            for sink in router.resolve(line.category, line.severity).dispatchable:
+    if not source.segments:
+        return 0, {}
+    start = state.taken_up or after_lines(source, state.legacy_lines)
+    for record in source.read(source.readable_from(start) or start):
+        new += 1
+        line = parse_escalation(record, job.loop_id)
+        if router is None or isinstance(line, Unusable):
+            continue
+        for sink in router.resolve(line.category, line.severity).dispatchable:
+            lane = state.lanes.get(sink.id)
+            if lane is None or lane.position <= record.start:  # else it has been sent, its row is to come
                 count, oldest = pending.get(sink.id, (0, line.timestamp))
                 pending[sink.id] = (count + 1, oldest)
     return new, pending
+
+
+def count_waiting(job: Job, state: State, config: Config | None, source: Source) -> bool:
+    """Count anew what waits in the lanes, where the state cannot say because it is older than the rows.
+
+    Returns False where that takes a config.
+    """
+    if not state.recount or state.taken_up is None:
+        return True
+    if config is None:
+        return False
+    router = Router(config)
+    for sink_id, lane in state.lanes.items():
+        sink = config.sinks.get(sink_id)
+        if sink is not None:
+            lane.waiting_count, lane.oldest_pending_at = 0, None
+            for delivery in backlog(lane, sink, router, source, state.taken_up, job.loop_id):
+                lane.waiting_count += 1
+                lane.oldest_pending_at = lane.oldest_pending_at or delivery.escalation.timestamp
+    return True
 
 
 def sink_status(
     sink_id: str,
     config: Config | None,
     lane: Lane | None,
+    failure: JsonObject,
     new: tuple[int, str | None] | None,
     critical_after: float,
     now: float,
 ) -> JsonObject:
-    """How one sink fares."""
+    """How one sink fares. `failure`: the attempts row of its last failure, as far as it is at hand."""
     sink = config.sinks.get(sink_id) if config else None
     lane = lane or Lane(Position(1, 0, 0))
     lag = lane.waiting_count + (new[0] if new else 0)
+    # Where nothing is left to be sent, nothing is stuck, whatever became of it.
+    failing = lane.consecutive_failures > 0 and lag > 0
     health: Health = "ok"
     if sink is not None and not sink.enabled:
         health = "disabled"
-    elif lane.failing_since is not None and now - lane.failing_since > critical_after:
+    elif failing and lane.failing_since is not None and now - lane.failing_since > critical_after:
         health = "critical"
-    elif lag or lane.consecutive_failures or lane.dead_letter_count:
+    elif lag or lane.dead_letter_count:
         health = "warning"
-    next_attempt = lane.next_attempt_at if lane.consecutive_failures else None
+    # The lane itself forgets why it failed as soon as a delivery is made.
+    reason = (
+        failure
+        if lane.last_failure_at and lane.reason_code is None
+        else {"reasonCode": lane.reason_code, "httpStatus": lane.http_status, "message": lane.message}
+    )
     return {
         "id": sink_id,
         "type": sink.type if sink else None,
         "enabled": sink.enabled if sink else None,
         "health": health,
         "lagCount": lag,
-        "oldestPendingAt": lane.oldest_pending_at or (new[1] if new else None),
+        "oldestPendingAt": (lane.oldest_pending_at if lane.waiting_count else None)
+        or (new[1] if new else None),
         "lastSuccessAt": iso(lane.last_success_at) if lane.last_success_at else None,
         "lastFailureAt": iso(lane.last_failure_at) if lane.last_failure_at else None,
-        "reasonCode": lane.reason_code,
-        "httpStatus": lane.http_status,
-        "message": lane.message,
+        **{key: reason.get(key) for key in ("reasonCode", "httpStatus", "message")},
         "consecutiveFailures": lane.consecutive_failures,
-        "nextAttemptAt": iso(next_attempt) if next_attempt else None,
+        "failingSince": iso(lane.failing_since) if failing and lane.failing_since else None,
+        "nextAttemptAt": iso(lane.next_attempt_at) if failing and lane.next_attempt_at else None,
         "deadLetterCount": lane.dead_letter_count,
         "deliveredCount": lane.delivered_count,
         "failedAttemptCount": lane.failed_attempt_count,
+        "givenUpCount": lane.given_up_count,
+        "skippedCount": lane.skipped_count,
     }
+
+
+def find_troubles(job: Job, status: JsonObject, ran: bool) -> Iterator[Finding]:
+    """What is wrong with a loop's config, passes and lanes, worst first."""
+    if status["configValid"] is False:
+        checked = f"{PROGRAM} config --config-file {printable(str(job.config_file))}"
+        advice = f"run `{checked}`, mend what it names; then all that waits goes out"
+        yield Finding("critical", "the config is invalid: nothing is sent", advice)
+        return
+    dispatch = f"`{command_line('dispatch', job)}`"
+    if not ran:
+        yield Finding("unknown", "no pass has run yet", f"run {dispatch}, or hook it into reconcile")
+        return
+    active = [sink for sink in status["sinks"] if sink["health"] != "disabled"]
+    stuck = [sink for sink in active if sink["consecutiveFailures"] and sink["lagCount"]]
+    for sink in sorted(stuck, key=lambda sink: sink["health"] != "critical"):
+        why = ": ".join(filter(None, (sink["reasonCode"], sink["message"])))
+        words = f"{sink['id']} is failing ({why}), {plural(sink['lagCount'], 'delivery')} waiting"
+        advice = advise(sink["reasonCode"], sink["httpStatus"], sink["message"])
+        named = f"{sink['id']}: " if len(stuck) > 1 else ""
+        yield Finding(sink["health"], words, named + advice)
+    if lagging := [sink for sink in active if sink["lagCount"] and sink not in stuck]:
+        waiting = plural(sum(sink["lagCount"] for sink in lagging), "delivery")
+        words = f"{waiting} waiting for {', '.join(sink['id'] for sink in lagging)}"
+        yield Finding("warning", words, f"the next pass goes on with them; {dispatch} does so now")
+    if dead := [sink for sink in active if sink["deadLetterCount"]]:
+        count = plural(sum(sink["deadLetterCount"] for sink in dead), "dead letter")
+        words = f"{count} of {', '.join(sink['id'] for sink in dead)}"
+        again = f"`{command_line('redeliver', job, '--dead-letters')}` sends them again"
+        yield Finding("warning", words, f"{again}, `skip` in its place dismisses them")
+    if status["untakenCount"] and status["configValid"] is None:
+        words = f"{plural(status['untakenCount'], 'escalation')} not taken up yet"
+        yield Finding("warning", words, f"run {dispatch}")
+    if status["sinks"] and not active:
+        yield Finding(
+            "ok", "no sink is enabled: nothing is sent", 'set "enabled": true on a sink in the config'
+        )
+
+
+def find_lost(job: Job, rows: Iterable[JsonObject], now: float) -> Iterator[Finding]:
+    """Tell of escalations that reached no sink and never will by themselves, for as long as LOSS_SHOWN."""
+    lost: dict[str, tuple[int, str]] = {}
+    for row in rows:
+        code, at = row.get("reasonCode"), parse_time(row.get("timestamp"))
+        if code in LOST and at is not None and now - at < LOSS_SHOWN:
+            dropped = row.get("droppedCount")
+            count, _ = lost.get(code, (0, ""))
+            lost[code] = (count + (dropped if isinstance(dropped, int) else 1), row["timestamp"])
+    for code, (count, last) in lost.items():
+        if code == "source_replaced":
+            words = f"the source was replaced, perhaps before all of it was read ({code}, at {last})"
+            advice = f"compare what is there with the last rows of {job.telemetry_file}"
+        elif code == "source_lost":
+            words = f"{plural(count, 'delivery')} lost ({code}, at {last})"
+            advice = "keep a few rotations of the source, uncompressed, for as long as a sink may be down"
+        else:
+            words = f"{plural(count, 'line')} of the source sent to nobody ({code}, last at {last})"
+            select = f"jq -c 'select(.reasonCode == \"{code}\")' {job.telemetry_file}"
+            advice = f"`{select}` shows them; mend their writer, append what is worth it to the source"
+        yield Finding("warning", words, advice)
+
+
+def find_unfinished(job: Job, now: float) -> Iterator[Finding]:
+    """Tell of a last line that nobody finishes: it waits for its line feed, and spoils the next one."""
+    size, written = unterminated(job.escalations_file)
+    if size and now - written > WRITER_GRACE:
+        words = f"the source ends in {plural(size, 'byte')} without a line feed, since {iso(written)}"
+        advice = (
+            f"where its writer has gone: `echo >>{job.escalations_file}`; the next pass takes the line up"
+        )
+        yield Finding("warning", words, advice)
+
+
+def unterminated(path: Path) -> tuple[int, float]:
+    """How many bytes follow the last line feed of a file, and when it was written to. Raises StorageError."""
+    try:
+        with path.open("rb") as file:
+            stat = os.fstat(file.fileno())
+            return stat.st_size - end_of_lines(file.fileno(), stat.st_size), stat.st_mtime
+    except FileNotFoundError:
+        return 0, 0.0
+    except OSError as error:
+        raise storage_error("read", path, error) from None
+
+
+def find_broken_pass(document: JsonObject | None, last: JsonObject | None) -> Iterator[Finding]:
+    """Tell of a last pass that ended with an error, of which only reconcile's own row knows."""
+    if last is not None and last.get("status") == "failed_command":
+        ended, worked = parse_time(last.get("timestamp")), parse_time((document or {}).get("updatedAt"))
+        if ended is not None and (worked is None or ended >= worked):
+            said = cut(printable(str(last.get("message"))), 200)
+            yield Finding("warning", f"the last pass ended with an error: {said}", "do what the error says")
 
 
 def last_lines(path: Path, size: int) -> list[bytes]:
@@ -5568,13 +6075,29 @@ def last_row(path: Path) -> JsonObject | None:
     return None
 
 
-def recent_failures(path: Path) -> list[JsonObject]:
-    """Count the failure reasons at the end of the telemetry, most frequent first."""
-    found: dict[str, JsonObject] = {}
+def recent_rows(path: Path) -> list[JsonObject]:
+    """The rows at the end of a file of rows."""
+    rows = []
     for line in last_lines(path, RECENT_BYTES):
-        row: JsonObject = {}
-        with contextlib.suppress(ValueError):
-            row = mapping(json.loads(line))
+        with contextlib.suppress(ValueError, RecursionError):
+            rows.append(mapping(json.loads(line)))
+    return rows
+
+
+def last_failures(job: Job) -> dict[str, JsonObject]:
+    """The last failed attempt of each sink, as far as the end of the attempts file has one."""
+    return {
+        str(row.get("sinkId")): row
+        for row in recent_rows(job.attempts_file)
+        if row.get("loopId") == job.loop_id
+        and row.get("outcome") in ("retry", "misconfigured", "dead_letter")
+    }
+
+
+def count_failures(rows: Iterable[JsonObject]) -> list[JsonObject]:
+    """Count the failure reasons of rows, most frequent first."""
+    found: dict[str, JsonObject] = {}
+    for row in rows:
         if row.get("status") not in ("failed", "partial", "failed_command"):
             continue
         sinks = row.get("sinks")
@@ -5588,70 +6111,57 @@ def recent_failures(path: Path) -> list[JsonObject]:
     return sorted(found.values(), key=lambda reason: (-reason["count"], reason["reasonCode"]))
 
 
-def verdict_of(status: JsonObject) -> tuple[str, str | None]:
-    """The state of a loop in one sentence, and what to do about it."""
-    if status["configValid"] is False:
-        return (
-            "the config is invalid: nothing is sent",
-            "run `config`, mend what it names; then all that waits goes out",
-        )
-    if status["alerts"]["dispatch"] is None:
-        return "no pass has run yet", "run `dispatch`, or hook it into reconcile"
-    failing = [
-        sink for sink in status["sinks"] if sink["consecutiveFailures"] and sink["health"] != "disabled"
-    ]
-    if failing:
-        sink = max(failing, key=lambda sink: HEALTH_ORDER.index(sink["health"]))
-        why = ": ".join(filter(None, (sink["reasonCode"], sink["message"])))
-        words = f"{sink['id']} is failing ({why}), {plural(sink['lagCount'], 'delivery')} waiting"
-        return words, advise(sink["reasonCode"], sink["httpStatus"], sink["message"])
-    if lagging := [sink for sink in status["sinks"] if sink["lagCount"] and sink["health"] != "disabled"]:
-        waiting = sum(sink["lagCount"] for sink in lagging)
-        return (
-            f"{plural(waiting, 'delivery')} waiting",
-            "the next pass goes on with them; run `dispatch` to do so now",
-        )
-    if dead := sum(sink["deadLetterCount"] for sink in status["sinks"]):
-        return plural(dead, "dead letter"), "run `redeliver --dead-letters`"
-    if status["untakenCount"] and status["configValid"] is None:
-        return f"{plural(status['untakenCount'], 'escalation')} not taken up yet", "run `dispatch`"
-    if status["sinks"] and all(sink["enabled"] is False for sink in status["sinks"]):
-        return "no sink is enabled: nothing is sent", 'set "enabled": true on a sink in the config'
-    return "nothing waits: all that was taken up is delivered, or its row says why not", None
+HEALTH_COLOURS = {"ok": "green", "warning": "yellow", "critical": "red", "unknown": "yellow"}
 
 
 def status_text(status: JsonObject) -> str:
-    """The status of a loop for people."""
-    colours = {"ok": "green", "warning": "yellow", "critical": "red", "unknown": "yellow"}
-    words, advice = verdict_of(status)
-    head = click.style(status["health"].upper(), fg=colours[status["health"]], bold=True)
-    lines = [f"{head}  loop {status['loopId']}: {printable(words)}"]
-    if advice:
-        lines.append(f"What to do: {advice}")
+    """The status of a loop for people: the verdict and the advice, then each sink, then the evidence."""
+    head = click.style(status["health"].upper(), fg=HEALTH_COLOURS[status["health"]], bold=True)
+    lines = [f"{head}  loop {status['loopId']}: {printable(status['verdict'])}"]
+    lines += [f"What to do: {printable(advice)}" for advice in status["advice"]]
+    now = parse_time(status["generatedAt"]) or 0.0
     rows = [
         (
             sink["id"],
             sink["health"],
             sink["lagCount"],
-            sink["oldestPendingAt"],
-            sink["lastSuccessAt"],
-            sink["lastFailureAt"],
+            how_long(sink["oldestPendingAt"], now),
+            how_long(sink["lastSuccessAt"], now),
+            how_long(sink["lastFailureAt"], now),
             sink["consecutiveFailures"],
-            sink["nextAttemptAt"],
+            how_long(sink["nextAttemptAt"], now),
             sink["deadLetterCount"],
-            cut(": ".join(filter(None, (sink["reasonCode"], sink["message"]))), 80) or None,
         )
         for sink in status["sinks"]
     ]
     headings = ("SINK", "HEALTH", "LAG", "OLDEST", "LAST SUCCESS", "LAST FAILURE", "FAILURES")
     if rows:
-        lines += ["", table((*headings, "NEXT ATTEMPT", "DEAD", "REASON"), rows)]
+        lines += ["", table((*headings, "NEXT ATTEMPT", "DEAD"), rows), ""]
+    for sink in status["sinks"]:
+        if sink["reasonCode"]:
+            why = ": ".join(filter(None, (sink["reasonCode"], sink["message"])))
+            lines.append(printable(f"{sink['id']}: last failure at {sink['lastFailureAt']}: {cut(why, 200)}"))
     if status["failureReasons"]:
         reasons = (
             f"{r['reasonCode']} {r['count']} (last {r['lastSeenAt']})" for r in status["failureReasons"]
         )
-        lines += ["", f"Recent failures: {printable(', '.join(reasons))}"]
-    return "\n".join([*lines, *(f"note: {printable(note)}" for note in status["notes"])])
+        lines.append(f"Recent failures: {printable(', '.join(reasons))}")
+    if last := status["alerts"]["dispatch"]:
+        ago = how_long(last["updatedAt"], now) or printable(str(last["updatedAt"]))
+        lines.append(f"Last pass: {ago} ({last['updatedAt']}), {printable(str(last['status']))}")
+    return "\n".join([*lines, *note_lines(status["notes"])])
+
+
+def how_long(moment: str | None, now: float) -> str | None:
+    """A time as people at a terminal say it: `40 s ago`, `in 3 min`. What is no time is shown as it is."""
+    at = parse_time(moment)
+    if at is None:
+        return cut(moment, 20) if moment else None
+    seconds = abs(now - at)
+    units = ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"))
+    length, unit = next((pair for pair in units if seconds >= 2 * pair[0]), (1, "s"))
+    amount = f"{seconds // length:.0f} {unit}"
+    return f"in {amount}" if at > now else f"{amount} ago"
 
 
 def prometheus_text(statuses: Sequence[JsonObject]) -> str:
@@ -5698,24 +6208,49 @@ def prometheus_text(statuses: Sequence[JsonObject]) -> str:
                 if value is not None:
                     lines.append(f"{metric}{labels(loop=status['loopId'], sink=sink['id'])} {value:.15g}")
     metric = "ops_alert_dispatch_deliveries_total"
-    lines += [f"# HELP {metric} Attempts by what came of them.", f"# TYPE {metric} counter"]
+    text = "Deliveries made, made dead letters or skipped; and failed, which are attempts."
+    lines += [f"# HELP {metric} {text}", f"# TYPE {metric} counter"]
+    outcomes = {
+        "delivered": "deliveredCount",
+        "failed": "failedAttemptCount",
+        "dead_letter": "givenUpCount",
+        "skipped": "skippedCount",
+    }
     for status in statuses:
         for sink in status["sinks"]:
-            for outcome, key in (("delivered", "deliveredCount"), ("failed", "failedAttemptCount")):
+            for outcome, key in outcomes.items():
                 found = labels(loop=status["loopId"], sink=sink["id"], outcome=outcome)
                 lines.append(f"{metric}{found} {sink[key]}")
     return "\n".join(lines)
 
 
-@cli.command(epilog=EXIT_CODES_HELP)
+class StatusCommand(click.Command):
+    """A command line that is wrong must not look CRITICAL to a monitor, whose exit codes have meanings."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        check = "--check" in args
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            if not check:
+                raise
+            say_unknown(error.format_message())
+            raise click.exceptions.Exit(PLUGIN_CODES["unknown"]) from None
+
+
+def say_unknown(why: str) -> None:
+    """Tell a monitor in one line on standard output that nothing can be said."""
+    click.echo(printable(f"ALERT DISPATCH UNKNOWN: {why}"))
+
+
+@cli.command(cls=StatusCommand, epilog=STATUS_EXIT_CODES_HELP)
 @repo_option
 @click.option(
     "--loop", "loop_id", metavar="ID", callback=check_loop_id, show_default="all loops", help="The loop."
 )
 @config_option
-@click.option(
-    "--check", is_flag=True, help="One line for a monitor; exit 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN."
-)
+@file_options
+@click.option("--check", is_flag=True, help="One line for a monitor, and its exit codes.")
 @click.option(
     "--critical-after",
     type=click.FloatRange(min=0),
@@ -5728,44 +6263,67 @@ def prometheus_text(statuses: Sequence[JsonObject]) -> str:
     "form",
     type=click.Choice(["auto", "text", "json", "prometheus"]),
     default="auto",
-    help="text for people, json for scripts, prometheus for a textfile collector; auto: text on a terminal.",
+    help="text for people, json for scripts, prometheus for a textfile collector; auto: text on a terminal, "
+    "else JSON on one line.",
 )
 @pretty_option
 def status(
     repo: Path,
     loop_id: str | None,
     alert_config_file: Path | None,
+    escalations_file: Path | None,
+    dispatch_state_file: Path | None,
+    dispatch_telemetry_file: Path | None,
     check: bool,
     critical_after: float,
     form: str,
     pretty: bool,
 ) -> None:
-    """Say how each sink of a loop fares, what is stuck, why, and what to do. Changes nothing."""
+    """Is it working, what is stuck, why, what to do.
+
+    Says how each sink of a loop fares, from the files alone: it sends nothing and changes nothing. The files
+    that can be named are those of one loop: they go with --loop.
+    """
+    files = (escalations_file, dispatch_state_file, dispatch_telemetry_file)
+    statuses: list[JsonObject] = []
+    errors: list[tuple[str, DispatchError]] = []
     try:
-        loops = [loop_id] if loop_id else loops_of(absolute(repo))
-        statuses = [loop_status(default_job(repo, loop, alert_config_file), critical_after) for loop in loops]
-    except DispatchError as error:
+        if loop_id is None and any(files):
+            raise click.UsageError("a loop's own files go with --loop")
+        for name in [loop_id] if loop_id else loops_of(absolute(repo)):
+            try:
+                job = make_job(repo, name, alert_config_file, *files)
+                statuses.append(loop_status(job, critical_after))
+            except DispatchError as error:  # it does not hide the other loops
+                errors.append((name, error))
+    except (DispatchError, click.UsageError) as fault:
         if not check:
             raise
-        # A monitor knows 0 to 3, and one line on standard output.
-        click.echo(printable(f"ALERT DISPATCH UNKNOWN: {str(error).replace(chr(10), ';')}"))
+        said = fault.format_message() if isinstance(fault, click.UsageError) else str(fault)
+        say_unknown(said.replace("\n", ";"))
         raise click.exceptions.Exit(PLUGIN_CODES["unknown"]) from None
     if check:
-        worst = max(
-            (s["health"] for s in statuses), key=lambda h: (0, 1, 3, 2)[PLUGIN_CODES[h]], default="unknown"
-        )
-        words = [f"{s['loopId']}: {verdict_of(s)[0]}" for s in statuses if s["health"] == worst]
-        named = next(word for word in ("OK", "WARNING", "CRITICAL", "UNKNOWN") if word.lower() == worst)
-        click.echo(
-            printable(f"ALERT DISPATCH {named}: {'; '.join(words) or 'no loop has escalations or a state'}")
-        )
+        said_of = [(found["health"], found["loopId"], found["verdict"]) for found in statuses]
+        said_of += [("unknown", name, str(found).replace("\n", ";")) for name, found in errors]
+        worst = max((health for health, _, _ in said_of), key=HEALTH_ORDER.index, default="unknown")
+        words = [f"{name}: {verdict}" for health, name, verdict in said_of if health == worst]
+        said = "; ".join(words) or "no loop has escalations or a state"
+        click.echo(printable(f"ALERT DISPATCH {worst.upper()}: {said}"))
         raise click.exceptions.Exit(PLUGIN_CODES[worst])
+    if loop_id and errors:
+        raise errors[0][1]
     if form == "prometheus":
         click.echo(prometheus_text(statuses))
     elif form == "json" or pretty or (form == "auto" and not is_terminal(sys.stdout)):
         print_json(statuses[0] if loop_id else {"loops": statuses}, pretty)
+    elif statuses or errors:
+        click.echo("\n\n".join(map(status_text, statuses)))
     else:
-        click.echo("\n\n".join(map(status_text, statuses)) or NO_LOOPS)
+        click.echo(NO_LOOPS)
+    for name, problem in errors:
+        click.echo(f"error: loop {name}: {problem}", err=True)
+    if errors:
+        raise click.exceptions.Exit(errors[0][1].exit_code)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -5789,12 +6347,31 @@ def attempt_once(sink: Sink, delivery: Delivery, origin: Origin, redactor: Redac
     return best_verdict(verdicts or {sink.id: timed_out}), time.monotonic() - began
 
 
-def outcome_text(verdict: Verdict) -> str:
-    """What came of an attempt, in words."""
+def outcome_json(verdict: Verdict, seconds: float) -> JsonObject:
+    """What came of an attempt, for scripts."""
+    delivered = verdict.outcome == "delivered"
+    result: JsonObject = {
+        "status": "success" if delivered else "failed",
+        "httpStatus": verdict.http_status,
+        "reasonCode": verdict.reason_code,
+        "message": None if delivered else verdict.message,
+        "durationMs": round(seconds * 1000),
+    }
+    if not delivered:
+        result["advice"] = advise(verdict.reason_code, verdict.http_status, verdict.message)
+    return result
+
+
+def outcome_text(what: str, verdict: Verdict, seconds: float) -> str:
+    """What came of an attempt, for people: what happened, how long it took, what to do about it."""
+    duration = f"{seconds * 1000:.0f} ms"
     if verdict.outcome == "delivered":
-        return f"delivered ({verdict.http_status})"
+        said = click.style(f"delivered ({verdict.http_status})", fg="green")
+        return f"{printable(what)}: {said}, {duration}"
     answer = f" {verdict.http_status}" if verdict.http_status is not None else ""
-    return f"{verdict.reason_code}{answer}" + (f": {verdict.message}" if verdict.message else "")
+    why = f"{verdict.reason_code}{answer}" + (f": {verdict.message}" if verdict.message else "")
+    advice = advise(verdict.reason_code, verdict.http_status, verdict.message)
+    return f"{printable(what)}: {click.style(printable(why), fg='red')}, {duration}\n  what to do: {advice}"
 
 
 @cli.command("test", epilog=EXIT_CODES_HELP)
@@ -5820,15 +6397,12 @@ def send_test(
     form: Format,
     pretty: bool,
 ) -> None:
-    """Send one clearly marked test alert to each enabled sink, and say what came of it.
+    """Send a marked test alert to each enabled sink.
 
-    Goes through the real adapters with the real credentials, and touches no offset.
+    Says for each what came of it, how long it took and, when it failed, what to do. Goes through the real
+    adapters with the real credentials, and touches no offset.
     """
-    level = normalise_severity(severity)
-    if level is None:
-        raise click.BadParameter(
-            f"{severity!r} is not one of {', '.join(SEVERITIES)}", param_hint="--severity"
-        )
+    level = read_severity(severity)
     repo = absolute(repo)
     loaded = load_config(
         absolute(alert_config_file or repo / DEFAULT_CONFIG), os.environ, check_env=not sink_ids
@@ -5859,24 +6433,9 @@ def send_test(
         delivery = delivery_of(encode_json(body), Router(loaded), PROGRAM, Position(1, 0, 0))
         origin = Origin(str(repo), trace_id, time.time())
         verdict, seconds = attempt_once(sink, delivery, origin, loaded.redactor())
-        result: JsonObject = {
-            "id": sink.id,
-            "type": sink.type,
-            "status": "success" if verdict.outcome == "delivered" else "failed",
-            "httpStatus": verdict.http_status,
-            "reasonCode": verdict.reason_code,
-            "message": verdict.message if verdict.outcome != "delivered" else None,
-            "durationMs": round(seconds * 1000),
-        }
-        if verdict.outcome != "delivered":
-            result["advice"] = advise(verdict.reason_code, verdict.http_status, verdict.message)
-        results.append(result)
+        results.append({"id": sink.id, "type": sink.type, **outcome_json(verdict, seconds)})
         if not wants_json(form, pretty):
-            colour = "green" if verdict.outcome == "delivered" else "red"
-            said = click.style(printable(outcome_text(verdict)), fg=colour)
-            click.echo(f"{sink.id}: {said}, {result['durationMs']} ms")
-            if "advice" in result:
-                click.echo(f"  what to do: {result['advice']}")
+            click.echo(outcome_text(sink.id, verdict, seconds))
     if wants_json(form, pretty):
         print_json({"schemaVersion": SCHEMA_VERSION, "sinks": results}, pretty)
     if any(result["status"] == "failed" for result in results):
@@ -5895,25 +6454,44 @@ def delivery_of(line: bytes, router: Router, loop_id: str, place: Position) -> D
 
 
 class Redelivery(NamedTuple):
-    """A delivery that an operator asks for again, and what its rows say of its place."""
+    """A delivery that its lane is past, which an operator names, and what its rows say of its place."""
 
     sink: Sink
     delivery: Delivery
     place: JsonObject
     dead_letter: bool
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """Which delivery it is: escalationId and sink id."""
+        return self.delivery.escalation.id, self.sink.id
 
-def find_redeliveries(
-    job: Job,
-    config: Config,
-    state: State,
-    *,
-    dead_letters: bool,
-    escalation: str | None,
-    lines: tuple[int, int | None] | None,
-    sink_id: str | None,
-) -> list[Redelivery]:
-    """Find what an operator asks to be sent again. What still waits in a lane goes out by itself."""
+    def to_json(self) -> JsonObject:
+        """The delivery as a command's JSON names it."""
+        return {
+            "escalationId": self.delivery.escalation.id,
+            "escalationCategory": self.delivery.escalation.category,
+            "escalationTimestamp": self.delivery.escalation.timestamp,
+            "sinkId": self.sink.id,
+            "sinkType": self.sink.type,
+            "deadLetter": self.dead_letter,
+        }
+
+
+class Wanted(NamedTuple):
+    """What an operator names: all dead letters, one escalation, or lines from-to; of one sink or of each."""
+
+    dead_letters: bool = False
+    escalation: str | None = None
+    lines: tuple[int, int | None] | None = None
+    sink_id: str | None = None
+
+
+def find_settled(job: Job, config: Config, state: State, wanted: Wanted) -> list[Redelivery]:
+    """Find the deliveries that an operator names. What still waits in a lane is left to it.
+
+    Raises BadParameter where there is no such escalation or line.
+    """
     router = Router(config)
     dead = find_dead_letters(job)
     found: dict[tuple[str, str], Redelivery] = {}
@@ -5923,61 +6501,103 @@ def find_redeliveries(
             sink, lane = config.sinks.get(name), state.lanes.get(name)
             key = (delivery.escalation.id, name)
             waits = lane is not None and lane.position <= delivery.record.start and key not in dead
-            if (
-                sink is not None
-                and not waits
-                and sink_id in (None, name)
-                and (not dead_letters or key in dead)
-            ):
+            if sink is None or waits or wanted.sink_id not in (None, name):
+                continue
+            if key in dead or not wanted.dead_letters:
                 found[key] = Redelivery(sink, delivery, place, key in dead)
 
-    if lines is not None:
+    if wanted.lines is not None:
+        first, last = wanted.lines
+        line = 0
         with Source(job.escalations_file, state.segments) as source:
-            if source.current is None:
-                return []
-            for record in source.read(Position(source.current.number, 0, 0)):
-                if record.end.line < lines[0] or (lines[1] is not None and record.end.line > lines[1]):
+            for record in source.read(Position(source.current.number, 0, 0)) if source.current else ():
+                line = record.end.line
+                if line < first or (last is not None and line > last):
                     continue
-                line = parse_escalation(record, job.loop_id)
-                if isinstance(line, Unusable):
+                escalation = parse_escalation(record, job.loop_id)
+                if isinstance(escalation, Unusable):
                     continue
-                resolution = router.resolve(line.category, line.severity)
-                delivery = Delivery(record, line, resolution, late=True)
+                resolution = router.resolve(escalation.category, escalation.severity)
+                delivery = Delivery(record, escalation, resolution, late=True)
                 add(delivery, record_place(record, source), [sink.id for sink in resolution.dispatchable])
+        if line < first:
+            said = f"{first} is beyond the end: {job.escalations_file} has {plural(line, 'line')}"
+            raise click.BadParameter(said, param_hint="--from-line")
         return list(found.values())
+    ids = {wanted.escalation} if wanted.escalation is not None else {identity for identity, _ in dead}
+    on_record: set[str] = set()
     rows, _ = loop_rows(job, job.telemetry_file, Checkpoint())
     for row in rows:
         identity = row.get("escalationId")
-        if not isinstance(row.get("escalation"), dict) or (escalation is not None and identity != escalation):
+        if identity not in ids:
+            continue
+        on_record.add(str(row.get("reasonCode")))
+        if not isinstance(row.get("escalation"), dict):
             continue
         with contextlib.suppress(ValueError, KeyError, TypeError):
             end, place = end_of_row(row), row["position"]
             start = Position(end.segment, int(place["offset"]), end.line - 1)
             delivery = delivery_of(encode_json(row["escalation"]), router, job.loop_id, start)
             delivery = delivery._replace(escalation=delivery.escalation._replace(id=str(identity)))
-            add(delivery, place, [str(entry["id"]) for entry in row["sinks"]])
+            sinks = [str(entry["id"]) for entry in row["sinks"]]
+            add(delivery, place, [*sinks, *(sink.id for sink in delivery.resolution.dispatchable)])
+    if wanted.escalation is not None and not found:
+        if not on_record:
+            where = f"see escalationId in {job.telemetry_file}"
+            said = f"no escalation {printable(wanted.escalation)!r} is on record; {where}"
+            raise click.BadParameter(said, param_hint="--id")
+        if unusable := on_record & UNUSABLE:
+            said = f"its line is no escalation ({unusable.pop()}): append a mended one to the source"
+            raise click.BadParameter(said, param_hint="--id")
     return list(found.values())
 
 
+# What a line is that cannot be sent to anybody.
+UNUSABLE = {
+    *("invalid_escalation_json", "missing_escalation_category", "escalation_too_large", "blank_line"),
+}
+
+# A sink that has failed is not asked again for the rest of a command.
+NOT_TRIED = "not_tried"
+
+
 def redeliver_all(
-    job: Job, state: State, config: Config, wanted: Sequence[Redelivery]
-) -> list[tuple[Redelivery, Verdict]]:
-    """Send again what an operator asked for, under the same ids, and write down what came of it."""
+    job: Job,
+    state: State,
+    config: Config,
+    deliveries: Sequence[Redelivery],
+    tell: Callable[[Redelivery, Verdict | None, float], None],
+) -> None:
+    """Send again what an operator asked for, under the same ids, and write down what came of it.
+
+    `tell` learns of each delivery as it ends. No verdict: it was not tried, because its sink had failed.
+    """
     redactor = config.redactor()
-    results: list[tuple[Redelivery, Verdict]] = []
+    failing: set[str] = set()
     with Source(job.escalations_file, state.segments) as source:
         ledger = Ledger(job, state, source, redactor)
         ledger.prepare()
-        for item in wanted:
-            origin = Origin(str(job.repo), job.trace_id, time.time())
-            verdict, seconds = attempt_once(item.sink, item.delivery, origin, redactor)
-            ledger.record_redelivery(
-                item.sink, item.delivery, verdict, place=item.place, dead=item.dead_letter, duration=seconds
-            )
-            results.append((item, verdict))
-        ledger.flush()
-        save_lanes(job, state, source)
-    return results
+        try:
+            for item in deliveries:
+                if item.sink.id in failing:
+                    tell(item, None, 0.0)
+                    continue
+                origin = Origin(str(job.repo), job.trace_id, time.time())
+                verdict, seconds = attempt_once(item.sink, item.delivery, origin, redactor)
+                if verdict.outcome not in SETTLED:
+                    failing.add(item.sink.id)
+                ledger.record_by_operator(
+                    item.sink,
+                    item.delivery,
+                    verdict,
+                    place=item.place,
+                    dead=item.dead_letter,
+                    duration=seconds,
+                )
+                tell(item, verdict, seconds)
+        finally:
+            ledger.flush()
+            save_lanes(job, state, source)
 
 
 def save_lanes(job: Job, state: State, source: Source) -> None:
@@ -6005,10 +6625,52 @@ def operator_session(job: Job) -> Iterator[tuple[Config, State]]:
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
+def check_sink(config: Config, sink_id: str | None) -> None:
+    """Raises BadParameter where a sink that was named is not in the config."""
+    if sink_id is not None and sink_id not in config.sinks:
+        known = suggest(sink_id, list(config.sinks))
+        raise click.BadParameter(f"there is no sink {printable(sink_id)!r}; {known}", param_hint="--sink")
+
+
+def ask(question: str, what: str, *, err: bool) -> None:
+    """Show what is about to be done and ask; anything but yes ends the command.
+
+    `err`: on standard error, because standard output is for the JSON.
+    """
+    click.echo(what, err=err)
+    try:
+        click.confirm(question, abort=True, err=err)
+    except click.Abort:
+        hint = "" if is_terminal(sys.stdin) else "; --yes goes ahead without asking"
+        click.echo(f"nothing was done{hint}", err=True)
+        raise
+
+
+# So many deliveries are listed before a question; the rest is counted.
+LISTED = 20
+
+
+def listing(deliveries: Sequence[Redelivery]) -> str:
+    """Deliveries as a table, to be looked at before something is done with them."""
+    rows = (
+        (
+            item.delivery.record.end.line,
+            item.sink.id,
+            item.delivery.escalation.category,
+            item.delivery.escalation.timestamp,
+            item.delivery.escalation.id,
+        )
+        for item in deliveries[:LISTED]
+    )
+    text = table(("LINE", "SINK", "CATEGORY", "TIMESTAMP", "ESCALATION"), rows)
+    return f"{text}\n… and {len(deliveries) - LISTED} more" if len(deliveries) > LISTED else text
+
+
 @cli.command(epilog=EXIT_CODES_HELP)
 @repo_option
 @loop_option
 @config_option
+@file_options
 @click.option("--dead-letters", is_flag=True, help="All dead letters.")
 @click.option("--id", "escalation", metavar="ESCALATION_ID", help="One escalation.")
 @click.option(
@@ -6017,121 +6679,237 @@ yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--to-line", type=click.IntRange(min=1), metavar="M", help="… to this one, or to the end.")
 @click.option("--sink", "sink_id", metavar="ID", help="To this sink only.")
 @yes_option
+@format_option
+@pretty_option
 def redeliver(
     repo: Path,
     loop_id: str,
     alert_config_file: Path | None,
+    escalations_file: Path | None,
+    dispatch_state_file: Path | None,
+    dispatch_telemetry_file: Path | None,
     dead_letters: bool,
     escalation: str | None,
     from_line: int | None,
     to_line: int | None,
     sink_id: str | None,
     yes: bool,
+    form: Format,
+    pretty: bool,
 ) -> None:
-    """Send again what was given up, skipped or delivered, under the same ids.
+    """Send again what was given up, skipped or delivered.
 
-    Shows what it will send and asks. A dead letter that is delivered is one no longer. What still waits in a
-    lane is left to it.
+    Shows what it will send, asks, and sends it under the same ids. A dead letter that is delivered is one no
+    longer. What still waits in a lane is left to it. After a sink has failed it is not asked again: the
+    rest stays as it was.
     """
     if (dead_letters + (escalation is not None) + (from_line is not None)) != 1:
         raise click.UsageError("say what: one of --dead-letters, --id, --from-line")
     if to_line is not None and from_line is None:
         raise click.UsageError("--to-line goes with --from-line")
-    job = default_job(repo, loop_id, alert_config_file)
+    if to_line is not None and from_line is not None and to_line < from_line:
+        raise click.UsageError(f"--to-line {to_line} is before --from-line {from_line}")
+    job = make_job(
+        repo, loop_id, alert_config_file, escalations_file, dispatch_state_file, dispatch_telemetry_file
+    )
+    lines = None if from_line is None else (from_line, to_line)
+    wanted = Wanted(dead_letters, escalation, lines, sink_id)
+    as_json = wants_json(form, pretty)
+    results: list[JsonObject] = []
 
-    def find(loaded: Config, state: State) -> list[Redelivery]:
-        lines = None if from_line is None else (from_line, to_line)
-        return find_redeliveries(
-            job,
-            loaded,
-            state,
-            dead_letters=dead_letters,
-            escalation=escalation,
-            lines=lines,
-            sink_id=sink_id,
-        )
+    def tell(item: Redelivery, verdict: Verdict | None, seconds: float) -> None:
+        if verdict is None:
+            results.append({**item.to_json(), "status": NOT_TRIED})
+        else:
+            results.append({**item.to_json(), **outcome_json(verdict, seconds)})
+        if as_json:
+            return
+        what = f"{item.delivery.escalation.id} to {item.sink.id}"
+        if verdict is None:
+            click.echo(printable(f"{what}: not tried, because the sink has just failed"))
+        else:
+            click.echo(outcome_text(what, verdict, seconds))
 
     with operator_session(job) as (loaded, state):
-        if sink_id is not None and sink_id not in loaded.sinks:
-            raise click.BadParameter(
-                f"there is no sink {sink_id!r}; {suggest(sink_id, list(loaded.sinks))}", param_hint="--sink"
-            )
-        wanted = find(loaded, state)
-    if not wanted:
+        check_sink(loaded, sink_id)
+        shown = find_settled(job, loaded, state, wanted)
+    if shown:
+        if not yes:
+            ask(f"Send {plural(len(shown), 'delivery')}?", listing(shown), err=as_json)
+        # No lock was held while a person thought: what another redelivery has sent since is not sent again.
+        keys = {item.key for item in shown}
+        with operator_session(job) as (loaded, state):
+            now_there = [item for item in find_settled(job, loaded, state, wanted) if item.key in keys]
+            redeliver_all(job, state, loaded, now_there, tell)
+    delivered = sum(result["status"] == "success" for result in results)
+    failed = len(results) - delivered
+    if as_json:
+        summary = {
+            "schemaVersion": SCHEMA_VERSION,
+            "loopId": loop_id,
+            "status": "nothing_to_do" if not results else batch_status(delivered, failed),
+            "deliveredCount": delivered,
+            "failedCount": failed,
+            "deliveries": results,
+        }
+        print_json(summary, pretty)
+    elif not shown and dead_letters:
+        click.echo(f"Nothing to redeliver: there is no dead letter{f' of {sink_id}' if sink_id else ''}.")
+    elif not results:
         click.echo("Nothing to redeliver. What still waits in a lane goes out by itself: see `status`.")
-        return
-    rows = [
-        (w.delivery.escalation.id, w.sink.id, w.delivery.escalation.category, w.delivery.escalation.timestamp)
-        for w in wanted
-    ]
-    click.echo(table(("ESCALATION", "SINK", "CATEGORY", "TIMESTAMP"), rows))
-    if not yes:
-        click.confirm(f"Send {plural(len(wanted), 'delivery')}?", abort=True)
-    # No lock was held while a person thought: what another redelivery has sent since is not sent again.
-    shown = {(w.delivery.escalation.id, w.sink.id) for w in wanted}
-    failed = 0
-    with operator_session(job) as (loaded, state):
-        wanted = [w for w in find(loaded, state) if (w.delivery.escalation.id, w.sink.id) in shown]
-        for item, verdict in redeliver_all(job, state, loaded, wanted):
-            failed += verdict.outcome != "delivered"
-            click.echo(printable(f"{item.delivery.escalation.id} to {item.sink.id}: {outcome_text(verdict)}"))
-            if verdict.outcome != "delivered":
-                click.echo(
-                    f"  what to do: {advise(verdict.reason_code, verdict.http_status, verdict.message)}"
-                )
+    else:
+        click.echo(f"{plural(delivered, 'delivery')} made, {failed} not.")
     if failed:
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
+
+
+def batch_status(done: int, failed: int) -> str:
+    """The status of several deliveries, in the words of a pass."""
+    if not failed:
+        return "success"
+    return "partial" if done else "failed"
 
 
 @cli.command(epilog=EXIT_CODES_HELP)
 @repo_option
 @loop_option
 @config_option
-@click.option("--sink", "sink_id", required=True, metavar="ID", help="The sink whose backlog is given up.")
+@file_options
+@click.option(
+    "--sink", "sink_id", metavar="ID", help="The sink that is meant.  [required without --dead-letters]"
+)
 @click.option(
     "--to-line", type=click.IntRange(min=1), metavar="N", show_default="all", help="Up to this line."
 )
+@click.option(
+    "--dead-letters", is_flag=True, help="Dismiss dead letters, of --sink or of all, and not what waits."
+)
 @yes_option
+@format_option
+@pretty_option
 def skip(
-    repo: Path, loop_id: str, alert_config_file: Path | None, sink_id: str, to_line: int | None, yes: bool
+    repo: Path,
+    loop_id: str,
+    alert_config_file: Path | None,
+    escalations_file: Path | None,
+    dispatch_state_file: Path | None,
+    dispatch_telemetry_file: Path | None,
+    sink_id: str | None,
+    to_line: int | None,
+    dead_letters: bool,
+    yes: bool,
+    form: Format,
+    pretty: bool,
 ) -> None:
-    """Give up what waits for a sink, on purpose and on record; `redeliver` can send it later."""
-    job = default_job(repo, loop_id, alert_config_file)
-    with operator_session(job) as (loaded, state), Source(job.escalations_file, state.segments) as source:
+    """Give up what waits for a sink, or its dead letters.
+
+    Shows what it will pass over, and asks. Each delivery is on record as skipped_by_operator; `redeliver` can
+    send it after all.
+    """
+    if dead_letters and to_line is not None:
+        raise click.UsageError("--to-line does not go with --dead-letters")
+    if sink_id is None and not dead_letters:
+        raise click.UsageError("say which: --sink ID, or --dead-letters")
+    job = make_job(
+        repo, loop_id, alert_config_file, escalations_file, dispatch_state_file, dispatch_telemetry_file
+    )
+    as_json = wants_json(form, pretty)
+
+    def find(loaded: Config, state: State, source: Source) -> list[Redelivery]:
+        if dead_letters:
+            return find_settled(job, loaded, state, Wanted(dead_letters=True, sink_id=sink_id))
         newest = source.current.number if source.current else 0
-        waiting = [
-            delivery
-            for delivery in find_backlog(job, loaded, state, source, sink_id)
+        return [
+            Redelivery(loaded.sinks[str(sink_id)], delivery, record_place(delivery.record, source), False)
+            for delivery in find_backlog(job, loaded, state, source, str(sink_id))
             if to_line is None
             or delivery.record.start.segment < newest
             or delivery.record.end.line <= to_line
         ]
-    if not waiting:
-        click.echo("Nothing waits there.")
-        return
-    oldest = waiting[0].escalation.timestamp or "unknown time"
-    found = f"{plural(len(waiting), 'delivery')} to {sink_id} waiting, the oldest of {oldest}."
-    click.echo(printable(found))
-    if not yes:
-        click.confirm("Give them up?", abort=True)
-    # No lock was held while a person thought: what a pass has delivered since then is not skipped.
-    shown = {delivery.escalation.id for delivery in waiting}
+
     with operator_session(job) as (loaded, state), Source(job.escalations_file, state.segments) as source:
-        ledger = Ledger(job, state, source, loaded.redactor())
-        verdict = Verdict("skipped", SKIPPED_BY_OPERATOR, message="given up by an operator")
-        sink = loaded.sinks[sink_id]
-        backlog = find_backlog(job, loaded, state, source, sink_id)
-        count = next((i for i, d in enumerate(backlog) if d.escalation.id not in shown), len(backlog))
-        ledger.prepare()
-        if count:
-            ledger.record(sink, backlog[:count], verdict, attempt=0, duration=0.0)
-        lane = state.lanes[sink_id]
-        lane.oldest_pending_at = backlog[count].escalation.timestamp if count < len(backlog) else None
-        if lane.oldest_pending_at is None:
-            lane.lagging_since = None
-        ledger.flush()
-        save_lanes(job, state, source)
-    click.echo(f"{plural(count, 'delivery')} skipped. To send them after all: redeliver --from-line or --id.")
+        if dead_letters:
+            check_sink(loaded, sink_id)
+        shown = find(loaded, state, source)
+        faded = faded_dead_letters(state, shown, sink_id) if dead_letters else 0
+    skipped: list[Redelivery] = []
+    if shown or faded:
+        what = listing(shown)
+        if faded:
+            what += f"\nand {plural(faded, 'dead letter')} whose rows are in no file any more"
+        if not yes:
+            noun = "dead letter" if dead_letters else "delivery"
+            ask(f"Give up {plural(len(shown) + faded, noun)}?", what, err=as_json)
+        # No lock was held while a person thought: what a pass has delivered since then is not skipped.
+        keys = {item.key for item in shown}
+        with operator_session(job) as (loaded, state), Source(job.escalations_file, state.segments) as source:
+            skipped = [item for item in find(loaded, state, source) if item.key in keys]
+            ledger = Ledger(job, state, source, loaded.redactor())
+            ledger.prepare()
+            if dead_letters:
+                dismiss(ledger, skipped, sink_id)
+            else:
+                skip_backlog(ledger, skipped, find_backlog(job, loaded, state, source, str(sink_id)))
+            ledger.flush()
+            save_lanes(job, state, source)
+    if as_json:
+        results = [
+            {**item.to_json(), "status": "skipped", "reasonCode": SKIPPED_BY_OPERATOR} for item in skipped
+        ]
+        summary = {
+            "schemaVersion": SCHEMA_VERSION,
+            "loopId": loop_id,
+            "status": "success" if skipped or faded else "nothing_to_do",
+            "skippedCount": len(skipped) + faded,
+            "deliveries": results,
+        }
+        print_json(summary, pretty)
+    elif not shown and not faded:
+        click.echo("There is no dead letter." if dead_letters else "Nothing waits there.")
+    elif dead_letters:
+        click.echo(
+            f"{plural(len(skipped) + faded, 'dead letter')} dismissed. To send one after all: redeliver --id."
+        )
+    else:
+        said = f"{plural(len(skipped), 'delivery')} skipped"
+        click.echo(f"{said}. To send them after all: redeliver --from-line or --id.")
+
+
+GIVEN_UP = Verdict("skipped", SKIPPED_BY_OPERATOR, message="given up by an operator")
+
+
+def skip_backlog(ledger: Ledger, skipped: Sequence[Redelivery], backlog: Sequence[Delivery]) -> None:
+    """Pass over the first of what waits in a lane, on record."""
+    if not skipped:
+        return
+    deliveries = [item.delivery for item in skipped]
+    ledger.record(skipped[0].sink, deliveries, GIVEN_UP, attempt=0, duration=0.0)
+    lane = ledger.state.lanes[skipped[0].sink.id]
+    left = backlog[len(skipped) :]
+    lane.oldest_pending_at = left[0].escalation.timestamp if left else None
+    if not left:
+        # Nothing is stuck any more: the next delivery is a new start.
+        lane.consecutive_failures = lane.backoff_step = lane.attempts = 0
+        lane.lagging_since = lane.failing_since = lane.waiting_since = lane.next_attempt_at = None
+
+
+def dismiss(ledger: Ledger, dead: Sequence[Redelivery], sink_id: str | None) -> None:
+    """Take dead letters off the count, on record."""
+    for item in dead:
+        ledger.record_by_operator(
+            item.sink, item.delivery, GIVEN_UP, place=item.place, dead=True, duration=0.0
+        )
+    for name, lane in ledger.state.lanes.items():
+        if sink_id in (None, name) and lane.dead_letter_count:
+            message = "dead letters dismissed by an operator, whose own rows are in no file any more"
+            ledger.write_event(name, "skipped", SKIPPED_BY_OPERATOR, lane.dead_letter_count, message)
+            lane.dead_letter_count = 0
+
+
+def faded_dead_letters(state: State, found: Sequence[Redelivery], sink_id: str | None) -> int:
+    """How many dead letters are counted whose rows were rotated away: they cannot be sent any more."""
+    counted = sum(lane.dead_letter_count for name, lane in state.lanes.items() if sink_id in (None, name))
+    return max(0, counted - len(found))
 
 
 def find_backlog(job: Job, config: Config, state: State, source: Source, sink_id: str) -> list[Delivery]:
@@ -6139,15 +6917,10 @@ def find_backlog(job: Job, config: Config, state: State, source: Source, sink_id
     lane, sink = state.lanes.get(sink_id), config.sinks.get(sink_id)
     if lane is None or sink is None or state.taken_up is None:
         raise click.BadParameter(
-            f"there is no lane {sink_id!r}; {suggest(sink_id, list(state.lanes))}", param_hint="--sink"
+            f"there is no lane {printable(sink_id)!r}; {suggest(sink_id, list(state.lanes))}",
+            param_hint="--sink",
         )
-    router = Router(config)
-    return [
-        delivery
-        for start, stop in lane.ranges(min(lane.disabled_at or state.taken_up, state.taken_up))
-        for record in source.read(start, stop)
-        if (delivery := waiting_delivery(record, sink, router, job.loop_id)) is not None
-    ]
+    return list(backlog(lane, sink, Router(config), source, state.taken_up, job.loop_id))
 
 
 def initial_config() -> JsonObject:
@@ -6204,18 +6977,34 @@ def initial_config() -> JsonObject:
 
 @cli.command(epilog=EXIT_CODES_HELP)
 @repo_option
-def init(repo: Path) -> None:
-    """Write a config with three sinks, disabled, and say what to set next. Never overwrites."""
+@format_option
+@pretty_option
+def init(repo: Path, form: Format, pretty: bool) -> None:
+    """Write a config with three sinks, disabled.
+
+    Says what to set next. Never overwrites.
+    """
     path = absolute(repo) / DEFAULT_CONFIG
     if path.exists() or path.is_symlink():
         raise click.UsageError(f"{path} is there already, and is left as it is")
-    replace_file(path, json.dumps(initial_config(), indent=2).encode() + b"\n", durable=True)
-    click.echo(f"Wrote {path}. Next, for each sink that you want:")
-    for sink_id, sink in initial_config()["sinks"].items():
-        names = [value for key, value in sink.items() if key.endswith("Env")]
-        click.echo(
-            f'  {sink_id}: set {", ".join(names)} where reconcile runs, and "enabled": true in the config'
-        )
+    document = initial_config()
+    replace_file(path, json.dumps(document, indent=2).encode() + b"\n", durable=True)
+    sinks = [
+        {
+            "id": sink_id,
+            "type": sink["type"],
+            "secretRefs": {key: name for key, name in sink.items() if key.endswith("Env")},
+        }
+        for sink_id, sink in document["sinks"].items()
+    ]
+    if wants_json(form, pretty):
+        print_json({"schemaVersion": SCHEMA_VERSION, "configFile": str(path), "sinks": sinks}, pretty)
+        return
+    click.echo(printable(f"Wrote {path}. It holds no secret; only you can read it (mode 0600)."))
+    click.echo("Next, for each sink that you want:")
+    for sink in sinks:
+        names = ", ".join(sink["secretRefs"].values())
+        click.echo(f'  {sink["id"]}: set {names} where reconcile runs, and "enabled": true in the config')
     click.echo(f"Then: {PROGRAM} test --repo {printable(str(repo))}")
 
 
@@ -6321,7 +7110,7 @@ def demo_config() -> JsonObject:
 
 @cli.command(epilog=EXIT_CODES_HELP)
 def demo() -> None:
-    """Show the whole way of an escalation, on this machine alone: no account, no network.
+    """Show it all on this machine: no account, no network.
 
     Takes one escalation of each category through a webhook, a Slack and a PagerDuty sink, all played by a
     receiver on 127.0.0.1, shows what each received and what the telemetry says, and runs a second pass to

@@ -41,6 +41,7 @@ OPTIONS = {
         "--severity",
         "--list-sinks",
         "--no-env-check",
+        "--format",
         "--pretty",
         "--help",
     },
@@ -117,12 +118,14 @@ def test_help_ends_with_the_exit_codes(tmp_path: Path, arguments: list[str]) -> 
     for code, word in enumerate(["done", "strict", "usage", "config", "state", "disk"]):
         assert str(code) in told
         assert word in told.lower()
+    assert "130 interrupted" in told
 
 
 def test_help_lists_the_commands(tmp_path: Path) -> None:
     text = program(tmp_path, "--help").stdout
     for command in OPTIONS:
-        assert re.search(rf"^\s+{command}\s+\S", text, re.MULTILINE)
+        assert re.search(rf"^\s+{command}\s+\S.*\.$", text, re.MULTILINE)
+    assert "..." not in text.partition("Commands:")[2]
 
 
 def test_a_call_with_nothing_shows_the_help(tmp_path: Path) -> None:

@@ -169,6 +169,31 @@ def test_unset_secrets_are_named_and_never_shown(repo: Repo) -> None:
     assert not [secret for secret in SECRETS if secret in run.stderr]
 
 
+def test_each_unset_secret_has_a_line_of_its_own_with_its_place(repo: Repo) -> None:
+    config = sink_config()
+    config["sinks"]["twin"] = {**config["sinks"][CHAT]}
+    repo.write_config(config)
+    run = config_of(repo, env={"ALERT_CHAT_URL": "", "ALERT_HOOK_URL": ""})
+    faults = {fault.strip() for fault in run.stderr.splitlines()[1:]}
+    twins = f"$.sinks.twin.webhookUrlEnv, $.sinks['{CHAT}'].webhookUrlEnv"
+    assert faults == {
+        "$.sinks: enabled sink secret env var(s) are unset: ALERT_CHAT_URL ALERT_HOOK_URL",
+        f"{twins}: ALERT_CHAT_URL is unset or empty; set it",
+        f"$.sinks['{HOOK}'].urlEnv: ALERT_HOOK_URL is unset or empty; set it",
+    }
+
+
+def test_a_fault_names_the_known_words_once(repo: Repo) -> None:
+    config = sink_config()
+    config["defaultMinSeverity"] = "loud"
+    config["sinks"][CHAT]["type"] = "slak"
+    wrong_type, wrong_severity = sorted(faults_of(config), key=lambda fault: "loud" in fault)
+    assert wrong_severity == (
+        '$.defaultMinSeverity: "loud" is not one of info, warning, critical; set it to one of them'
+    )
+    assert wrong_type.endswith("did you mean 'slack'?")
+
+
 def test_the_resolver_shows_no_secret(repo: Repo) -> None:
     for options in ([], ["--category", "health_critical"], ["--list-sinks"]):
         run = config_of(repo, *options)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RUN_TIMEOUT, Repo, Run, read_rows
+from conftest import RUN_TIMEOUT, Repo, read_rows
 from escalations import (
     CHAT,
     HOOK,
@@ -22,14 +22,16 @@ from escalations import (
     SECRETS,
     SINK_TYPES,
     batch,
-    escalation_id,
     health_critical,
     health_degraded,
-    sink_config,
+    lines,
     timestamp,
 )
 from loopback import Answer, SinkServer, closed_port, echo, error, ok, rate_limited
+from operate import check, ids_at, make_backlog, make_dead_letter, on_terminal, sink_of, to_all
 from tools import needs_tool
+
+import ops_alert_dispatch
 
 STATUS_STAND_IN = Path(__file__).with_name("status-stand-in.sh")
 ESCAPE = "\x1b]0;owned\x07\x1b[31m\x9b2J"
@@ -42,13 +44,6 @@ SINK_FIELDS += ["lastFailureAt", "reasonCode", "message", "consecutiveFailures",
 SINK_FIELDS += ["deadLetterCount"]
 
 
-def to_all(**delivery: Any) -> dict[str, Any]:
-    """Each record to all three sinks; one try a pass, and no wait before the next pass may try."""
-    config = sink_config(everywhere=True)
-    config["delivery"] = {"maxAttemptsPerPass": 1, "backoffSeconds": {"initial": 0, "max": 0}, **delivery}
-    return config
-
-
 @pytest.fixture(autouse=True)
 def config(repo: Repo) -> None:
     repo.write_config(to_all())
@@ -57,78 +52,6 @@ def config(repo: Repo) -> None:
 def status(repo: Repo, *options: str) -> dict[str, Any]:
     found: dict[str, Any] = repo.run("status", *repo.target, *options).json
     return found
-
-
-def sink_of(found: dict[str, Any], sink_id: str) -> dict[str, Any]:
-    [sink] = [sink for sink in found["sinks"] if sink["id"] == sink_id]
-    assert isinstance(sink, dict)
-    return sink
-
-
-def check(repo: Repo, *options: str) -> tuple[int, str]:
-    """The exit code and the one line of `status --check`."""
-    run = repo.run("status", "--repo", str(repo.root), "--check", *options)
-    assert run.stderr == ""
-    assert run.stdout.count("\n") == 1
-    return run.exit_code, run.stdout.strip()
-
-
-def on_terminal(repo: Repo, *arguments: str, answer: str, **env: str) -> Run:
-    """Run the program with everything on one terminal, and type the answer once it asks."""
-    ours, theirs = os.openpty()
-    process = subprocess.Popen(
-        [*repo.command, *arguments],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env={**repo.env, "TERM": "xterm-256color", **env},
-        cwd=repo.root,
-    )
-    os.close(theirs)
-    said = b""
-    try:
-        while True:
-            try:
-                piece = os.read(ours, 65536)
-            except OSError:
-                break
-            if not piece:
-                break
-            asked = b"[y/N]" in said
-            said += piece
-            if not asked and b"[y/N]" in said:
-                os.write(ours, f"{answer}\n".encode())
-        exit_code = process.wait(RUN_TIMEOUT)
-    finally:
-        process.kill()
-        process.wait()
-        os.close(ours)
-    return Run(exit_code, said.decode().replace("\r\n", "\n"), "")
-
-
-def ids_at(server: SinkServer, sink_id: str) -> list[str]:
-    return [escalation_id(request) for request in server.received(PATHS[sink_id])]
-
-
-def make_dead_letter(repo: Repo, server: SinkServer, sink_id: str = HOOK) -> str:
-    """Three records, of which the second is a dead letter for a sink. Returns its id."""
-    repo.append(*batch(3))
-    server.script(PATHS[sink_id], ok(), error(422, "I do not take this"))
-    summary = repo.dispatch().json
-    assert (summary["deadLetterCount"], summary["waitingCount"]) == (1, 0)
-    [dead] = [row for row in repo.attempts() if row["outcome"] == "dead_letter"]
-    server.forget()
-    return str(dead["escalationId"])
-
-
-def make_backlog(repo: Repo, server: SinkServer, count: int = 4) -> list[str]:
-    """So many records that chat did not take and the others did. Returns their ids."""
-    server.answer(PATHS[CHAT], error(503, "down for repair"))
-    repo.append(*batch(count))
-    assert repo.dispatch().json["waitingCount"] == count
-    ids = [row["escalationId"] for row in repo.telemetry()]
-    server.forget()
-    return ids
 
 
 # --- status: is it working, what is stuck, why, what to do
@@ -272,11 +195,12 @@ def test_an_invalid_config_is_critical(repo: Repo, ran: bool) -> None:
         assert repo.dispatch().exit_code == 3
     found = status(repo)
     assert found["health"] == "critical"
-    assert any("config invalid" in note and "$" in note for note in found["notes"])
+    assert found["notes"][0].startswith("config invalid")
+    assert sum(note.startswith("$.") for note in found["notes"]) > 1
     text = repo.run("status", *repo.target, "--format", "text").stdout
     head, advice, *_ = text.splitlines()
     assert head == f"CRITICAL  loop {repo.loop}: the config is invalid: nothing is sent"
-    assert "run `config`" in advice
+    assert f"run `ops-alert-dispatch config --config-file {repo.config_file}`" in advice
     assert check(repo) == (2, f"ALERT DISPATCH CRITICAL: {repo.loop}: the config is invalid: nothing is sent")
 
 
@@ -285,15 +209,6 @@ def test_an_unset_secret_is_critical_once_a_pass_has_met_it(repo: Repo) -> None:
     assert repo.dispatch(env={"ALERT_CHAT_URL": ""}).exit_code == 3
     assert check(repo)[0] == 2
     assert any("ALERT_CHAT_URL" in note for note in status(repo)["notes"])
-
-
-def test_a_damaged_state_is_no_riddle(repo: Repo) -> None:
-    repo.append(health_critical())
-    repo.dispatch()
-    repo.state_file.write_text('{"schemaVersion": "v1", "source"')
-    found = status(repo)
-    assert found["health"] == "unknown"
-    assert any("damaged" in note for note in found["notes"])
 
 
 ADVICE: list[tuple[str, Answer, str, str]] = [
@@ -384,7 +299,7 @@ def test_a_monitor_gets_one_line_and_the_exit_code_of_its_convention(repo: Repo,
 
 def test_dead_letters_are_a_warning(repo: Repo, server: SinkServer) -> None:
     make_dead_letter(repo, server)
-    assert check(repo) == (1, f"ALERT DISPATCH WARNING: {repo.loop}: 1 dead letter")
+    assert check(repo) == (1, f"ALERT DISPATCH WARNING: {repo.loop}: 1 dead letter of {HOOK}")
 
 
 def test_a_state_that_cannot_be_used_is_unknown_to_a_monitor_and_an_error_to_people(repo: Repo) -> None:
@@ -396,6 +311,14 @@ def test_a_state_that_cannot_be_used_is_unknown_to_a_monitor_and_an_error_to_peo
     run = repo.run("status", *repo.target)
     assert (run.exit_code, run.stdout) == (4, "")
     assert run.stderr.startswith("error: ")
+
+
+def test_a_command_line_that_is_wrong_does_not_look_critical_to_a_monitor(repo: Repo) -> None:
+    for wrong in (["--lop", "x"], ["--loop", "../x"], ["--dispatch-state-file", "s.json"]):
+        code, line = check(repo, *wrong)
+        assert code == 3
+        assert line.startswith("ALERT DISPATCH UNKNOWN: ")
+        assert wrong[0] in line or "--loop" in line
 
 
 # --- status --format prometheus
@@ -426,7 +349,10 @@ def test_prometheus_takes_the_metrics_without_a_remark(repo: Repo, server: SinkS
     assert abs(samples[f'last_success_timestamp_seconds{{sink="{PAGER}"}}'] - time.time()) < RUN_TIMEOUT
     assert f'last_success_timestamp_seconds{{sink="{CHAT}"}}' not in samples
     assert samples[f'deliveries_total{{sink="{PAGER}",outcome="delivered"}}'] == 3
-    assert samples[f'deliveries_total{{sink="{HOOK}",outcome="failed"}}'] == 1
+    assert samples[f'deliveries_total{{sink="{HOOK}",outcome="dead_letter"}}'] == 1
+    assert samples[f'deliveries_total{{sink="{HOOK}",outcome="failed"}}'] == 0
+    assert samples[f'deliveries_total{{sink="{CHAT}",outcome="failed"}}'] == 1
+    assert samples[f'deliveries_total{{sink="{CHAT}",outcome="skipped"}}'] == 0
 
 
 def test_prometheus_takes_the_metrics_of_a_repo_without_loops(repo: Repo) -> None:
@@ -507,7 +433,11 @@ def test_one_failing_sink_does_not_hide_the_others(repo: Repo, server: SinkServe
         (["redeliver", "--repo", ".", "--loop", "x", "--id", "esc_1", "--from-line", "1"], "one of"),
         (["redeliver", "--repo", ".", "--loop", "x", "--dead-letters", "--to-line", "1"], "--from-line"),
         (["redeliver", "--repo", ".", "--loop", "x", "--from-line", "0"], "--from-line"),
+        (["redeliver", "--repo", ".", "--loop", "x", "--from-line", "3", "--to-line", "2"], "is before"),
         (["skip", "--repo", ".", "--loop", "x"], "--sink"),
+        (["skip", "--repo", ".", "--loop", "x", "--dead-letters", "--to-line", "1"], "--to-line"),
+        (["status", "--repo", ".", "--dispatch-state-file", "s.json"], "--loop"),
+        (["config", "--list-sinks", "--format", "json"], "--list-sinks"),
         (["skip", "--repo", ".", "--loop", "../x", "--sink", "y"], "loop id"),
         (["status", "--repo", "nowhere"], "--repo"),
         (["status", "--repo", ".", "--critical-after", "-1"], "--critical-after"),
@@ -531,13 +461,129 @@ def test_a_loop_that_no_pass_has_seen_is_named_as_such(repo: Repo, command: list
     assert repo.run(*command, *repo.target, "--yes").exit_code == 3
 
 
+def test_the_commands_work_on_the_files_that_are_named(repo: Repo, server: SinkServer) -> None:
+    """A host that keeps a loop's files elsewhere tells each command so, as it tells `dispatch`."""
+    elsewhere = repo.root / "elsewhere"
+    elsewhere.mkdir()
+    source = elsewhere / "source.jsonl"
+    source.write_text(lines(batch(2)))
+    files = ["--escalations-file", str(source), "--dispatch-state-file", str(elsewhere / "state.json")]
+    files += ["--dispatch-telemetry-file", str(elsewhere / "rows.jsonl")]
+    server.script(PATHS[HOOK], error(422))
+    server.answer(PATHS[CHAT], error(503))
+    assert repo.dispatch(*files).json["deadLetterCount"] == 1
+    found = status(repo, *files)
+    assert (sink_of(found, CHAT)["lagCount"], sink_of(found, HOOK)["deadLetterCount"]) == (2, 1)
+    # What it advises is for these files, too.
+    [redeliver] = [advice for advice in found["advice"] if "redeliver" in advice]
+    assert all(file in redeliver for file in files)
+    assert repo.run("redeliver", *repo.target, *files, "--dead-letters", "--yes").json["deliveredCount"] == 1
+    assert repo.run("skip", *repo.target, *files, "--sink", CHAT, "--yes").json["skippedCount"] == 2
+    assert status(repo, *files)["health"] == "ok"
+    assert not (repo.folder / "alert-dispatch-state.json").exists()
+    for command in (["redeliver", "--dead-letters"], ["skip", "--sink", CHAT], ["status"]):
+        run = repo.run(*command, *repo.target, *files[:2], "--dispatch-state-file", str(source))
+        assert (run.exit_code, "are the same file" in run.stderr) == (2, True), command
+
+
+@pytest.mark.parametrize(
+    ("command", "field"),
+    [
+        (["redeliver", "--from-line", "1", "--sink", HOOK], "deliveredCount"),
+        (["skip", "--sink", CHAT], "skippedCount"),
+    ],
+)
+def test_a_question_does_not_spoil_the_json(
+    repo: Repo, server: SinkServer, command: list[str], field: str
+) -> None:
+    ids = make_backlog(repo, server, 2)
+    asked = repo.run(*command, *repo.target, stdin="n\n")
+    assert (asked.exit_code, asked.stdout) == (130, "")
+    assert all(name in asked.stderr for name in (*ids, "2 deliveries?", "--yes"))
+    assert server.requests == []
+    done = repo.run(*command, *repo.target, stdin="y\n")
+    assert done.json[field] == 2
+    assert [(d["escalationId"], d["sinkId"]) for d in done.json["deliveries"]] == [
+        (name, command[-1]) for name in ids
+    ]
+    assert all(name in done.stderr for name in ids)
+    quiet = repo.run(*command, *repo.target, "--yes", "--pretty")
+    assert quiet.stderr == ""
+    assert quiet.stdout.startswith("{\n")
+
+
 # --- redeliver
+
+
+def test_redeliver_says_in_json_what_came_of_each(repo: Repo, server: SinkServer) -> None:
+    repo.append(*batch(2))
+    repo.dispatch()
+    server.script(PATHS[HOOK], ok(), error(422, "no thanks"))
+    run = repo.run("redeliver", *repo.target, "--from-line", "1", "--sink", HOOK, "--yes")
+    assert (run.exit_code, run.stderr) == (1, "")
+    said = json.loads(run.stdout)
+    assert (said["status"], said["deliveredCount"], said["failedCount"]) == ("partial", 1, 1)
+    first, second = said["deliveries"]
+    assert (first["status"], first["httpStatus"], first["reasonCode"]) == ("success", 200, None)
+    assert (second["status"], second["httpStatus"], second["message"]) == ("failed", 422, "no thanks")
+    assert "read its answer" in second["advice"]
+    assert {d["durationMs"] >= 0 for d in said["deliveries"]} == {True}
+
+
+def test_a_sink_that_is_down_is_not_asked_for_each_of_many(repo: Repo, server: SinkServer) -> None:
+    """Five hundred timeouts in a row would help nobody."""
+    repo.append(*batch(3))
+    repo.dispatch()
+    server.forget()
+    server.answer(PATHS[CHAT], error(503, "down"))
+    run = repo.run("redeliver", *repo.target, "--from-line", "1", "--yes")
+    assert run.exit_code == 1
+    said = json.loads(run.stdout)
+    assert [d["status"] for d in said["deliveries"] if d["sinkId"] == CHAT] == ["failed", *["not_tried"] * 2]
+    assert (said["deliveredCount"], said["failedCount"]) == (6, 3)
+    assert len(server.received(PATHS[CHAT])) == 1
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [
+        (["--id", "esc_nosuch"], "no escalation 'esc_nosuch' is on record"),
+        (["--from-line", "9"], "has 2 lines"),
+        (["--id", "BAD"], "its line is no escalation (invalid_escalation_json)"),
+    ],
+)
+def test_what_is_not_there_to_be_redelivered_is_a_usage_error(
+    repo: Repo, server: SinkServer, wanted: list[str], says: str
+) -> None:
+    repo.append(health_critical(), "no JSON\n")
+    repo.dispatch()
+    bad = repo.telemetry()[1]["escalationId"]
+    server.forget()
+    run = repo.run("redeliver", *repo.target, *(bad if word == "BAD" else word for word in wanted), "--yes")
+    assert (run.exit_code, run.stdout) == (2, "")
+    assert says in run.stderr
+    assert server.requests == []
+
+
+def test_what_came_while_a_sink_was_disabled_is_redelivered_to_it_by_its_id(
+    repo: Repo, server: SinkServer
+) -> None:
+    config = to_all()
+    config["sinks"][CHAT]["enabled"] = False
+    repo.write_config(config)
+    repo.append(health_critical())
+    repo.dispatch()
+    server.forget()
+    repo.write_config(to_all())
+    wanted = repo.telemetry()[0]["escalationId"]
+    assert repo.run("redeliver", *repo.target, "--id", wanted, "--sink", CHAT, "--yes").exit_code == 0
+    assert ids_at(server, CHAT) == [wanted]
 
 
 def test_a_dead_letter_that_is_redelivered_is_one_no_longer(repo: Repo, server: SinkServer) -> None:
     dead = make_dead_letter(repo, server)
     before = repo.snapshot()
-    command = ["redeliver", *repo.target, "--dead-letters"]
+    command = ["redeliver", *repo.target, "--dead-letters", "--format", "text"]
     run = on_terminal(repo, *command, answer="n")
     assert run.exit_code != 0
     assert dead in run.stdout
@@ -547,7 +593,7 @@ def test_a_dead_letter_that_is_redelivered_is_one_no_longer(repo: Repo, server: 
 
     run = on_terminal(repo, *command, answer="y")
     assert run.exit_code == 0
-    assert f"{dead} to {HOOK}: delivered (200)" in run.stdout
+    assert f"{dead} to {HOOK}: delivered (200)" in COLOUR.sub("", run.stdout)
     [request] = server.requests
     assert (request.path, request.headers["webhook-id"]) == (PATHS[HOOK], dead)
     assert repo.state()["deadLetterCount"] == 0
@@ -561,7 +607,7 @@ def test_a_dead_letter_that_is_redelivered_is_one_no_longer(repo: Repo, server: 
     )
     assert check(repo)[0] == 0
     run = repo.run(*command, "--yes")
-    assert (run.exit_code, run.stdout.split(".")[0]) == (0, "Nothing to redeliver")
+    assert (run.exit_code, run.stdout) == (0, "Nothing to redeliver: there is no dead letter.\n")
 
     # A later pass, with the state or without, sends none of it again.
     server.forget()
@@ -576,7 +622,7 @@ def test_a_dead_letter_that_is_refused_again_stays_one_and_exit_1_says_so(
 ) -> None:
     make_dead_letter(repo, server)
     server.answer(PATHS[HOOK], error(422, "still not"))
-    run = repo.run("redeliver", *repo.target, "--dead-letters", "--yes")
+    run = repo.run("redeliver", *repo.target, "--dead-letters", "--yes", "--format", "text")
     assert run.exit_code == 1
     assert "http_error 422: still not" in run.stdout
     assert "what to do: " in run.stdout
@@ -599,7 +645,6 @@ def test_one_escalation_is_redelivered_by_its_id_to_every_sink_or_to_one(
     server.forget()
     assert repo.run("redeliver", *repo.target, "--id", wanted, "--yes").exit_code == 0
     assert {sink: ids_at(server, sink) for sink in SINK_TYPES} == {sink: [wanted] for sink in SINK_TYPES}
-    assert "Nothing to redeliver" in repo.run("redeliver", *repo.target, "--id", "esc_0").stdout
 
 
 def test_a_range_of_lines_is_redelivered_under_the_same_ids(repo: Repo, server: SinkServer) -> None:
@@ -629,7 +674,9 @@ def test_what_waits_in_a_lane_is_left_to_the_lane(repo: Repo, server: SinkServer
     assert run.exit_code == 0
     assert ids_at(server, CHAT) == []
     assert ids_at(server, HOOK) == ids
-    assert "goes out by itself" in repo.run("redeliver", *repo.target, "--id", ids[0], "--sink", CHAT).stdout
+    again = ["redeliver", *repo.target, "--id", ids[0], "--sink", CHAT]
+    assert repo.run(*again).json["status"] == "nothing_to_do"
+    assert "goes out by itself" in repo.run(*again, "--format", "text").stdout
     repo.dispatch()
     assert ids_at(server, CHAT)[:3] == ids
 
@@ -638,7 +685,7 @@ def test_a_prompt_that_nobody_answers_does_not_hold_up_alerts(repo: Repo, server
     make_dead_letter(repo, server)
     repo.append(health_critical())
     process = subprocess.Popen(
-        [*repo.command, "redeliver", *repo.target, "--dead-letters"],
+        [*repo.command, "redeliver", *repo.target, "--dead-letters", "--format", "text"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -670,11 +717,12 @@ def test_a_backlog_is_given_up_on_record_and_can_be_redelivered(repo: Repo, serv
     rows_before, attempts_before = len(repo.telemetry()), len(repo.attempts())
     state = repo.state()
     server.forget()
-    command = ["skip", *repo.target, "--sink", CHAT]
+    command = ["skip", *repo.target, "--sink", CHAT, "--format", "text"]
 
     run = on_terminal(repo, *command, answer="n")
-    assert run.exit_code != 0
-    assert f"5 deliveries to {CHAT} waiting" in run.stdout
+    assert run.exit_code == 130
+    assert "Give up 5 deliveries?" in run.stdout
+    assert all(run.stdout.count(name) == 1 for name in ids)
     assert len(repo.telemetry()) == rows_before
     assert repo.state() == state
 
@@ -706,9 +754,8 @@ def test_a_backlog_is_given_up_on_record_and_can_be_redelivered(repo: Repo, serv
     done = repo.run("redeliver", *repo.target, "--from-line", "1", "--to-line", "4", "--sink", CHAT, "--yes")
     assert done.exit_code == 0
     assert ids_at(server, CHAT) == ids
-    assert (
-        "Nothing" not in repo.run("redeliver", *repo.target, "--id", ids[0], "--sink", CHAT, "--yes").stdout
-    )
+    done = repo.run("redeliver", *repo.target, "--id", ids[0], "--sink", CHAT, "--yes")
+    assert done.json["deliveredCount"] == 1
 
 
 def test_the_backlog_of_a_disabled_sink_can_be_given_up_too(repo: Repo, server: SinkServer) -> None:
@@ -720,7 +767,7 @@ def test_the_backlog_of_a_disabled_sink_can_be_given_up_too(repo: Repo, server: 
     repo.dispatch()
     assert sink_of(status(repo), CHAT)["lagCount"] == 2
     run = repo.run("skip", *repo.target, "--sink", CHAT, "--yes")
-    assert "2 deliveries skipped" in run.stdout
+    assert run.json["skippedCount"] == 2
     assert sink_of(status(repo), CHAT)["lagCount"] == 0
     repo.write_config(to_all())
     server.answer(PATHS[CHAT], ok())
@@ -737,7 +784,7 @@ def test_skip_counts_only_what_the_sink_would_have_got(repo: Repo, server: SinkS
     repo.append(health_critical(), health_degraded(), "no JSON\n", health_critical(seconds_ago=1))
     repo.dispatch()
     run = repo.run("skip", *repo.target, "--sink", CHAT, "--yes")
-    assert "2 deliveries skipped" in run.stdout
+    assert run.json["skippedCount"] == 2
     assert repo.state()["waitingCount"] == 0
 
 
@@ -750,13 +797,79 @@ def test_an_unknown_sink_is_named_with_those_that_there_are(repo: Repo) -> None:
         assert "ops-chat" in run.stderr
 
 
+def test_after_a_skip_nothing_is_failing_and_the_next_record_is_tried_at_once(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.write_config(to_all(backoffSeconds={"initial": 600, "max": 900}))
+    server.answer(PATHS[CHAT], error(401, "who are you"))
+    repo.append(*batch(2))
+    repo.dispatch()
+    assert sink_of(status(repo), CHAT)["nextAttemptAt"]
+    repo.run("skip", *repo.target, "--sink", CHAT, "--yes")
+    found = status(repo)
+    chat = sink_of(found, CHAT)
+    assert (found["health"], chat["health"]) == ("ok", "ok")
+    assert (chat["consecutiveFailures"], chat["nextAttemptAt"], chat["failingSince"]) == (0, None, None)
+    assert chat["lastFailureAt"]
+    assert check(repo, "--critical-after", "0")[0] == 0
+    server.answer(PATHS[CHAT], ok())
+    repo.append(health_critical())
+    assert repo.dispatch().json["waitingCount"] == 0
+
+
+def test_a_dead_letter_that_no_sink_will_ever_take_is_dismissed_on_record(
+    repo: Repo, server: SinkServer
+) -> None:
+    dead = make_dead_letter(repo, server)
+    rows = len(repo.telemetry())
+    before = repo.state_file.read_text()
+    command = ["skip", *repo.target, "--dead-letters"]
+    run = on_terminal(repo, *command, answer="n")
+    assert (run.exit_code, "Give up 1 dead letter?" in run.stdout) == (130, True)
+    assert repo.run(*command, "--sink", CHAT, "--yes").json["status"] == "nothing_to_do"
+    assert repo.state()["deadLetterCount"] == 1
+
+    run = on_terminal(repo, *command, "--sink", HOOK, answer="y")
+    assert "1 dead letter dismissed" in run.stdout
+    [row] = repo.telemetry()[rows:]
+    assert (row["escalationId"], row["status"], row["reasonCode"]) == (dead, "skipped", "skipped_by_operator")
+    assert server.requests == []
+    assert repo.state()["deadLetterCount"] == 0
+    assert status(repo)["health"] == "ok"
+    for command in (["redeliver", "--dead-letters"], ["skip", "--dead-letters"]):
+        assert repo.run(*command, *repo.target, "--yes").json["status"] == "nothing_to_do"
+    # Nor does it come back with a kill before the state was written, or with a lost state.
+    repo.state_file.write_text(before)
+    assert sink_of(status(repo), HOOK)["deadLetterCount"] == 0
+    repo.state_file.unlink()
+    assert repo.dispatch().json["deadLetterCount"] == 0
+    assert server.requests == []
+    # It can still be sent.
+    assert (
+        repo.run("redeliver", *repo.target, "--id", dead, "--sink", HOOK, "--yes").json["deliveredCount"] == 1
+    )
+    assert ids_at(server, HOOK) == [dead]
+
+
+def test_dead_letters_whose_rows_were_rotated_away_can_be_dismissed(repo: Repo, server: SinkServer) -> None:
+    make_dead_letter(repo, server)
+    for path in (repo.telemetry_file, repo.attempts_file):
+        path.unlink()
+    assert repo.run("redeliver", *repo.target, "--dead-letters", "--yes").json["status"] == "nothing_to_do"
+    run = on_terminal(repo, "skip", *repo.target, "--dead-letters", answer="y")
+    assert "1 dead letter whose rows are in no file any more" in run.stdout
+    assert "1 dead letter dismissed" in run.stdout
+    assert repo.state()["deadLetterCount"] == 0
+    assert repo.telemetry()[-1]["reasonCode"] == "skipped_by_operator"
+
+
 # --- init
 
 
 def test_init_writes_a_config_that_is_valid_and_sends_nothing(repo: Repo, server: SinkServer) -> None:
     repo.config_file.unlink()
     repo.env = {"PATH": repo.env["PATH"]}
-    run = repo.run("init", "--repo", str(repo.root))
+    run = repo.run("init", "--repo", str(repo.root), "--format", "text")
     assert (run.exit_code, run.stderr) == (0, "")
     assert str(repo.config_file) in run.stdout
     written = json.loads(repo.config_file.read_text())
@@ -778,6 +891,42 @@ def test_init_writes_a_config_that_is_valid_and_sends_nothing(repo: Repo, server
     assert "no sink is enabled" in run.stderr
 
 
+def test_a_state_of_a_config_without_an_enabled_sink_is_rebuilt_too(repo: Repo) -> None:
+    repo.config_file.unlink()
+    repo.run("init", "--repo", str(repo.root))
+    repo.append(*batch(2))
+    repo.dispatch()
+    assert repo.state()["lanes"] == {}
+    repo.state_file.unlink()
+    assert status(repo)["health"] == "ok"
+    assert repo.dispatch().json["processedCount"] == 0
+    assert repo.state()["escalationsLineOffset"] == 2
+
+
+def test_with_the_sinks_of_init_enabled_every_category_of_the_host_reaches_somebody(repo: Repo) -> None:
+    repo.config_file.unlink()
+    made = repo.run("init", "--repo", str(repo.root)).json
+    assert made["configFile"] == str(repo.config_file)
+    config = json.loads(repo.config_file.read_text())
+    for sink in config["sinks"].values():
+        sink["enabled"] = True
+    repo.write_config(config)
+    loaded = ops_alert_dispatch.load_config(repo.config_file, {}, check_env=False)
+    assert ops_alert_dispatch.config_warnings(loaded) == []
+    router = ops_alert_dispatch.Router(loaded)
+    reached = {
+        record["category"]: {sink.id for sink in router.resolve(record["category"], None).dispatchable}
+        for record in batch(5)
+    }
+    assert len(reached) == 5
+    assert [category for category, sinks in reached.items() if not sinks] == []
+    assert [category for category, sinks in reached.items() if "pagerduty-default" in sinks] == [
+        "health_critical"
+    ]
+    assert {sink["id"] for sink in made["sinks"]} == set(config["sinks"])
+    assert all(sink["secretRefs"] for sink in made["sinks"])
+
+
 def test_init_never_overwrites(repo: Repo, tmp_path: Path) -> None:
     before = repo.snapshot()
     run = repo.run("init", "--repo", str(repo.root))
@@ -790,7 +939,115 @@ def test_init_never_overwrites(repo: Repo, tmp_path: Path) -> None:
     assert not (tmp_path / "elsewhere.json").exists()
 
 
+# --- dispatch --dry-run
+
+
+def test_a_dry_run_says_of_each_delivery_what_becomes_of_it_and_why(repo: Repo, server: SinkServer) -> None:
+    config = to_all(backoffSeconds={"initial": 600, "max": 900})
+    config["sinks"]["old"] = {"enabled": True, "type": "webhook", "urlEnv": "ALERT_OLD_URL"}
+    config["routing"]["defaultSinks"].append("old")
+    repo.write_config(config)
+    repo.env["ALERT_OLD_URL"] = server.url + "/old"
+    for path in (PATHS[CHAT], PATHS[HOOK], "/old"):
+        server.answer(path, error(401, "who are you"))
+    repo.append(health_critical(seconds_ago=100))
+    repo.dispatch()
+    del config["sinks"]["old"]
+    config["routing"]["defaultSinks"].remove("old")
+    config["sinks"][HOOK]["enabled"] = False
+    repo.write_config(config)
+    repo.append("no JSON\n", health_degraded(severity="info"))
+    before = repo.snapshot()
+    plan = repo.dispatch("--dry-run").json
+    decided = {
+        (item["line"], sink["id"]): (sink["decision"], sink.get("why", ""))
+        for item in plan["escalations"]
+        for sink in item.get("sinks", [])
+    }
+    assert {key: decision for key, (decision, _) in decided.items()} == {
+        (1, CHAT): "wait",
+        (1, HOOK): "keep",
+        (3, CHAT): "wait",
+        (3, HOOK): "skip",
+        (3, PAGER): "send",
+    }
+    assert "next attempt at" in decided[1, CHAT][1]
+    assert "waits until the sink is enabled" in decided[1, HOOK][1]
+    assert any("1 delivery waiting for old will be given up" in note for note in plan["notes"])
+    text = repo.dispatch("--dry-run", "--format", "text").stdout
+    assert "  skip  sent to nobody, on record as invalid_escalation_json" in text
+    assert (
+        "A pass would make 1 delivery of 3 escalations, leave 3 waiting. Nothing was sent or written." in text
+    )
+    assert repo.snapshot() == before
+    # It is what happens.
+    server.forget()
+    repo.dispatch()
+    assert [request.path for request in server.requests] == [PATHS[PAGER]]
+    assert "sink_removed" in {row.get("reasonCode") for row in repo.telemetry()}
+    assert repo.state()["lanes"][HOOK]["waitingCount"] == 1
+
+
+def test_a_dry_run_says_what_is_too_old_to_be_sent(repo: Repo, server: SinkServer) -> None:
+    make_backlog(repo, server, 1)
+    repo.write_config(to_all(giveUpAfterSeconds=60))
+    state = repo.state()
+    state["lanes"][CHAT]["laggingSince"] = timestamp(3600)
+    repo.state_file.write_text(json.dumps(state))
+    repo.append(health_degraded())
+    plan = repo.dispatch("--dry-run").json
+    [sink] = plan["escalations"][0]["sinks"]
+    assert (sink["id"], sink["decision"]) == (CHAT, "drop")
+    assert "give up 1" in repo.dispatch("--dry-run", "--format", "text").stdout
+    assert repo.dispatch().json["deadLetterCount"] == 1
+
+
+# --- config, for people
+
+
+def test_config_is_text_for_people_and_the_resolvers_json_for_scripts(repo: Repo) -> None:
+    config = to_all()
+    config["sinks"][CHAT]["enabled"] = False
+    config["routing"]["routes"] = [{"category": "quiet", "sinks": [PAGER], "minSeverity": "critical"}]
+    config["routing"]["categorySeverity"] = {"quiet": "info"}
+    repo.write_config(config)
+    command = ["config", "--config-file", str(repo.config_file)]
+    text = repo.run_on_terminal(*command, env={"NO_COLOR": "1"}).stdout
+    assert text.startswith(f"valid  {repo.config_file}\n")
+    assert re.search(rf"^{CHAT} +slack +no +- +ALERT_CHAT_URL$", text, re.MULTILINE)
+    assert re.search(rf"^quiet +info +critical +only from critical on: {PAGER}$", text, re.MULTILINE)
+    assert re.search(rf"^any other +\S+ +\S+ +{HOOK}, {CHAT} \(disabled\), {PAGER}$", text, re.MULTILINE)
+    unset = repo.run(*command, "--no-env-check", "--format", "text", env={"ALERT_HOOK_URL": ""}).stdout
+    assert "ALERT_HOOK_URL (unset)" in unset
+    text = repo.run_on_terminal(*command, "--category", "quiet", env={"NO_COLOR": "1"}).stdout
+    assert f"  skip  {PAGER} (pagerduty_events): severity info is below the route's minimum critical" in text
+    text = repo.run_on_terminal(*command, "--category", "other", env={"NO_COLOR": "1"}).stdout
+    assert f"  send  {HOOK} (webhook)\n  skip  {CHAT} (slack): the sink is disabled in the config" in text
+    assert "sinks" in repo.run(*command).json
+    assert "\n  " in repo.run_on_terminal(*command, "--pretty").stdout
+
+
 # --- on a terminal
+
+
+def test_a_terminal_that_is_too_narrow_for_a_table_gets_a_block_for_each_sink(
+    repo: Repo, server: SinkServer
+) -> None:
+    make_backlog(repo, server, 1)
+    plain = {"NO_COLOR": "1", "COLUMNS": "60"}
+    narrow = repo.run_on_terminal("status", *repo.target, env=plain).stdout
+    assert f"SINK          {CHAT}\nHEALTH        warning\nLAG           1\n" in narrow
+    headings = re.compile("^SINK +HEALTH +LAG", re.MULTILINE)
+    assert not headings.search(narrow)
+    assert headings.search(repo.run_on_terminal("status", *repo.target, env={"NO_COLOR": "1"}).stdout)
+    assert headings.search(repo.run("status", *repo.target, "--format", "text", env=plain).stdout)
+
+
+def test_a_long_backlog_is_listed_in_part_before_the_question(repo: Repo, server: SinkServer) -> None:
+    make_backlog(repo, server, 25)
+    run = on_terminal(repo, "skip", *repo.target, "--sink", CHAT, answer="n")
+    assert run.stdout.count("esc_") == 20
+    assert "… and 5 more\nGive up 25 deliveries?" in run.stdout
 
 
 def test_colour_only_on_a_terminal_and_not_with_no_color(repo: Repo, server: SinkServer) -> None:
@@ -867,3 +1124,10 @@ def test_every_command_explains_itself_with_its_exit_codes(repo: Repo) -> None:
         run = repo.run(command, "--help")
         assert run.exit_code == 0
         assert "Exit codes:" in run.stdout, command
+    told = repo.run("status", "--help").stdout.partition("Exit codes with --check:")[2]
+    assert re.findall(r"^ +(\d)  (\w+)", told, re.MULTILINE) == [
+        ("0", "OK"),
+        ("1", "WARNING"),
+        ("2", "CRITICAL"),
+        ("3", "UNKNOWN"),
+    ]

@@ -1,0 +1,315 @@
+"""What `status` sees: a loop as it is right now, whatever befell its state file, and all that is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Repo
+from escalations import CHAT, HOOK, PAGER, PATHS, batch, health_critical, health_degraded, sink_config
+from loopback import SinkServer, error, hang, ok
+from operate import check, make_backlog, make_dead_letter, sink_of, to_all
+from tools import needs_tool
+
+import ops_alert_dispatch
+
+
+@pytest.fixture(autouse=True)
+def config(repo: Repo) -> None:
+    repo.write_config(to_all())
+
+
+def look(repo: Repo) -> dict[str, Any]:
+    """The status, without the cost of a process."""
+    job = ops_alert_dispatch.make_job(repo.root, repo.loop)
+    return ops_alert_dispatch.loop_status(job, 900.0)
+
+
+def fared(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """How each sink fares; the wait between two passes is not known from the telemetry alone."""
+    return [{key: sink[key] for key in sink if key != "nextAttemptAt"} for sink in found["sinks"]]
+
+
+# --- As it is right now
+
+
+def kill_before_the_state(repo: Repo, before: str) -> None:
+    repo.state_file.write_text(before)
+
+
+def lose_the_state(repo: Repo, _: str) -> None:
+    repo.state_file.unlink()
+
+
+def damage_the_state(repo: Repo, before: str) -> None:
+    repo.state_file.write_text(before[: len(before) // 2])
+
+
+@pytest.mark.parametrize("befall", [kill_before_the_state, lose_the_state, damage_the_state])
+def test_status_is_right_after_a_kill_and_without_a_state(
+    repo: Repo, server: SinkServer, befall: Callable[[Repo, str], None]
+) -> None:
+    make_backlog(repo, server, 3)
+    before = repo.state_file.read_text()
+    server.script(PATHS[HOOK], error(422, "I do not take this"))
+    server.script(PATHS[CHAT], ok(), error(503, "down again"))
+    server.answer(PATHS[PAGER], error(500, "pager's own trouble"))
+    repo.append(health_critical(), health_degraded())
+    repo.dispatch()
+    repo.run("redeliver", *repo.target, "--dead-letters", "--yes")
+    right = look(repo)
+    assert {sink["id"]: sink["lagCount"] for sink in right["sinks"]} == {CHAT: 4, HOOK: 0, PAGER: 2}
+    assert sink_of(right, HOOK)["deadLetterCount"] == 0
+
+    befall(repo, before)
+    found = look(repo)
+    assert fared(found) == fared(right)
+    assert (found["health"], found["verdict"]) == (right["health"], right["verdict"])
+    told = [note for note in found["notes"] if str(repo.state_file) in note]
+    assert bool(told) == (befall is not kill_before_the_state)
+    assert all("from the telemetry" in note for note in told)
+    # What it says is what the next pass finds.
+    server.answer(PATHS[CHAT], ok())
+    server.answer(PATHS[PAGER], ok())
+    repo.dispatch()
+    assert look(repo)["verdict"].startswith("nothing waits")
+
+
+def test_status_tells_how_far_a_pass_is_that_is_still_at_work(repo: Repo, server: SinkServer) -> None:
+    repo.append(*batch(2))
+    repo.dispatch()
+    server.script(PATHS[CHAT], ok(), hang())
+    server.forget()
+    repo.append(health_critical(seconds_ago=2), health_degraded(seconds_ago=1), health_critical())
+    process = repo.start("dispatch", *repo.target)
+    try:
+        server.wait_for(2, PATHS[CHAT])
+        server.wait_for(3, PATHS[HOOK])
+        server.wait_for(3, PATHS[PAGER])
+        # A sink's answer and our note of it are two things.
+        while len(repo.attempts()) < 6 + 3 + 3 + 1:
+            assert process.poll() is None
+        found = look(repo)
+    finally:
+        process.kill()
+        process.communicate()
+    assert {sink["id"]: sink["lagCount"] for sink in found["sinks"]} == {CHAT: 2, HOOK: 0, PAGER: 0}
+
+
+def test_a_rotated_telemetry_does_not_hide_what_waits(repo: Repo, server: SinkServer) -> None:
+    make_backlog(repo, server, 3)
+    repo.telemetry_file.rename(repo.telemetry_file.with_name("alerts.jsonl.1"))
+    assert sink_of(look(repo), CHAT)["lagCount"] == 3
+
+
+def test_without_a_config_status_says_what_it_cannot_count(repo: Repo, server: SinkServer) -> None:
+    make_backlog(repo, server, 3)
+    repo.state_file.unlink()
+    repo.config_file.unlink()
+    assert any("cannot be counted without a config" in note for note in look(repo)["notes"])
+
+
+# --- All that is wrong
+
+
+def test_every_failing_sink_is_named_with_its_own_advice(repo: Repo, server: SinkServer) -> None:
+    server.answer(PATHS[CHAT], error(403, "invalid_token"))
+    server.answer(PATHS[PAGER], error(503, "down"))
+    repo.append(health_critical())
+    repo.dispatch()
+    found = look(repo)
+    assert f"{CHAT} is failing (http_error: invalid_token), 1 delivery waiting" in found["verdict"]
+    assert f"{PAGER} is failing (http_error: down), 1 delivery waiting" in found["verdict"]
+    [pager, chat] = found["advice"]
+    assert pager.startswith(f"{PAGER}: the sink has trouble of its own")
+    assert chat.startswith(f"{CHAT}: the credential is wrong")
+    text = repo.run("status", *repo.target, "--format", "text").stdout
+    assert re.findall("^What to do: (.*)$", text, re.MULTILINE) == found["advice"]
+    assert check(repo)[1].endswith(found["verdict"])
+
+
+def test_a_dead_letter_is_told_with_its_reason_after_the_sink_took_others(
+    repo: Repo, server: SinkServer
+) -> None:
+    make_dead_letter(repo, server)
+    hook = sink_of(look(repo), HOOK)
+    assert (hook["consecutiveFailures"], hook["deadLetterCount"]) == (0, 1)
+    assert (hook["reasonCode"], hook["httpStatus"], hook["message"]) == (
+        "http_error",
+        422,
+        "I do not take this",
+    )
+
+
+BAD_LINES = {
+    "invalid_escalation_json": "no JSON\n",
+    "missing_escalation_category": '{"severity": "critical"}\n',
+}
+
+
+@pytest.mark.parametrize("code", BAD_LINES)
+def test_a_line_that_reached_nobody_is_a_warning_for_a_day(repo: Repo, code: str) -> None:
+    repo.append(BAD_LINES[code], health_critical())
+    repo.dispatch()
+    found = look(repo)
+    assert found["health"] == "warning"
+    assert f"1 line of the source sent to nobody ({code}" in found["verdict"]
+    assert [(r["reasonCode"], r["count"]) for r in found["failureReasons"]] == [(code, 1)]
+    code_and_line = check(repo)
+    assert code_and_line[0] == 1
+    assert code in code_and_line[1]
+
+    rows = repo.telemetry()
+    rows[0]["timestamp"] = "2026-01-01T00:00:00Z"
+    repo.telemetry_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = look(repo)
+    assert (found["health"], found["advice"]) == ("ok", [])
+    assert found["failureReasons"][0]["reasonCode"] == code
+
+
+def test_the_command_that_status_names_shows_the_lines_that_were_lost(repo: Repo) -> None:
+    needs_tool("jq")
+    repo.append("no JSON\n", health_critical())
+    repo.dispatch()
+    [advice] = look(repo)["advice"]
+    [command] = re.findall("`(jq .*)`", advice)
+    shown = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True).stdout
+    assert json.loads(shown)["rawLine"] == "no JSON"
+
+
+def test_a_last_line_that_nobody_finishes_is_a_warning_until_it_is_ended(repo: Repo) -> None:
+    repo.append(health_critical())
+    repo.dispatch()
+    repo.append(json.dumps(health_degraded()))
+    assert look(repo)["health"] == "ok"  # somebody may be writing it
+    os.utime(repo.source, (1_000_000_000, 1_000_000_000))
+    found = look(repo)
+    assert found["health"] == "warning"
+    assert "without a line feed" in found["verdict"]
+    [command] = re.findall("`(echo .*)`", found["advice"][0])
+    subprocess.run(["sh", "-c", command], check=True)
+    assert repo.dispatch().json["dispatchedCount"] == 1
+    assert look(repo)["health"] == "ok"
+
+
+def test_a_pass_that_ended_with_an_error_is_told_of_until_one_ends_well(repo: Repo) -> None:
+    repo.append(health_critical())
+    repo.dispatch()
+    row = {
+        "timestamp": ops_alert_dispatch.iso(time.time() + 1),
+        "status": "failed_command",
+        "reasonCode": "alert_dispatch_failed",
+        "message": "error: cannot append to /x: No space left on device\n  free space",
+    }
+    with repo.telemetry_file.open("a") as telemetry:
+        telemetry.write(json.dumps(row) + "\n")
+    found = look(repo)
+    assert found["health"] == "warning"
+    assert "the last pass ended with an error: error: cannot append to /x" in found["verdict"]
+    state = repo.state()
+    state["updatedAt"] = "2099-01-01T00:00:00Z"
+    repo.state_file.write_text(json.dumps(state))
+    assert look(repo)["health"] == "ok"
+
+
+def test_a_repeat_that_was_held_back_is_no_failure() -> None:
+    sinks = [
+        {"id": "a", "status": "skipped", "reasonCode": "x"},
+        {"id": "b", "status": "failed", "reasonCode": "y"},
+    ]
+    rows = [
+        {"status": "skipped", "reasonCode": "repeat_suppressed", "sinks": sinks[:1], "timestamp": "t"},
+        {"status": "partial", "reasonCode": "partial_dispatch_failure", "sinks": sinks, "timestamp": "t"},
+    ]
+    assert ops_alert_dispatch.count_failures(rows) == [{"reasonCode": "y", "count": 1, "lastSeenAt": "t"}]
+
+
+def test_one_loop_that_cannot_be_read_does_not_hide_the_others(repo: Repo) -> None:
+    repo.append(health_critical())
+    repo.dispatch()
+    other = repo.folder.parent / "a-loop"
+    other.mkdir()
+    (other / "alert-dispatch-state.json").write_text('{"schemaVersion": "v2"}')
+    run = repo.run("status", "--repo", str(repo.root))
+    assert [loop["loopId"] for loop in json.loads(run.stdout)["loops"]] == [repo.loop]
+    assert run.exit_code == 4
+    assert run.stderr.startswith("error: loop a-loop: ")
+    code, line = check(repo)
+    assert (code, line.split(":")[1].strip()) == (3, "a-loop")
+
+
+# --- Configs that are valid and hardly meant
+
+
+def routes(*wanted: dict[str, Any], enabled: tuple[str, ...] = (HOOK, CHAT, PAGER)) -> dict[str, Any]:
+    config = sink_config()
+    config["routing"]["routes"] = list(wanted)
+    config["routing"]["defaultSinks"] = [HOOK]
+    for sink_id, sink in config["sinks"].items():
+        sink["enabled"] = sink_id in enabled
+    return config
+
+
+WARNINGS: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("all led to", routes({"category": "a", "sinks": [CHAT, PAGER]}), []),
+    (
+        "an enabled sink without a route",
+        routes({"category": "a", "sinks": [CHAT]}),
+        [f"$.sinks['{PAGER}']: the sink is enabled, and no route leads to it"],
+    ),
+    (
+        "a route that is switched off leads nowhere",
+        routes({"category": "a", "sinks": [CHAT, PAGER], "enabled": False}, enabled=(HOOK, CHAT)),
+        [f"$.sinks['{CHAT}']: the sink is enabled, and no route leads to it"],
+    ),
+    (
+        "a route all of whose sinks are disabled",
+        routes({"category": "a", "sinks": [CHAT, PAGER]}, enabled=(HOOK,)),
+        ["$.routing.routes[0]: no sink of it is enabled: 'a' reaches nobody"],
+    ),
+    (
+        "default sinks that are disabled",
+        routes({"category": "a", "sinks": [CHAT]}, enabled=(CHAT,)),
+        ["$.routing.defaultSinks: no sink of it is enabled: what has no route of its own reaches nobody"],
+    ),
+    (
+        "a second route of a category",
+        routes({"category": "a", "sinks": [CHAT]}, {"category": "a", "sinks": [PAGER]}, enabled=(HOOK, CHAT)),
+        ["$.routing.routes[1]: never used: routes[0] has the same category 'a'"],
+    ),
+    (
+        "nothing enabled",
+        routes({"category": "a", "sinks": [CHAT]}, enabled=()),
+        ["$.sinks: no sink is enabled: nothing is sent"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "warnings"), [c[1:] for c in WARNINGS], ids=[c[0] for c in WARNINGS])
+def test_what_leads_nowhere_is_warned_of(tmp_path: Path, config: dict[str, Any], warnings: list[str]) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    loaded = ops_alert_dispatch.load_config(path, {}, check_env=False)
+    assert ops_alert_dispatch.config_warnings(loaded) == warnings
+
+
+def test_a_config_that_leads_nowhere_is_told_of_wherever_an_operator_looks(repo: Repo) -> None:
+    config = to_all()
+    config["sinks"]["spare"] = {"enabled": True, "type": "webhook", "urlEnv": "ALERT_HOOK_URL"}
+    repo.write_config(config)
+    repo.append(health_critical())
+    warning = "$.sinks.spare: the sink is enabled, and no route leads to it"
+    where = ["--config-file", str(repo.config_file)]
+    assert f"warning: {warning}\n" in repo.run("config", *where, "--format", "text").stdout
+    assert warning in look(repo)["notes"]
+    assert f"note: {warning}\n" in repo.dispatch("--dry-run", "--format", "text").stdout
+    assert warning in repo.dispatch("--dry-run").json["notes"]
+    # The resolver's own output has no room for it.
+    assert "spare: the" not in repo.run("config", *where).stdout
