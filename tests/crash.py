@@ -22,7 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -238,9 +238,11 @@ def run_and_kill(
     A third of the moments lie anywhere in the first quarter of a second (start-up, reading), a third just
     after some request has arrived (sending), a third just after some row or the state was written.
     """
-    process = repo.start("dispatch", *repo.target, "--trace-id", trace)
+    kind = chance.choice(("start", "send", "write"))
+    # Only the first kind is there to hit the imports too.
+    starter = replace(repo, command=[*repo.command]) if kind == "start" else repo
+    process = starter.start("dispatch", *repo.target, "--trace-id", trace)
     try:
-        kind = chance.choice(("start", "send", "write"))
         count = chance.randrange(1, 14)
         if kind == "start":
             time.sleep(chance.uniform(0.0, 0.25))

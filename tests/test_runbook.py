@@ -295,7 +295,7 @@ def test_moving_to_another_machine(recipe: Recipe, host: Repo, server: SinkServe
     assert re.findall(r"^line (\d+): ", said, re.MULTILINE) == ["6", "7"]
     assert "A pass would make 2 deliveries of 2 escalations." in said
     server.forget()
-    there.append(*degraded(1))
+    there.append(health_degraded(traceId="pass-on-the-new-machine"))
     there.dispatch()
     assert told_to_slack(server) == [*waiting, ids(there)[-1]]
     assert len(server.requests) == 3

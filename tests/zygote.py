@@ -88,7 +88,10 @@ def become(asked: Mapping[str, Any], descriptors: Sequence[int]) -> list[str]:
 
 
 class Zygote:
-    """The process that forks, and the connection to it. It ends when the connection is closed."""
+    """The process that forks, and the connection to it. It ends when the connection is closed.
+
+    It has the limits, the umask and the like that this process had when it started it.
+    """
 
     def __init__(self) -> None:
         # What it forks is to be a child of this process, as soon as it has lost its parent.
@@ -96,7 +99,7 @@ class Zygote:
         self._lock = threading.Lock()
         self._connection, theirs = socket.socketpair()
         with theirs:
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 # A warning in the program is shown, as it is when that is what Python was started with.
                 [
                     *(sys.executable, "-W", "default::DeprecationWarning:ops_alert_dispatch"),
@@ -121,7 +124,7 @@ class Zygote:
 
     def close(self) -> None:
         self._connection.close()
-        self._process.wait()
+        self.process.wait()
 
 
 @functools.cache
