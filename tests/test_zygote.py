@@ -73,6 +73,7 @@ def test_a_forked_run_is_to_the_kernel_what_an_executed_one_is(
         (["redeliver", "--from-line", "1"], "n\n", 130),
         (["config", "--config-file", "no/such/file"], "", 3),
     ],
+    ids=["usage", "text", "question", "fault"],
 )
 def test_a_forked_run_says_and_does_what_an_executed_one_does(
     repo: Repo, executed: Repo, arguments: list[str], stdin: str, exit_code: int
@@ -87,9 +88,7 @@ def test_a_forked_run_says_and_does_what_an_executed_one_does(
     assert found[0].exit_code == exit_code
 
 
-def test_a_forked_run_knows_a_terminal_from_a_pipe_and_writes_there_at_once(
-    repo: Repo, executed: Repo
-) -> None:
+def test_a_forked_run_knows_a_terminal_from_a_pipe(repo: Repo, executed: Repo) -> None:
     repo.append(health_critical())
     for streams in (["stdout"], ["stderr"]):
         found = [
