@@ -2167,7 +2167,7 @@ class AlertmanagerAdapter(Adapter):
         }
         starts, ends = alert_times(sink, escalation, origin.emitted_at)
         return {
-            "labels": {name: cut_identity(printable(value), ALERT_LABEL) for name, value in labels.items()},
+            "labels": {name: cut_identity(value, ALERT_LABEL) for name, value in labels.items()},
             "annotations": {
                 "summary": headline(delivery, ALERT_SUMMARY),
                 "description": cut("\n".join(explain(escalation)), ALERT_DESCRIPTION),
