@@ -467,6 +467,36 @@ class Config(NamedTuple):
         window: float = self.routing.get("repeat", {}).get("windowSeconds", 0)
         return window
 
+    def rules(self) -> JsonObject:
+        """A config document of nothing but what decides where a record goes; no secret, no name of one."""
+        sinks = {
+            sink_id: {key: settings[key] for key in ("type", "enabled", "minSeverity") if key in settings}
+            for sink_id, settings in self.document["sinks"].items()
+        }
+        routes = [
+            {key: route[key] for key in ("category", "sinks", "minSeverity", "enabled") if key in route}
+            for route in self.routing.get("routes", [])
+        ]
+        routing = {"defaultSinks": self.routing["defaultSinks"], "routes": routes}
+        if "categorySeverity" in self.routing:
+            routing["categorySeverity"] = self.routing["categorySeverity"]
+        return {"defaultMinSeverity": self.default_min_severity, "sinks": sinks, "routing": routing}
+
+    @classmethod
+    def of_rules(cls, rules: JsonObject) -> Config:
+        """A config that routes by what `rules` gave. Raises KeyError, TypeError or ValueError else."""
+        for sink_id in [*rules["routing"]["defaultSinks"], *rules["sinks"]]:
+            SEVERITIES.index(rules["sinks"][sink_id].get("minSeverity", "info"))
+        return cls(
+            path=Path(),
+            digest="",
+            document=rules,
+            default_min_severity=rules["defaultMinSeverity"],
+            sinks=sinks_of(rules, {}),
+            policy=DeliveryPolicy(),
+            env_checked=False,
+        )
+
     def env_status(self) -> JsonObject:
         """For each environment variable that a sink names: whether it is set."""
         return {
@@ -515,7 +545,28 @@ def load_config(
         faults += check_secrets(document, environ)
     if faults:
         raise config_error(path, faults)
-    sinks = {
+    delivery = document.get("delivery", {})
+    backoff = delivery.get("backoffSeconds", {})
+    defaults = DeliveryPolicy()
+    return Config(
+        path=path,
+        digest=digest,
+        document=document,
+        default_min_severity=document["defaultMinSeverity"],
+        sinks=sinks_of(document, environ),
+        policy=DeliveryPolicy(
+            max_attempts_per_pass=delivery.get("maxAttemptsPerPass", defaults.max_attempts_per_pass),
+            backoff_initial=backoff.get("initial", min(defaults.backoff_initial, backoff.get("max", 30.0))),
+            backoff_max=backoff.get("max", max(defaults.backoff_max, backoff.get("initial", 0.0))),
+            give_up_after=delivery.get("giveUpAfterSeconds", defaults.give_up_after),
+        ),
+        env_checked=check_env,
+    )
+
+
+def sinks_of(document: JsonObject, environ: Mapping[str, str]) -> dict[str, Sink]:
+    """The sinks of a valid config document, with the secrets that the environment holds for them."""
+    return {
         sink_id: Sink(
             id=sink_id,
             type=settings["type"],
@@ -531,23 +582,6 @@ def load_config(
         )
         for sink_id, settings in document["sinks"].items()
     }
-    delivery = document.get("delivery", {})
-    backoff = delivery.get("backoffSeconds", {})
-    defaults = DeliveryPolicy()
-    return Config(
-        path=path,
-        digest=digest,
-        document=document,
-        default_min_severity=document["defaultMinSeverity"],
-        sinks=sinks,
-        policy=DeliveryPolicy(
-            max_attempts_per_pass=delivery.get("maxAttemptsPerPass", defaults.max_attempts_per_pass),
-            backoff_initial=backoff.get("initial", min(defaults.backoff_initial, backoff.get("max", 30.0))),
-            backoff_max=backoff.get("max", max(defaults.backoff_max, backoff.get("initial", 0.0))),
-            give_up_after=delivery.get("giveUpAfterSeconds", defaults.give_up_after),
-        ),
-        env_checked=check_env,
-    )
 
 
 def read_config(path: Path) -> tuple[JsonObject, str]:
@@ -2804,6 +2838,9 @@ class Lane:
         self.paced_until: float | None = None
         # What the sink was told, by what repeats of it have in common; the latest told comes last.
         self.told: dict[str, Told] = {}
+        # Up to these places the lane takes only records of these kinds (category, own severity), which waited
+        # elsewhere when a changed config routed them here: it has come past the others before.
+        self.rerouted: list[tuple[Position, list[tuple[str, str | None]]]] = []
         # The peers of a cluster that have missed deliveries which another one took.
         self.peers: dict[str, PeerLag] = {}
         # Where the lane stood still because its sink was disabled, and stretches of the log that it passes
@@ -2824,6 +2861,10 @@ class Lane:
         if "disabledAt" in value:
             lane.disabled_at = position_from_json(value["disabledAt"])
         lane.gaps = [(position_from_json(a), position_from_json(b)) for a, b in value.get("gaps", [])]
+        lane.rerouted = [
+            (position_from_json(stop), [(str(category), severity) for category, severity in kinds])
+            for stop, kinds in value.get("rerouted", [])
+        ]
         lane.peers = {str(name): PeerLag.from_json(lag) for name, lag in value.get("peers", {}).items()}
         lane.told = {key: Told(str(at), int(n), since) for key, at, n, since in value.get("told", [])}
         return lane
@@ -2838,6 +2879,8 @@ class Lane:
             value["disabledAt"] = position_to_json(self.disabled_at, source)
         if self.gaps:
             value["gaps"] = [[position_to_json(p, source) for p in gap] for gap in self.gaps]
+        if self.rerouted:
+            value["rerouted"] = [[position_to_json(stop, source), kinds] for stop, kinds in self.rerouted]
         if self.peers:
             value["peers"] = {name: lag.to_json(source) for name, lag in self.peers.items()}
         if self.told:
@@ -2932,6 +2975,15 @@ class Lane:
             return True
         return not self.waiting_since - 1.0 <= now < self.next_attempt_at
 
+    def rerouted_at(self, place: Position) -> list[tuple[str, str | None]] | None:
+        """The kinds of records that the lane takes at a place it has been past before; None: it has not."""
+        return next((kinds for stop, kinds in self.rerouted if place < stop), None)
+
+    def takes(self, record: Record, escalation: Escalation) -> bool:
+        """Tell whether the lane has yet to see to a record that is routed to its sink."""
+        kinds = self.rerouted_at(record.start)
+        return kinds is None or (escalation.category, escalation.severity) in kinds
+
     def ranges(self, stop: Position) -> Iterator[tuple[Position, Position]]:
         """The stretches of the log that the lane has yet to go through."""
         at = self.position
@@ -3003,6 +3055,8 @@ class State:
         self.attempts = Checkpoint()
         self.telemetry = Checkpoint()
         self.config_digest: str | None = None
+        # Where records went under that config, as long as some wait.
+        self.rules: JsonObject | None = None
         # After a crash: attempts that settled a delivery of which no row tells yet, what they say for rows
         # that are still to come, and whether to count anew what waits.
         self.unrecorded: list[JsonObject] = []
@@ -3027,6 +3081,7 @@ class State:
         state.attempts = Checkpoint(*map(int, checkpoint["attempts"]))
         state.telemetry = Checkpoint(*map(int, checkpoint["telemetry"]))
         state.config_digest = document.get("configDigest")
+        state.rules = document.get("rules")
         state.salt = str(document["salt"])
         state.unrecorded = list(document.get("unrecorded", []))
         return state
@@ -3046,6 +3101,7 @@ class State:
             "configDigest": self.config_digest,
             "salt": self.salt,
             **({"unrecorded": self.unrecorded} if self.unrecorded else {}),
+            **({"rules": self.rules} if any(lane.waiting_count for lane in self.lanes.values()) else {}),
         }
 
     def remember(self, attempts: Iterable[JsonObject], told: Collection[Key]) -> None:
@@ -3253,7 +3309,7 @@ def rebuild_state(job: Job) -> State:
                 sink_id = entry["id"]
                 if entry["status"] != "failed" or entry.get("deadLetter"):
                     settled[sink_id] = max(settled.get(sink_id, end), end)
-                    waiting[sink_id] = waiting.get(sink_id, 0) - ("late" in row)
+                    waiting[sink_id] = waiting.get(sink_id, 0) - ("late" in row and "rerouted" not in row)
                 else:
                     put_off.setdefault(sink_id, start_of_row(row))
                     waiting[sink_id] = waiting.get(sink_id, 0) + 1
@@ -3502,13 +3558,15 @@ class Ledger:
         """Write the rows of deliveries that had been put off in earlier ones, with one write."""
         rows: list[JsonObject] = []
         for delivery, entry in settled:
+            lane = self.state.lanes.get(entry["id"])
+            rerouted = lane is not None and lane.rerouted_at(delivery.record.start) is not None
             if entry["status"] == "success":
                 self.counts.late_dispatched += 1
             elif entry["status"] == "failed":
                 self.counts.late_failed += 1
                 self.counts.reason_codes.add(entry["reasonCode"])
             row = self._row(delivery.record, delivery.escalation, delivery.resolution, [entry])
-            rows.append({**row, "late": True})
+            rows.append({**row, "late": True, **({"rerouted": True} if rerouted else {})})
         self._telemetry.append(rows)
 
     def record_by_operator(
@@ -3598,7 +3656,14 @@ class Ledger:
         return {**row, "escalation": escalation.body, "route": resolution.route, **count_sinks(entries)}
 
     def write_event(
-        self, sink_id: str | None, status: str, reason_code: str, dropped: int | None, message: str
+        self,
+        sink_id: str | None,
+        status: str,
+        reason_code: str,
+        dropped: int | None,
+        message: str,
+        *,
+        rerouted: int | None = None,
     ) -> None:
         """Write the row of something that befell a whole lane, or the source."""
         row = {
@@ -3610,6 +3675,7 @@ class Ledger:
             "reasonCode": reason_code,
             "sinkId": sink_id,
             "droppedCount": dropped,
+            "reroutedCount": rerouted,
             "message": message,
         }
         self._telemetry.append([{key: value for key, value in row.items() if value is not None}])
@@ -3740,10 +3806,10 @@ class Batch(NamedTuple):
     repeats: list[Delivery]
 
 
-def waiting_delivery(record: Record, sink: Sink, router: Router, loop_id: str) -> Delivery | None:
+def waiting_delivery(record: Record, lane: Lane, sink: Sink, router: Router, loop_id: str) -> Delivery | None:
     """A record that waits in a sink's lane, enabled or not; None where it is not for that sink."""
     line = parse_escalation(record, loop_id)
-    if isinstance(line, Unusable):
+    if isinstance(line, Unusable) or not lane.takes(record, line):
         return None
     resolution = router.resolve(line.category, line.severity)
     if not resolution.should_dispatch or all(other.id != sink.id for other in resolution.selected):
@@ -3751,6 +3817,17 @@ def waiting_delivery(record: Record, sink: Sink, router: Router, loop_id: str) -
     if not at_least(resolution.event_severity, sink.min_severity or resolution.min_severity):
         return None
     return Delivery(record, line, resolution, late=True)
+
+
+def backlog(
+    lane: Lane, sink: Sink, router: Router, source: Source, taken_up: Position, loop_id: str
+) -> Iterator[Delivery]:
+    """What was taken up and waits in a sink's lane, in order."""
+    for start, stop in list(lane.ranges(min(lane.disabled_at or taken_up, taken_up))):
+        for record in source.read(start, stop):
+            delivery = waiting_delivery(record, lane, sink, router, loop_id)
+            if delivery is not None:
+                yield delivery
 
 
 class LaneRun:
@@ -3880,6 +3957,8 @@ class LaneRun:
             return None
         resolution = self._router.resolve(escalation.category, escalation.severity)
         if all(sink.id != self.sink.id for sink in resolution.dispatchable):
+            return None
+        if not self.lane.takes(record, escalation):
             return None
         return Delivery(record, escalation, resolution, late=record.start < self._began)
 
@@ -4297,10 +4376,14 @@ class Pass:
         for sink_id, lane in state.lanes.items():
             self._leave_lost_segment(sink_id, lane)
         if changed or state.recount:
+            before = self._router_before()
+            if changed and before is not None:
+                self._reroute(before)
             for sink_id, lane in state.lanes.items():
                 if lane.waiting_count:
-                    self._apply_routes(sink_id, lane)
+                    self._apply_routes(sink_id, lane, before)
         state.config_digest, state.recount = self.config.digest, False
+        state.rules = self.config.rules()
         self._changed = changed or bool(lost) or bool(source.change)
 
     def _align_lanes(self) -> None:
@@ -4342,26 +4425,80 @@ class Pass:
                 )
                 self.ledger.write_event(sink_id, "failed", "source_lost", dropped, message)
 
-    def _apply_routes(self, sink_id: str, lane: Lane) -> None:
+    def _router_before(self) -> Router | None:
+        """Routes as the config did under which the last pass ran; None where that is not known."""
+        try:
+            return Router(Config.of_rules(self.state.rules)) if self.state.rules else None
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return None
+
+    def _reroute(self, before: Router) -> None:
+        """Take lanes back to what waits elsewhere and is now, unlike before, routed to them.
+
+        A lane that is still to come to such a record takes it by itself. One that is past it goes back, and
+        up to where it was takes nothing but records of that kind.
+        """
+        lanes, loop_id = self.state.lanes, self.job.loop_id
+        waiting = {
+            sink_id: lane
+            for sink_id, lane in lanes.items()
+            if lane.waiting_count and sink_id in before.config.sinks
+        }
+        if not waiting:
+            return
+        found: dict[str, list[tuple[Position, tuple[str, str | None]]]] = {}
+        for record in self.source.read(min(lane.position for lane in waiting.values()), self.ledger.taken_up):
+            held = [
+                sink_id
+                for sink_id, lane in waiting.items()
+                if any(start <= record.start < stop for start, stop in lane.ranges(self.ledger.taken_up))
+                and waiting_delivery(record, lane, before.config.sinks[sink_id], before, loop_id)
+            ]
+            line = parse_escalation(record, loop_id) if held else None
+            if line is None or isinstance(line, Unusable):
+                continue
+            known = {sink.id for sink in before.resolve(line.category, line.severity).selected}
+            for sink in self.router.resolve(line.category, line.severity).dispatchable:
+                if sink.id not in known and sink.id in before.config.sinks and sink.id in lanes:
+                    found.setdefault(sink.id, []).append((record.start, (line.category, line.severity)))
+        for sink_id, places in found.items():
+            lane = lanes[sink_id]
+            kinds = list(dict.fromkeys(kind for start, kind in places if start < lane.position))
+            if not kinds:
+                continue
+            count = sum(start < lane.position for start, _ in places)
+            message = (
+                f"{plural(count, 'delivery')} waited for another sink, and a route leads to {sink_id} now"
+            )
+            self.ledger.write_event(sink_id, "skipped", "route_changed", None, message, rerouted=count)
+            lane.rerouted.insert(0, (lane.position, kinds))
+            lane.position = places[0][0]
+            lane.waiting_count += count
+
+    def _apply_routes(self, sink_id: str, lane: Lane, before: Router | None) -> None:
         """Count what waits in a lane under the routes of a changed config; what they drop is on record."""
-        before = lane.waiting_count
+        known = not self.state.recount
+        waited = lane.waiting_count
+        if not known and before is not None and (sink := before.config.sinks.get(sink_id)):
+            # After a crash the count is not to be relied on.
+            waited, known = self._count(lane, sink, before)[0], True
         self._recount(sink_id, lane)
-        # After a crash the count from before is not to be relied on.
-        if not self.state.recount and (dropped := before - lane.waiting_count) > 0:
+        if known and (dropped := waited - lane.waiting_count) > 0:
             message = f"{plural(dropped, 'delivery')} waited for {sink_id}, where no route leads any more"
             self.ledger.write_event(sink_id, "skipped", "route_changed", dropped, message)
 
     def _recount(self, sink_id: str, lane: Lane) -> None:
         """Count anew what waits in a lane: routes have changed, or a crash has left the count uncertain."""
         sink = self.config.sinks[sink_id]
-        lane.waiting_count, lane.oldest_pending_at = 0, None
-        stop = min(lane.disabled_at or self.ledger.taken_up, self.ledger.taken_up)
-        for start, end in list(lane.ranges(stop)):
-            for record in self.source.read(start, end):
-                delivery = waiting_delivery(record, sink, self.router, self.job.loop_id)
-                if delivery is not None:
-                    lane.waiting_count += 1
-                    lane.oldest_pending_at = lane.oldest_pending_at or delivery.escalation.timestamp
+        lane.waiting_count, lane.oldest_pending_at = self._count(lane, sink, self.router)
+
+    def _count(self, lane: Lane, sink: Sink, router: Router) -> tuple[int, str | None]:
+        """How many deliveries wait in a lane, and the timestamp of the first that has one."""
+        count, oldest = 0, None
+        for delivery in backlog(lane, sink, router, self.source, self.ledger.taken_up, self.job.loop_id):
+            count += 1
+            oldest = oldest or delivery.escalation.timestamp
+        return count, oldest
 
     def _open_lanes(self) -> None:
         """Find the lanes that have something to go through, and which of them may try."""
@@ -4520,6 +4657,7 @@ class Pass:
             settled = [end_of_row(row) for row in state.unrecorded if row["sinkId"] == sink_id]
             lane.position = min(lane.position, max([taken_up, *settled]))
             lane.gaps = [gap for gap in lane.gaps if lane.position < gap[1]]
+            lane.rerouted = [stretch for stretch in lane.rerouted if lane.position < stretch[0]]
             if lane.waiting_count:
                 lane.lagging_since = min(lane.lagging_since or now, now)
             else:
@@ -4889,17 +5027,6 @@ def plan_pass(job: Job, environ: Mapping[str, str], *, show_payload: bool) -> Js
         "escalations": plans,
         "notes": notes,
     }
-
-
-def backlog(
-    lane: Lane, sink: Sink, router: Router, source: Source, taken_up: Position, loop_id: str
-) -> Iterator[Delivery]:
-    """What was taken up and waits in a sink's lane, in order."""
-    for start, stop in lane.ranges(min(lane.disabled_at or taken_up, taken_up)):
-        for record in source.read(start, stop):
-            delivery = waiting_delivery(record, sink, router, loop_id)
-            if delivery is not None:
-                yield delivery
 
 
 def dropped_notes(

@@ -695,6 +695,39 @@ def test_a_changed_route_applies_to_what_waits_and_what_that_drops_is_on_record(
     check_promise(repo)
 
 
+def test_what_waits_for_one_sink_goes_to_the_one_that_a_changed_route_names(
+    repo: Repo, server: SinkServer
+) -> None:
+    """And nothing else goes there: not what was delivered before, nor what another category waits for."""
+    config = everywhere()
+    config["routing"]["defaultSinks"] = [HOOK]
+    config["routing"]["routes"] = [{"category": "divergence_detected", "sinks": [CHAT, HOOK]}]
+    repo.write_config(config)
+    repo.append(health_degraded(traceId="delivered"))
+    repo.dispatch()
+    server.answer("/hook", error(503))
+    repo.append(
+        *(health_degraded(traceId="waits"), divergence_detected(traceId="told"), health_critical()),
+        health_degraded(traceId="waits, too"),
+    )
+    repo.dispatch()
+    assert len(ids(server, CHAT)) == 1
+    config["routing"]["routes"].insert(0, {"category": "health_degraded", "sinks": [CHAT]})
+    repo.write_config(config)
+    repo.append(health_degraded(traceId="new"))
+
+    assert repo.dispatch().json["waitingCount"] == 2
+    told = row_ids(repo)
+    assert ids(server, CHAT) == [told[2], told[1], told[4], told[5]]
+    check_promise(repo)
+    server.answer("/hook", ok())
+    assert repo.dispatch().json["waitingCount"] == 0
+    assert ids(server, CHAT) == [told[2], told[1], told[4], told[5]]
+    assert ids(server, HOOK)[-2:] == [told[2], told[3]]
+    assert [row.get("reroutedCount") for row in repo.telemetry() if row.get("sinkId") == CHAT] == [2]
+    check_promise(repo)
+
+
 # --- The clock (11)
 
 
