@@ -1670,7 +1670,7 @@ class Adapter:
         """Every place that a request goes to: the same to each, and delivered when at least one took it."""
         return (self.url(sink),)
 
-    def seconds_active(self, sink: Sink) -> float:  # noqa: ARG002
+    def seconds_to_catch_up(self, sink: Sink) -> float:  # noqa: ARG002
         """For how long after a delivery a peer that has missed it should still get it."""
         return 0.0
 
@@ -2155,18 +2155,19 @@ class AlertmanagerAdapter(Adapter):
     each other whom they have notified, not which alerts they hold.
     """
 
+    splits = True
+
     def urls(self, sink: Sink) -> tuple[str, ...]:
         peers = secret_parts(sink.type, self.url_key, super().url(sink))
         return tuple(f"{peer}/api/v2/alerts" if peer else "" for peer in peers)
 
-    splits = True
-
     def url(self, sink: Sink) -> str:
         return self.urls(sink)[0]
 
-    def seconds_active(self, sink: Sink) -> float:
-        seconds: float = sink.settings.get("activeForSeconds", DEFAULT_ACTIVE_FOR)
-        return seconds
+    def seconds_to_catch_up(self, sink: Sink) -> float:
+        """As long as the alert has the same end on a peer that gets it later: see `alert_times`."""
+        seconds = active_seconds(sink)
+        return seconds - min(ALERT_LEAD_SECONDS, seconds / 2)
 
     def batch_size(self, sink: Sink) -> int:  # noqa: ARG002
         return ALERTS_A_REQUEST
@@ -2235,11 +2236,16 @@ def alert_times(sink: Sink, escalation: Escalation, sent: float) -> tuple[float,
     nothing, or too little for a page, would be left (Alertmanager takes an alert whose end is in the past for
     a resolved one, and is silent), so it lasts as long from when it is sent.
     """
-    active_for = AlertmanagerAdapter().seconds_active(sink)
     written = parse_time(escalation.timestamp)
     starts = min(sent if written is None else written, sent)
-    in_good_time = starts + active_for - sent >= min(ALERT_LEAD_SECONDS, active_for / 2)
-    return starts, (starts if in_good_time else sent) + active_for
+    in_good_time = sent - starts <= AlertmanagerAdapter().seconds_to_catch_up(sink)
+    return starts, (starts if in_good_time else sent) + active_seconds(sink)
+
+
+def active_seconds(sink: Sink) -> float:
+    """For how long an alert lasts."""
+    seconds: float = sink.settings.get("activeForSeconds", DEFAULT_ACTIVE_FOR)
+    return seconds
 
 
 ADAPTERS: dict[str, Adapter] = {
@@ -3933,8 +3939,8 @@ class LaneRun:
         self._put_back.extendleft((delivery.record, delivery) for delivery in reversed(together))
         self._single = len(together)
 
-    def missed_batches(self, peer: str, seconds_active: float) -> Iterator[list[Delivery]]:
-        """What a peer of a cluster has missed and should still get, a request at a time."""
+    def missed_batches(self, peer: str, seconds: float) -> Iterator[list[Delivery]]:
+        """What a peer of a cluster has missed within these seconds, a request at a time."""
         lag = self.lane.peers[peer]
         missed: list[Delivery] = []
         for record in self.ledger.source.read(lag.position, self.lane.position):
@@ -3942,7 +3948,7 @@ class LaneRun:
             if delivery is None:
                 continue
             sent = max(lag.since, parse_time(delivery.escalation.timestamp) or 0.0)
-            if sent + seconds_active <= time.time():
+            if sent + seconds <= time.time():
                 continue
             missed.append(delivery)
             if len(missed) == self._batch_size:
@@ -4182,7 +4188,7 @@ class SinkWorker:
                 self._catch_up_peer(run, peer)
 
     def _catch_up_peer(self, run: LaneRun, peer: str) -> None:
-        for missed in run.missed_batches(peer, self._adapter.seconds_active(self.sink)):
+        for missed in run.missed_batches(peer, self._adapter.seconds_to_catch_up(self.sink)):
             if self._clock.left <= 0 or run.is_over():
                 return
             origin = self._origin._replace(emitted_at=time.time())

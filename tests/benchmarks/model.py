@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -155,25 +154,11 @@ def alertmanager_bytes(fleet: Fleet, costs: Costs) -> float:
 # --- The costs
 
 
-def cpu_of(command: Sequence[str], env: dict[str, str]) -> float:
-    """Run a command to its end; the processor seconds that it took."""
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            output.seek(0)
-            raise SystemExit(f"{' '.join(command)}\n{output.read().decode()}")
-    return usage.ru_utime + usage.ru_stime
-
-
 class Host:
     """A repo with one sink, and loops in it."""
 
     def __init__(self, root: Path, kind: str, url: str) -> None:
-        from conftest import clean_env
+        from benchmarks.measure import clean_env
 
         self.root = root
         self.env = clean_env(root, MEASURED_URL=url)
@@ -196,8 +181,10 @@ class Host:
 
     def dispatch(self) -> float:
         """One pass over all loops; the processor seconds that it took."""
-        program = str(Path(sys.executable).with_name("ops-alert-dispatch"))
-        return cpu_of([program, "dispatch", "--repo", str(self.root), "--all-loops"], self.env)
+        from benchmarks.measure import PROGRAM, run
+
+        cost, _ = run([PROGRAM, "dispatch", "--repo", str(self.root), "--all-loops"], self.root, self.env)
+        return cost.cpu
 
     def idle(self) -> float:
         return min(self.dispatch() for _ in range(5))
