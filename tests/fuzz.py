@@ -130,7 +130,7 @@ def fuzz_state(data: bytes) -> None:
     """Any state file is used, or refused as a newer one, or taken for damaged and rebuilt."""
     with file_with(data) as path:
         folder = path.parent
-        job = program.default_job(folder, "a-loop", None)._replace(
+        job = program.usual_job(folder, "a-loop")._replace(
             state_file=path,
             escalations_file=folder / "escalations.jsonl",
             telemetry_file=folder / "alerts.jsonl",
