@@ -21,6 +21,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import itertools
 import json
 import os
 import re
@@ -147,6 +148,13 @@ def parse_time(text: object) -> float | None:
 MAX_DEPTH = 100
 
 
+class TooDeepError(ValueError):
+    """JSON whose containers stand in each other more than MAX_DEPTH deep."""
+
+    def __init__(self) -> None:
+        super().__init__(f"nested more than {MAX_DEPTH} deep")
+
+
 def encode_json(value: object) -> bytes:
     """Encode as compact UTF-8 JSON, whatever the value holds.
 
@@ -176,7 +184,7 @@ def mend_json(value: object) -> object:
 def too_deep(value: object) -> bool:
     """Tell whether containers stand in each other more than MAX_DEPTH deep, without recursion."""
     level: list[object] = [value]
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_DEPTH):
         level = [
             item
             for container in level
@@ -191,19 +199,27 @@ def too_deep(value: object) -> bool:
 def decode_json(text: str) -> object:
     """Read JSON leniently where leniency loses nothing: NaN and oversized integers are kept as strings.
 
-    Raises ValueError for what is not JSON, or is nested more than MAX_DEPTH deep.
+    Raises ValueError for what is not JSON, TooDeepError for what is nested more than MAX_DEPTH deep.
     """
     try:
         value = json.loads(text, parse_constant=str)
     except json.JSONDecodeError:
         raise
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise TooDeepError from None
     except ValueError:  # an integer of more digits than Python converts
-        value = json.loads(text, parse_constant=str, parse_int=str)
+        value = json.loads(text, parse_constant=str, parse_int=as_integer)
     if text.count("{") + text.count("[") > MAX_DEPTH and isinstance(value, dict | list) and too_deep(value):
-        raise ValueError("nested too deeply")
+        raise TooDeepError
     return value
+
+
+def as_integer(digits: str) -> int | str:
+    """An integer of a JSON text; one with more digits than Python converts stays a string."""
+    try:
+        return int(digits)
+    except ValueError:
+        return digits
 
 
 def mapping(value: object) -> JsonObject:
@@ -212,7 +228,8 @@ def mapping(value: object) -> JsonObject:
 
 
 # Control characters and those that change the direction of text: they forge log lines and terminal output.
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]+")
+FORGING = "\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f"
+UNPRINTABLE = re.compile(f"[\x00-\x1f{FORGING}\ud800-\udfff]+")
 
 
 def printable(text: str) -> str:
@@ -263,104 +280,181 @@ def plural(count: int, noun: str) -> str:
 MASK = "[secret]"
 # A run of this many characters of a secret is taken for a part of it.
 SECRET_RUN = 8
+# A whole token of so few characters is masked too, but only where it stands alone.
+SECRET_MIN = 4
+# An answer may hold a secret percent-encoded within JSON within HTML.
+ENCODING_LAYERS = 3
+
+ESCAPED = re.compile(
+    r"%([0-9A-Fa-f]{2})|\\u([0-9A-Fa-f]{4})|\\x([0-9A-Fa-f]{2})|&#[xX]([0-9A-Fa-f]{1,6});"
+    r"|&#([0-9]{1,7});|\\([\"'/\\])|&(amp|lt|gt|quot|apos);"
+)
+HTML_NAMES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'"}
 
 
 class Redactor:
     """Keeps the secrets that were read from the environment out of every text that leaves the program.
 
-    `mask` is for what sinks and errors say: it finds parts and encodings too. `mask_value` is for what
-    records hold: it finds the secrets as they are and as they are usually encoded, and costs next to
-    nothing. The program's own words (keys, outcomes, places) are never touched. What stands in `public` (the
-    config, say) is no secret, even where a URL happens to hold the same word.
+    `mask` is for what sinks say: it finds parts and encodings too, in any case. `mask_value` is for what
+    records hold: it finds the secrets as they are and as they are usually encoded, and costs next to nothing.
+    The program's own words (keys, outcomes, places) are never touched. What stands in `public` (sink ids,
+    say) is no secret, even where a URL happens to hold the same word.
     """
 
     def __init__(self, secrets: Iterable[str] = (), public: str = "") -> None:
         self._secrets = tuple(secrets)
-        self._public = public
+        self._public = fold(public)
 
     @functools.cached_property
-    def _whole(self) -> list[str]:
-        """All spellings of the secrets, the longest first: made when the first text is looked at."""
-        spellings = {spelling for secret in self._secrets for spelling in spellings_of(secret)}
-        hidden = [text for text in spellings if len(text) >= SECRET_RUN and text not in self._public]
-        return sorted(hidden, key=len, reverse=True)
+    def _hidden(self) -> tuple[list[str], set[str]]:
+        """What is hidden wherever it stands whole, the longest first; and the runs of it. All folded.
+
+        Made when it is first needed: an idle pass does without.
+        """
+        whole: set[str] = set()
+        runs: set[str] = set()
+        for secret in self._secrets:
+            for part, is_token in (url_parts(secret) if "://" in secret else token_parts(secret)).items():
+                if is_token and len(part) >= SECRET_MIN:
+                    whole.add(fold(part))
+                for spelling in map(fold, spellings(part)):
+                    if len(spelling) < SECRET_RUN or (not is_token and spelling in self._public):
+                        continue
+                    whole.add(spelling)
+                    if "://" not in spelling:
+                        runs |= {spelling[i : i + SECRET_RUN] for i in range(len(spelling) - SECRET_RUN + 1)}
+        return sorted(whole, key=len, reverse=True), {run for run in runs if run not in self._public}
 
     @functools.cached_property
-    def _shortest(self) -> list[str]:
-        """Spellings that hold no other one: where none of them stands, none of the others does."""
-        return [text for text in self._whole if not any(o in text for o in self._whole if o != text)]
-
-    @functools.cached_property
-    def _runs(self) -> set[str]:
-        return {
-            run
-            for text in self._whole
-            if "://" not in text
-            for run in (text[i : i + SECRET_RUN] for i in range(len(text) - SECRET_RUN + 1))
-            if run not in self._public
-        }
+    def _marks(self) -> list[bytes]:
+        """The shortest texts without one of which a line holds no secret."""
+        marks: list[str] = []
+        for spelling in reversed(self._hidden[0]):
+            if not any(mark in spelling for mark in marks):
+                marks.append(spelling)
+        return [mark.encode("utf-8", "surrogateescape") for mark in marks]
 
     def mask(self, text: str) -> str:
         """Mask secrets, and any run of SECRET_RUN characters of one, in a text from outside."""
-        text = self._mask_whole(text)
-        hidden = bytearray(len(text))
-        for start in range(len(text) - SECRET_RUN + 1):
-            if text[start : start + SECRET_RUN] in self._runs:
-                hidden[start : start + SECRET_RUN] = b"\1" * SECRET_RUN
-        pieces: list[str] = []
-        for index, character in enumerate(text):
-            if not hidden[index]:
-                pieces.append(character)
-            elif index == 0 or not hidden[index - 1]:
-                pieces.append(MASK)
-        return "".join(pieces)
+        whole, runs = self._hidden
+        if not whole:
+            return text
+        spans: list[tuple[int, int]] = []
+        layer, places = text, [(index, index + 1) for index in range(len(text))]
+        for _ in range(ENCODING_LAYERS + 1):
+            folded = fold(layer)
+            found = list(self._find(folded))
+            found += [
+                (start, start + SECRET_RUN)
+                for start in range(len(folded) - SECRET_RUN + 1)
+                if folded[start : start + SECRET_RUN] in runs
+            ]
+            spans += [(places[start][0], places[stop - 1][1]) for start, stop in found]
+            decoded, places = decode_layer(layer, places)
+            if decoded == layer:
+                break
+            layer = decoded
+        return mask_spans(text, spans)
 
     def mask_value(self, value: Any) -> Any:
-        """Mask secrets that stand whole in the texts of a JSON value, keys included."""
+        """Mask secrets that stand whole in the texts of a JSON value, keys and numbers included."""
         if isinstance(value, str):
-            return self._mask_whole(value)
+            return mask_spans(value, self._find(fold(value)))
         if isinstance(value, dict):
-            return {self._mask_whole(key): self.mask_value(item) for key, item in value.items()}
+            return {self.mask_value(key): self.mask_value(item) for key, item in value.items()}
         if isinstance(value, list):
             return [self.mask_value(item) for item in value]
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return MASK if any(self._find(str(value))) else value
         return value
 
-    def finds(self, line: str) -> bool:
+    def finds(self, line: bytes) -> bool:
         """Tell whether a secret stands whole in a line: nearly always not, and quickly told."""
-        return any(spelling in line for spelling in self._shortest)
+        folded = line.lower()
+        return any(mark in folded for mark in self._marks)
 
-    def _mask_whole(self, text: str) -> str:
-        for spelling in self._whole:
-            if spelling in text:
-                text = text.replace(spelling, MASK)
-        return text
-
-
-def spellings_of(secret: str) -> set[str]:
-    """How a token, a key, or a URL (of which scheme and host may be shown) may look in a text."""
-    from urllib.parse import quote, quote_plus, unquote, urlsplit
-
-    words = secret.split(" ")
-    parts = {secret, *words, *(word.removeprefix("whsec_") for word in words)}
-    if "://" in secret:
-        with contextlib.suppress(ValueError):
-            url = urlsplit(secret)
-            userinfo = url.netloc.rpartition("@")[0]
-            parts |= {userinfo, *userinfo.split(":"), url.path.strip("/"), url.query, url.fragment}
-            parts |= {value for pair in url.query.split("&") for value in pair.split("=")[1:]}
-    spellings: set[str] = set()
-    for part in parts:
-        spellings |= {part, quote(part), quote(part, safe=""), quote_plus(part), unquote(part)}
-        spellings |= {json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1]}
-        spellings |= base64_spellings(part)
-    return spellings
+    def _find(self, folded: str) -> Iterator[tuple[int, int]]:
+        """Where secrets stand whole in a text that is folded already."""
+        for spelling in self._hidden[0]:
+            start = folded.find(spelling)
+            while start >= 0:
+                stop = start + len(spelling)
+                alone = not folded[start - 1 : start].isalnum() and not folded[stop : stop + 1].isalnum()
+                if alone or len(spelling) >= SECRET_RUN:
+                    yield start, stop
+                start = folded.find(spelling, stop)
 
 
-def base64_spellings(text: str) -> set[str]:
-    """How `text` may look inside a base64 string: alone, or after one or two other bytes."""
+def fold(text: str) -> str:
+    """Write the 26 letters small: a text of the same length."""
+    return text.lower() if text.isascii() else text.translate(SMALL_LETTERS)
+
+
+SMALL_LETTERS = {letter: letter + 32 for letter in range(ord("A"), ord("Z") + 1)}
+
+
+def mask_spans(text: str, spans: Iterable[tuple[int, int]]) -> str:
+    """Put one MASK in place of each stretch of a text that these spans cover."""
+    pieces: list[str] = []
+    covered = 0
+    for start, stop in sorted(spans):
+        if start > covered or not pieces:
+            pieces += [text[covered:start], MASK]
+        covered = max(covered, stop)
+    return "".join([*pieces, text[covered:]])
+
+
+def url_parts(url: str) -> dict[str, bool]:
+    """The parts of a URL that are secret, and of each whether it is as good as a token."""
+    from urllib.parse import unquote, urlsplit
+
+    parts = {url: True}
+    with contextlib.suppress(ValueError):
+        split = urlsplit(url)
+        userinfo = split.netloc.rpartition("@")[0]
+        words = {split.path.strip("/"), split.query, split.fragment}
+        # A step of a path that is a plain word (`services`) is found with its neighbours only.
+        words |= {step for step in split.path.split("/") if len(step) >= 2 * SECRET_RUN or not step.isalpha()}
+        words |= {value for pair in split.query.split("&") for value in pair.split("=")[1:]}
+        parts |= dict.fromkeys(words, False)
+        parts |= dict.fromkeys({userinfo, unquote(userinfo), *userinfo.split(":")}, True)
+    return parts
+
+
+def token_parts(token: str) -> dict[str, bool]:
+    """A token, and what else gives it away: each of several signing secrets, and the key that it encodes.
+
+    Standard Webhooks, "Signature scheme": `whsec_` and the key in base64; several, separated by spaces.
+    """
+    from base64 import b64decode
+
+    parts: dict[str, bool] = {}
+    for word in token.split():
+        coded = word.removeprefix("whsec_")
+        parts |= {word: True, coded: True}
+        if coded != word:
+            with contextlib.suppress(ValueError):
+                key = b64decode(coded)
+                parts |= {key.hex(): True, key.decode("utf-8", "surrogateescape"): True}
+    return parts
+
+
+def spellings(part: str) -> set[str]:
+    """How a part of a secret may stand in JSON, in a URL, in HTML, in base64 or as hexadecimal digits."""
+    from html import escape
+    from urllib.parse import quote, quote_plus, unquote
+
+    raw = part.encode("utf-8", "surrogateescape")
+    found = {part, unquote(part), escape(part), raw.hex(), *base64_spellings(raw)}
+    found |= {quote(raw), quote(raw, safe=""), quote_plus(raw)}
+    found |= {json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1]}
+    return found
+
+
+def base64_spellings(raw: bytes) -> set[str]:
+    """How bytes may look inside a base64 string: alone, or after one or two other bytes."""
     from base64 import b64encode
 
-    raw = text.encode("utf-8", "surrogateescape")
     found: set[str] = set()
     for lead in range(3):
         coded = b64encode(b"\0" * lead + raw).decode()
@@ -368,6 +462,23 @@ def base64_spellings(text: str) -> set[str]:
         coded = coded[(0, 2, 3)[lead] :].rstrip("=")[:-1]
         found |= {coded, coded.replace("+", "-").replace("/", "_")}
     return found
+
+
+def decode_layer(text: str, places: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
+    """Undo one layer of percent, JSON and HTML escapes, and keep track of where each character came from."""
+    decoded: list[str] = []
+    kept: list[tuple[int, int]] = []
+    at = 0
+    for match in ESCAPED.finditer(text):
+        start, stop = match.span()
+        percent, unicode, byte, hexadecimal, decimal, plain, name = match.groups()
+        digits = percent or unicode or byte or hexadecimal
+        code = int(digits, 16) if digits else int(decimal or 0)
+        character = plain or HTML_NAMES.get(name or "") or (chr(code) if code <= sys.maxunicode else "?")
+        decoded += [text[at:start], character]
+        kept += [*places[at:start], (places[start][0], places[stop - 1][1])]
+        at = stop
+    return "".join([*decoded, text[at:]]), [*kept, *places[at:]]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -379,6 +490,14 @@ DEFAULT_CONFIG = Path("config", "ops-manager-alert-sinks.v1.json")
 CONFIG_ENV = "OPS_MANAGER_ALERT_SINKS_FILE"
 TRACE_ENV = "OPS_MANAGER_TRACE_ID"
 MAX_CONFIG_BYTES = 1 << 20
+# More faults than this come from a file that is no config, or a hostile one.
+MAX_FAULTS = 100
+# Of so many known words one is suggested.
+MAX_KNOWN = 50
+# A key beyond this is told by its length.
+LONG_KEY = 200
+# The one key of a sink that names a variable which holds no secret.
+CA_FILE_KEY = "caFileEnv"
 
 DEFAULT_TIMEOUT = 5.0
 SEVERITIES = ("info", "warning", "critical")
@@ -454,6 +573,7 @@ class Config(NamedTuple):
     sinks: Mapping[str, Sink]
     policy: DeliveryPolicy
     env_checked: bool
+    hidden: tuple[str, ...]
 
     @property
     def routing(self) -> JsonObject:
@@ -495,7 +615,12 @@ class Config(NamedTuple):
             sinks=sinks_of(rules, {}),
             policy=DeliveryPolicy(),
             env_checked=False,
+            hidden=(),
         )
+
+    def redactor(self) -> Redactor:
+        """A redactor for every secret that the environment holds for this config."""
+        return make_redactor(self.document, self.hidden)
 
     def env_status(self) -> JsonObject:
         """For each environment variable that a sink names: whether it is set."""
@@ -505,16 +630,6 @@ class Config(NamedTuple):
             for key, name in sorted(sink.secret_refs.items())
         }
 
-    def redactor(self) -> Redactor:
-        """A redactor for every secret that the environment holds for this config."""
-        secrets = (
-            part
-            for sink in self.sinks.values()
-            for key, value in sink.secrets.items()
-            for part in secret_parts(sink.type, key, value)
-        )
-        return Redactor(secrets, public=json.dumps(self.document, ensure_ascii=False))
-
 
 def json_path(parts: Iterable[str | int]) -> str:
     """Write a place in a document as JSONPath (RFC 9535): `$.sinks['webhook-default'].urlEnv`."""
@@ -522,6 +637,8 @@ def json_path(parts: Iterable[str | int]) -> str:
     for part in parts:
         if isinstance(part, int):
             path += f"[{part}]"
+        elif len(part) > LONG_KEY:
+            path += f"[a key of {len(part)} characters]"
         elif re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", part):
             path += f".{part}"
         else:
@@ -539,12 +656,16 @@ def load_config(
 
     Raises ConfigError, which lists every fault with its JSON path.
     """
-    document, digest = read_config(path)
-    faults = [] if digest == known_digest else validate_config(document)
+    document, digest, faults = read_config(path)
+    if not faults and digest != known_digest:
+        faults += validate_config(document)
     if check_env:
         faults += check_secrets(document, environ)
+    faults += find_secrets(document, environ)
     if faults:
-        raise config_error(path, faults)
+        # Whoever wrote a secret into the file is not to find it in a log as well.
+        redactor = make_redactor(document, hidden_values(document, environ))
+        raise config_error(path, [redactor.mask_value(fault) for fault in faults])
     delivery = document.get("delivery", {})
     backoff = delivery.get("backoffSeconds", {})
     defaults = DeliveryPolicy()
@@ -561,6 +682,7 @@ def load_config(
             give_up_after=delivery.get("giveUpAfterSeconds", defaults.give_up_after),
         ),
         env_checked=check_env,
+        hidden=hidden_values(document, environ),
     )
 
 
@@ -584,25 +706,112 @@ def sinks_of(document: JsonObject, environ: Mapping[str, str]) -> dict[str, Sink
     }
 
 
-def read_config(path: Path) -> tuple[JsonObject, str]:
-    """Read the config's bytes: the document, and a digest that stands for it and for this version."""
+def named_secrets(document: JsonObject, environ: Mapping[str, str]) -> dict[str, str]:
+    """The secrets that the environment holds for a config, valid or not: name of the variable, value."""
+    return {
+        name: environ[name]
+        for sink in mapping(document.get("sinks")).values()
+        for key, name in mapping(sink).items()
+        if key.endswith("Env") and not key.startswith("x-") and key != CA_FILE_KEY
+        if is_env_name(name) and environ.get(name)
+    }
+
+
+def is_env_name(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[A-Z_][A-Z0-9_]*", name) is not None
+
+
+PLAIN_WORDS = re.compile("[A-Za-z]+(?:[-_.][A-Za-z]+)*")
+
+
+def hidden_values(document: JsonObject, environ: Mapping[str, str]) -> tuple[str, ...]:
+    """What must not be seen of the environment: a config's secrets, and what proxies ask for."""
+    hidden: list[str] = []
+    for value in named_secrets(document, environ).values():
+        peers = secret_parts("alertmanager", "urlEnv", value) if "://" in value else []
+        hidden += [value, *peers]
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        for proxy in (environ.get(name, ""), environ.get(name.upper(), "")):
+            # Of a proxy's URL only user name and password are secret.
+            userinfo = proxy.rpartition("://")[2].partition("/")[0].rpartition("@")[0]
+            hidden += [userinfo, *userinfo.split(":")] if userinfo else []
+    return tuple(hidden)
+
+
+def make_redactor(document: JsonObject, hidden: Iterable[str]) -> Redactor:
+    """A redactor for a config, valid or not, that leaves sink ids and categories alone.
+
+    Only where they are plain words: somebody may have written a secret in the place of one.
+    """
+    categories = mapping(mapping(document.get("routing")).get("categorySeverity"))
+    names = (*mapping(document.get("sinks")), *categories)
+    return Redactor(hidden, public=" ".join(filter(PLAIN_WORDS.fullmatch, names)))
+
+
+def find_secrets(document: JsonObject, environ: Mapping[str, str]) -> Iterator[str]:
+    """Find what stands in the environment as a secret and in the file as well, where anybody may read it."""
+    secrets = {
+        name: value for name, value in named_secrets(document, environ).items() if len(value) >= SECRET_RUN
+    }
+    text = json.dumps(document, ensure_ascii=False)
+    if not any(json.dumps(value)[1:-1] in text for value in secrets.values()):
+        return
+    waiting: list[tuple[list[str | int], object]] = [([], document)]
+    while waiting:
+        path, value = waiting.pop()
+        children = (
+            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        )
+        for key, child in children:
+            waiting.append(([*path, key], child))
+            for name, secret in secrets.items():
+                if any(isinstance(written, str) and secret in written for written in (key, child)):
+                    yield (
+                        f"{json_path([*path, key])}: holds the value of {name}; a secret never stands in the "
+                        "file: take it out, and replace it at its provider, since others may have read it"
+                    )
+
+
+def read_config(path: Path) -> tuple[JsonObject, str, list[str]]:
+    """Read the config's bytes: the document, a digest that stands for it and for this version, and what is
+    wrong with it already. Raises ConfigError where there is no document."""
+    import stat
+
+    faults: list[str] = []
 
     def unique(pairs: list[tuple[str, object]]) -> JsonObject:
         document = dict(pairs)
         if len(document) < len(pairs):
-            twice = sorted({key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1})
-            raise config_error(path, [f"$: the key {', '.join(map(repr, twice))} stands twice in one object"])
+            twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+            shown = ", ".join(show_value(key) for key in sorted(twice)[:MAX_FAULTS])
+            faults.append(f"$: the key {shown} stands twice in one object; take one out")
         return document
 
     try:
-        if path.exists() and not path.is_file():
-            raise OSError(errno.EINVAL, "not a regular file")
-        with path.open("rb") as file:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+            open_to_all = [str(path)] if status.st_mode & stat.S_IWOTH else []
+            for folder in {path.parent, path.resolve().parent}:
+                mode = folder.stat().st_mode
+                if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+                    open_to_all.append(str(folder))
             raw = file.read(MAX_CONFIG_BYTES + 1)
     except OSError as error:
         raise config_error(
             path, [f"$: the file cannot be read: {error.strerror}; {where_config()}"]
         ) from None
+    if open_to_all:
+        raise config_error(
+            path,
+            [
+                f"$: everybody on this machine may write to {item}, and so choose where alerts and "
+                f"credentials go; chmod o-w {item}"
+                for item in open_to_all
+            ],
+        )
     if len(raw) > MAX_CONFIG_BYTES:
         raise config_error(
             path, [f"$: the file is larger than {MAX_CONFIG_BYTES} bytes; is it the right one?"]
@@ -616,9 +825,12 @@ def read_config(path: Path) -> tuple[JsonObject, str]:
         raise config_error(path, [f"$: not JSON at {place}: {error.msg}; mend the file there"]) from None
     except (RecursionError, ValueError):
         raise config_error(path, ["$: nested too deeply, or a number too long; mend the file"]) from None
-    if not isinstance(document, dict) or too_deep(document):
+    if not isinstance(document, dict):
         raise config_error(path, ["$: must be one JSON object; see the README's full example"])
-    return document, blake2b(__version__.encode() + b"\0" + raw, digest_size=32).hexdigest()
+    if too_deep(document):
+        raise config_error(path, [f"$: nested more than {MAX_DEPTH} deep; mend the file"])
+    digest = blake2b(__version__.encode() + b"\0" + raw, digest_size=32).hexdigest()
+    return document, digest, faults
 
 
 def where_config() -> str:
@@ -626,7 +838,10 @@ def where_config() -> str:
 
 
 def config_error(path: Path, faults: Sequence[str]) -> ConfigError:
-    return ConfigError(f"config invalid, nothing was sent or consumed: {path}", sorted(faults))
+    told = sorted(set(faults))
+    if len(told) > MAX_FAULTS:
+        told[MAX_FAULTS:] = [f"… and more; mend these {MAX_FAULTS} first"]
+    return ConfigError(f"config invalid, nothing was sent or consumed: {path}", told)
 
 
 def validate_config(document: JsonObject) -> list[str]:
@@ -641,8 +856,12 @@ def validate_config(document: JsonObject) -> list[str]:
             [f"{SCHEMA_FILE.name} belongs beside {Path(__file__).name}: put it there, or install again"],
         ) from None
     validator = jsonschema.Draft202012Validator(schema)
-    faults = [fault for error in validator.iter_errors(document) for fault in explain_schema_error(error)]
-    return sorted({*faults, *check_references(document)})
+    faults = (fault for error in validator.iter_errors(document) for fault in explain_schema_error(error))
+    found = {
+        *itertools.islice(faults, MAX_FAULTS + 1),
+        *itertools.islice(check_references(document), MAX_FAULTS + 1),
+    }
+    return sorted(found | set(check_headers(document)))
 
 
 def explain_schema_error(error: Any) -> Iterator[str]:
@@ -701,6 +920,7 @@ def nearest(word: object, known: Sequence[str]) -> str | None:
     """Which of the known words was probably meant; None where nothing is near."""
     from difflib import get_close_matches
 
+    known = known[:MAX_KNOWN]
     near = get_close_matches(str(word).lower(), [item.lower() for item in known], n=1, cutoff=0.5)
     if near:
         return next(item for item in known if item.lower() == near[0])
@@ -710,7 +930,10 @@ def nearest(word: object, known: Sequence[str]) -> str | None:
 def suggest(word: object, known: Sequence[str]) -> str:
     """`did you mean …?`, or what is known where nothing is near."""
     near = nearest(word, known)
-    return f"did you mean {near!r}?" if near else f"known here: {', '.join(known) or 'none'}"
+    if near:
+        return f"did you mean {near!r}?"
+    more = ", …" if len(known) > MAX_KNOWN else ""
+    return f"known here: {', '.join(known[:MAX_KNOWN]) or 'none'}{more}"
 
 
 def show_value(value: object) -> str:
@@ -749,6 +972,39 @@ def check_references(document: JsonObject) -> Iterator[str]:
             yield f"$.delivery.backoffSeconds: initial {initial} is more than max {maximum}; swap them"
 
 
+# RFC 9110, sections 6 to 11: what frames the message, names its receiver or proves who we are. The program
+# sets these itself, or they must not be sent.
+OWN_HEADERS = {
+    *("accept-encoding", "connection", "content-encoding", "content-length", "expect", "host", "keep-alive"),
+    *("te", "trailer", "transfer-encoding", "upgrade", "proxy-connection"),
+}
+SECRET_HEADER = re.compile(
+    r"(^|[-_.])(auth|authorization|cookie|credentials?|passw(or)?d|secret|token|(api|access)[-_.]?key)([-_.]|$)"
+)
+JSON_TYPE = re.compile(r"application/json *(; *charset=\"?utf-8\"?)?")
+
+
+def check_headers(document: JsonObject) -> Iterator[str]:
+    """Find configured headers that would break a request, or that hold what must not stand in the file."""
+    for sink_id, sink in mapping(document.get("sinks")).items():
+        seen: set[str] = set()
+        for name, value in mapping(mapping(sink).get("headers")).items():
+            place = json_path(["sinks", sink_id, "headers", name])
+            lower = name.lower()
+            if lower in seen:
+                yield f"{place}: stands twice, in another case; take one out"
+            seen.add(lower)
+            if SECRET_HEADER.search(lower):
+                yield (
+                    f"{place}: holds a secret, which never stands in the file; name its environment variable "
+                    "in authTokenEnv, which is sent as Authorization: Bearer …"
+                )
+            elif lower in OWN_HEADERS or lower.startswith("webhook-"):
+                yield f"{place}: is set by the program alone; take it out"
+            elif lower == "content-type" and not JSON_TYPE.fullmatch(str(value).strip().lower()):
+                yield f"{place}: is always application/json; take it out"
+
+
 def check_secrets(document: JsonObject, environ: Mapping[str, str]) -> list[str]:
     """Find the secrets of enabled sinks that are unset or unusable. No fault ever shows a value.
 
@@ -764,13 +1020,13 @@ def check_secrets(document: JsonObject, environ: Mapping[str, str]) -> list[str]
             if not key.endswith("Env") or key.startswith("x-") or not isinstance(name, str):
                 continue
             place = json_path(["sinks", sink_id, key])
-            if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
+            if not is_env_name(name):
                 continue  # the schema has told already
             if not environ.get(name):
                 unset.setdefault(name, []).append(place)
             else:
                 parts = secret_parts(settings.get("type"), key, environ[name])
-                found = dict.fromkeys(check_secret(key, part) for part in parts)
+                found = dict.fromkeys(check_secret(key, part, settings) for part in parts)
                 faults += [f"{place}: the value of {name} {fault}" for fault in found if fault]
     if unset:
         places = {name: ", ".join(sorted(found)) for name, found in sorted(unset.items())}
@@ -789,27 +1045,30 @@ def secret_parts(sink_type: object, key: str, value: str) -> list[str]:
     return [peer for peer in peers if peer] or [value]
 
 
-def check_secret(key: str, value: str) -> str | None:
+def check_secret(key: str, value: str, settings: JsonObject) -> str | None:
     """Say what is wrong with the value of a `…Env` key; None where nothing is."""
     if key == "signingSecretEnv":
         wrong = (
             "is not whsec_ and base64 (several, while a key is rotated: a space between them); set it again"
         )
         return None if signing_keys(value) else wrong
+    if key == CA_FILE_KEY:
+        return check_ca_file(value)
     if not value.isascii() or not value.isprintable() or " " in value:
         return "holds a space, a line break or another character that cannot be sent; set it again"
-    if key.lower().endswith("urlenv"):
-        from urllib.parse import urlsplit
+    return check_url(value, settings) if key.lower().endswith("urlenv") else None
 
-        try:
-            url = urlsplit(value)
-            host, _ = url.hostname, url.port
-        except ValueError:
-            return "is not a URL; set it to https://…"
-        if url.scheme not in ("http", "https"):
-            return "is not an https:// URL; set it to https://…"
-        if not host:
-            return "is a URL without a host; set it to https://HOST/…"
+
+def check_ca_file(name: str) -> str | None:
+    """Say what is wrong with a file of CA certificates; None where nothing is."""
+    import ssl
+
+    try:
+        if not Path(name).is_file():
+            return "is not the path of a file; set it to that of a PEM file with CA certificates"
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=name)
+    except (OSError, ValueError):  # ssl.SSLError is an OSError
+        return "is not the path of a readable PEM file with CA certificates; set it to that of one"
     return None
 
 
@@ -832,6 +1091,50 @@ def signing_keys(value: str) -> list[bytes]:
             return []
         keys.append(key)
     return keys
+
+
+# RFC 3986, section 3.2. Stricter than what readers of URLs take: they do not agree on what lies beyond it.
+AUTHORITY = re.compile(
+    r"(?:(?P<userinfo>[A-Za-z0-9._~!$&'()*+,;=:%-]*)@)?"
+    r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{1,5}))?"
+)
+
+
+def check_url(value: str, settings: JsonObject) -> str | None:
+    """Say what is wrong with the URL of a sink; None where nothing is."""
+    from urllib.parse import urlsplit
+
+    try:
+        url = urlsplit(value)
+        authority = AUTHORITY.fullmatch(url.netloc)
+    except ValueError:
+        return "is not a URL; set it to https://…"
+    if url.scheme not in ("http", "https"):
+        return "is not an https:// URL; set it to https://…"
+    if not url.netloc or url.netloc.startswith(":"):
+        return "is a URL without a host; set it to https://HOST/…"
+    if authority is None or "\\" in value or not 0 < int(authority["port"] or 1) < 1 << 16:
+        return "is a URL whose host or port cannot be right; set it to https://HOST/… or https://HOST:PORT/…"
+    if url.scheme == "http" and not is_loopback(authority["host"]) and not settings.get("allowInsecureHttp"):
+        return (
+            "is an http:// URL of another machine: alerts and credentials would travel in the clear; set it "
+            'to https://…, or accept that with "allowInsecureHttp": true on the sink'
+        )
+    if authority["userinfo"] is not None:
+        if ":" not in authority["userinfo"]:
+            return "holds a user name without a password; set it to https://USER:PASSWORD@HOST/…"
+        if "authTokenEnv" in settings:
+            return "holds a user name, and authTokenEnv is set as well: only one can be sent; take one out"
+    return None
+
+
+def is_loopback(host: str | None) -> bool:
+    """Tell whether the host of a URL is this machine: 127.0.0.0/8, ::1, localhost."""
+    name = (host or "").strip("[]").lower()
+    numbers = name.split(".")
+    if len(numbers) == 4 and all(re.fullmatch(r"[0-9]{1,3}", number) for number in numbers):
+        return numbers[0] == "127" and all(int(number) < 256 for number in numbers)
+    return name in ("localhost", "::1", "0:0:0:0:0:0:0:1")
 
 
 class Resolution(NamedTuple):
@@ -1030,6 +1333,13 @@ def read_lines(descriptor: int, start: int, stop: int) -> Iterator[tuple[bytes, 
         yield b"".join(pieces), size, stop
 
 
+def count_from_json(value: object) -> int:
+    """Read a size, an inode or a count: 0 or more, in 64 bits. Raises ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 64:
+        raise ValueError("no size, inode or count")
+    return value
+
+
 class Segment:
     """One file of the log. Its name is a number and a fingerprint, for instance `2-9f86d081884c7d65`."""
 
@@ -1062,9 +1372,8 @@ class Segment:
     def from_json(cls, value: JsonObject) -> Segment:
         """Read what `to_json` wrote. Raises KeyError, TypeError or ValueError for anything else."""
         number, mark = parse_segment_name(value["name"])
-        return cls(
-            number, mark, int(value["device"]), int(value["inode"]), int(value["offset"]), str(value["tail"])
-        )
+        device, inode, offset = (count_from_json(value[key]) for key in ("device", "inode", "offset"))
+        return cls(number, mark, device, inode, offset, str(value["tail"]))
 
     def to_json(self) -> JsonObject:
         return {
@@ -1363,6 +1672,11 @@ class Escalation(NamedTuple):
     unknown_severity: str | None
     body: JsonObject
 
+    @property
+    def written_at(self) -> str | None:
+        """The timestamp where it is a time: what may stand in the state, in a message, on a terminal."""
+        return self.timestamp if parse_time(self.timestamp) is not None else None
+
 
 class Unusable(NamedTuple):
     """A line that cannot be routed, why, and the line as text, or the record that has no category."""
@@ -1371,6 +1685,7 @@ class Unusable(NamedTuple):
     reason_code: str
     raw_line: str
     body: JsonObject | None
+    message: str | None = None
 
 
 def escalation_id(loop_id: str, line: bytes) -> str:
@@ -1404,10 +1719,13 @@ def parse_escalation(record: Record, loop_id: str) -> Escalation | Unusable:
         return Unusable(identity, "escalation_too_large", raw_line, None)
     try:
         body = decode_json(text)
-    except ValueError:
-        return Unusable(identity, "invalid_escalation_json", raw_line, None)
+    except json.JSONDecodeError as error:
+        why = f"not JSON at column {error.colno}: {error.msg}"
+        return Unusable(identity, "invalid_escalation_json", raw_line, None, why)
+    except TooDeepError as error:
+        return Unusable(identity, "invalid_escalation_json", raw_line, None, str(error))
     if not isinstance(body, dict):
-        return Unusable(identity, "invalid_escalation_json", raw_line, None)
+        return Unusable(identity, "invalid_escalation_json", raw_line, None, "not an object")
     category = as_text(body.get("category"))
     if category is None:
         return Unusable(identity, "missing_escalation_category", raw_line, body)
@@ -1639,8 +1957,8 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
     if value is None:
         return None
     value = value.strip()
-    if re.fullmatch(r"[0-9]{1,12}", value):
-        seconds = float(value)
+    if re.fullmatch(r"[0-9]+", value):
+        seconds = float(value)  # infinite where there are hundreds of digits
     else:
         from email.utils import parsedate_to_datetime
 
@@ -2278,27 +2596,43 @@ class Client:
 
     requests is imported with the first request: a pass that sends nothing does not pay for it. It finds out
     once what the environment says (proxies, a private CA; .netrc is not read at all), and gives the pool that
-    it sends with itself: used directly, that costs a third of what a requests.Session does.
+    it sends with itself: used directly, that costs a third of what a requests.Session does. `ca_file`: the CA
+    certificates to trust in place of the usual ones.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, ca_file: str | None = None) -> None:
         self.timeout = timeout
+        self.ca_file = ca_file
         # Host and port, which may be shown: known with the first request.
         self.host = "the sink"
+        # The same of the proxy that the environment names for it.
+        self.proxy: str | None = None
+        self._verify: str | bool = True
         self._pool: HTTPConnectionPool | None = None
 
     def _connect(self, url: str) -> HTTPConnectionPool:
+        from urllib.parse import urlsplit
+
         import requests
         import urllib3
         from requests.adapters import HTTPAdapter
 
         self.host = host_of(url)
         prepared = requests.Request("POST", url).prepare()
-        proxies = requests.utils.get_environ_proxies(url)
-        verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
+        # The user name and the password of the URL, where it has them.
+        self._authorization = prepared.headers.get("Authorization")
+        proxies: dict[str, str] = {}
+        if proxy := requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url)):
+            here, there = urlsplit(url), urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+            # A proxy on another machine cannot reach this one's loopback, and would see what http shows.
+            if not is_loopback(here.hostname) or is_loopback(there.hostname):
+                proxies = {here.scheme: proxy}
+                self.proxy = host_of(there.geturl())
+        bundles = (os.environ.get(name) for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"))
+        self._verify = self.ca_file or next(filter(None, bundles), True)
         adapter: Any = HTTPAdapter(pool_connections=1, pool_maxsize=1)
-        pool: HTTPConnectionPool = adapter.get_connection_with_tls_context(prepared, verify, proxies)
-        adapter.cert_verify(pool, url, verify, None)
+        pool: HTTPConnectionPool = adapter.get_connection_with_tls_context(prepared, self._verify, proxies)
+        adapter.cert_verify(pool, url, self._verify, None)
         self._target = adapter.request_url(prepared, proxies)
         self._retries = adapter.max_retries
         self._deadline = urllib3.Timeout(total=self.timeout)
@@ -2317,6 +2651,8 @@ class Client:
         headers |= {name.lower(): (name, value) for name, value in request.headers.items()}
         try:
             self._pool = self._pool or self._connect(request.url)
+            if self._authorization:
+                headers.setdefault("authorization", ("Authorization", self._authorization))
             response = self._pool.urlopen(
                 "POST",
                 self._target,
@@ -2351,6 +2687,7 @@ class Client:
         import socket
         import ssl
 
+        import requests.exceptions as refused
         import urllib3.exceptions as pool
 
         chain = list(causes(error))
@@ -2358,6 +2695,20 @@ class Client:
         def first(*kinds: type[BaseException]) -> BaseException | None:
             return next((cause for cause in chain if isinstance(cause, kinds)), None)
 
+        by_way_of = f" by way of the proxy {self.proxy}" if self.proxy else ""
+        if isinstance(self._verify, str) and not Path(self._verify).exists():
+            return NoAnswerError(
+                f"no request to {self.host} can be made: the file of CA certificates is gone", not_taken=True
+            )
+        unusable = first(refused.InvalidURL, refused.InvalidSchema, pool.LocationValueError, UnicodeError)
+        if unusable or self._pool is None:
+            return NoAnswerError(
+                f"no request to {self.host} can be made: its URL, or that of the proxy which the environment "
+                "names, cannot be used",
+                not_taken=True,
+            )
+        if first(pool.ProxyError):
+            return self._explain_proxy(chain)
         certificate = first(ssl.SSLCertVerificationError)
         if isinstance(certificate, ssl.SSLCertVerificationError):
             reason = certificate.verify_message
@@ -2370,25 +2721,48 @@ class Client:
             return NoAnswerError(f"connection refused by {self.host}", not_taken=True)
         if first(pool.ConnectTimeoutError):
             return NoAnswerError(f"no connection to {self.host} within {self.timeout:g} s", not_taken=True)
-        if first(pool.ProxyError):
-            return NoAnswerError(f"the proxy gave no connection to {self.host}", not_taken=True)
         if tls := first(ssl.SSLError):
             return NoAnswerError(
                 f"TLS with {self.host} failed: {getattr(tls, 'reason', None) or 'hang-up'}", not_taken=False
             )
         if first(pool.ReadTimeoutError, TimeoutError):
             return NoAnswerError(
-                f"no complete answer from {self.host} within {self.timeout:g} s", not_taken=False
+                f"no complete answer from {self.host}{by_way_of} within {self.timeout:g} s", not_taken=False
             )
         if first(http.client.BadStatusLine, http.client.LineTooLong, pool.InvalidHeader) and not first(
             http.client.RemoteDisconnected
         ):
-            return NoAnswerError(f"{self.host} answered with something that is not HTTP", not_taken=False)
+            return NoAnswerError(
+                f"{self.host}{by_way_of} answered with something that is not HTTP", not_taken=False
+            )
         if first(pool.NewConnectionError):
             failed = first(OSError)
             words = getattr(failed, "strerror", None) or "connection failed"
             return NoAnswerError(f"no connection to {self.host}: {words}", not_taken=True)
-        return NoAnswerError(f"{self.host} hung up before the answer was complete", not_taken=False)
+        return NoAnswerError(
+            f"{self.host}{by_way_of} hung up before the answer was complete", not_taken=False
+        )
+
+    def _explain_proxy(self, chain: Sequence[BaseException]) -> NoAnswerError:
+        """Say what went wrong between here and the proxy: the sink has no part in it."""
+        import socket
+
+        import urllib3.exceptions as pool
+
+        not_taken = True
+        if any(isinstance(cause, socket.gaierror | pool.NameResolutionError) for cause in chain):
+            what = "has no such host name"
+        elif any(isinstance(cause, ConnectionRefusedError) for cause in chain):
+            what = "refused the connection"
+        elif any(isinstance(cause, pool.ConnectTimeoutError) for cause in chain):
+            what = f"gave no connection within {self.timeout:g} s"
+        elif tunnel := re.search(r"Tunnel connection failed: (\d+)", " ".join(map(str, chain))):
+            what = f"gave no connection to {self.host} and answered {tunnel[1]}"
+        else:
+            what = f"gave no connection to {self.host}"
+            # A proxy that hung up may have passed the request on.
+            not_taken = any(isinstance(cause, pool.NewConnectionError) for cause in chain)
+        return NoAnswerError(f"the proxy {self.proxy} {what}", not_taken=not_taken)
 
 
 class Connections:
@@ -2452,7 +2826,9 @@ class Connections:
             return Verdict("dead_letter", "payload_failed", message=message)
         client = self._clients.get(name)
         if client is None:
-            client = self._clients[name] = Client(self.sink.timeout_seconds)
+            client = self._clients[name] = Client(
+                self.sink.timeout_seconds, self.sink.secrets.get(CA_FILE_KEY)
+            )
         try:
             answer = client.send(request._replace(url=self._urls[name]))
         except NoAnswerError as error:
@@ -2512,7 +2888,10 @@ LOCK_WAIT_SECONDS = 1.0
 def make_folder(path: Path) -> None:
     """Make a folder for this user alone; one that is there keeps its mode."""
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Not `parents=True`, which gives what lies between the usual mode.
+        for folder in (*reversed(path.parents), path):
+            if not folder.is_dir():
+                folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise storage_error("make the folder", path, error) from None
 
@@ -2527,7 +2906,7 @@ def write_all(descriptor: int, data: bytes) -> None:
 # The fields of a row that hold what others wrote; a sink's message is masked as it comes in.
 FROM_OUTSIDE = {
     *("escalation", "rawLine", "unknownSeverity", "escalationCategory", "escalationTimestamp"),
-    *("traceId", "escalationTraceId"),
+    *("traceId", "escalationTraceId", "route"),
 }
 
 
@@ -2570,7 +2949,7 @@ class JsonlFile:
 
     def _encode(self, row: JsonObject) -> bytes:
         line = encode_json(row)
-        if self._redactor.finds(line.decode()):
+        if self._redactor.finds(line):
             mask = self._redactor.mask_value
             line = encode_json({k: mask(v) if k in FROM_OUTSIDE else v for k, v in row.items()})
         return line + b"\n"
@@ -2860,8 +3239,8 @@ class Lane:
         lane = cls(position_from_json(value["position"]))
         for name, key in cls.FIELDS:
             if key in value:
-                kind = int if isinstance(getattr(lane, name), int) or name == "http_status" else str
-                setattr(lane, name, kind(value[key]))
+                is_count = isinstance(getattr(lane, name), int) or name == "http_status"
+                setattr(lane, name, count_from_json(value[key]) if is_count else str(value[key]))
         for name, key in cls.TIMES:
             setattr(lane, name, parse_time(value.get(key)))
         if "disabledAt" in value:
@@ -3009,10 +3388,8 @@ SETTLED = ("delivered", "dead_letter", "skipped")
 
 def position_from_json(value: JsonObject) -> Position:
     """Read a position. Raises KeyError, TypeError or ValueError where it is none."""
-    position = Position(parse_segment_name(value["segment"])[0], int(value["offset"]), int(value["line"]))
-    if min(position) < 0:
-        raise ValueError(f"no position: {position}")
-    return position
+    number, _ = parse_segment_name(value["segment"])
+    return Position(number, count_from_json(value["offset"]), count_from_json(value["line"]))
 
 
 def position_to_json(position: Position, source: Source) -> JsonObject:
@@ -3077,19 +3454,24 @@ class State:
         state = cls()
         state.published = document
         if "source" not in document:
-            state.legacy_lines = max(0, int(document.get("escalationsLineOffset") or 0))
+            state.legacy_lines = count_from_json(document.get("escalationsLineOffset") or 0)
             return state
         source = document["source"]
         state.taken_up = position_from_json(source["takenUp"])
         state.segments = [Segment.from_json(segment) for segment in source["segments"]]
-        state.lanes = {str(name): Lane.from_json(lane) for name, lane in document["lanes"].items()}
+        state.lanes = {name: Lane.from_json(lane) for name, lane in dict(document["lanes"]).items()}
+        if any(UNPRINTABLE.search(name) for name in state.lanes):
+            raise ValueError("no sink id")
         checkpoint = document["checkpoint"]
-        state.attempts = Checkpoint(*map(int, checkpoint["attempts"]))
-        state.telemetry = Checkpoint(*map(int, checkpoint["telemetry"]))
+        state.attempts = Checkpoint(*map(count_from_json, checkpoint["attempts"]))
+        state.telemetry = Checkpoint(*map(count_from_json, checkpoint["telemetry"]))
         state.config_digest = document.get("configDigest")
         state.rules = document.get("rules")
         state.salt = str(document["salt"])
+        if not 0 < len(bytes.fromhex(state.salt)) <= 64:  # what it keys takes no longer one
+            raise ValueError("no salt")
         state.unrecorded = list(document.get("unrecorded", []))
+        state.remember(state.unrecorded, ())
         return state
 
     def to_json(self, source: Source) -> JsonObject:
@@ -3606,6 +3988,7 @@ class Ledger:
         row |= {
             "status": "skipped" if skipped else "failed",
             "reasonCode": line.reason_code,
+            **({"message": line.message} if line.message else {}),
             **({"rawLine": line.raw_line} if line.body is None else {"escalation": line.body}),
             **count_sinks([]),
         }
@@ -3619,7 +4002,7 @@ class Ledger:
             if entry["status"] == "failed" and not entry.get("deadLetter"):
                 lane = self.state.lanes[entry["id"]]
                 lane.waiting_count += 1
-                lane.oldest_pending_at = lane.oldest_pending_at or escalation.timestamp
+                lane.oldest_pending_at = lane.oldest_pending_at or escalation.written_at
         self._take_up(record, self._row(record, escalation, resolution, entries))
 
     def _take_up(self, record: Record, row: JsonObject) -> None:
@@ -4099,7 +4482,7 @@ class SinkWorker:
                 continue
             with self._changed:
                 if batch is not None:
-                    run.lane.oldest_pending_at = batch.deliveries[0].escalation.timestamp
+                    run.lane.oldest_pending_at = batch.deliveries[0].escalation.written_at
                 if batch is not None and ending == "failed" and down is not None and down is not run:
                     run.lane.wait_like(down.lane, run.ledger.state.sink_digest(self.sink))
                 run.end("caught_up" if batch is None else ending)
@@ -4119,7 +4502,7 @@ class SinkWorker:
         return self._stop_at(run, batch, "failed")
 
     def _stop_at(self, run: LaneRun, batch: Batch, ending: Ending) -> Ending:
-        run.lane.oldest_pending_at = batch.deliveries[0].escalation.timestamp
+        run.lane.oldest_pending_at = batch.deliveries[0].escalation.written_at
         return ending
 
     def _keep_pace(self, run: LaneRun) -> bool:
@@ -4503,7 +4886,7 @@ class Pass:
         count, oldest = 0, None
         for delivery in backlog(lane, sink, router, self.source, self.ledger.taken_up, self.job.loop_id):
             count += 1
-            oldest = oldest or delivery.escalation.timestamp
+            oldest = oldest or delivery.escalation.written_at
         return count, oldest
 
     def _open_lanes(self) -> None:
@@ -4866,7 +5249,9 @@ def run_loops(
                         raise
                 state = load_state(job)
                 source = stack.enter_context(Source(job.escalations_file, state.segments))
-                found = Pass(job, run.router, state, source, run.redactor, run.changed, progress)
+                tells = any(secret in job.trace_id for secret in run.router.config.hidden)
+                safe = job._replace(trace_id=MASK) if tells else job
+                found = Pass(safe, run.router, state, source, run.redactor, run.changed, progress)
                 if found.begin():
                     busy.append((found, stack))
                 else:
@@ -5014,10 +5399,10 @@ def plan_pass(job: Job, environ: Mapping[str, str], *, show_payload: bool) -> Js
                 plan = {
                     "line": record.end.line,
                     "escalationId": line.id,
-                    "category": line.category,
+                    "category": redactor.mask_value(line.category),
                     "eventSeverity": resolution.event_severity,
                     "minSeverity": resolution.min_severity,
-                    "timestamp": line.timestamp,
+                    "timestamp": line.written_at,
                     "late": late,
                     "decision": decide(sinks, resolution),
                     "sinks": sinks,
@@ -5150,8 +5535,7 @@ def print_json(document: JsonObject, pretty: bool) -> None:
     else:
         text = encode_json(document).decode()
     # JSON escapes the first 32 control characters by itself; a terminal may act on the others too.
-    unsafe = r"[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]"
-    click.echo(re.sub(unsafe, lambda found: f"\\u{ord(found[0]):04x}", text))
+    click.echo(re.sub(f"[{FORGING}]", lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def terminal_width() -> int:
@@ -5858,10 +6242,12 @@ def advise(reason_code: str | None, http_status: int | None, message: str | None
     if reason_code == "missing_secret":
         return "set the variable in the environment that reconcile runs in"
     if reason_code == "request_failed":
+        if "the proxy" in text:
+            return "check the proxy that the environment names, or name the sink's host in no_proxy"
         if "no such host" in text:
             return "check the host name in the sink's URL, and this machine's DNS"
         if "certificate" in text:
-            return "check the sink's certificate; for a private CA set REQUESTS_CA_BUNDLE"
+            return "check the sink's certificate; name the file of a private CA with caFileEnv"
         if "refused" in text or "no connection" in text:
             return "check that the sink is up and reachable from here (firewall, proxy)"
         return "check that the sink is up; where it is only slow, raise its timeoutSeconds"
@@ -5871,6 +6257,8 @@ def advise(reason_code: str | None, http_status: int | None, message: str | None
         return "the credential is wrong or was revoked: make a new one and set its variable"
     if text in SLACK_SINK_ERRORS and ("channel" in text or "archived" in text):
         return "Slack does not let this webhook post to its channel: unarchive it, or set another one"
+    if http_status == 407:
+        return "the proxy wants a user name and a password: set them in its URL in the environment"
     if http_status in (404, 405, 410) or text in SLACK_SINK_ERRORS or "web page" in text:
         return "the URL is wrong or was deleted: make a new one and set its variable"
     if http_status is not None and 300 <= http_status < 400:
@@ -6017,7 +6405,7 @@ def count_new(
         for sink in router.resolve(line.category, line.severity).dispatchable:
             lane = state.lanes.get(sink.id)
             if lane is None or lane.position <= record.start:  # else it has been sent, its row is to come
-                count, oldest = pending.get(sink.id, (0, line.timestamp))
+                count, oldest = pending.get(sink.id, (0, line.written_at))
                 pending[sink.id] = (count + 1, oldest)
     return new, pending
 
@@ -6038,7 +6426,7 @@ def count_waiting(job: Job, state: State, config: Config | None, source: Source)
             lane.waiting_count, lane.oldest_pending_at = 0, None
             for delivery in backlog(lane, sink, router, source, state.taken_up, job.loop_id):
                 lane.waiting_count += 1
-                lane.oldest_pending_at = lane.oldest_pending_at or delivery.escalation.timestamp
+                lane.oldest_pending_at = lane.oldest_pending_at or delivery.escalation.written_at
     return True
 
 
@@ -6599,12 +6987,12 @@ class Redelivery(NamedTuple):
         """Which delivery it is: escalationId and sink id."""
         return self.delivery.escalation.id, self.sink.id
 
-    def to_json(self) -> JsonObject:
+    def to_json(self, redactor: Redactor) -> JsonObject:
         """The delivery as a command's JSON names it."""
         return {
             "escalationId": self.delivery.escalation.id,
-            "escalationCategory": self.delivery.escalation.category,
-            "escalationTimestamp": self.delivery.escalation.timestamp,
+            "escalationCategory": redactor.mask_value(self.delivery.escalation.category),
+            "escalationTimestamp": redactor.mask_value(self.delivery.escalation.timestamp),
             "sinkId": self.sink.id,
             "sinkType": self.sink.type,
             "deadLetter": self.dead_letter,
@@ -6783,14 +7171,14 @@ def ask(question: str, what: str, *, err: bool) -> None:
 LISTED = 20
 
 
-def listing(deliveries: Sequence[Redelivery]) -> str:
+def listing(deliveries: Sequence[Redelivery], redactor: Redactor) -> str:
     """Deliveries as a table, to be looked at before something is done with them."""
     rows = (
         (
             item.delivery.record.end.line,
             item.sink.id,
-            item.delivery.escalation.category,
-            item.delivery.escalation.timestamp,
+            redactor.mask_value(item.delivery.escalation.category),
+            item.delivery.escalation.written_at,
             item.delivery.escalation.id,
         )
         for item in deliveries[:LISTED]
@@ -6852,9 +7240,9 @@ def redeliver(
 
     def tell(item: Redelivery, verdict: Verdict | None, seconds: float) -> None:
         if verdict is None:
-            results.append({**item.to_json(), "status": NOT_TRIED})
+            results.append({**item.to_json(loaded.redactor()), "status": NOT_TRIED})
         else:
-            results.append({**item.to_json(), **outcome_json(verdict, seconds)})
+            results.append({**item.to_json(loaded.redactor()), **outcome_json(verdict, seconds)})
         if as_json:
             return
         what = f"{item.delivery.escalation.id} to {item.sink.id}"
@@ -6868,7 +7256,7 @@ def redeliver(
         shown = find_settled(job, loaded, state, wanted)
     if shown:
         if not yes:
-            ask(f"Send {plural(len(shown), 'delivery')}?", listing(shown), err=as_json)
+            ask(f"Send {plural(len(shown), 'delivery')}?", listing(shown, loaded.redactor()), err=as_json)
         # No lock was held while a person thought: what another redelivery has sent since is not sent again.
         keys = {item.key for item in shown}
         with operator_session(job) as (loaded, state):
@@ -6967,7 +7355,7 @@ def skip(
         faded = faded_dead_letters(state, shown, sink_id) if dead_letters else 0
     skipped: list[Redelivery] = []
     if shown or faded:
-        what = listing(shown)
+        what = listing(shown, loaded.redactor())
         if faded:
             what += f"\nand {plural(faded, 'dead letter')} whose rows are in no file any more"
         if not yes:
@@ -6987,7 +7375,8 @@ def skip(
             save_lanes(job, state, source)
     if as_json:
         results = [
-            {**item.to_json(), "status": "skipped", "reasonCode": SKIPPED_BY_OPERATOR} for item in skipped
+            {**item.to_json(loaded.redactor()), "status": "skipped", "reasonCode": SKIPPED_BY_OPERATOR}
+            for item in skipped
         ]
         summary = {
             "schemaVersion": SCHEMA_VERSION,
@@ -7019,7 +7408,7 @@ def skip_backlog(ledger: Ledger, skipped: Sequence[Redelivery], backlog: Sequenc
     ledger.record(skipped[0].sink, deliveries, GIVEN_UP, attempt=0, duration=0.0)
     lane = ledger.state.lanes[skipped[0].sink.id]
     left = backlog[len(skipped) :]
-    lane.oldest_pending_at = left[0].escalation.timestamp if left else None
+    lane.oldest_pending_at = left[0].escalation.written_at if left else None
     if not left:
         # Nothing is stuck any more: the next delivery is a new start.
         lane.consecutive_failures = lane.backoff_step = lane.attempts = 0
@@ -7380,6 +7769,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         # So click ends when whoever read our output has gone.
         return EXIT_STORAGE if end.code else 0
+    except Exception as error:  # noqa: BLE001 - its own words could hold anything, a secret too
+        import traceback
+
+        *_, frame = traceback.extract_tb(error.__traceback__)
+        click.echo(
+            f"error: a fault of the program: {type(error).__name__} in {frame.name}, line {frame.lineno}\n"
+            "  report it with this line and the version; what was not delivered goes out with a later pass",
+            err=True,
+        )
+        return EXIT_STORAGE
 
 
 def program() -> NoReturn:

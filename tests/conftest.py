@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from escalations import LOOP, PAGER, PATHS, lines, sink_config, sink_env
 from hypothesis import settings
+from leaks import leaked, leaks_under
 from loopback import SinkServer, accepted
 from zygote import Forked
 
@@ -40,6 +41,10 @@ class Run:
     exit_code: int
     stdout: str
     stderr: str
+
+    def __post_init__(self) -> None:
+        for name, text in (("stdout", self.stdout), ("stderr", self.stderr)):
+            assert not leaked(text), f"a secret is on {name}: {text}"
 
     @property
     def json(self) -> Any:
@@ -196,6 +201,29 @@ class Repo:
             content = path.read_bytes() if path.is_file() else b""
             found[str(path.relative_to(self.root))] = (stat.st_mode, stat.st_mtime_ns, content)
         return found
+
+
+# Folders that were looked through already.
+_SEARCHED: set[Path] = set()
+
+
+@pytest.fixture(autouse=True)
+def nothing_that_a_test_leaves_behind_holds_a_secret(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    folder = request.node.funcargs.get("tmp_path")
+    if folder is not None:
+        _SEARCHED.add(folder)
+        assert not leaks_under(folder)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_that_the_suite_leaves_behind_holds_a_secret(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[None]:
+    yield
+    folders = set(tmp_path_factory.getbasetemp().iterdir()) - _SEARCHED
+    leaks = {folder.name: found for folder in folders if (found := leaks_under(folder))}
+    assert not leaks
 
 
 def make_server() -> SinkServer:

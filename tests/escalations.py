@@ -21,15 +21,17 @@ TRANSPORTS: tuple[Transport, ...] = ("local", "sprite_service")
 # The three sinks of `sink_config`: one of each type.
 HOOK, CHAT, PAGER = "team-hook", "ops-chat", "on-call-pager"
 SINK_TYPES = {HOOK: "webhook", CHAT: "slack", PAGER: "pagerduty_events"}
+# In every made-up secret, so that one look finds a leak of any of them: see leaks.py.
+MARK = "Kq7vZ2xW9s"
 # Where each posts on the loopback server. `/hook`, `/chat` and `/pager` are enough to name them there.
 PATHS = {
-    HOOK: "/hook/in/hookpath-6f1c0e",
-    CHAT: "/chat/T0QRS/B0UVW/chatpath-90b3aa",
+    HOOK: f"/hook/in/hookpath-{MARK}-6f1c0e",
+    CHAT: f"/chat/T0QRS/B0UVW/chatpath-{MARK}-90b3aa",
     PAGER: "/pager/v2/enqueue",
 }
 # Values that must never be seen in anything that the program writes.
-HOOK_TOKEN = "hooktoken-41d7c2c95e"
-PAGER_KEY = "pagerkeyb7e2f04a1c8d4e6f90a1b2c3"
+HOOK_TOKEN = f"hooktoken-{MARK}-41d7c2c95e"
+PAGER_KEY = f"pagerkey{MARK}b7e2f04a1c8d4e"
 SECRETS = (PATHS[HOOK], PATHS[CHAT], HOOK_TOKEN, PAGER_KEY)
 SECRET_ENV = (
     "ALERT_CHAT_URL",

@@ -22,7 +22,7 @@ import ops_alert_dispatch as program
 SINK = "fleet"
 TOKEN = "fleettoken-5a0c77d1e2"
 SETTINGS = {"enabled": True, "type": "alertmanager", "urlEnv": "ALERT_FLEET_URLS"}
-PEERS = "http://am-1.example.org:9093,http://am-2.example.org:9093"
+PEERS = "https://am-1.example.org:9093,https://am-2.example.org:9093"
 ADAPTER = program.ADAPTERS["alertmanager"]
 NOW = 1_772_366_400.0  # 2026-03-01T12:00:00Z
 
@@ -238,7 +238,7 @@ def test_a_sink_cannot_change_what_tells_alerts_apart(tmp_path: Path, name: str)
 
 
 @pytest.mark.parametrize(
-    "urls", ["a:9093", "http://a:1,b:2", "http://a:1,http://", "http://a:1;http://b:x", ","]
+    "urls", ["a:9093", "https://a:1,b:2", "https://a:1,https://", "https://a:1;https://b:x", ","]
 )
 def test_each_of_the_urls_is_checked(tmp_path: Path, urls: str) -> None:
     with pytest.raises(program.ConfigError) as raised:
@@ -252,9 +252,11 @@ def test_each_of_the_urls_is_checked(tmp_path: Path, urls: str) -> None:
 def test_no_password_in_any_of_the_urls_is_ever_shown(tmp_path: Path) -> None:
     passwords = ("secretofthefirst", "secretofthesecond")
     urls = ",".join(f"http://ops:{password}@{HOST}:9093" for password in passwords)
-    redactor = load(tmp_path, urls, authTokenEnv="ALERT_FLEET_TOKEN").redactor()
+    redactors = {password: load(tmp_path, urls).redactor() for password in passwords} | {
+        TOKEN: load(tmp_path, authTokenEnv="ALERT_FLEET_TOKEN").redactor()
+    }
 
-    for secret in (*passwords, TOKEN):
+    for secret, redactor in redactors.items():
         assert secret not in redactor.mask(f"denied: {secret}")
         assert secret not in redactor.mask_value(f"denied: {secret}")
 

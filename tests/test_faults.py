@@ -15,6 +15,7 @@ from conftest import Repo, Run
 from escalations import (
     CHAT,
     HOOK,
+    MARK,
     PAGER,
     PATHS,
     SINK_TYPES,
@@ -145,7 +146,7 @@ def no_port() -> Iterator[int]:
 UNREACHABLE = {
     "refuses_the_connection": ("http://127.0.0.1", closed_port),
     "never_accepts_the_connection": ("http://127.0.0.1", deaf_port),
-    "has_no_address": ("http://no-such-host.invalid", no_port),
+    "has_no_address": ("https://no-such-host.invalid", no_port),
     "shows_a_certificate_that_is_not_trusted": ("https://127.0.0.1", tls_that_nobody_vouches_for),
     "speaks_no_tls": ("https://127.0.0.1", silent_port),
     "never_reads": ("http://127.0.0.1", silent_port),
@@ -440,14 +441,14 @@ def test_what_an_operator_mended_is_tried_at_once(repo: Repo, server: SinkServer
     server.answer(PATHS[HOOK], ok())
     server.forget()
     if change == "secret":
-        repo.env["ALERT_HOOK_TOKEN"] = "another-token-5512"
+        repo.env["ALERT_HOOK_TOKEN"] = f"another-token-{MARK}"
     else:
         config["sinks"][HOOK]["headers"] = {"X-Key": "other"}
         repo.write_config(config)
     assert repo.dispatch().json["waitingCount"] == 0
     assert ids(server, HOOK) == row_ids(repo)
     text = "".join(path.read_text() for path in repo.folder.rglob("*") if path.is_file())
-    assert "another-token-5512" not in text
+    assert f"another-token-{MARK}" not in text
     check_promise(repo)
 
 

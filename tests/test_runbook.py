@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import MODULE_FILE, Repo, Run, make_repo
-from escalations import batch, divergence_detected, health_critical, health_degraded
+from escalations import MARK, batch, divergence_detected, health_critical, health_degraded
 from loopback import SinkServer, accepted, error, ok
 from tools import needs_tool
 
@@ -20,7 +20,7 @@ README = MODULE_FILE.with_name("README.md").read_text(encoding="utf-8")
 PROGRAM = "ops-alert-dispatch"
 INTRODUCTION = "Runbook"
 SLACK_URL = "OPS_MANAGER_ALERT_SLACK_WEBHOOK_URL"
-HOOK, SLACK, PAGER = "/hook/a1b2c3d4e5", "/slack/f6a7b8c9d0", "/pager"
+HOOK, SLACK, PAGER = f"/hook/{MARK}-a1b2c3d4e5", f"/slack/{MARK}-f6a7b8c9d0", "/pager"
 
 
 def sections() -> dict[str, str]:
@@ -110,7 +110,7 @@ def host(tmp_path: Path, server: SinkServer) -> Repo:
         "OPS_MANAGER_ALERT_WEBHOOK_TOKEN": "token-0a1b2c3d4e",
         "OPS_MANAGER_ALERT_WEBHOOK_SIGNING_SECRET": "whsec_c2lnbmluZy0wYTFiMmMzZDRl",
         SLACK_URL: server.url + SLACK,
-        "OPS_MANAGER_ALERT_PAGERDUTY_ROUTING_KEY": "key0a1b2c3d4e5f",
+        "OPS_MANAGER_ALERT_PAGERDUTY_ROUTING_KEY": f"key{MARK}0a1b2c3d4e5f",
         "OPS_MANAGER_ALERT_PAGERDUTY_URL": server.url + PAGER,
     }
     server.answer(PAGER, accepted())
