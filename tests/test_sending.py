@@ -1,0 +1,244 @@
+"""The client that sends: what the environment asks of it, and a connection that is kept between requests.
+
+The first request connects, the ones after it take another way through the code: each test sends several.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from benchmarks.receiver import Receiver
+from loopback import (
+    TLS_PEM,
+    Answer,
+    SinkServer,
+    closed_port,
+    cut_off,
+    garbage,
+    hang_up,
+    huge,
+    ok,
+)
+
+from ops_alert_dispatch import MAX_ANSWER_BYTES, Client, HttpRequest, NoAnswerError
+
+HEADERS = {"Content-Type": "application/json", "webhook-id": "esc_1"}
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No proxy and no CA of the tester's own."""
+    for name in os.environ:
+        if name.lower().endswith("_proxy") or name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def server() -> Iterator[SinkServer]:
+    with SinkServer() as sink_server:
+        yield sink_server
+
+
+def send(client: Client, url: str, count: int = 3) -> list[bytes]:
+    """Send requests with the bodies 0, 1, 2, …; returns the bodies of the answers."""
+    return [client.send(HttpRequest(url, HEADERS, b"%d" % number)).body for number in range(count)]
+
+
+def test_a_connection_is_kept_between_requests(server: SinkServer) -> None:
+    client = Client(5.0)
+
+    assert send(client, f"{server.url}/hook") == [b"ok"] * 3
+    assert [request.body for request in server.requests] == [b"0", b"1", b"2"]
+    assert {request.connection for request in server.requests} == {1}
+    assert len({tuple(request.headers.items()) for request in server.requests}) == 1
+    assert server.requests[0].headers["user-agent"].startswith("ops-alert-dispatch/")
+
+
+def test_a_header_is_sent_once_however_it_is_spelled() -> None:
+    client = Client(5.0)
+    with Receiver() as receiver:
+        request = HttpRequest(f"{receiver.url}/hook", {"user-AGENT": "mine", "X-Team": "night-watch"}, b"x")
+        for _ in range(2):
+            client.send(request)
+
+        for arrival in receiver.arrivals:
+            names = [field.partition(b":")[0].lower() for field in arrival.head.split(b"\r\n")[1:]]
+            assert len(names) == len(set(names))
+            assert arrival.headers["user-agent"] == "mine"
+
+
+def test_a_proxy_gets_every_request_with_its_credentials(
+    server: SinkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that reaches the world through a proxy alone would never send an alert."""
+    monkeypatch.setenv("http_proxy", server.url.replace("//", "//user:word@"))
+
+    send(Client(5.0), "http://alerts.example.org/hook")
+
+    assert [request.path for request in server.requests] == ["http://alerts.example.org/hook"] * 3
+    for request in server.requests:
+        assert request.headers["proxy-authorization"] == "Basic dXNlcjp3b3Jk"
+        assert request.headers["host"] == "alerts.example.org"
+
+
+def test_a_host_that_needs_no_proxy_is_asked_itself(
+    server: SinkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closed_port() as port:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        send(Client(5.0), f"{server.url}/hook")
+
+    assert [request.path for request in server.requests] == ["/hook"] * 3
+
+
+@pytest.fixture
+def private_ca(tmp_path: Path) -> str:
+    bundle = tmp_path / "ca.pem"
+    bundle.write_text(TLS_PEM)
+    return str(bundle)
+
+
+@pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
+def test_a_private_ca_is_trusted(private_ca: str, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, private_ca)
+    with SinkServer(tls=True) as server:
+        assert send(Client(5.0), f"{server.url}/hook") == [b"ok"] * 3
+
+        assert {request.connection for request in server.requests} == {1}
+
+
+def test_a_certificate_of_nobody_known_is_refused() -> None:
+    with SinkServer(tls=True) as server:
+        with pytest.raises(NoAnswerError, match=r"certificate of 127\.0\.0\.1:.* is not valid"):
+            send(Client(5.0), f"{server.url}/hook")
+
+        assert server.requests == []
+
+
+def test_tls_goes_through_a_proxy_unread(private_ca: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", private_ca)
+    with SinkServer(tls=True) as server, tunnel(server.port) as (port, asked):
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
+        assert send(Client(5.0), "https://localhost:7443/hook") == [b"ok"] * 3
+
+        assert [line.split()[:2] for line in asked] == [[b"CONNECT", b"localhost:7443"]]
+        assert [(r.path, r.headers["host"]) for r in server.requests] == [("/hook", "localhost:7443")] * 3
+
+
+@contextlib.contextmanager
+def tunnel(target: int) -> Iterator[tuple[int, list[bytes]]]:
+    """A proxy that leads every CONNECT to one port; yields its own port and the first lines it got."""
+    asked: list[bytes] = []
+
+    def copy(giver: socket.socket, taker: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := giver.recv(65536):
+                taker.sendall(data)
+            taker.shutdown(socket.SHUT_RDWR)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listening.accept()
+                asked.append(client.recv(65536).splitlines()[0])
+                upstream = socket.create_connection(("127.0.0.1", target))
+                client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                for ends in ((client, upstream), (upstream, client)):
+                    sockets.extend(ends)
+                    threads.append(threading.Thread(target=copy, args=ends))
+                    threads[-1].start()
+
+    sockets: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threads = [threading.Thread(target=serve)]
+        threads[0].start()
+        try:
+            yield int(listening.getsockname()[1]), asked
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            for one in sockets:
+                with contextlib.suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
+            for thread in threads:
+                thread.join()
+            for one in sockets:
+                one.close()
+
+
+def test_user_and_password_of_a_url_go_with_every_request(server: SinkServer) -> None:
+    send(Client(5.0), server.url.replace("//", "//user:word@") + "/hook")
+
+    assert [request.headers["authorization"] for request in server.requests] == ["Basic dXNlcjp3b3Jk"] * 3
+    assert {request.path for request in server.requests} == {"/hook"}
+
+
+SLOW = ok().after(1.0)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["new connection", "kept connection"])
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (cut_off(), "hung up before the answer was complete"),
+        (hang_up(), "hung up before the answer was complete"),
+        (garbage(), "answered with something that is not HTTP"),
+        (SLOW, "no complete answer .* within 0.3 s"),
+    ],
+    ids=["cut off", "hang-up", "garbage", "too slow"],
+)
+def test_an_answer_that_fails_is_judged_alike_and_never_taken_for_that_to_the_next_request(
+    server: SinkServer, fault: Answer, words: str, kept: bool
+) -> None:
+    client = Client(0.3)
+    server.script("/hook", *([ok()] if kept else []), fault, Answer(body=b"next"))
+    if kept:
+        send(client, f"{server.url}/hook", 1)
+
+    with pytest.raises(NoAnswerError, match=words) as caught:
+        send(client, f"{server.url}/hook", 1)
+
+    assert not caught.value.not_taken
+    assert send(client, f"{server.url}/hook", 1) == [b"next"]
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [Answer(headers={"Connection": "close"}), huge(length=MAX_ANSWER_BYTES + 1)],
+    ids=["close", "huge"],
+)
+def test_a_connection_that_is_of_no_more_use_is_replaced(server: SinkServer, ending: Answer) -> None:
+    server.script("/hook", ok(), ending, ok(), ending, ok())
+
+    answers = send(Client(5.0), f"{server.url}/hook", 5)
+
+    assert answers == [b"ok", ending.body[:MAX_ANSWER_BYTES]] * 2 + [b"ok"]
+    assert [request.connection for request in server.requests] == [1, 1, 2, 2, 3]
+
+
+def test_a_sink_that_was_restarted_between_two_requests_costs_no_attempt() -> None:
+    client = Client(5.0)
+    with SinkServer() as before:
+        send(client, f"{before.url}/hook", 2)
+    with SinkServer(port=before.port) as after:
+        assert send(client, f"{after.url}/hook", 2) == [b"ok"] * 2
+        assert [request.connection for request in after.requests] == [1, 1]
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://alerts.invalid:1/"])
+def test_a_url_that_leads_nowhere_is_no_traceback(url: str) -> None:
+    with pytest.raises(NoAnswerError):
+        send(Client(2.0), url, 1)
+
+
+def test_a_ca_bundle_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere/ca.pem")
+
+    with pytest.raises(NoAnswerError, match=r"CA.*/nowhere/ca\.pem"):
+        send(Client(2.0), "https://127.0.0.1:1/hook", 1)
