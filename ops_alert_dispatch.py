@@ -5948,7 +5948,7 @@ def sink_status(
         health = "disabled"
     elif failing and lane.failing_since is not None and now - lane.failing_since > critical_after:
         health = "critical"
-    elif lag or lane.dead_letter_count:
+    elif lag or lane.dead_letter_count or lane.peers:
         health = "warning"
     # The lane itself forgets why it failed as soon as a delivery is made.
     reason = (
@@ -5975,6 +5975,10 @@ def sink_status(
         "failedAttemptCount": lane.failed_attempt_count,
         "givenUpCount": lane.given_up_count,
         "skippedCount": lane.skipped_count,
+        # Of a cluster: the peers that have missed what another one took.
+        "laggingPeers": [
+            {"peer": name, "since": iso(behind.since)} for name, behind in sorted(lane.peers.items())
+        ],
     }
 
 
@@ -6001,6 +6005,11 @@ def find_troubles(job: Job, status: JsonObject, ran: bool) -> Iterator[Finding]:
         waiting = plural(sum(sink["lagCount"] for sink in lagging), "delivery")
         words = f"{waiting} waiting for {', '.join(sink['id'] for sink in lagging)}"
         yield Finding("warning", words, f"the next pass goes on with them; {dispatch} does so now")
+    for sink in active:
+        for behind in sink["laggingPeers"]:
+            words = f"{behind['peer']} of {sink['id']} misses what its peers have, since {behind['since']}"
+            advice = f"check that {behind['peer']} is up; it gets what it misses by itself"
+            yield Finding("warning", words, advice)
     if dead := [sink for sink in active if sink["deadLetterCount"]]:
         count = plural(sum(sink["deadLetterCount"] for sink in dead), "dead letter")
         words = f"{count} of {', '.join(sink['id'] for sink in dead)}"
@@ -6109,6 +6118,7 @@ def last_failures(job: Job) -> dict[str, JsonObject]:
         str(row.get("sinkId")): row
         for row in recent_rows(job.attempts_file)
         if row.get("loopId") == job.loop_id
+        and "peer" not in row
         and row.get("outcome") in ("retry", "misconfigured", "dead_letter")
     }
 
@@ -6350,8 +6360,13 @@ def status(
 # ---------------------------------------------------------------------------------------------------------
 
 
-def attempt_once(sink: Sink, delivery: Delivery, origin: Origin, redactor: Redactor) -> tuple[Verdict, float]:
-    """Make one attempt outside of any lane, within the timeout. Returns what came of it, and seconds."""
+def attempt_once(
+    sink: Sink, delivery: Delivery, origin: Origin, redactor: Redactor
+) -> tuple[dict[str, Verdict], float]:
+    """Make one attempt outside of any lane, within the timeout.
+
+    Returns what came of it at each peer, of which most sinks are the only one, and the seconds it took.
+    """
     began = time.monotonic()
     verdicts: dict[str, Verdict] = {}
     connections = Connections(sink)
@@ -6363,7 +6378,7 @@ def attempt_once(sink: Sink, delivery: Delivery, origin: Origin, redactor: Redac
     worker.join(sink.timeout_seconds + TIMEOUT_GRACE)
     message = f"no complete answer within {sink.timeout_seconds:g} s"
     timed_out = Verdict("retry", "request_failed", message=message)
-    return best_verdict(verdicts or {sink.id: timed_out}), time.monotonic() - began
+    return verdicts or {sink.id: timed_out}, time.monotonic() - began
 
 
 def outcome_json(verdict: Verdict, seconds: float) -> JsonObject:
@@ -6451,10 +6466,13 @@ def send_test(
     for sink in chosen:
         delivery = delivery_of(encode_json(body), Router(loaded), PROGRAM, Position(1, 0, 0))
         origin = Origin(str(repo), trace_id, time.time())
-        verdict, seconds = attempt_once(sink, delivery, origin, loaded.redactor())
-        results.append({"id": sink.id, "type": sink.type, **outcome_json(verdict, seconds)})
-        if not wants_json(form, pretty):
-            click.echo(outcome_text(sink.id, verdict, seconds))
+        verdicts, seconds = attempt_once(sink, delivery, origin, loaded.redactor())
+        for peer, verdict in verdicts.items():
+            named = {"peer": peer} if len(verdicts) > 1 else {}
+            results.append({"id": sink.id, "type": sink.type, **named, **outcome_json(verdict, seconds)})
+            if not wants_json(form, pretty):
+                what = f"{sink.id} ({peer})" if named else sink.id
+                click.echo(outcome_text(what, verdict, seconds))
     if wants_json(form, pretty):
         print_json({"schemaVersion": SCHEMA_VERSION, "sinks": results}, pretty)
     if any(result["status"] == "failed" for result in results):
@@ -6602,7 +6620,8 @@ def redeliver_all(
                     tell(item, None, 0.0)
                     continue
                 origin = Origin(str(job.repo), job.trace_id, time.time())
-                verdict, seconds = attempt_once(item.sink, item.delivery, origin, redactor)
+                verdicts, seconds = attempt_once(item.sink, item.delivery, origin, redactor)
+                verdict = best_verdict(verdicts)
                 if verdict.outcome not in SETTLED:
                     failing.add(item.sink.id)
                 ledger.record_by_operator(
