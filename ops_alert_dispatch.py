@@ -5373,81 +5373,13 @@ def plan_pass(job: Job, environ: Mapping[str, str], *, show_payload: bool) -> Js
     """
     config = load_config(job.config_file, environ)
     state = load_state(job, read_only=True)
-    router, redactor = Router(config), config.redactor()
-    origin = Origin(str(job.repo), job.trace_id, time.time())
-    now = time.time()
     plans: list[JsonObject] = []
     notes = config_warnings(config)
     with Source(job.escalations_file, state.segments) as source:
         if source.segments:
-            taken_up = state.taken_up or after_lines(source, state.legacy_lines)
-            begin = source.readable_from(taken_up) or taken_up
-            waiting = {
-                sink_id: {
-                    delivery.record.start: None
-                    for delivery in backlog(lane, sink, router, source, taken_up, job.loop_id)
-                }
-                for sink_id, lane in state.lanes.items()
-                if lane.waiting_count and (sink := config.sinks.get(sink_id)) is not None
-            }
-            notes += dropped_notes(state, config, waiting)
-            first = min([begin, *(next(iter(starts)) for starts in waiting.values() if starts)])
-            new = 0
-            telling: dict[tuple[str, str], str] = {}
-            for record in source.read(first):
-                late = record.start < begin
-                new += not late
-                if job.max_escalations and new > job.max_escalations:
-                    break
-                line = parse_escalation(record, job.loop_id)
-                if isinstance(line, Unusable):
-                    if not late:
-                        plans.append(
-                            {"line": record.end.line, "escalationId": line.id, "decision": line.reason_code}
-                        )
-                    continue
-                resolution = router.resolve(line.category, line.severity)
-                delivery = Delivery(record, line, resolution, late)
-                sinks = []
-                for sink in resolution.selected:
-                    if late and record.start not in waiting.get(sink.id, ()):
-                        continue
-                    lane = state.lanes.get(sink.id) or Lane(taken_up)
-                    if lane.position > record.start:  # settled before a crash that has cost its row
-                        continue
-                    entry: JsonObject = {
-                        "id": sink.id,
-                        "type": sink.type,
-                        **plan_sink(sink, lane, state, delivery, config.policy, now),
-                    }
-                    if entry["decision"] == "send" and config.repeat_window:
-                        key = repeat_key(delivery)
-                        told = lane.told.get(key)
-                        before = telling.get((sink.id, key)) or (told and told.at)
-                        if before and is_repeat(delivery, before, config.repeat_window):
-                            why = f"a repeat of what the sink is told of {before}"
-                            entry |= {"decision": "skip", "why": why}
-                        elif line.timestamp:
-                            telling[sink.id, key] = line.timestamp
-                    if show_payload and entry["decision"] in ("send", "wait"):
-                        entry["request"] = show_request(
-                            ADAPTERS[sink.type].build(sink, [delivery], origin), redactor
-                        )
-                    sinks.append(entry)
-                if late and not sinks:
-                    continue
-                plan = {
-                    "line": record.end.line,
-                    "escalationId": line.id,
-                    "category": redactor.mask_value(line.category),
-                    "eventSeverity": resolution.event_severity,
-                    "minSeverity": resolution.min_severity,
-                    "timestamp": line.written_at,
-                    "late": late,
-                    "decision": decide(sinks, resolution),
-                    "sinks": sinks,
-                }
-                plans.append({key: value for key, value in plan.items() if value is not None})
+            plan = Plan(job, config, state, source, show_payload=show_payload)
+            plans = list(plan.escalations())
+            notes += dropped_notes(state, config, plan.waiting)
     size, _ = unterminated(job.escalations_file)
     if size:
         notes.append(f"the last {plural(size, 'byte')} of {job.escalations_file} wait for a line feed")
@@ -5458,6 +5390,109 @@ def plan_pass(job: Job, environ: Mapping[str, str], *, show_payload: bool) -> Js
         "escalations": plans,
         "notes": notes,
     }
+
+
+class Plan:
+    """What a pass over a loop would do, where every sink takes what it is sent."""
+
+    def __init__(self, job: Job, config: Config, state: State, source: Source, *, show_payload: bool) -> None:
+        self._job = job
+        self._config = config
+        self._state = state
+        self._source = source
+        self._show_payload = show_payload
+        self._router = Router(config)
+        self._redactor = config.redactor()
+        self._now = time.time()
+        self._taken_up = state.taken_up or after_lines(source, state.legacy_lines)
+        # What would be told to a sink, as in `Lane.told`: sink, key, timestamp.
+        self._telling: dict[tuple[str, str], str] = {}
+        # For each sink with a backlog, the places of its records, in order.
+        self.waiting: dict[str, dict[Position, None]] = {}
+        for sink_id, lane in state.lanes.items():
+            sink = config.sinks.get(sink_id)
+            if sink is not None and lane.waiting_count:
+                found = backlog(lane, sink, self._router, source, self._taken_up, job.loop_id)
+                self.waiting[sink_id] = {delivery.record.start: None for delivery in found}
+
+    def escalations(self) -> Iterator[JsonObject]:
+        """What would become of each escalation, those that have waited first."""
+        new_from = self._source.readable_from(self._taken_up) or self._taken_up
+        first = min([new_from, *(next(iter(places)) for places in self.waiting.values() if places)])
+        new = 0
+        for record in self._source.read(first):
+            late = record.start < new_from
+            new += not late
+            if self._job.max_escalations and new > self._job.max_escalations:
+                return
+            line = parse_escalation(record, self._job.loop_id)
+            if not isinstance(line, Unusable):
+                resolution = self._router.resolve(line.category, line.severity)
+                plan = self._of_escalation(Delivery(record, line, resolution, late))
+                if plan is not None:
+                    yield plan
+            elif not late:
+                yield {"line": record.end.line, "escalationId": line.id, "decision": line.reason_code}
+
+    def _of_escalation(self, delivery: Delivery) -> JsonObject | None:
+        """The plan of one escalation; None where no sink waits for it any more."""
+        record, escalation, resolution = delivery.record, delivery.escalation, delivery.resolution
+        sinks: list[JsonObject] = []
+        for sink in resolution.selected:
+            lane = self._state.lanes.get(sink.id) or Lane(self._taken_up)
+            # The lane may be past a new record, too: settled before a crash that has cost its row.
+            due = (
+                record.start in self.waiting.get(sink.id, ())
+                if delivery.late
+                else lane.position <= record.start
+            )
+            if due:
+                sinks.append(self._of_delivery(sink, lane, delivery))
+        if delivery.late and not sinks:
+            return None
+        plan = {
+            "line": record.end.line,
+            "escalationId": escalation.id,
+            "category": self._redactor.mask_value(escalation.category),
+            "eventSeverity": resolution.event_severity,
+            "minSeverity": resolution.min_severity,
+            "timestamp": escalation.written_at,
+            "late": delivery.late,
+            "decision": decide(sinks, resolution),
+            "sinks": sinks,
+        }
+        return {key: value for key, value in plan.items() if value is not None}
+
+    def _of_delivery(self, sink: Sink, lane: Lane, delivery: Delivery) -> JsonObject:
+        decision, why = self._decide(sink, lane, delivery)
+        entry: JsonObject = {"id": sink.id, "type": sink.type, "decision": decision}
+        if why is not None:
+            entry["why"] = why
+        if self._show_payload and decision in ("send", "wait"):
+            origin = Origin(str(self._job.repo), self._job.trace_id, self._now)
+            request = ADAPTERS[sink.type].build(sink, [delivery], origin)
+            entry["request"] = show_request(request, self._redactor)
+        return entry
+
+    def _decide(self, sink: Sink, lane: Lane, delivery: Delivery) -> tuple[str, str | None]:
+        """What a pass would do with a delivery, and why, where that is not to send it."""
+        if not sink.enabled and delivery.late:
+            return "keep", "the sink is disabled; it waits until the sink is enabled"
+        if why := why_not(sink, delivery.resolution):
+            return "skip", why
+        if not lane.due(self._now, self._state.sink_digest(sink)):
+            until = iso(lane.next_attempt_at or self._now)
+            return "wait", f"the sink failed ({lane.reason_code}); next attempt at {until}"
+        key = (sink.id, repeat_key(delivery))
+        told = lane.told.get(key[1])
+        before = self._telling.get(key) or (told and told.at)
+        if is_repeat(delivery, before, self._config.repeat_window):
+            return "skip", f"a repeat of what the sink is told of {before}"
+        if expired(delivery, lane, self._config.policy, self._now):
+            return "drop", "waited longer than giveUpAfterSeconds: a dead letter"
+        if delivery.escalation.timestamp:
+            self._telling[key] = delivery.escalation.timestamp
+        return "send", None
 
 
 def dropped_notes(
@@ -5477,22 +5512,6 @@ def dropped_notes(
             why = "the config has no such sink any more" if gone else "no route leads there any more"
             notes.append(f"{plural(dropped, 'delivery')} waiting for {sink_id} will be given up: {why}")
     return notes
-
-
-def plan_sink(
-    sink: Sink, lane: Lane, state: State, delivery: Delivery, policy: DeliveryPolicy, now: float
-) -> JsonObject:
-    """What a pass would do with a record and one of the sinks that its route selects."""
-    if not sink.enabled and delivery.late:
-        return {"decision": "keep", "why": "the sink is disabled; it waits until the sink is enabled"}
-    if why := why_not(sink, delivery.resolution):
-        return {"decision": "skip", "why": why}
-    if not lane.due(now, state.sink_digest(sink)):
-        until = iso(lane.next_attempt_at or now)
-        return {"decision": "wait", "why": f"the sink failed ({lane.reason_code}); next attempt at {until}"}
-    if expired(delivery, lane, policy, now):
-        return {"decision": "drop", "why": "waited longer than giveUpAfterSeconds: a dead letter"}
-    return {"decision": "send"}
 
 
 def why_not(sink: Sink, resolution: Resolution) -> str | None:
@@ -6490,7 +6509,7 @@ def sink_status(
         health = "disabled"
     elif failing and lane.failing_since is not None and now - lane.failing_since > critical_after:
         health = "critical"
-    elif lag or lane.dead_letter_count:
+    elif lag or lane.dead_letter_count or lane.peers:
         health = "warning"
     # The lane itself forgets why it failed as soon as a delivery is made.
     reason = (
@@ -6517,6 +6536,10 @@ def sink_status(
         "failedAttemptCount": lane.failed_attempt_count,
         "givenUpCount": lane.given_up_count,
         "skippedCount": lane.skipped_count,
+        # Of a cluster: the peers that have missed what another one took.
+        "laggingPeers": [
+            {"peer": name, "since": iso(behind.since)} for name, behind in sorted(lane.peers.items())
+        ],
     }
 
 
@@ -6543,6 +6566,11 @@ def find_troubles(job: Job, status: JsonObject, ran: bool) -> Iterator[Finding]:
         waiting = plural(sum(sink["lagCount"] for sink in lagging), "delivery")
         words = f"{waiting} waiting for {', '.join(sink['id'] for sink in lagging)}"
         yield Finding("warning", words, f"the next pass goes on with them; {dispatch} does so now")
+    for sink in active:
+        for behind in sink["laggingPeers"]:
+            words = f"{behind['peer']} of {sink['id']} misses what its peers have, since {behind['since']}"
+            advice = f"check that {behind['peer']} is up; it gets what it misses by itself"
+            yield Finding("warning", words, advice)
     if dead := [sink for sink in active if sink["deadLetterCount"]]:
         count = plural(sum(sink["deadLetterCount"] for sink in dead), "dead letter")
         words = f"{count} of {', '.join(sink['id'] for sink in dead)}"
@@ -6651,6 +6679,7 @@ def last_failures(job: Job) -> dict[str, JsonObject]:
         str(row.get("sinkId")): row
         for row in recent_rows(job.attempts_file)
         if row.get("loopId") == job.loop_id
+        and "peer" not in row
         and row.get("outcome") in ("retry", "misconfigured", "dead_letter")
     }
 
@@ -6892,8 +6921,13 @@ def status(
 # ---------------------------------------------------------------------------------------------------------
 
 
-def attempt_once(sink: Sink, delivery: Delivery, origin: Origin, redactor: Redactor) -> tuple[Verdict, float]:
-    """Make one attempt outside of any lane, within the timeout. Returns what came of it, and seconds."""
+def attempt_once(
+    sink: Sink, delivery: Delivery, origin: Origin, redactor: Redactor
+) -> tuple[dict[str, Verdict], float]:
+    """Make one attempt outside of any lane, within the timeout.
+
+    Returns what came of it at each peer, of which most sinks are the only one, and the seconds it took.
+    """
     began = time.monotonic()
     verdicts: dict[str, Verdict] = {}
     connections = Connections(sink)
@@ -6905,7 +6939,7 @@ def attempt_once(sink: Sink, delivery: Delivery, origin: Origin, redactor: Redac
     worker.join(sink.timeout_seconds + TIMEOUT_GRACE)
     message = f"no complete answer within {sink.timeout_seconds:g} s"
     timed_out = Verdict("retry", "request_failed", message=message)
-    return best_verdict(verdicts or {sink.id: timed_out}), time.monotonic() - began
+    return verdicts or {sink.id: timed_out}, time.monotonic() - began
 
 
 def outcome_json(verdict: Verdict, seconds: float) -> JsonObject:
@@ -6993,10 +7027,13 @@ def send_test(
     for sink in chosen:
         delivery = delivery_of(encode_json(body), Router(loaded), PROGRAM, Position(1, 0, 0))
         origin = Origin(str(repo), trace_id, time.time())
-        verdict, seconds = attempt_once(sink, delivery, origin, loaded.redactor())
-        results.append({"id": sink.id, "type": sink.type, **outcome_json(verdict, seconds)})
-        if not wants_json(form, pretty):
-            click.echo(outcome_text(sink.id, verdict, seconds))
+        verdicts, seconds = attempt_once(sink, delivery, origin, loaded.redactor())
+        for peer, verdict in verdicts.items():
+            named = {"peer": peer} if len(verdicts) > 1 else {}
+            results.append({"id": sink.id, "type": sink.type, **named, **outcome_json(verdict, seconds)})
+            if not wants_json(form, pretty):
+                what = f"{sink.id} ({peer})" if named else sink.id
+                click.echo(outcome_text(what, verdict, seconds))
     if wants_json(form, pretty):
         print_json({"schemaVersion": SCHEMA_VERSION, "sinks": results}, pretty)
     if any(result["status"] == "failed" for result in results):
@@ -7144,7 +7181,8 @@ def redeliver_all(
                     tell(item, None, 0.0)
                     continue
                 origin = Origin(str(job.repo), job.trace_id, time.time())
-                verdict, seconds = attempt_once(item.sink, item.delivery, origin, redactor)
+                verdicts, seconds = attempt_once(item.sink, item.delivery, origin, redactor)
+                verdict = best_verdict(verdicts)
                 if verdict.outcome not in SETTLED:
                     failing.add(item.sink.id)
                 ledger.record_by_operator(

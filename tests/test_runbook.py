@@ -16,6 +16,8 @@ from escalations import MARK, batch, divergence_detected, health_critical, healt
 from loopback import SinkServer, accepted, error, ok
 from tools import needs_tool
 
+import ops_alert_dispatch
+
 README = MODULE_FILE.with_name("README.md").read_text(encoding="utf-8")
 PROGRAM = "ops-alert-dispatch"
 INTRODUCTION = "Runbook"
@@ -239,6 +241,15 @@ def test_dead_letters(recipe: Recipe, host: Repo, server: SinkServer) -> None:
     assert f"OK  loop {host.loop}" in said
     assert told_to_slack(server) == [dead]
 
+    server.script(SLACK, error(422, "no such field"))
+    host.append(*degraded(1))
+    host.dispatch()
+    server.forget()
+    said = recipe.run(2, typed="y").stdout
+    assert "1 dead letter dismissed" in said
+    assert f"OK  loop {host.loop}" in said
+    assert server.requests == []
+
 
 @recipe_of("Replay after an outage")
 def test_replay_after_an_outage(recipe: Recipe, host: Repo, server: SinkServer) -> None:
@@ -358,6 +369,11 @@ def test_shell_completion(recipe: Recipe) -> None:
 
 
 # --- The section as a whole
+
+
+def test_nothing_in_the_example_of_a_config_leads_nowhere(host: Repo) -> None:
+    loaded = ops_alert_dispatch.load_config(host.config_file, {}, check_env=False)
+    assert ops_alert_dispatch.config_warnings(loaded) == []
 
 
 def test_every_recipe_with_commands_has_its_test() -> None:

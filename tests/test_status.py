@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import Repo
 from escalations import CHAT, HOOK, PAGER, PATHS, batch, health_critical, health_degraded, sink_config
-from loopback import SinkServer, error, hang, ok
+from loopback import SinkServer, closed_port, error, hang, ok
 from operate import check, make_backlog, make_dead_letter, sink_of, to_all
 from tools import needs_tool
 
@@ -313,3 +313,28 @@ def test_a_config_that_leads_nowhere_is_told_of_wherever_an_operator_looks(repo:
     assert warning in repo.dispatch("--dry-run").json["notes"]
     # The resolver's own output has no room for it.
     assert "spare: the" not in repo.run("config", *where).stdout
+
+
+# --- A cluster
+
+
+def test_a_peer_that_is_down_behind_one_that_takes_all_is_seen(repo: Repo, server: SinkServer) -> None:
+    config = to_all()
+    config["sinks"] = {"fleet": {"enabled": True, "type": "alertmanager", "urlEnv": "ALERT_FLEET_URLS"}}
+    config["routing"]["defaultSinks"] = ["fleet"]
+    repo.write_config(config)
+    with closed_port() as port:
+        down = f"127.0.0.1:{port}"
+        repo.env["ALERT_FLEET_URLS"] = f"{server.url},http://{down}"
+        tried = repo.run("test")
+        assert tried.exit_code == 1
+        results = {sink["peer"]: sink for sink in json.loads(tried.stdout)["sinks"]}
+        assert [results[peer]["status"] for peer in results] == ["success", "failed"]
+        assert "is up" in results[down]["advice"]
+        repo.append(health_critical())
+        assert repo.dispatch().json["dispatchedCount"] == 1
+    found = look(repo)
+    fleet = sink_of(found, "fleet")
+    assert (found["health"], fleet["lagCount"], fleet["consecutiveFailures"]) == ("warning", 0, 0)
+    assert [behind["peer"] for behind in fleet["laggingPeers"]] == [down]
+    assert f"{down} of fleet misses what its peers have" in found["verdict"]
