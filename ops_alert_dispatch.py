@@ -2720,7 +2720,8 @@ class Client:
         by_way_of = f" by way of the proxy {self.proxy}" if self.proxy else ""
         if isinstance(self._verify, str) and not Path(self._verify).exists():
             return NoAnswerError(
-                f"no request to {self.host} can be made: the file of CA certificates is gone", not_taken=True
+                f"no request to {self.host} can be made: there is no CA bundle at {self._verify}",
+                not_taken=True,
             )
         unusable = first(refused.InvalidURL, refused.InvalidSchema, pool.LocationValueError, UnicodeError)
         if unusable or self._pool is None:

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,13 +63,14 @@ def test_the_service_may_do_little(units: Path) -> None:
 
 
 @pytest.fixture
-def shop(repo: Repo, server: SinkServer) -> Repo:
+def shop(repo: Repo, server: SinkServer) -> Iterator[Repo]:
     """A host whose secrets stand in a file as the README has it, and nowhere else."""
     secrets = {name: value for name, value in repo.env.items() if name.startswith("ALERT_")}
     path = repo.root.parent / "secrets.env"
     path.write_text("".join(f"{name}='{value}'\n" for name, value in secrets.items()))
     repo.append(health_critical())
-    return replace(repo, env=clean_env(repo.root.parent))
+    yield replace(repo, env=clean_env(repo.root.parent))
+    path.unlink()  # the one place where secrets may stand: what is left is searched for them
 
 
 def here(command: str, shop: Repo) -> str:

@@ -628,6 +628,7 @@ def test_a_dedup_key_is_stable_short_and_tells_escalations_apart(
 
 
 POSITIONS = st.builds(program.Position, st.integers(1, 3), st.integers(0, 10**9), st.integers(0, 10**6))
+SINK_IDS = st.from_regex(r"[A-Za-z0-9._-]{1,9}", fullmatch=True)
 MOMENTS = st.none() | st.integers(10**9, 2 * 10**9).map(float)
 
 
@@ -647,7 +648,9 @@ def lanes(draw: st.DrawFn) -> program.Lane:
 
 @PURE
 @given(
-    st.dictionaries(st.text(min_size=1, max_size=9), lanes(), max_size=3), POSITIONS, st.integers(0, 10**9)
+    st.dictionaries(st.from_regex("[A-Za-z0-9._-]{1,9}", fullmatch=True), lanes(), max_size=3),
+    POSITIONS,
+    st.integers(0, 10**9),
 )
 def test_a_state_that_is_read_back_is_the_same_state(
     by_sink: dict[str, program.Lane], taken_up: program.Position, offset: int
