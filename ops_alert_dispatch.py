@@ -26,6 +26,7 @@ import json
 import os
 import re
 import signal
+import stat
 import sys
 import threading
 import time
@@ -776,8 +777,6 @@ def find_secrets(document: JsonObject, environ: Mapping[str, str]) -> Iterator[s
 def read_config(path: Path) -> tuple[JsonObject, str, list[str]]:
     """Read the config's bytes: the document, a digest that stands for it and for this version, and what is
     wrong with it already. Raises ConfigError where there is no document."""
-    import stat
-
     faults: list[str] = []
 
     def unique(pairs: list[tuple[str, object]]) -> JsonObject:
@@ -1280,8 +1279,8 @@ def fingerprint(descriptor: int) -> str | None:
 
 def file_identity(descriptor: int) -> tuple[int, int]:
     """Device and inode of an open file."""
-    stat = os.fstat(descriptor)
-    return stat.st_dev, stat.st_ino
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino
 
 
 # In place of a fingerprint: a file that was rotated before its first line was complete. Its inode tells.
@@ -1387,33 +1386,33 @@ class Segment:
 
     def is_in(self, descriptor: int) -> bool:
         """Tell whether an open file holds this segment: the same first line, and all that was taken up."""
-        stat = os.fstat(descriptor)
+        found = os.fstat(descriptor)
         if self.fingerprint == NAMELESS:
-            same = (stat.st_dev, stat.st_ino) == (self.device, self.inode)
+            same = (found.st_dev, found.st_ino) == (self.device, self.inode)
         else:
             same = fingerprint(descriptor) == self.fingerprint
         return (
             same
-            and stat.st_size >= self.offset
+            and found.st_size >= self.offset
             and (not self.tail or tail_hash(descriptor, self.offset) == self.tail)
         )
 
     def attach(self, descriptor: int) -> None:
         """Read from this open file in this pass. What is appended later belongs to the next pass."""
-        stat = os.fstat(descriptor)
-        self.descriptor, self.device, self.inode = descriptor, stat.st_dev, stat.st_ino
+        found = os.fstat(descriptor)
+        self.descriptor, self.device, self.inode = descriptor, found.st_dev, found.st_ino
         if self.fingerprint == NAMELESS:
             self.fingerprint = fingerprint(descriptor) or NAMELESS
-        self.stop = end_of_lines(descriptor, stat.st_size)
-        self.growing = self.stop < stat.st_size
+        self.stop = end_of_lines(descriptor, found.st_size)
+        self.growing = self.stop < found.st_size
 
     def finish(self) -> bool:
         """Take a rotated file's unterminated last line for complete, once nobody can be writing it."""
         if self.growing and self.descriptor is not None:
-            stat = os.fstat(self.descriptor)
-            if abs(time.time() - stat.st_mtime) < ROTATED_TAIL_GRACE:
+            found = os.fstat(self.descriptor)
+            if abs(time.time() - found.st_mtime) < ROTATED_TAIL_GRACE:
                 return False
-            self.stop = stat.st_size
+            self.stop = found.st_size
         return True
 
 
@@ -1564,8 +1563,6 @@ class Source:
             if path == self.path:
                 raise
             return None
-        import stat
-
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             if path == self.path:
@@ -2928,6 +2925,8 @@ LOCK_WAIT_SECONDS = 1.0
 
 def make_folder(path: Path) -> None:
     """Make a folder for this user alone; one that is there keeps its mode."""
+    if path.is_dir():
+        return
     try:
         # Not `parents=True`, which gives what lies between the usual mode.
         for folder in (*reversed(path.parents), path):
@@ -2935,6 +2934,14 @@ def make_folder(path: Path) -> None:
                 folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise storage_error("make the folder", path, error) from None
+
+
+def stat_of(path: Path) -> os.stat_result | None:
+    """What the file system says of a file; None where there is none. Raises OSError."""
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def write_all(descriptor: int, data: bytes) -> None:
@@ -3015,15 +3022,17 @@ def replace_file(path: Path, data: bytes, *, durable: bool) -> None:
     temporary = path.with_name(path.name + ".tmp")
     make_folder(path.parent)
     try:
-        if path.is_symlink():
+        mode = 0o600
+        with contextlib.suppress(FileNotFoundError):
+            mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode):
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-        mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(temporary, flags, 0o600)
         try:
-            os.fchmod(descriptor, mode)
+            os.fchmod(descriptor, mode & 0o777)
             write_all(descriptor, data)
             if durable:
                 os.fsync(descriptor)
@@ -3117,8 +3126,8 @@ def read_rows(path: Path, since: Checkpoint) -> tuple[list[Iterator[JsonObject]]
     """
     files: list[tuple[Path, int]] = []
     try:
-        stat = path.stat() if path.exists() else None
-        if stat and (stat.st_dev, stat.st_ino) == since[:2] and stat.st_size >= since.offset:
+        found = stat_of(path)
+        if found and (found.st_dev, found.st_ino) == since[:2] and found.st_size >= since.offset:
             files.append((path, since.offset))
         else:
             if since.inode:
@@ -3130,12 +3139,14 @@ def read_rows(path: Path, since: Checkpoint) -> tuple[list[Iterator[JsonObject]]
                         and other.stat().st_ino == since.inode
                     ):
                         files.append((other, since.offset))
-            if stat:
+            if found:
                 files.append((path, 0))
+        after = Checkpoint(found.st_dev, found.st_ino, found.st_size) if found else Checkpoint()
+        if after == since:
+            return [], after
+        return [iterate_rows(file, at) for file, at in files if file.stat().st_size > at], after
     except OSError as error:
         raise storage_error("read", path, error) from None
-    after = Checkpoint(stat.st_dev, stat.st_ino, stat.st_size) if stat else Checkpoint()
-    return [iterate_rows(file, offset) for file, offset in files if file.stat().st_size > offset], after
 
 
 def iterate_rows(path: Path, offset: int = 0) -> Iterator[JsonObject]:
@@ -4118,8 +4129,8 @@ class Ledger:
         for file, name in ((self._attempts, "attempts"), (self._telemetry, "telemetry")):
             file.close()
             with contextlib.suppress(FileNotFoundError):
-                stat = file.path.stat()
-                after = Checkpoint(stat.st_dev, stat.st_ino, stat.st_size)
+                found = file.path.stat()
+                after = Checkpoint(found.st_dev, found.st_ino, found.st_size)
                 wrote = wrote or after != getattr(self.state, name)
                 setattr(self.state, name, after)
         self.wrote = wrote
@@ -5805,7 +5816,7 @@ NO_LOOPS = "No loop of this repo has escalations."
 def loops_of(repo: Path) -> list[str]:
     """The loops of a repo that have escalations or a dispatcher's state. `fleet` is no loop."""
     folder = repo / ".superloop" / "ops-manager"
-    names = ("escalations.jsonl", "alert-dispatch-state.json")
+    names = ("escalations.jsonl", STATE_FILE)
     try:
         found = [entry.name for entry in folder.iterdir() if any((entry / name).exists() for name in names)]
     except FileNotFoundError:
@@ -5820,7 +5831,7 @@ def loops_to_serve(repo: Path) -> list[str]:
 
     def served(name: str) -> float:
         with contextlib.suppress(OSError):
-            return usual_job(repo, name).state_file.stat().st_mtime
+            return (loop_folder(repo, name) / STATE_FILE).stat().st_mtime
         return 0.0
 
     return sorted(loops_of(repo), key=lambda name: (served(name), name))
@@ -5886,6 +5897,9 @@ def loops_text(summary: JsonObject) -> str:
     return "\n".join(lines)
 
 
+STATE_FILE = "alert-dispatch-state.json"
+
+
 def loop_folder(repo: Path, loop_id: str) -> Path:
     """Where the host keeps a loop's files."""
     return repo / ".superloop" / "ops-manager" / loop_id
@@ -5917,7 +5931,10 @@ def check_files(job: Job, *, named: bool = True) -> None:
         if other != name:
             raise click.UsageError(f"{other} and {name} are the same file: {files[other]}")
     for name in ("--dispatch-state-file", "--dispatch-telemetry-file", "the attempts file"):
-        if files[name].exists() and not files[name].is_file():
+        found = None
+        with contextlib.suppress(OSError):  # what is wrong with it is said when it is opened
+            found = stat_of(files[name])
+        if found and not stat.S_ISREG(found.st_mode):
             raise click.UsageError(f"{name} is not a regular file: {files[name]}")
 
 
@@ -5930,7 +5947,7 @@ def usual_job(repo: Path, loop_id: str) -> Job:
         loop_id=loop_id,
         trace_id=printable(os.environ.get(TRACE_ENV) or str(uuid.uuid4())),
         escalations_file=folder / "escalations.jsonl",
-        state_file=folder / "alert-dispatch-state.json",
+        state_file=folder / STATE_FILE,
         telemetry_file=folder / "telemetry" / "alerts.jsonl",
         config_file=repo / DEFAULT_CONFIG,
     )
@@ -6624,8 +6641,8 @@ def unterminated(path: Path) -> tuple[int, float]:
     """How many bytes follow the last line feed of a file, and when it was written to. Raises StorageError."""
     try:
         with path.open("rb") as file:
-            stat = os.fstat(file.fileno())
-            return stat.st_size - end_of_lines(file.fileno(), stat.st_size), stat.st_mtime
+            found = os.fstat(file.fileno())
+            return found.st_size - end_of_lines(file.fileno(), found.st_size), found.st_mtime
     except FileNotFoundError:
         return 0, 0.0
     except OSError as error:
