@@ -6403,7 +6403,9 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
         for sink in sinks
         if sink["enabled"] is False and sink["lagCount"]
     ]
-    if (document or {}).get("status") == "config_invalid" and config_valid is not False:
+    # The file is well; a secret was unset, or it has been mended since.
+    was_invalid = (document or {}).get("status") == "config_invalid" and config_valid is not False
+    if was_invalid:
         config_valid = False
         notes.append(f"the last pass found the config invalid: {(document or {}).get('message')}")
     rows = recent_rows(job.telemetry_file)
@@ -6427,7 +6429,7 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
         "untakenCount": new,
         "configValid": config_valid,
     }
-    findings = list(find_troubles(job, found, known or document is not None))
+    findings = list(find_troubles(job, found, known or document is not None, was_invalid=was_invalid))
     if not (config_valid is False or not (known or document)):
         findings += [
             *find_lost(job, rows, now),
@@ -6544,8 +6546,16 @@ def sink_status(
     }
 
 
-def find_troubles(job: Job, status: JsonObject, ran: bool) -> Iterator[Finding]:
-    """What is wrong with a loop's config, passes and lanes, worst first."""
+def find_troubles(job: Job, status: JsonObject, ran: bool, *, was_invalid: bool) -> Iterator[Finding]:
+    """What is wrong with a loop's config, passes and lanes, worst first.
+
+    `ran`: a pass has. `was_invalid`: the last one found the config invalid, which it does not look now.
+    """
+    if was_invalid:
+        words = "the last pass found the config invalid, and sent nothing"
+        advice = "mend what the note names where reconcile runs; where that is done, the next pass sends all"
+        yield Finding("critical", words, advice)
+        return
     if status["configValid"] is False:
         checked = f"{PROGRAM} config --config-file {printable(str(job.config_file))}"
         advice = f"run `{checked}`, mend what it names; then all that waits goes out"
