@@ -185,6 +185,7 @@ def test_the_command_that_status_names_shows_the_lines_that_were_lost(repo: Repo
 
 
 def test_a_last_line_that_nobody_finishes_is_a_warning_until_it_is_ended(repo: Repo) -> None:
+    repo.loop = "night build"  # the advice is pasted into a shell
     repo.append(health_critical())
     repo.dispatch()
     repo.append(json.dumps(health_degraded()))
