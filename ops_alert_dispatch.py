@@ -5977,16 +5977,21 @@ def make_job(
     return job
 
 
-def command_line(command: str, job: Job, *options: str) -> str:
-    """A command on a job's files, to be pasted into a shell."""
+def shell_line(*words: str) -> str:
+    """A command to be pasted into a shell."""
     import shlex
 
+    return printable(shlex.join(words))
+
+
+def command_line(command: str, job: Job, *options: str) -> str:
+    """A command of this program on a job's files, to be pasted into a shell."""
     usual = files_of(usual_job(job.repo, job.loop_id))
     words = [PROGRAM, command, "--repo", str(job.repo), "--loop", job.loop_id]
     for name, path in files_of(job).items():
         if path != usual[name]:
             words += [name, str(path)]
-    return printable(shlex.join([*words, *options]))
+    return shell_line(*words, *options)
 
 
 @contextlib.contextmanager
@@ -6420,7 +6425,9 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
         for sink in sinks
         if sink["enabled"] is False and sink["lagCount"]
     ]
-    if (document or {}).get("status") == "config_invalid" and config_valid is not False:
+    # The file is well; a secret was unset, or it has been mended since.
+    was_invalid = (document or {}).get("status") == "config_invalid" and config_valid is not False
+    if was_invalid:
         config_valid = False
         notes.append(f"the last pass found the config invalid: {(document or {}).get('message')}")
     rows = recent_rows(job.telemetry_file)
@@ -6444,7 +6451,7 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
         "untakenCount": new,
         "configValid": config_valid,
     }
-    findings = list(find_troubles(job, found, known or document is not None))
+    findings = list(find_troubles(job, found, known or document is not None, was_invalid=was_invalid))
     if not (config_valid is False or not (known or document)):
         findings += [
             *find_lost(job, rows, now),
@@ -6561,10 +6568,18 @@ def sink_status(
     }
 
 
-def find_troubles(job: Job, status: JsonObject, ran: bool) -> Iterator[Finding]:
-    """What is wrong with a loop's config, passes and lanes, worst first."""
+def find_troubles(job: Job, status: JsonObject, ran: bool, *, was_invalid: bool) -> Iterator[Finding]:
+    """What is wrong with a loop's config, passes and lanes, worst first.
+
+    `ran`: a pass has. `was_invalid`: the last one found the config invalid, which it does not look now.
+    """
+    if was_invalid:
+        words = "the last pass found the config invalid, and sent nothing"
+        advice = "mend what the note names where reconcile runs; where that is done, the next pass sends all"
+        yield Finding("critical", words, advice)
+        return
     if status["configValid"] is False:
-        checked = f"{PROGRAM} config --config-file {printable(str(job.config_file))}"
+        checked = shell_line(PROGRAM, "config", "--config-file", str(job.config_file))
         advice = f"run `{checked}`, mend what it names; then all that waits goes out"
         yield Finding("critical", "the config is invalid: nothing is sent", advice)
         return
@@ -6621,7 +6636,7 @@ def find_lost(job: Job, rows: Iterable[JsonObject], now: float) -> Iterator[Find
             advice = "keep a few rotations of the source, uncompressed, for as long as a sink may be down"
         else:
             words = f"{plural(count, 'line')} of the source sent to nobody ({code}, last at {last})"
-            select = f"jq -c 'select(.reasonCode == \"{code}\")' {job.telemetry_file}"
+            select = shell_line("jq", "-c", f'select(.reasonCode == "{code}")', str(job.telemetry_file))
             advice = f"`{select}` shows them; mend their writer, append what is worth it to the source"
         yield Finding("warning", words, advice)
 
@@ -6631,9 +6646,8 @@ def find_unfinished(job: Job, now: float) -> Iterator[Finding]:
     size, written = unterminated(job.escalations_file)
     if size and now - written > WRITER_GRACE:
         words = f"the source ends in {plural(size, 'byte')} without a line feed, since {iso(written)}"
-        advice = (
-            f"where its writer has gone: `echo >>{job.escalations_file}`; the next pass takes the line up"
-        )
+        end = f"`echo >>{shell_line(str(job.escalations_file))}`"
+        advice = f"where its writer has gone, end the line: {end}; the next pass takes it up"
         yield Finding("warning", words, advice)
 
 

@@ -207,7 +207,8 @@ def test_an_invalid_config_is_critical(repo: Repo, ran: bool) -> None:
 def test_an_unset_secret_is_critical_once_a_pass_has_met_it(repo: Repo) -> None:
     repo.append(health_critical())
     assert repo.dispatch(env={"ALERT_CHAT_URL": ""}).exit_code == 3
-    assert check(repo)[0] == 2
+    code, line = check(repo)
+    assert (code, "the last pass found the config invalid, and sent nothing" in line) == (2, True)
     assert any("ALERT_CHAT_URL" in note for note in status(repo)["notes"])
 
 
@@ -973,7 +974,9 @@ def test_a_dry_run_says_of_each_delivery_what_becomes_of_it_and_why(repo: Repo, 
     }
     assert "next attempt at" in decided[1, CHAT][1]
     assert "waits until the sink is enabled" in decided[1, HOOK][1]
-    assert any("1 delivery waiting for old will be given up" in note for note in plan["notes"])
+    gone = "1 delivery waiting for old will be given up: the config has no such sink any more"
+    assert gone in plan["notes"]
+    assert gone in status(repo)["notes"]
     text = repo.dispatch("--dry-run", "--format", "text").stdout
     assert "  skip  sent to nobody, on record as invalid_escalation_json" in text
     assert (
