@@ -3501,8 +3501,6 @@ class State:
         state.taken_up = position_from_json(source["takenUp"])
         state.segments = [Segment.from_json(segment) for segment in source["segments"]]
         state.lanes = {name: Lane.from_json(lane) for name, lane in dict(document["lanes"]).items()}
-        if any(UNPRINTABLE.search(name) for name in state.lanes):
-            raise ValueError("no sink id")
         checkpoint = document["checkpoint"]
         state.attempts = Checkpoint(*map(count_from_json, checkpoint["attempts"]))
         state.telemetry = Checkpoint(*map(count_from_json, checkpoint["telemetry"]))
@@ -6763,7 +6761,7 @@ def prometheus_text(statuses: Sequence[JsonObject]) -> str:
 
     def labels(**pairs: str) -> str:
         escaped = {
-            key: value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+            key: printable(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
             for key, value in pairs.items()
         }
         return "{" + ",".join(f'{key}="{value}"' for key, value in escaped.items()) + "}"
