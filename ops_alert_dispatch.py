@@ -1114,7 +1114,7 @@ def check_url(value: str, settings: JsonObject) -> str | None:
         return "is not an https:// URL; set it to https://…"
     if not url.netloc or url.netloc.startswith(":"):
         return "is a URL without a host; set it to https://HOST/…"
-    if authority is None or "\\" in value or not 0 < int(authority["port"] or 1) < 1 << 16:
+    if authority is None or not 0 < int(authority["port"] or 1) < 1 << 16:
         return "is a URL whose host or port cannot be right; set it to https://HOST/… or https://HOST:PORT/…"
     if url.scheme == "http" and not is_loopback(authority["host"]) and not settings.get("allowInsecureHttp"):
         return (
