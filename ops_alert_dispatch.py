@@ -1113,7 +1113,7 @@ def check_url(value: str, settings: JsonObject) -> str | None:
         return "is not an https:// URL; set it to https://…"
     if not url.netloc or url.netloc.startswith(":"):
         return "is a URL without a host; set it to https://HOST/…"
-    if authority is None or "\\" in value or not 0 < int(authority["port"] or 1) < 1 << 16:
+    if authority is None or not 0 < int(authority["port"] or 1) < 1 << 16:
         return "is a URL whose host or port cannot be right; set it to https://HOST/… or https://HOST:PORT/…"
     if url.scheme == "http" and not is_loopback(authority["host"]) and not settings.get("allowInsecureHttp"):
         return (
@@ -3512,8 +3512,6 @@ class State:
         state.taken_up = position_from_json(source["takenUp"])
         state.segments = [Segment.from_json(segment) for segment in source["segments"]]
         state.lanes = {name: Lane.from_json(lane) for name, lane in dict(document["lanes"]).items()}
-        if any(UNPRINTABLE.search(name) for name in state.lanes):
-            raise ValueError("no sink id")
         checkpoint = document["checkpoint"]
         state.attempts = Checkpoint(*map(count_from_json, checkpoint["attempts"]))
         state.telemetry = Checkpoint(*map(count_from_json, checkpoint["telemetry"]))
@@ -6794,7 +6792,7 @@ def prometheus_text(statuses: Sequence[JsonObject]) -> str:
 
     def labels(**pairs: str) -> str:
         escaped = {
-            key: value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+            key: printable(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
             for key, value in pairs.items()
         }
         return "{" + ",".join(f'{key}="{value}"' for key, value in escaped.items()) + "}"

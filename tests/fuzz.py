@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+import click
 from escalations import HOOK_TOKEN, sink_config, sink_env
 
 CORPUS = Path(__file__).with_name("corpus")
@@ -144,8 +145,8 @@ def fuzz_state(data: bytes) -> None:
                 state.sink_digest(sink)
         with contextlib.suppress(program.StateError):
             status = program.loop_status(job, 900.0)
-            assert program.status_text(status)
-            assert program.prometheus_text([status])
+            for text in (program.status_text(status), program.prometheus_text([status])):
+                assert all(line.isprintable() for line in click.unstyle(text).split("\n"))
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from escalations import MARK
 
 # What tests write themselves, and what the loopback server was sent: these may hold secrets.
-OURS = ("escalations.jsonl", "ops-manager-alert-sinks.v1.json", "received", "reconcile-env")
+OURS = ("escalations.jsonl", "ops-manager-alert-sinks.v1.json", "received", "secrets.env")
 
 
 def _encodings(text: str) -> Iterator[str]:
