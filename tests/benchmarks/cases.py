@@ -16,6 +16,7 @@ from benchmarks.measure import (
     PYTHON,
     Cost,
     Row,
+    all_turns,
     check,
     clean_env,
     compare,
@@ -138,8 +139,7 @@ def idle(folder: Path, sizes: Sizes) -> Iterator[Row]:
     """A pass that finds nothing new, against the imports that no pass can do without."""
     with Receiver() as receiver:
         host = Host(folder, receiver, "/hook")
-        host.append(1)
-        host.dispatch(status="success")
+        host.settle()
         imports = [PYTHON, "-c", "import click, json, fcntl"]
         ours, theirs = take_turns(
             sizes.turns,
@@ -153,16 +153,16 @@ def one_alert(folder: Path, sizes: Sizes) -> Iterator[Row]:
     """A pass that delivers one escalation to one webhook, against the imports that it needs."""
     with Receiver() as receiver:
         host = Host(folder, receiver, "/hook")
-        serials = iter(range(sizes.turns + 2))
+        host.settle()
+        serials = iter(all_turns(sizes.turns))
 
         def deliver() -> Cost:
             host.append(1, next(serials))
             return host.dispatch(status="success", dispatchedCount=1)
 
-        deliver()
         imports = [PYTHON, "-c", "import click, requests"]
         ours, theirs = take_turns(sizes.turns, deliver, lambda: run(imports, folder, host.env)[0])
-        check_arrivals(receiver, "/hook", sizes.turns + 2)
+        check_arrivals(receiver, "/hook", len(all_turns(sizes.turns)))
     yield compare("one alert / import click, requests", ours, theirs, 1.20)
 
 
@@ -170,7 +170,7 @@ def storm(folder: Path, sizes: Sizes) -> Iterator[Row]:
     """A backlog to one webhook by the whole program, against a bare loop without its start-up."""
     posts = folder / "posts.json"
     kept = ("content-type", "webhook-id", "webhook-timestamp")
-    turn = iter(range(sizes.storm_turns + 1))
+    turn = iter(all_turns(sizes.storm_turns))
 
     def ours() -> Cost:
         with Receiver() as receiver:
@@ -211,7 +211,7 @@ def storm(folder: Path, sizes: Sizes) -> Iterator[Row]:
 def hanging(folder: Path, sizes: Sizes) -> Iterator[Row]:
     """When two sinks have got everything, beside a third that hangs until its timeout and alone."""
     count = max(sizes.storm // 3, 1)
-    turn = iter(range(2 * sizes.storm_turns + 2))
+    turn = iter(range(2 * len(all_turns(sizes.storm_turns))))
 
     def last_arrival(*paths: str) -> Cost:
         with Receiver() as receiver:
@@ -284,10 +284,10 @@ def deliver_by_turns(
         host.append(1, next(serials))
         return host.dispatch(dispatchedCount=1)
 
-    ones, others = iter(range(turns + 1)), iter(range(turns + 1))
+    ones, others = iter(all_turns(turns)), iter(all_turns(turns))
     costs = take_turns(turns, lambda: deliver(first, ones), lambda: deliver(second, others))
-    check_arrivals(receiver, "/old", turns + 1)
-    check_arrivals(receiver, "/new", turns + 1)
+    check_arrivals(receiver, "/old", len(all_turns(turns)))
+    check_arrivals(receiver, "/new", len(all_turns(turns)))
     return costs
 
 

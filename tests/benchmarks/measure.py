@@ -98,15 +98,20 @@ class Row:
 def take_turns(
     turns: int, ours: Callable[[], Cost], theirs: Callable[[], Cost]
 ) -> tuple[list[Cost], list[Cost]]:
-    """Measure both by turns, each the first of every other one; the first turn warms caches, uncounted."""
+    """Measure both by turns, each the first of every other one; turn 0, where there is one, warms caches."""
     pairs: list[tuple[Cost, Cost]] = []
-    for turn in range(turns + 1):
+    for turn in all_turns(turns):
         if turn % 2:
             other, mine = theirs(), ours()
         else:
             mine, other = ours(), theirs()
         pairs.append((mine, other))
-    return [mine for mine, _ in pairs[1:]], [other for _, other in pairs[1:]]
+    return [mine for mine, _ in pairs[-turns:]], [other for _, other in pairs[-turns:]]
+
+
+def all_turns(turns: int) -> range:
+    """The turns that are counted, and one that warms caches; a single one only shows that it works."""
+    return range(turns + 1 if turns > 1 else 1)
 
 
 def compare(
