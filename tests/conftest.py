@@ -34,6 +34,11 @@ AT_THE_START = re.compile("PYTHON|LD_|LC_")
 RUN_TIMEOUT = 90.0
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Four on two cores: half of the time a test waits, for a timeout or for an answer that is late."""
+    return max(4, len(os.sched_getaffinity(0)))
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run of the program left behind."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from typing import Any
 
 from conftest import RUN_TIMEOUT, Repo, Run
@@ -35,13 +34,8 @@ def check(repo: Repo, *options: str) -> tuple[int, str]:
 def on_terminal(repo: Repo, *arguments: str, answer: str, **env: str) -> Run:
     """Run the program with everything on one terminal, and type the answer once it asks."""
     ours, theirs = os.openpty()
-    process = subprocess.Popen(
-        [*repo.command, *arguments],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env={**repo.env, "TERM": "xterm-256color", **env},
-        cwd=repo.root,
+    process = repo.popen(
+        *arguments, stdin=theirs, stdout=theirs, stderr=theirs, env={"TERM": "xterm-256color", **env}
     )
     os.close(theirs)
     said = b""

@@ -774,6 +774,60 @@ def test_a_state_folder_without_room_is_found_out_before_anything_is_sent(
         every_sink_got(server, "one")
 
 
+@contextlib.contextmanager
+def with_quota(folder: Path, image: Path) -> Iterator[Callable[[str], object]]:
+    """A btrfs of its own, whose quota binds root too; yields what sets it. Without it the test is skipped."""
+    make, btrfs = needs_tool("mkfs.btrfs"), needs_tool("btrfs")
+    with image.open("wb") as file:
+        file.truncate(128 * 2**20)
+    subprocess.run([make, "--quiet", "--mixed", image], check=True, stdout=subprocess.DEVNULL)
+    folder.mkdir(parents=True)
+    if subprocess.run(["mount", "-o", "loop", image, folder], capture_output=True, check=False).returncode:
+        pytest.skip("a btrfs cannot be mounted here")
+    try:
+        subprocess.run([btrfs, "quota", "enable", folder], check=True)
+        yield lambda size: subprocess.run([btrfs, "qgroup", "limit", size, folder], check=True)
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+        image.unlink()
+
+
+def whole_rows(path: Path) -> list[bytes]:
+    """The rows of a file in which there may be one that is torn."""
+    found = []
+    for row in path.read_bytes().splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            json.loads(row)
+            found.append(row)
+    return found
+
+
+@pytest.mark.slow
+def test_a_quota_that_is_used_up_loses_nothing_and_repeats_only_what_was_in_flight(
+    repo: Repo, server: SinkServer, tmp_path: Path
+) -> None:
+    with with_quota(repo.folder, tmp_path / "image") as set_quota:
+        sent = [f"{number}" for number in range(20)]
+        repo.append(*[record(name, filler="x" * 50_000) for name in sent])
+        set_quota("1200K")
+        fails_of_the_disk(repo.dispatch(), "Disk quota exceeded", "raise the quota")
+        assert server.requests == []
+        set_quota("1500K")
+        fails_of_the_disk(repo.dispatch(), "Disk quota exceeded", "raise the quota")
+        assert server.requests
+        set_quota("20M")
+        assert repo.dispatch().exit_code == 0
+        for sink in (HOOK, PAGER):
+            got = names(server, sink)
+            assert list(dict.fromkeys(got)) == sent
+            assert len(got) <= len(sent) + 1
+        # At its quota a btrfs does not let a file be made shorter either: the row that met it stays torn.
+        rows = whole_rows(repo.telemetry_file)
+        assert repo.telemetry_file.read_bytes().count(b"\n") - len(rows) <= 1
+        repo.telemetry_file.write_bytes(b"".join(rows))
+        check_promise(repo)
+
+
 def limited(repo: Repo, limit: int) -> Run:
     """A pass whose files may not grow beyond a limit."""
     done = subprocess.run(

@@ -3,7 +3,8 @@
 Most of the time of a short run goes into importing requests and jsonschema. So that hundreds of runs do not
 each pay for it, a zygote, a process that has imported all, forks for each of them. What a run sees is its
 own: arguments, environment, folder, standard streams, signals. It is a child of the process that asked for
-it, which can kill it and gets its exit code, as with any `subprocess.Popen`. It ends as every Python does.
+it, which can kill it and gets its exit code, as with any `subprocess.Popen`. It begins and ends where the
+installed command does.
 
 Not for tests of the start itself: what is imported when, with which interpreter, how it is installed.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 import atexit
 import ctypes
 import functools
-import gc
 import inspect
 import json
 import os
@@ -158,8 +158,6 @@ if __name__ == "__main__":
 
     import ops_alert_dispatch
 
-    # Else each run would go through all that was imported as it ends, and so copy it.
-    gc.freeze()
     arguments = serve(socket.socket(fileno=int(sys.argv[1])))
     sys.argv = [ops_alert_dispatch.__file__, *arguments]
-    sys.exit(ops_alert_dispatch.main())
+    ops_alert_dispatch.program()
