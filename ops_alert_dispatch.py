@@ -1872,8 +1872,15 @@ RETRY_AFTER_MAX = 3600.0
 Outcome = Literal["delivered", "retry", "misconfigured", "dead_letter", "skipped"]
 
 
+class Subject(NamedTuple):
+    """What repeats of an escalation have in common, as a key, and when this one was written."""
+
+    key: str
+    at: str
+
+
 class HeldBack(NamedTuple):
-    """Repeats of an escalation that a sink was not sent: how many, and the timestamp of the first."""
+    """Repeats of an escalation that a sink was not sent: how many, and when the first was written."""
 
     repeats: int
     since: str
@@ -1886,8 +1893,8 @@ class Delivery(NamedTuple):
     escalation: Escalation
     resolution: Resolution
     late: bool
-    # Where repeats are held back: what this record is a repeat of, and those that this message speaks for.
-    repeat_key: str | None = None
+    # Where repeats are held back: what would be a repeat of this, and the repeats that this speaks for.
+    subject: Subject | None = None
     held_back: HeldBack | None = None
 
 
@@ -3185,11 +3192,15 @@ TOLD_MAX = 32
 
 
 class Told(NamedTuple):
-    """What a sink was told last of one thing: the record's timestamp, and the repeats held back since."""
+    """What a sink was told last of a subject: when the record was written; repeats held back since."""
 
     at: str
     repeats: int = 0
     since: str | None = None
+
+    def hold_back(self, at: str) -> Told:
+        """The same with one repeat more."""
+        return self._replace(repeats=self.repeats + 1, since=self.since or at)
 
 
 class PeerLag(NamedTuple):
@@ -3392,7 +3403,7 @@ class Lane:
             while len(self.told) > TOLD_MAX:
                 del self.told[next(iter(self.told))]
         elif attempt["outcome"] == "skipped" and (told := self.told.get(key)):
-            self.told[key] = Told(told.at, told.repeats + 1, told.since or at)
+            self.told[key] = told.hold_back(at)
 
     def wait_like(self, other: Lane, sink_digest: str) -> None:
         """Wait as another loop's lane to the same sink does, which has just found the sink unwell."""
@@ -3933,8 +3944,8 @@ class Ledger:
             row = self._attempt_row(now, sink, delivery, REPEATED, attempt=0, duration=0.0, place=place)
             rows.append((delivery, row))
         for delivery, row in rows:
-            if row["outcome"] in ("delivered", "skipped") and delivery.repeat_key:
-                row["repeat"] = {"key": delivery.repeat_key, "at": delivery.escalation.timestamp}
+            if row["outcome"] in ("delivered", "skipped") and delivery.subject:
+                row["repeat"] = delivery.subject._asdict()
             if delivery.record.start < self.taken_up:
                 row["late"] = True
         rows.sort(key=lambda item: item[0].record.start)
@@ -4185,8 +4196,9 @@ def count_sinks(entries: list[JsonObject]) -> JsonObject:
 
 # Quick tries within a pass start at this many seconds, and double.
 QUICK_RETRY_SECONDS = 0.25
-# So many repeats are held back with one write.
-REPEATS_AT_ONCE = 200
+# A lane looks through so many records, or takes so many bytes of them, before others have their turn.
+TURN_RECORDS = 1000
+TURN_BYTES = 1 << 20
 
 # As seconds until the next attempt.
 NOT_IN_THIS_PASS = float("inf")
@@ -4222,6 +4234,9 @@ def expired(delivery: Delivery, lane: Lane, policy: DeliveryPolicy, now: float) 
     return now - max(written or since, since) > policy.give_up_after
 
 
+PACE_MINUTE = 60.0
+
+
 class Pace:
     """Keeps the requests to a sink within so many in any minute, a sixth of them at once.
 
@@ -4231,7 +4246,7 @@ class Pace:
 
     def __init__(self, per_minute: int) -> None:
         burst = max(1, per_minute // 6)
-        self._interval = 60.0 / (per_minute - burst + 1)
+        self._interval = PACE_MINUTE / (per_minute - burst + 1)
         self._credit = (burst - 1) * self._interval
         self.until = 0.0
 
@@ -4241,16 +4256,69 @@ class Pace:
         self.until = min(self.until, now + self._credit + self._interval)
         return max(0.0, self.until - self._credit - now)
 
+    def take_over(self, until: float, now: float) -> None:
+        """Go on from what was sent in earlier passes; what cannot be was noted by a clock that was ahead."""
+        if until <= now + PACE_MINUTE:
+            self.until = max(self.until, until)
+
     def spend(self, now: float) -> None:
         """Note that a request starts."""
         self.until = max(self.until, now) + self._interval
 
 
 class Batch(NamedTuple):
-    """Deliveries that go out as one request, oldest first, and the repeats that they speak for."""
+    """Deliveries that go out as one request, oldest first, and the repeats that stand between them."""
 
     deliveries: list[Delivery]
     repeats: list[Delivery]
+
+    def refused(self) -> Batch:
+        """What a sink has refused: a repeat of what it would have been told goes the same way."""
+        untold = {delivery.subject.key for delivery in self.deliveries if delivery.subject}
+        lost: list[Delivery] = []
+        repeats: list[Delivery] = []
+        for delivery in self.repeats:
+            refused = delivery.subject is not None and delivery.subject.key in untold
+            (lost if refused else repeats).append(delivery)
+        return Batch(sorted([*self.deliveries, *lost], key=lambda found: found.record.start), repeats)
+
+
+class Memory:
+    """What a sink was told, and what it is about to be told: finds what would be no news to it."""
+
+    def __init__(self, told: Mapping[str, Told], window: float) -> None:
+        self._told = told
+        self._telling: dict[str, Told] = {}
+        self._window = window
+
+    def look_back(self, delivery: Delivery) -> tuple[Delivery, Told | None]:
+        """Say what a delivery is about, and what it repeats: what the sink was told of the same within the
+        window, by the records' own timestamps. What repeats nothing speaks for those held back before."""
+        written = parse_time(delivery.escalation.timestamp)
+        if not self._window or written is None:
+            return delivery, None
+        codes = sorted(reason_codes(delivery.escalation))
+        about = [delivery.escalation.category, delivery.resolution.event_severity, codes]
+        subject = Subject(short_hash(encode_json(about)), iso(written))
+        told = self._last(subject)
+        before = parse_time(told.at) if told else None
+        if before is not None and abs(written - before) < self._window:
+            return delivery._replace(subject=subject), told
+        held_back = HeldBack(told.repeats, told.since) if told and told.since else None
+        return delivery._replace(subject=subject, held_back=held_back), None
+
+    def tell(self, delivery: Delivery) -> None:
+        """Note that the sink is about to be told of a delivery that was looked back on."""
+        if subject := delivery.subject:
+            self._telling[subject.key] = Told(subject.at)
+
+    def hold_back(self, delivery: Delivery) -> None:
+        """Note that a repeat is about to be held back."""
+        if (subject := delivery.subject) and (told := self._last(subject)):
+            self._telling[subject.key] = told.hold_back(subject.at)
+
+    def _last(self, subject: Subject) -> Told | None:
+        return self._telling.get(subject.key) or self._told.get(subject.key)
 
 
 def waiting_delivery(record: Record, lane: Lane, sink: Sink, router: Router, loop_id: str) -> Delivery | None:
@@ -4298,7 +4366,7 @@ class LaneRun:
         self._began = ledger.taken_up
         self._records = self._read()
         # What was read and not settled, in order; and how many of these go out one by one.
-        self._put_back: deque[tuple[Record, Delivery]] = deque()
+        self._put_back: deque[tuple[Record, Delivery | None]] = deque()
         self._single = 0
 
     def behind(self, record: Record) -> bool:
@@ -4324,29 +4392,33 @@ class LaneRun:
     def next_batch(self) -> Batch | None:
         """What goes out with the next request; None when the lane has caught up.
 
-        What needs no request, because it has expired or is a repeat, is settled on the way. Raises OSError
-        or StorageError.
+        What needs no request, because it has expired or is a repeat, is settled on the way. A batch without
+        deliveries: that was so much that others come first. Raises OSError or StorageError.
         """
         deliveries: list[Delivery] = []
         repeats: list[Delivery] = []
-        telling: dict[str, str] = {}
+        memory = Memory(self.lane.told, self._window)
         size = 1 if self._single else self._batch_size
         self._single = max(0, self._single - 1)
-        while len(deliveries) < size and (step := self._next()):
+        records, held = 0, 0
+        step: tuple[Record, Delivery | None] | None = None
+        while (
+            len(deliveries) < size and records < TURN_RECORDS and held < TURN_BYTES and (step := self._next())
+        ):
             record, delivery = step
+            records += 1
             if delivery is None:
                 if not deliveries and not repeats:
                     self.lane.position = max(self.lane.position, record.end)
                 continue
-            delivery = self._look_back(delivery)
-            if self._is_repeat(delivery, telling):
+            held += len(record.line)
+            delivery, repeated = memory.look_back(delivery)
+            if repeated:
+                memory.hold_back(delivery)
                 repeats.append(delivery)
-                if not deliveries and len(repeats) >= REPEATS_AT_ONCE:
-                    self._settle(repeats, REPEATED)
-                    repeats = []
             elif expired(delivery, self.lane, self._policy, time.time()):
                 if deliveries:
-                    self._put_back.appendleft((record, delivery))
+                    self._put_back.appendleft(step)
                     break
                 self._settle(repeats, REPEATED)
                 repeats = []
@@ -4355,13 +4427,12 @@ class LaneRun:
                 if not deliveries:  # what was held back so far is not held back because of this one
                     self._settle(repeats, REPEATED)
                     repeats = []
+                memory.tell(delivery)
                 deliveries.append(delivery)
-                if delivery.repeat_key and delivery.escalation.timestamp:
-                    telling[delivery.repeat_key] = delivery.escalation.timestamp
-        if deliveries:
-            return Batch(deliveries, repeats)
-        self._settle(repeats, REPEATED)
-        return None
+        if not deliveries:
+            self._settle(repeats, REPEATED)
+            return None if step is None else Batch([], [])
+        return Batch(deliveries, repeats)
 
     def _read(self) -> Iterator[tuple[Record, Delivery | None]]:
         ledger = self.ledger
@@ -4409,41 +4480,12 @@ class LaneRun:
             return None
         return Delivery(record, escalation, resolution, late=record.start < self._began)
 
-    def _look_back(self, delivery: Delivery) -> Delivery:
-        """Say what a delivery would be a repeat of, and what was held back since the sink was told."""
-        if not self._window or parse_time(delivery.escalation.timestamp) is None:
-            return delivery
-        key = repeat_key(delivery)
-        told = self.lane.told.get(key)
-        held_back = HeldBack(told.repeats, told.since) if told and told.since else None
-        return delivery._replace(repeat_key=key, held_back=held_back)
-
-    def _is_repeat(self, delivery: Delivery, telling: Mapping[str, str]) -> bool:
-        """Tell whether the sink was told, or is being told by this batch, within the record's window."""
-        key = delivery.repeat_key
-        if key is None:
-            return False
-        told = self.lane.told.get(key)
-        return is_repeat(delivery, telling.get(key) or (told and told.at), self._window)
-
     def _settle(self, deliveries: Sequence[Delivery], verdict: Verdict) -> None:
         """Settle deliveries that are sent no request."""
         with self.ledger.changed:
             if deliveries and not self.ending:
                 attempt = self.lane.attempts if verdict is EXPIRED else 0
                 self.ledger.record(self.sink, deliveries, verdict, attempt=attempt, duration=0.0)
-
-
-def repeat_key(delivery: Delivery) -> str:
-    """Names what repeats of a record have in common: category, event severity and reason codes."""
-    codes = sorted(reason_codes(delivery.escalation))
-    return short_hash(encode_json([delivery.escalation.category, delivery.resolution.event_severity, codes]))
-
-
-def is_repeat(delivery: Delivery, told: str | None, window: float) -> bool:
-    """Tell whether a sink that was told the same of this time is not to be told again, so soon after."""
-    before, now = parse_time(told), parse_time(delivery.escalation.timestamp)
-    return before is not None and now is not None and abs(now - before) < window
 
 
 EXPIRED = Verdict("dead_letter", "delivery_expired", message="waited longer than giveUpAfterSeconds")
@@ -4485,16 +4527,25 @@ class SinkWorker:
         self._abandoned = False
         self._thread: threading.Thread | None = None
 
+    def note_paid(self, until: float) -> None:
+        """Count what earlier passes have sent: it is paid for then, at the sink's rate."""
+        if self._pace:
+            self._pace.take_over(until, time.time())
+
     def serve(self, runs: Iterable[LaneRun], held: Iterable[LaneRun], clock: Clock) -> None:
-        """Serve these lanes, in a thread that dies with the process."""
+        """Serve these lanes, the one first that was served longest ago, in a thread that dies with the
+        process."""
         if self._thread is not None and not self._abandoned:
             self._thread.join()  # it has ended the lanes of an earlier call, and has nothing left to do
-        self._runs.extend(runs)
+        # What was tried and refused comes last: one record that a sink cannot take holds up one loop alone.
+        self._runs.extend(
+            sorted(runs, key=lambda run: (run.lane.attempts > 0, run.lane.last_success_at or 0.0))
+        )
         self._held.extend(held)
         self._clock = clock
-        if self._pace:
-            paid = [run.lane.paced_until or 0.0 for run in (*self._runs, *self._held)]
-            self._pace.until = max(self._pace.until, *paid, 0.0)
+        limited = [run for run in self._held if run.lane.http_status == 429]
+        if limited and self._runs and self._down is None:  # what one loop was told is meant for all
+            self._down = max(limited, key=lambda run: run.lane.next_attempt_at or 0.0)
         if self._abandoned:
             self._put_off("failed")
         else:
@@ -4539,7 +4590,7 @@ class SinkWorker:
                 run.fail(error)
                 continue
             with self._changed:
-                if batch is not None:
+                if batch is not None and batch.deliveries:
                     run.lane.oldest_pending_at = batch.deliveries[0].escalation.written_at
                 if batch is not None and ending == "failed" and down is not None and down is not run:
                     run.lane.wait_like(down.lane, run.ledger.state.sink_digest(self.sink))
@@ -4549,6 +4600,8 @@ class SinkWorker:
 
     def _deliver(self, run: LaneRun, batch: Batch) -> Ending | None:
         """Try until the batch is settled (None), or until this pass is over for the lane."""
+        if not batch.deliveries:
+            return None if self._clock.left > 0 else "out_of_time"
         for tries in range(1, self._policy.max_attempts_per_pass + 1):
             if self._clock.left <= 0 or not self._keep_pace(run):
                 return self._stop_at(run, batch, "out_of_time")
@@ -4585,6 +4638,8 @@ class SinkWorker:
         import requests  # noqa: F401
 
         with self._changed:
+            if run.ending:  # while it waited for its turn, the loop's pass has failed
+                return None
             self._in_flight, self._attempt_started = (run, batch), time.monotonic()
         if missing:
             verdict = Verdict("misconfigured", "missing_secret", message=f"unset: {' '.join(missing)}")
@@ -4655,28 +4710,24 @@ class SinkWorker:
         """Write down an attempt; the lock is held. Returns the seconds until the next one."""
         lane = run.lane
         wait, gave_up = None, False
-        repeats: Sequence[Delivery] = ()
-        if verdict.outcome in SETTLED:
-            repeats = batch.repeats if verdict.outcome == "delivered" else ()
-        else:
+        if verdict.outcome not in SETTLED:
             last = tries >= self._policy.max_attempts_per_pass
             wait = self._quick_wait(verdict, tries)
             gave_up = last or wait is None or wait >= self._clock.left
             if gave_up:
                 wait = self._backoff(verdict, lane.backoff_step)
-        deliveries = batch.deliveries
-        if verdict.outcome == "dead_letter" and batch.repeats:
-            # They stand between these deliveries, and would have been told with them.
-            deliveries = sorted([*deliveries, *batch.repeats], key=lambda delivery: delivery.record.start)
+            batch = Batch(batch.deliveries, [])
+        elif verdict.outcome == "dead_letter":
+            batch = batch.refused()
         entries = run.ledger.record(
             self.sink,
-            deliveries,
+            batch.deliveries,
             verdict,
             attempt=lane.attempts + 1,
             duration=time.monotonic() - self._attempt_started,
             wait=wait,
             gave_up=gave_up,
-            repeats=repeats,
+            repeats=batch.repeats,
         )
         if verdict.outcome in SETTLED:
             run.failures = {}
@@ -4684,7 +4735,7 @@ class SinkWorker:
                 self._runs.extend(self._held)
                 self._held = []
             return None
-        places = (delivery.record.start[:2] for delivery in deliveries)
+        places = (delivery.record.start[:2] for delivery in batch.deliveries)
         run.failures = dict(zip(places, entries, strict=True))
         # A backoff is for another pass, however short it came out.
         return NOT_IN_THIS_PASS if gave_up else wait
@@ -5187,6 +5238,10 @@ def count_lanes(state: State) -> JsonObject:
     }
 
 
+# What comes of a loop: the summary of its pass, or what stopped it.
+Result = JsonObject | DispatchError
+
+
 class Run:
     """One run over one loop or many: what its passes share."""
 
@@ -5198,9 +5253,13 @@ class Run:
         self._origin = Origin(str(first.repo), first.trace_id, time.time())
         self._workers: dict[str, SinkWorker] = {}
 
-    def drive(
-        self, passes: Sequence[Pass], clock: Clock
-    ) -> Iterator[tuple[Pass, JsonObject | DispatchError]]:
+    def note_paid(self, lanes: Mapping[str, Lane]) -> None:
+        """Count what earlier passes have sent for a loop: a sink's rate holds over all loops."""
+        for sink_id, lane in lanes.items():
+            if lane.paced_until and (sink := self.router.config.sinks.get(sink_id)):
+                self._worker(sink).note_paid(lane.paced_until)
+
+    def drive(self, passes: Sequence[Pass], clock: Clock) -> Iterator[tuple[Pass, Result]]:
         """Take passes that have begun to their ends, side by side. Yields each with its summary or error."""
         for sink in self.router.config.sinks.values():
             runs = [found.runs[sink.id] for found in passes if sink.id in found.runs]
@@ -5230,7 +5289,7 @@ class Run:
                 found.abandon()
             raise
 
-    def _step(self, found: Pass, work: Iterator[None]) -> JsonObject | DispatchError | None:
+    def _step(self, found: Pass, work: Iterator[None]) -> Result | None:
         """Go on with a pass until it has to wait (None) or is at its end."""
         try:
             return found.finish() if next(work, AT_END) is AT_END else None
@@ -5262,14 +5321,14 @@ def run_loops(
     environ: Mapping[str, str],
     stop: threading.Event | None = None,
     progress: Callable[[int], None] = lambda _: None,
-) -> dict[str, JsonObject | DispatchError]:
+) -> dict[str, Result]:
     """Run one pass over each of these loops of a repo: with one config, one connection a sink, one budget.
 
     Returns for each loop id the summary, which is what the state file holds, or what stopped that loop.
     Raises ConfigError.
     """
     stop = stop or threading.Event()
-    outcomes: dict[str, JsonObject | DispatchError] = {}
+    outcomes: dict[str, Result] = {}
     run: Run | None = None
     busy: list[tuple[Pass, contextlib.ExitStack]] = []
     begun = 0
@@ -5298,15 +5357,19 @@ def run_loops(
                     try:
                         run = Run(load_known_config(job, environ), job, stop)
                     except ConfigError as error:
-                        note_invalid_config(job, error)
                         stack.close()
-                        for other in jobs[index + 1 :]:
-                            with loop_lock(other.lock_file, 0.0) as held:
+                        for other in jobs[index:]:
+                            # Where it cannot be written down, it is at least said.
+                            with (
+                                contextlib.suppress(StorageError),
+                                loop_lock(other.lock_file, LOCK_WAIT_SECONDS / len(jobs)) as held,
+                            ):
                                 if held:
                                     note_invalid_config(other, error)
                         raise
                 state = load_state(job)
                 source = stack.enter_context(Source(job.escalations_file, state.segments))
+                run.note_paid(state.lanes)
                 tells = any(secret in job.trace_id for secret in run.router.config.hidden)
                 safe = job._replace(trace_id=MASK) if tells else job
                 found = Pass(safe, run.router, state, source, run.redactor, run.changed, progress)
@@ -5384,12 +5447,28 @@ def note_invalid_config(job: Job, error: ConfigError) -> None:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def plan_pass(job: Job, environ: Mapping[str, str], *, show_payload: bool) -> JsonObject:
+def plan_loops(jobs: Sequence[Job], environ: Mapping[str, str], *, show_payload: bool) -> dict[str, Result]:
+    """Plan a pass over each of these loops. Returns for each loop id the plan, or what prevents it.
+
+    Raises ConfigError.
+    """
+    outcomes: dict[str, Result] = {}
+    if not jobs:
+        return outcomes
+    config = load_config(jobs[0].config_file, environ)
+    for job in jobs:
+        try:
+            outcomes[job.loop_id] = plan_pass(job, config, show_payload=show_payload)
+        except DispatchError as error:
+            outcomes[job.loop_id] = error
+    return outcomes
+
+
+def plan_pass(job: Job, config: Config, *, show_payload: bool) -> JsonObject:
     """Say for each escalation that waits where it would go, and why not to others. Changes nothing.
 
-    Raises ConfigError, StateError or StorageError.
+    Raises StateError or StorageError.
     """
-    config = load_config(job.config_file, environ)
     state = load_state(job, read_only=True)
     plans: list[JsonObject] = []
     notes = config_warnings(config)
@@ -5423,8 +5502,7 @@ class Plan:
         self._redactor = config.redactor()
         self._now = time.time()
         self._taken_up = state.taken_up or after_lines(source, state.legacy_lines)
-        # What would be told to a sink, as in `Lane.told`: sink, key, timestamp.
-        self._telling: dict[tuple[str, str], str] = {}
+        self._memories: dict[str, Memory] = {}
         # For each sink with a backlog, the places of its records, in order.
         self.waiting: dict[str, dict[Position, None]] = {}
         for sink_id, lane in state.lanes.items():
@@ -5482,8 +5560,16 @@ class Plan:
         return {key: value for key, value in plan.items() if value is not None}
 
     def _of_delivery(self, sink: Sink, lane: Lane, delivery: Delivery) -> JsonObject:
+        memory = self._memories.setdefault(sink.id, Memory(lane.told, self._config.repeat_window))
+        delivery, repeated = memory.look_back(delivery)
         decision, why = self._decide(sink, lane, delivery)
         entry: JsonObject = {"id": sink.id, "type": sink.type, "decision": decision}
+        if repeated and decision in ("send", "drop"):
+            memory.hold_back(delivery)
+            decision, why = "skip", f"a repeat of what the sink is told of {repeated.at}"
+            entry |= {"decision": decision, "reasonCode": REPEATED.reason_code}
+        elif decision == "send":
+            memory.tell(delivery)
         if why is not None:
             entry["why"] = why
         if self._show_payload and decision in ("send", "wait"):
@@ -5493,7 +5579,7 @@ class Plan:
         return entry
 
     def _decide(self, sink: Sink, lane: Lane, delivery: Delivery) -> tuple[str, str | None]:
-        """What a pass would do with a delivery, and why, where that is not to send it."""
+        """What a pass would do with a delivery that is no repeat, and why, where that is not to send it."""
         if not sink.enabled and delivery.late:
             return "keep", "the sink is disabled; it waits until the sink is enabled"
         if why := why_not(sink, delivery.resolution):
@@ -5501,15 +5587,8 @@ class Plan:
         if not lane.due(self._now, self._state.sink_digest(sink)):
             until = iso(lane.next_attempt_at or self._now)
             return "wait", f"the sink failed ({lane.reason_code}); next attempt at {until}"
-        key = (sink.id, repeat_key(delivery))
-        told = lane.told.get(key[1])
-        before = self._telling.get(key) or (told and told.at)
-        if is_repeat(delivery, before, self._config.repeat_window):
-            return "skip", f"a repeat of what the sink is told of {before}"
         if expired(delivery, lane, self._config.policy, self._now):
             return "drop", "waited longer than giveUpAfterSeconds: a dead letter"
-        if delivery.escalation.timestamp:
-            self._telling[key] = delivery.escalation.timestamp
         return "send", None
 
 
@@ -5546,11 +5625,11 @@ def why_not(sink: Sink, resolution: Resolution) -> str | None:
 
 def decide(sinks: Sequence[JsonObject], resolution: Resolution) -> str:
     """One word, or the reason code that the record's row would have."""
-    if any(sink["decision"] == "send" for sink in sinks):
-        return "send"
-    if any(sink["decision"] == "wait" for sink in sinks):
-        return "wait"
-    return judge_row(resolution, [])[1] or "skip"
+    for word in ("send", "wait", "keep", "drop"):
+        if any(sink["decision"] == word for sink in sinks):
+            return word
+    codes = [sink["reasonCode"] for sink in sinks if "reasonCode" in sink]
+    return codes[0] if codes else judge_row(resolution, [])[1] or "skip"
 
 
 def show_request(request: HttpRequest, redactor: Redactor) -> JsonObject:
@@ -5777,42 +5856,44 @@ def dispatch(
     if all_loops and any(files):
         raise click.UsageError("--all-loops works on each loop's own files: name none")
     jobs: list[Job] = []
+    unusable: dict[str, Result] = {}
     for name in loops_to_serve(absolute(repo)) if loop_id is None else [loop_id]:
-        job = make_job(repo, name, alert_config_file, *files)
-        job = job._replace(
-            trace_id=printable(trace_id) if trace_id else jobs[0].trace_id if jobs else job.trace_id,
-            max_escalations=max_escalations,
-            time_budget=time_budget,
-        )
-        jobs.append(job)
+        try:
+            job = make_job(repo, name, alert_config_file, *files)
+        except click.UsageError as fault:
+            if not all_loops:
+                raise
+            unusable[name] = StorageError(fault.format_message())
+            continue
+        trace = printable(trace_id) if trace_id else jobs[0].trace_id if jobs else job.trace_id
+        jobs.append(job._replace(trace_id=trace, max_escalations=max_escalations, time_budget=time_budget))
     if dry_run:
-        plans = [plan_pass(job, os.environ, show_payload=show_payload) for job in jobs]
-        if not wants_json(form, pretty):
-            click.echo("\n\n".join(plan_text(plan) for plan in plans) or NO_LOOPS)
-        elif all_loops:
-            print_json({"schemaVersion": SCHEMA_VERSION, "status": "dry_run", "loops": plans}, pretty)
-        else:
-            print_json(plans[0], pretty)
-        return
-    with orderly_end() as stop, progress_bar(jobs) as progress:
-        outcomes = run_loops(jobs, os.environ, stop, progress)
+        outcomes = plan_loops(jobs, os.environ, show_payload=show_payload)
+    else:
+        with orderly_end() as stop, progress_bar(jobs) as progress:
+            outcomes = run_loops(jobs, os.environ, stop, progress)
+    outcomes |= unusable
     errors = {name: error for name, error in outcomes.items() if isinstance(error, DispatchError)}
     if errors and not all_loops:
         raise next(iter(errors.values()))
-    summary = (
-        summarise_loops(absolute(repo), outcomes)
-        if all_loops
-        else cast("JsonObject", outcomes[jobs[0].loop_id])
-    )
-    if wants_json(form, pretty):
-        print_json(summary, pretty)
+    if not all_loops:
+        document = cast("JsonObject", outcomes[jobs[0].loop_id])
+    elif dry_run:
+        document = summarise_plans(outcomes)
     else:
-        click.echo(loops_text(summary) if all_loops else summary_text(summary))
+        document = summarise_loops(absolute(repo), outcomes)
+    if wants_json(form, pretty):
+        print_json(document, pretty)
+    elif dry_run:
+        click.echo(plans_text(document) if all_loops else plan_text(document))
+    else:
+        click.echo(loops_text(document) if all_loops else summary_text(document))
     for name, error in errors.items():
         click.echo(f"error: loop {printable(name)}: {error}", err=True)
     if errors:
         raise click.exceptions.Exit(max(error.exit_code for error in errors.values()))
-    if strict and (summary["failedCount"] or summary["lateFailedCount"] or summary["waitingCount"]):
+    failed = ("failedCount", "lateFailedCount", "waitingCount")
+    if strict and not dry_run and any(document[key] for key in failed):
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
 
 
@@ -5822,14 +5903,26 @@ NO_LOOPS = "No loop of this repo has escalations."
 def loops_of(repo: Path) -> list[str]:
     """The loops of a repo that have escalations or a dispatcher's state. `fleet` is no loop."""
     folder = repo / ".superloop" / "ops-manager"
-    names = ("escalations.jsonl", STATE_FILE)
     try:
-        found = [entry.name for entry in folder.iterdir() if any((entry / name).exists() for name in names)]
+        found = [entry.name for entry in folder.iterdir() if is_loop(entry)]
     except FileNotFoundError:
         return []
     except OSError as error:
         raise storage_error("read", folder, error) from None
     return sorted(name for name in found if name != "fleet" and not UNPRINTABLE.search(name))
+
+
+def is_loop(folder: Path) -> bool:
+    """Tell whether a folder is that of a loop. One that cannot be looked into is: whoever tries says why."""
+    for name in ("escalations.jsonl", STATE_FILE):
+        try:
+            (folder / name).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            return True
+        return True
+    return False
 
 
 def loops_to_serve(repo: Path) -> list[str]:
@@ -5850,30 +5943,39 @@ LOOP_COUNTS = (
 )
 
 
-def summarise_loops(repo: Path, outcomes: Mapping[str, JsonObject | DispatchError]) -> JsonObject:
+def list_loops(outcomes: Mapping[str, Result]) -> list[JsonObject]:
+    """What came of each loop, by its id; of one that was stopped, the error."""
+    return [
+        {"loopId": name, "status": "error", "message": str(outcome)}
+        if isinstance(outcome, DispatchError)
+        else outcome
+        for name, outcome in sorted(outcomes.items())
+    ]
+
+
+def summarise_loops(repo: Path, outcomes: Mapping[str, Result]) -> JsonObject:
     """The summary of a run over many loops: their sums, and each loop's own status and counts."""
-    loops: list[JsonObject] = []
-    for name, outcome in sorted(outcomes.items()):
-        if isinstance(outcome, DispatchError):
-            loops.append({"loopId": name, "status": "error", "message": str(outcome)})
-        else:
-            shown = ("loopId", "status", *LOOP_COUNTS, "failureReasonCodes")
-            loops.append({key: outcome[key] for key in shown})
+    shown = ("loopId", "status", "message", *LOOP_COUNTS, "failureReasonCodes")
+    loops = [{key: loop[key] for key in shown if key in loop} for loop in list_loops(outcomes)]
     sums = {key: sum(loop.get(key, 0) for loop in loops) for key in LOOP_COUNTS}
-    broken = sum(loop["status"] == "error" for loop in loops)
+    statuses = [loop["status"] for loop in loops]
+    broken, locked = statuses.count("error"), statuses.count("locked")
     if broken or sums["failedCount"]:
-        status = "partial" if sums["dispatchedCount"] or broken < len(loops) > 1 else "failed"
+        none = not sums["dispatchedCount"] and (sums["failedCount"] or broken == len(loops))
+        status = "failed" if none else "partial"
     elif sums["processedCount"]:
         status = "success"
+    elif loops:
+        status = "locked" if locked == len(loops) else "no_new_escalations"
     else:
-        status = "no_new_escalations" if loops else "no_source"
+        status = "no_source"
     return {
         "schemaVersion": SCHEMA_VERSION,
         "updatedAt": iso(time.time()),
         "repoPath": str(repo),
         "status": status,
         "loopCount": len(loops),
-        "lockedLoopCount": sum(loop["status"] == "locked" for loop in loops),
+        "lockedLoopCount": locked,
         "brokenLoopCount": broken,
         **sums,
         "failureReasonCodes": sorted({code for loop in loops for code in loop.get("failureReasonCodes", [])}),
@@ -6109,6 +6211,19 @@ def plan_text(plan: JsonObject) -> str:
 def note_lines(notes: Iterable[str]) -> list[str]:
     """Notes as lines of a text for people."""
     return [f"note: {printable(note)}" for note in notes]
+
+
+def summarise_plans(outcomes: Mapping[str, Result]) -> JsonObject:
+    """The plans of many loops."""
+    loops = list_loops(outcomes)
+    return {"schemaVersion": SCHEMA_VERSION, "status": "dry_run", "loopCount": len(loops), "loops": loops}
+
+
+def plans_text(document: JsonObject) -> str:
+    """A dry run over many loops for people: those of which there is something to say."""
+    waiting = [plan for plan in document["loops"] if plan.get("escalations") or plan.get("notes")]
+    texts = [f"{click.style(printable(plan['loopId']), bold=True)}\n{plan_text(plan)}" for plan in waiting]
+    return "\n\n".join(texts) or f"Nothing waits in {plural(document['loopCount'], 'loop')}."
 
 
 @cli.command(epilog=EXIT_CODES_HELP)
