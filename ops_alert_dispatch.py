@@ -4519,6 +4519,8 @@ class SinkWorker:
         # The lanes that are still to be served, and those that wait until the sink is seen to be well.
         self._runs: deque[LaneRun] = deque()
         self._held: list[LaneRun] = []
+        # Whether one failure may be that of a record: the sink has answered well to another, just before.
+        self._well = False
         # The lane that has found the sink unwell: nothing more is sent in this pass.
         self._down: LaneRun | None = None
         # The attempt that is on its way, and since when: guarded by the lock.
@@ -4571,6 +4573,9 @@ class SinkWorker:
                 continue
             run.end(ending)
             if ending == "abandoned":  # the loop's own trouble, none of the sink's
+                continue
+            if ending == "failed" and self._well:  # it may be that record alone: the next lane will tell
+                self._well = False
                 continue
             if ending == "failed":
                 self._down = run
@@ -4731,10 +4736,13 @@ class SinkWorker:
         )
         if verdict.outcome in SETTLED:
             run.failures = {}
-            if self._held:
+            if verdict.http_status is not None:
+                self._well = True
                 self._runs.extend(self._held)
                 self._held = []
             return None
+        if verdict.retry_after is not None:
+            self._well = False
         places = (delivery.record.start[:2] for delivery in batch.deliveries)
         run.failures = dict(zip(places, entries, strict=True))
         # A backoff is for another pass, however short it came out.
@@ -5936,10 +5944,14 @@ def loops_to_serve(repo: Path) -> list[str]:
     return sorted(loops_of(repo), key=lambda name: (served(name), name))
 
 
-# What the summary of a loop holds that adds up over loops.
+# What the summary of a loop holds that adds up over loops, and what a column of it is called.
 LOOP_COUNTS = (
     *("processedCount", "dispatchedCount", "skippedCount", "failedCount"),
     *("lateDispatchedCount", "lateFailedCount", "waitingCount", "deadLetterCount"),
+)
+LOOP_HEADINGS = (
+    *("NEW", "DISPATCHED", "SKIPPED", "FAILED"),
+    *("LATE", "LATE FAILED", "WAITING", "DEAD LETTERS"),
 )
 
 
@@ -5986,22 +5998,30 @@ def summarise_loops(repo: Path, outcomes: Mapping[str, Result]) -> JsonObject:
 def loops_text(summary: JsonObject) -> str:
     """The summary of a run over many loops for people: the loops that have something to tell."""
     quiet = {"no_new_escalations", "no_source"}
+    loops = [
+        loop
+        for loop in summary["loops"]
+        if loop["status"] not in quiet or loop["waitingCount"] or loop["deadLetterCount"]
+    ]
+    counts = [
+        (heading, key)
+        for heading, key in zip(LOOP_HEADINGS, LOOP_COUNTS, strict=True)
+        if any(loop.get(key) for loop in loops)
+    ]
     rows = [
         (
             loop["loopId"],
             loop["status"],
-            *(loop.get(key) for key in LOOP_COUNTS),
+            *(loop.get(key) for _, key in counts),
             cut(" ".join((loop.get("message") or ", ".join(loop["failureReasonCodes"])).split()), 60) or None,
         )
-        for loop in summary["loops"]
-        if loop["status"] not in quiet or loop["waitingCount"] or loop["deadLetterCount"]
+        for loop in loops
     ]
-    headings = ("LOOP", "STATUS", "NEW", "DISPATCHED", "SKIPPED", "FAILED", "LATE", "LATE FAILED")
     colour = STATUS_COLOURS.get(summary["status"], "yellow")
     counted = f"{plural(summary['loopCount'], 'loop')}, {plural(summary['processedCount'], 'new escalation')}"
     lines = [f"{click.style(summary['status'], fg=colour)}  {counted}"]
     if rows:
-        lines += ["", table((*headings, "WAITING", "DEAD LETTERS", "REASONS"), rows)]
+        lines += ["", table(("LOOP", "STATUS", *(heading for heading, _ in counts), "REASONS"), rows)]
     return "\n".join(lines)
 
 

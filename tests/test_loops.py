@@ -1,0 +1,479 @@
+"""Many loops in one process: each as if it were alone, none in the way of the others, one voice to a sink."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Repo, Run
+from escalations import HOOK, PAGER, PATHS, SINK_TYPES, escalation_id, health_critical, sink_config
+from loopback import Answer, Received, SinkServer, accepted, error, hang_up, ok, rate_limited
+from promise import check_promise
+
+import ops_alert_dispatch as program
+
+NO_WAIT = {"initial": 0, "max": 0}
+
+
+def everywhere(*sinks: str, **delivery: Any) -> dict[str, Any]:
+    """Each record to these sinks, all three when none is named."""
+    config = sink_config(everywhere=True)
+    config["sinks"] = {sink: config["sinks"][sink] for sink in sinks or SINK_TYPES}
+    config["routing"]["defaultSinks"] = list(config["sinks"])
+    config["delivery"] = {"maxAttemptsPerPass": 1, **delivery}
+    return config
+
+
+def loops_of(repo: Repo, *names: str) -> list[Repo]:
+    return [replace(repo, loop=name) for name in names]
+
+
+def fill(loops: list[Repo], count: int = 1) -> None:
+    """Append so many records to each loop, each with the loop's name and a number."""
+    for loop in loops:
+        loop.append(*(health_critical(loopId=loop.loop, number=number) for number in range(count)))
+
+
+def dispatch_all(repo: Repo, *options: str) -> Run:
+    return repo.run("dispatch", "--repo", str(repo.root), "--all-loops", *options)
+
+
+def arrived(server: SinkServer, sink: str = HOOK) -> list[tuple[str, int]]:
+    """Loop and number of what a webhook was sent, in order."""
+    records = [request.json["escalation"] for request in server.received(PATHS[sink])]
+    return [(record["loopId"], record["number"]) for record in records]
+
+
+def set_paid(loops: list[Repo]) -> None:
+    """Have all requests paid for, as after a while."""
+    for loop in loops:
+        if loop.state_file.exists():
+            state = loop.state()
+            for lane in state["lanes"].values():
+                lane.pop("pacedUntil", None)
+            loop.state_file.write_text(json.dumps(state))
+
+
+def end_waits(config: dict[str, Any], repo: Repo) -> None:
+    """A changed sink ends the wait of its lanes."""
+    for settings in config["sinks"].values():
+        settings["timeoutSeconds"] = 11
+    repo.write_config(config)
+
+
+# --- All of them
+
+
+def test_every_loop_is_delivered_as_if_it_were_alone(repo: Repo, server: SinkServer, tmp_path: Path) -> None:
+    repo.write_config(everywhere())
+    loops = loops_of(repo, "east", "north", "west")
+    fill(loops, 3)
+    folder = repo.folder.parent / "fleet"
+    folder.mkdir()
+    (folder / "escalations.jsonl").write_text('{"category":"health_critical"}\n')
+    (repo.folder.parent / "registry.json").write_text("{}")
+    (repo.folder.parent / "new-loop").mkdir()
+    run = dispatch_all(repo, "--trace-id", "t-1")
+
+    assert run.stderr == ""
+    summary = run.json
+    assert len(run.stdout.splitlines()) == 1
+    counts = {"processedCount": 3, "dispatchedCount": 3, "skippedCount": 0, "failedCount": 0}
+    late = {"lateDispatchedCount": 0, "lateFailedCount": 0, "waitingCount": 0, "deadLetterCount": 0}
+    assert summary["loops"] == [
+        {"loopId": name, "status": "success", **counts, **late, "failureReasonCodes": []}
+        for name in ("east", "north", "west")
+    ]
+    assert {key: value for key, value in summary.items() if key not in ("loops", "updatedAt")} == {
+        "schemaVersion": "v1",
+        "repoPath": str(repo.root),
+        "status": "success",
+        "loopCount": 3,
+        "lockedLoopCount": 0,
+        "brokenLoopCount": 0,
+        **{key: 3 * count for key, count in counts.items()},
+        **late,
+        "failureReasonCodes": [],
+    }
+    for sink in SINK_TYPES:
+        requests = server.received(PATHS[sink])
+        assert len({escalation_id(request) for request in requests}) == len(requests) == 9
+        assert len({request.connection for request in requests}) == 1, "one connection for all loops"
+    for loop in loops:
+        state = loop.state()
+        assert (state["loopId"], state["status"], state["traceId"]) == (loop.loop, "success", "t-1")
+        assert [row["loopId"] for row in loop.telemetry()] == [loop.loop] * 3
+        check_promise(loop)
+    assert not (folder / "alert-dispatch-state.json").exists(), "fleet is no loop"
+
+    idle = dispatch_all(repo).json
+    assert (idle["status"], idle["loopCount"], idle["processedCount"]) == ("no_new_escalations", 3, 0)
+    assert {loop["status"] for loop in idle["loops"]} == {"no_new_escalations"}
+    loops[0].append(health_critical(loopId="east", number=3))
+    alone = loops[0].dispatch().json
+    assert (alone["processedCount"], alone["escalationsLineOffset"]) == (1, 4)
+
+
+def test_a_repo_without_loops_is_no_error(repo: Repo) -> None:
+    summary = dispatch_all(repo).json
+
+    assert (summary["status"], summary["loopCount"], summary["loops"]) == ("no_source", 0, [])
+    assert dispatch_all(repo, "--dry-run").json["loops"] == []
+
+
+def test_what_one_loop_was_told_is_news_to_another(repo: Repo, server: SinkServer) -> None:
+    config = everywhere(HOOK)
+    config["routing"]["repeat"] = {"windowSeconds": 900}
+    repo.write_config(config)
+    loops = loops_of(repo, "east", "west")
+    fill(loops, 2)
+    dispatch_all(repo)
+
+    assert sorted(arrived(server)) == [("east", 0), ("west", 0)]
+    for loop in loops:
+        check_promise(loop)
+
+
+# --- A sink that is down
+
+
+def test_a_sink_that_is_down_is_asked_once_and_all_loops_wait_alike(repo: Repo, server: SinkServer) -> None:
+    """More loops than are open at a time: the later ones are not for that reason another try."""
+    config = everywhere(HOOK, PAGER)
+    repo.write_config(config)
+    loops = loops_of(repo, *(f"loop-{number:02}" for number in range(program.LOOPS_AT_ONCE + 6)))
+    fill(loops)
+    server.answer(PATHS[HOOK], error(503, "maintenance"))
+    summary = dispatch_all(repo).json
+
+    assert len(server.received(PATHS[HOOK])) == 1
+    assert len(server.received(PATHS[PAGER])) == len(loops)
+    assert (summary["status"], summary["loopCount"], summary["waitingCount"]) == (
+        "partial",
+        len(loops),
+        len(loops),
+    )
+    lanes = [loop.state()["lanes"][HOOK] for loop in loops]
+    assert len({lane["nextAttemptAt"] for lane in lanes}) == 1
+    assert {lane["reasonCode"] for lane in lanes} == {"http_error"}
+    assert {lane["message"] for lane in lanes} == {"maintenance"}
+    assert min(lane["consecutiveFailures"] for lane in lanes) == 1
+    assert sum(len([row for row in loop.attempts() if row["sinkId"] == HOOK]) for loop in loops) == 1
+
+    server.answer(PATHS[HOOK], ok())
+    server.forget()
+    end_waits(config, repo)
+    back = dispatch_all(repo).json
+    assert (back["lateDispatchedCount"], back["waitingCount"]) == (len(loops), 0)
+    assert Counter(arrived(server)) == {(loop.loop, 0): 1 for loop in loops}
+    for loop in loops:
+        check_promise(loop)
+
+
+def test_a_sink_that_hangs_costs_one_timeout_and_not_one_a_loop(repo: Repo, server: SinkServer) -> None:
+    config = everywhere(HOOK, PAGER)
+    config["sinks"][HOOK]["timeoutSeconds"] = 1
+    repo.write_config(config)
+    loops = loops_of(repo, *"abcd")
+    fill(loops)
+    server.answer(PATHS[HOOK], ok().after(30))
+    dispatch_all(repo)
+
+    assert len(server.received(PATHS[HOOK])) == 1
+    assert len(server.received(PATHS[PAGER])) == 4
+    for loop in loops:
+        check_promise(loop)
+
+
+def test_one_record_that_a_sink_hangs_up_on_holds_up_one_loop_alone(repo: Repo, server: SinkServer) -> None:
+    def answer(request: Received) -> Answer:
+        return hang_up() if request.json["escalation"]["loopId"] == "a" else ok()
+
+    config = everywhere(HOOK, backoffSeconds=NO_WAIT)
+    repo.write_config(config)
+    loops = loops_of(repo, *"abc")
+    fill(loops)
+    server.answer(PATHS[HOOK], answer)
+    dispatch_all(repo)
+    for _ in range(2):
+        fill(loops)
+        dispatch_all(repo)
+
+    waiting = {loop.loop: loop.state()["waitingCount"] for loop in loops}
+    assert waiting == {"a": 3, "b": 0, "c": 0}
+
+
+def test_what_a_sink_asks_one_loop_to_wait_all_loops_wait(repo: Repo, server: SinkServer) -> None:
+    repo.write_config(everywhere(HOOK))
+    loops = loops_of(repo, *"abc")
+    fill(loops[:1])
+    server.script(PATHS[HOOK], rate_limited(300))
+    dispatch_all(repo)
+    fill(loops)
+    dispatch_all(repo)
+
+    assert len(server.received(PATHS[HOOK])) == 1
+    assert len({loop.state()["lanes"][HOOK]["nextAttemptAt"] for loop in loops}) == 1
+    for loop in loops:
+        check_promise(loop)
+
+
+# --- Loops that are in the way of nobody
+
+
+@pytest.fixture
+def three(repo: Repo) -> list[Repo]:
+    """Three loops with a record each; `b` is the one that is to be broken."""
+    repo.write_config(everywhere(HOOK))
+    loops = loops_of(repo, *"abc")
+    fill(loops)
+    return loops
+
+
+def test_a_loop_that_is_locked_is_told_and_the_others_are_served(
+    repo: Repo, server: SinkServer, three: list[Repo]
+) -> None:
+    lock = three[1].state_file.with_name(three[1].state_file.name + ".lock")
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        run = dispatch_all(repo)
+        assert not three[1].state_file.exists()
+    assert run.stderr == ""
+    assert [loop["status"] for loop in run.json["loops"]] == ["success", "locked", "success"]
+    assert (run.json["status"], run.json["lockedLoopCount"]) == ("success", 1)
+    assert arrived(server) == [("a", 0), ("c", 0)]
+
+    assert dispatch_all(repo).json["processedCount"] == 1
+
+
+def test_where_all_loops_are_locked_the_status_says_so(repo: Repo, three: list[Repo]) -> None:
+    descriptors = [loop.state_file.with_name(loop.state_file.name + ".lock").open("w") for loop in three]
+    for held in descriptors:
+        fcntl.flock(held, fcntl.LOCK_EX)
+    assert dispatch_all(repo).json["status"] == "locked"
+    for held in descriptors:
+        held.close()
+
+
+def newer_state(loop: Repo) -> None:
+    loop.state_file.write_text('{"schemaVersion":"v1","stateVersion":99}')
+
+
+def no_telemetry_folder(loop: Repo) -> None:
+    loop.telemetry_file.parent.write_text("")
+
+
+def source_folder(loop: Repo) -> None:
+    loop.source.unlink()
+    loop.source.mkdir()
+
+
+BROKEN: dict[str, tuple[Callable[[Repo], object], int, str]] = {
+    "a state of a newer version": (newer_state, 4, "newer version"),
+    "no folder for telemetry": (no_telemetry_folder, 5, "telemetry"),
+    "telemetry is a folder": (lambda loop: loop.telemetry_file.mkdir(parents=True), 5, "not a regular file"),
+    "the state is a folder": (lambda loop: loop.state_file.mkdir(), 5, "not a regular file"),
+    "the lock is a folder": (
+        lambda loop: loop.state_file.with_name(loop.state_file.name + ".lock").mkdir(),
+        5,
+        "cannot lock",
+    ),
+    "the source is a folder": (source_folder, 5, "not a regular file"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_loop_that_is_broken_is_told_and_the_others_are_served(
+    repo: Repo, server: SinkServer, three: list[Repo], name: str
+) -> None:
+    damage, code, words = BROKEN[name]
+    damage(three[1])
+    planned = dispatch_all(repo, "--dry-run")
+    run = dispatch_all(repo)
+
+    assert run.exit_code == code
+    assert run.stderr.startswith("error: loop b: ")
+    assert words in run.stderr
+    summary = json.loads(run.stdout)
+    assert [loop["status"] for loop in summary["loops"]] == ["success", "error", "success"]
+    assert words in summary["loops"][1]["message"]
+    assert (summary["status"], summary["brokenLoopCount"], summary["dispatchedCount"]) == ("partial", 1, 2)
+    assert arrived(server) == [("a", 0), ("c", 0)]
+    assert [len(loop.get("escalations", ())) for loop in json.loads(planned.stdout)["loops"]][::2] == [1, 1]
+
+
+def test_an_invalid_config_is_told_once_and_noted_for_each_loop(
+    repo: Repo, server: SinkServer, three: list[Repo]
+) -> None:
+    three[2].state_file.with_name(three[2].state_file.name + ".lock").mkdir()
+    repo.write_config("{")
+    run = dispatch_all(repo)
+
+    assert (run.exit_code, run.stdout) == (3, "")
+    assert run.stderr.count("error:") == 1
+    assert [loop.state()["status"] for loop in three[:2]] == ["config_invalid"] * 2
+    assert dispatch_all(repo, "--dry-run").exit_code == 3
+    assert server.requests == []
+
+
+# --- Fairness
+
+
+def test_a_loop_with_a_long_backlog_does_not_hold_up_a_loop_with_one_record(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.write_config(everywhere(HOOK))
+    busy, calm = loops_of(repo, "busy", "calm")
+    fill([busy], 300)
+    fill([calm])
+    dispatch_all(repo)
+
+    found = arrived(server)
+    assert found.index(("calm", 0)) <= 2
+    assert [number for loop, number in found if loop == "busy"] == list(range(300))
+
+
+def test_passes_that_reach_few_loops_reach_each_in_its_turn(repo: Repo, server: SinkServer) -> None:
+    """A paced sink allows one request a pass."""
+    config = everywhere(HOOK)
+    config["sinks"][HOOK]["maxPerMinute"] = 6
+    repo.write_config(config)
+    loops = loops_of(repo, *"abcd")
+    fill(loops, 3)
+    for _ in range(5):
+        dispatch_all(repo, "--time-budget", "1.2")
+        set_paid(loops)
+        time.sleep(max(0.0, 1.01 - time.time() % 1))  # places are taken by whole seconds
+
+    assert [loop for loop, _ in arrived(server)] == ["a", "b", "c", "d", "a"]
+
+
+def test_a_rate_holds_over_loops_and_passes(repo: Repo, server: SinkServer) -> None:
+    config = everywhere(HOOK)
+    config["sinks"][HOOK]["maxPerMinute"] = 12
+    repo.write_config(config)
+    one, other = loops_of(repo, "a", "b")
+    fill([one])
+    dispatch_all(repo, "--time-budget", "1")
+    fill([other], 3)
+    dispatch_all(repo, "--time-budget", "1")
+
+    assert arrived(server) == [("a", 0), ("b", 0)]
+    check_promise(other)
+
+
+# --- Asked to end
+
+
+def test_a_signal_ends_all_loops_in_good_order(repo: Repo, server: SinkServer) -> None:
+    repo.write_config(everywhere())
+    loops = loops_of(repo, *"abc")
+    fill(loops, 6)
+    for sink in SINK_TYPES:
+        server.answer(PATHS[sink], (accepted() if sink == PAGER else ok()).after(0.1))
+    process = repo.start("dispatch", "--repo", str(repo.root), "--all-loops")
+    server.wait_for(8)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+
+    assert (process.returncode, stderr) == (0, "")
+    assert json.loads(stdout)["loopCount"] == 3
+    for loop in loops:
+        check_promise(loop)
+    for sink in SINK_TYPES:
+        server.answer(PATHS[sink], accepted() if sink == PAGER else ok())
+    assert dispatch_all(repo).json["waitingCount"] == 0
+    for sink in SINK_TYPES:
+        assert Counter(map(escalation_id, server.received(PATHS[sink]))).most_common(1)[0][1] == 1
+        assert len(server.received(PATHS[sink])) == 18
+
+
+# --- The command line
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--loop", "a"], "--loop ID, or --all-loops"),
+        (["--escalations-file", "x"], "name none"),
+        (["--dispatch-state-file", "x"], "name none"),
+        (["--dispatch-telemetry-file", "x"], "name none"),
+        (["--show-payload"], "--dry-run"),
+    ],
+)
+def test_all_loops_go_with_no_loop_and_no_files(
+    repo: Repo, server: SinkServer, three: list[Repo], options: list[str], words: str
+) -> None:
+    run = dispatch_all(repo, *options)
+
+    assert (run.exit_code, run.stdout) == (2, "")
+    assert words in run.stderr
+    assert server.requests == []
+
+
+def test_a_dry_run_over_all_loops_touches_nothing_and_names_each(
+    repo: Repo, server: SinkServer, three: list[Repo]
+) -> None:
+    three[1].dispatch()
+    server.forget()
+    before = repo.snapshot()
+    plan = dispatch_all(repo, "--dry-run").json
+    text = dispatch_all(repo, "--dry-run", "--format", "text").stdout
+
+    assert repo.snapshot() == before
+    assert server.requests == []
+    assert (plan["status"], plan["loopCount"]) == ("dry_run", 3)
+    assert [(loop["loopId"], len(loop["escalations"])) for loop in plan["loops"]] == [
+        ("a", 1),
+        ("b", 0),
+        ("c", 1),
+    ]
+    assert [line for line in text.splitlines() if line in ("a", "b", "c")] == ["a", "c"]
+    dispatch_all(repo)
+    assert "Nothing waits in 3 loops" in dispatch_all(repo, "--dry-run", "--format", "text").stdout
+
+
+def test_a_terminal_gets_a_line_for_each_loop_that_has_something_to_tell(
+    repo: Repo, server: SinkServer, three: list[Repo]
+) -> None:
+    server.answer(PATHS[HOOK], error(404, "gone"))
+    three[1].dispatch()
+    server.answer(PATHS[HOOK], ok())
+    dispatch_all(repo)
+    fill(three[:1])
+    newer_state(three[2])
+    run = repo.run_on_terminal("dispatch", "--repo", str(repo.root), "--all-loops")
+
+    assert run.exit_code == 4
+    first, _, headings, *rows = run.stdout.splitlines()
+    assert "partial" in first
+    assert "3 loops, 1 new escalation" in first
+    assert re.split("  +", headings)[1:-1] == ["STATUS", "NEW", "DISPATCHED", "WAITING"], (
+        "no column of noughts"
+    )
+    assert [row.split()[:2] for row in rows] == [
+        ["a", "success"],
+        ["b", "no_new_escalations"],
+        ["c", "error"],
+    ]
+
+
+def test_strict_tells_of_a_failure_in_any_loop(repo: Repo, server: SinkServer, three: list[Repo]) -> None:
+    server.script(PATHS[HOOK], error(422, "no"))
+
+    run = dispatch_all(repo, "--strict")
+    assert (run.exit_code, run.stderr) == (1, "")
+    assert json.loads(run.stdout)["status"] == "partial"
+    assert dispatch_all(repo, "--strict").exit_code == 0
+    server.answer(PATHS[HOOK], error(422, "no"))
+    fill(three)
+    assert dispatch_all(repo).json["status"] == "failed"
