@@ -7411,7 +7411,9 @@ def ask(question: str, what: str, *, err: bool) -> None:
     """
     click.echo(what, err=err)
     try:
-        click.confirm(question, abort=True, err=err)
+        # Older versions of click write the blank before the answer to standard output all the same.
+        with contextlib.redirect_stdout(sys.stderr) if err else contextlib.nullcontext():
+            click.confirm(question, abort=True, err=err)
     except click.Abort:
         hint = "" if is_terminal(sys.stdin) else "; --yes goes ahead without asking"
         click.echo(f"nothing was done{hint}", err=True)
