@@ -295,7 +295,8 @@ SECRET_MIN = 4
 # An answer may hold a secret percent-encoded within JSON within HTML.
 ENCODING_LAYERS = 3
 
-ESCAPED = re.compile(
+# A pattern that an idle pass does not need is compiled with its first use.
+ESCAPED = (
     r"%([0-9A-Fa-f]{2})|\\u([0-9A-Fa-f]{4})|\\x([0-9A-Fa-f]{2})|&#[xX]([0-9A-Fa-f]{1,6});"
     r"|&#([0-9]{1,7});|\\([\"'/\\])|&(amp|lt|gt|quot|apos);"
 )
@@ -479,7 +480,7 @@ def decode_layer(text: str, places: list[tuple[int, int]]) -> tuple[str, list[tu
     decoded: list[str] = []
     kept: list[tuple[int, int]] = []
     at = 0
-    for match in ESCAPED.finditer(text):
+    for match in re.finditer(ESCAPED, text):
         start, stop = match.span()
         percent, unicode, byte, hexadecimal, decimal, plain, name = match.groups()
         digits = percent or unicode or byte or hexadecimal
@@ -731,7 +732,7 @@ def is_env_name(name: object) -> bool:
     return isinstance(name, str) and re.fullmatch(r"[A-Z_][A-Z0-9_]*", name) is not None
 
 
-PLAIN_WORDS = re.compile("[A-Za-z]+(?:[-_.][A-Za-z]+)*")
+PLAIN_WORDS = "[A-Za-z]+(?:[-_.][A-Za-z]+)*"
 
 
 def hidden_values(document: JsonObject, environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -755,7 +756,7 @@ def make_redactor(document: JsonObject, hidden: Iterable[str]) -> Redactor:
     """
     categories = mapping(mapping(document.get("routing")).get("categorySeverity"))
     names = (*mapping(document.get("sinks")), *categories)
-    return Redactor(hidden, public=" ".join(filter(PLAIN_WORDS.fullmatch, names)))
+    return Redactor(hidden, public=" ".join(name for name in names if re.fullmatch(PLAIN_WORDS, name)))
 
 
 def find_secrets(document: JsonObject, environ: Mapping[str, str]) -> Iterator[str]:
@@ -986,10 +987,8 @@ OWN_HEADERS = {
     *("accept-encoding", "connection", "content-encoding", "content-length", "expect", "host", "keep-alive"),
     *("te", "trailer", "transfer-encoding", "upgrade", "proxy-connection"),
 }
-SECRET_HEADER = re.compile(
-    r"(^|[-_.])(auth|authorization|cookie|credentials?|passw(or)?d|secret|token|(api|access)[-_.]?key)([-_.]|$)"
-)
-JSON_TYPE = re.compile(r"application/json *(; *charset=\"?utf-8\"?)?")
+SENSITIVE_HEADER = r"(^|[-_.])(auth|authorization|cookie|credentials?|passw(or)?d|secret|token|(api|access)[-_.]?key)([-_.]|$)"
+JSON_TYPE = r"application/json *(; *charset=\"?utf-8\"?)?"
 
 
 def check_headers(document: JsonObject) -> Iterator[str]:
@@ -1002,14 +1001,14 @@ def check_headers(document: JsonObject) -> Iterator[str]:
             if lower in seen:
                 yield f"{place}: stands twice, in another case; take one out"
             seen.add(lower)
-            if SECRET_HEADER.search(lower):
+            if re.search(SENSITIVE_HEADER, lower):
                 yield (
                     f"{place}: holds a secret, which never stands in the file; name its environment variable "
                     "in authTokenEnv, which is sent as Authorization: Bearer …"
                 )
             elif lower in OWN_HEADERS or lower.startswith("webhook-"):
                 yield f"{place}: is set by the program alone; take it out"
-            elif lower == "content-type" and not JSON_TYPE.fullmatch(str(value).strip().lower()):
+            elif lower == "content-type" and not re.fullmatch(JSON_TYPE, str(value).strip().lower()):
                 yield f"{place}: is always application/json; take it out"
 
 
@@ -1027,15 +1026,18 @@ def check_secrets(document: JsonObject, environ: Mapping[str, str]) -> list[str]
         for key, name in settings.items():
             if not key.endswith("Env") or key.startswith("x-") or not isinstance(name, str):
                 continue
-            place = json_path(["sinks", sink_id, key])
             if not is_env_name(name):
                 continue  # the schema has told already
             if not environ.get(name):
-                unset.setdefault(name, []).append(place)
+                unset.setdefault(name, []).append(json_path(["sinks", sink_id, key]))
             else:
                 parts = secret_parts(settings.get("type"), key, environ[name])
                 found = dict.fromkeys(check_secret(key, part, settings) for part in parts)
-                faults += [f"{place}: the value of {name} {fault}" for fault in found if fault]
+                faults += [
+                    f"{json_path(['sinks', sink_id, key])}: the value of {name} {fault}"
+                    for fault in found
+                    if fault
+                ]
     if unset:
         places = {name: ", ".join(sorted(found)) for name, found in sorted(unset.items())}
         place = "$.sinks" if len(unset) > 1 else next(iter(places.values()))
@@ -2386,12 +2388,14 @@ class PagerDutyAdapter(Adapter):
 
     def judge(self, answer: Answer, now: float) -> Verdict:
         """A 400 that complains of the routing key is the sink's fault; any other one is the record's."""
-        if answer.status == 400 and any(map(ROUTING_KEY.search, pagerduty_complaints(answer))):
+        if answer.status == 400 and any(
+            re.search(ROUTING_KEY, complaint) for complaint in pagerduty_complaints(answer)
+        ):
             return Verdict("misconfigured", "http_error", answer.status, answer.text)
         return judge_status(answer, now)
 
 
-ROUTING_KEY = re.compile(r"(routing|service|integration)[ _-]?key", re.IGNORECASE)
+ROUTING_KEY = r"(?i)(routing|service|integration)[ _-]?key"
 
 
 def pagerduty_complaints(answer: Answer) -> list[str]:
@@ -3602,7 +3606,7 @@ def read_state_document(path: Path) -> JsonObject | None:
     if not isinstance(document, dict):
         raise ValueError("not an object")
     schema, version = document.get("schemaVersion"), document.get("stateVersion", STATE_VERSION)
-    newer = isinstance(schema, str) and re.fullmatch(r"v([2-9]|[1-9][0-9]+)", schema)
+    newer = schema != SCHEMA_VERSION and re.fullmatch(r"v([2-9]|[1-9][0-9]+)", str(schema))
     if newer or (isinstance(version, int) and version > STATE_VERSION):
         raise StateError(
             f"the state file {path} was written by a newer version (schemaVersion {schema}, "
@@ -5699,7 +5703,9 @@ def print_json(document: JsonObject, pretty: bool) -> None:
     else:
         text = encode_json(document).decode()
     # JSON escapes the first 32 control characters by itself; a terminal may act on the others too.
-    click.echo(re.sub(f"[{FORGING}]", lambda found: f"\\u{ord(found[0]):04x}", text))
+    if not text.isascii() or "\x7f" in text:
+        text = re.sub(f"[{FORGING}]", lambda found: f"\\u{ord(found[0]):04x}", text)
+    click.echo(text)
 
 
 def terminal_width() -> int:
