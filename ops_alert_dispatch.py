@@ -987,7 +987,10 @@ OWN_HEADERS = {
     *("accept-encoding", "connection", "content-encoding", "content-length", "expect", "host", "keep-alive"),
     *("te", "trailer", "transfer-encoding", "upgrade", "proxy-connection"),
 }
-SENSITIVE_HEADER = r"(^|[-_.])(auth|authorization|cookie|credentials?|passw(or)?d|secret|token|(api|access)[-_.]?key)([-_.]|$)"
+SENSITIVE_HEADER = (
+    r"(^|[-_.])(auth|authorization|cookie|credentials?|passw(or)?d|secret|token|(api|access)[-_.]?key)"
+    r"([-_.]|$)"
+)
 JSON_TYPE = r"application/json *(; *charset=\"?utf-8\"?)?"
 
 
