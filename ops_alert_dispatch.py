@@ -3552,8 +3552,8 @@ class State:
 
     def to_json(self, source: Source) -> JsonObject:
         """The fields that are added to those which the host reads."""
-        if self.taken_up is None:
-            return {}
+        if self.taken_up is None:  # a config that was found valid is, even where nothing was escalated yet
+            return {"configDigest": self.config_digest}
         return {
             "stateVersion": STATE_VERSION,
             "source": {
@@ -4873,6 +4873,7 @@ class Pass:
                     state.lanes[sink_id] = Lane(state.taken_up)
             state.recount = False
         if state.taken_up is None:
+            state.config_digest = self.config.digest
             return
         lost = source.present and source.readable_from(state.taken_up)
         if lost:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from benchmarks.cases import CASES
+from conftest import MODULE_FILE, Repo
+from escalations import health_critical
 
 RUN = Path(__file__).resolve().parent / "benchmarks" / "run.py"
 
@@ -28,3 +30,26 @@ def test_a_benchmark_works_and_finds_every_delivery_made(case: str, tmp_path: Pa
     rows = json.loads(written.read_text(encoding="utf-8"))["rows"]
     assert rows
     assert all(row["case"] in done.stdout and row["ratio"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("past", ["nothing ever escalated", "nothing new"])
+def test_a_pass_that_sends_nothing_does_not_pay_for_the_client_or_the_validator(
+    repo: Repo, past: str
+) -> None:
+    """Nearly every pass is one: each of these would more than double what it costs."""
+    if past == "nothing new":
+        repo.append(health_critical())
+    assert repo.dispatch().exit_code == 0
+
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(MODULE_FILE), "dispatch", *repo.target],
+        capture_output=True,
+        encoding="utf-8",
+        env=repo.env,
+        check=True,
+    )
+
+    assert "no_source" in done.stdout or "no_new_escalations" in done.stdout
+    loaded = {row.rpartition("|")[2].strip() for row in done.stderr.splitlines()}
+    assert "click" in loaded
+    assert loaded.isdisjoint({"requests", "urllib3", "jsonschema", "http.client", "ssl", "hashlib", "random"})
