@@ -135,14 +135,25 @@ LAST_SECOND = 253_370_764_800.0
 
 def iso(epoch: float, *, milliseconds: bool = False) -> str:
     """Write seconds since the epoch as the host does: ISO 8601, UTC, whole seconds."""
-    moment = datetime.fromtimestamp(epoch, UTC)
-    return moment.isoformat(timespec="milliseconds" if milliseconds else "seconds").replace("+00:00", "Z")
+    return write_time(epoch, "milliseconds") if milliseconds else write_time(int(epoch // 1), "seconds")
+
+
+# Most times are asked for again and again: those of the second in which a pass works.
+@functools.lru_cache(maxsize=64)
+def write_time(epoch: float, precision: str) -> str:
+    """`iso` to a precision that datetime knows."""
+    return datetime.fromtimestamp(epoch, UTC).isoformat(timespec=precision).replace("+00:00", "Z")
 
 
 def parse_time(text: object) -> float | None:
     """Read an ISO 8601 time as seconds since the epoch; None where it is none. No zone means UTC."""
-    if not isinstance(text, str):
-        return None
+    # Nothing that long is one, and what is read is kept for a while.
+    return read_time(text) if isinstance(text, str) and len(text) <= 64 else None
+
+
+@functools.lru_cache(maxsize=64)
+def read_time(text: str) -> float | None:
+    """`parse_time` of a text."""
     try:
         moment = datetime.fromisoformat(text.strip())
         seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
@@ -2967,10 +2978,17 @@ def stat_of(path: Path) -> os.stat_result | None:
 
 
 def write_all(descriptor: int, data: bytes) -> None:
-    """Write every byte. Raises OSError."""
+    """Write every byte at the descriptor's place. What an error cuts short is taken back, where it is at the
+    end of a file. Raises OSError."""
     view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
+    try:
+        while view:
+            view = view[os.write(descriptor, view) :]
+    except OSError:
+        if len(view) < len(data):
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, os.fstat(descriptor).st_size - len(data) + len(view))
+        raise
 
 
 # The fields of a row that hold what others wrote; a sink's message is masked as it comes in.
@@ -3008,13 +3026,10 @@ class JsonlFile:
         Raises StorageError.
         """
         descriptor = self.open()
-        size = os.fstat(descriptor).st_size
         data = b"".join(map(self._encode, rows))
         try:
-            write_all(descriptor, data)
+            write_all(descriptor, data)  # the host appends to telemetry too: not to half a row
         except OSError as error:
-            with contextlib.suppress(OSError):  # the host appends to telemetry too: not to half a row
-                os.ftruncate(descriptor, size)
             raise storage_error("append to", self.path, error) from None
 
     def _encode(self, row: JsonObject) -> bytes:
