@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -34,9 +35,19 @@ class Cost(NamedTuple):
     cpu: float
 
 
-def clean_env(home: Path, **more: str) -> dict[str, str]:
+# What of the caller's environment would make a run something else than it is on a host.
+LEFT_OUT = re.compile(r"PYTHON.*|.*_proxy|.*_CA_BUNDLE|OPS_MANAGER_.*", re.IGNORECASE)
+
+
+def clean_env(home: Path) -> dict[str, str]:
     """Nothing of the caller's own settings or proxies; compiled modules are kept, as they are on a host."""
-    return {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8", **more}
+    return {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8"}
+
+
+def callers_env(home: Path) -> dict[str, str]:
+    """The caller's environment, but for settings of Python and of HTTP."""
+    kept = {name: value for name, value in os.environ.items() if not LEFT_OUT.fullmatch(name)}
+    return {**kept, "HOME": str(home)}
 
 
 def run(command: Sequence[str], folder: Path, env: Mapping[str, str]) -> tuple[Cost, str]:
@@ -86,7 +97,7 @@ class Row:
         best, cpu = (f"{r:.2f}" if r is not None else "-" for r in (self.best_ratio, self.cpu_ratio))
         verdict = "met" if self.met else "MISSED"
         return (
-            f"{self.case:<66} {self.ours:>12} {self.theirs:>12} {self.ratio:>6.2f} {best:>6} {cpu:>6}"
+            f"{self.case:<76} {self.ours:>12} {self.theirs:>12} {self.ratio:>6.2f} {best:>6} {cpu:>6}"
             f"  {self.goal} {verdict}"
         )
 

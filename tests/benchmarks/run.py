@@ -50,7 +50,7 @@ def main() -> int:
     check(Path(PROGRAM).exists(), f"{PROGRAM} is not there: install the project beside this Python")
 
     machine = f"{processor()}, Python {platform.python_version()}, Linux {platform.release()}"
-    print(f"{machine}\n\n{'case':<66} {'ours':>12} {'other':>12} {'ratio':>6} {'best':>6} {'cpu':>6}  goal")
+    print(f"{machine}\n\n{'case':<76} {'ours':>12} {'other':>12} {'ratio':>6} {'best':>6} {'cpu':>6}  goal")
     rows: list[Row] = []
     for name in options.cases or CASES:
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
