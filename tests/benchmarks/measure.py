@@ -39,9 +39,9 @@ class Cost(NamedTuple):
 LEFT_OUT = re.compile(r"PYTHON.*|.*_proxy|.*_CA_BUNDLE|OPS_MANAGER_.*", re.IGNORECASE)
 
 
-def clean_env(home: Path) -> dict[str, str]:
+def clean_env(home: Path, **more: str) -> dict[str, str]:
     """Nothing of the caller's own settings or proxies; compiled modules are kept, as they are on a host."""
-    return {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8"}
+    return {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8", **more}
 
 
 def callers_env(home: Path) -> dict[str, str]:
