@@ -6118,15 +6118,15 @@ def make_job(
 
     Raises UsageError.
     """
-    usual = usual_job(repo, loop_id)
-    job = usual._replace(
-        escalations_file=absolute(escalations_file or usual.escalations_file),
-        state_file=absolute(state_file or usual.state_file),
-        telemetry_file=absolute(telemetry_file or usual.telemetry_file),
-        config_file=absolute(config_file or usual.config_file),
-    )
-    named = any((config_file, escalations_file, state_file, telemetry_file))
-    check_files(job, named=named)
+    files = {
+        "escalations_file": escalations_file,
+        "state_file": state_file,
+        "telemetry_file": telemetry_file,
+        "config_file": config_file,
+    }
+    named: dict[str, Any] = {name: absolute(path) for name, path in files.items() if path is not None}
+    job = usual_job(repo, loop_id)._replace(**named)
+    check_files(job, named=bool(named))
     return job
 
 

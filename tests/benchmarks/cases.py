@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,22 @@ class Sizes:
     lag: int
     backlog: int
     hang_seconds: int
+    loops: int
 
 
 FULL = Sizes(
-    turns=40, storm_turns=9, storm=1500, history_bytes=1 << 30, lag=100_000, backlog=1_000_000, hang_seconds=2
+    turns=40,
+    storm_turns=9,
+    storm=1500,
+    history_bytes=1 << 30,
+    lag=100_000,
+    backlog=1_000_000,
+    hang_seconds=2,
+    loops=500,
 )
-SMOKE = Sizes(turns=1, storm_turns=1, storm=20, history_bytes=1 << 20, lag=50, backlog=50, hang_seconds=1)
+SMOKE = Sizes(
+    turns=1, storm_turns=1, storm=20, history_bytes=1 << 20, lag=50, backlog=50, hang_seconds=1, loops=5
+)
 
 
 class Host:
@@ -346,6 +357,47 @@ def memory_and_state(folder: Path, sizes: Sizes) -> Iterator[Row]:
     )
 
 
+def idle_loops(folder: Path, sizes: Sizes) -> Iterator[Row]:
+    """An idle pass over many loops in one process: what each costs beyond the start-up of one."""
+    hosts = {}
+    with Receiver() as receiver:
+        for count in (1, sizes.loops):
+            hosts[count] = Host(folder / str(count), receiver, "/hook")
+            for number in range(count - 1):
+                source = hosts[count].folder.with_name(f"loop-{number}") / "escalations.jsonl"
+                source.parent.mkdir()
+                source.write_text(line(health_critical(serial=number)), encoding="utf-8")
+            hosts[count].append(1)
+            pass_over(hosts[count], processedCount=count)
+        ours, theirs = take_turns(
+            sizes.storm_turns,
+            lambda: pass_over(hosts[sizes.loops], loopCount=sizes.loops, status="no_new_escalations"),
+            lambda: pass_over(hosts[1], loopCount=1, status="no_new_escalations"),
+        )
+    cost = [
+        1000 * (min(kind(run) for run in ours) - min(kind(run) for run in theirs)) / (sizes.loops - 1)
+        for kind in (attrgetter("wall"), attrgetter("cpu"))
+    ]
+    yield Row(
+        case=f"idle pass over {sizes.loops:,} loops, each beyond the first",
+        ours=f"{cost[0]:.2f} ms",
+        theirs="0.50 ms",
+        ratio=cost[0] / 0.5,
+        goal="≤ 1.00",
+        met=cost[0] <= 0.5,
+        best_ratio=cost[0] / 0.5,
+        cpu_ratio=cost[1] / 0.5,
+        samples={"ours": ours, "theirs": theirs},
+    )
+
+
+def pass_over(host: Host, **expected: object) -> Cost:
+    """One pass over all loops; `expected`: what its summary must say."""
+    cost, text = run([PROGRAM, "dispatch", "--repo", str(host.root), "--all-loops"], host.root, host.env)
+    expect(text, expected)
+    return cost
+
+
 CASES: dict[str, Callable[[Path, Sizes], Iterator[Row]]] = {
     "idle": idle,
     "one-alert": one_alert,
@@ -354,4 +406,5 @@ CASES: dict[str, Callable[[Path, Sizes], Iterator[Row]]] = {
     "history": history,
     "lagging": lagging,
     "memory": memory_and_state,
+    "loops": idle_loops,
 }
