@@ -30,11 +30,11 @@ from typing import Any, NamedTuple
 
 import pytest
 from conftest import Repo, make_repo, make_server, read_rows
-from escalations import CHAT, HOOK, PAGER, PATHS, escalation_id, health_critical, line, sink_config
+from escalations import CHAT, HOOK, PAGER, PATHS, escalation_ids, health_critical, line, sink_config
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
-from loopback import Answer, Received, SinkServer, accepted, error, hang_up, ok
+from loopback import Answer, SinkServer, accepted, error, hang_up, ok
 from promise import check_promise
 
 pytestmark = pytest.mark.slow
@@ -127,12 +127,6 @@ ANSWERS: dict[Behaviour, Answer] = {
 }
 TRIES = 2
 TRIES_OF = {"unwell": TRIES, "hang_up": 1, "unreachable": 0}
-
-
-def escalation_ids(request: Received) -> list[str]:
-    """The ids of all that a request holds."""
-    blocks = request.json.get("blocks") or []
-    return [block["block_id"] for block in blocks if "block_id" in block] or [escalation_id(request)]
 
 
 def instruct(server: SinkServer, repo: Repo, behaviour: Mapping[str, Behaviour]) -> dict[str, str]:
