@@ -283,3 +283,11 @@ def escalation_id(request: Received) -> str:
     if request.path == PATHS[PAGER]:
         return str(request.json["payload"]["custom_details"]["escalationId"])
     return str(request.json["blocks"][0]["block_id"])
+
+
+def escalation_ids(request: Received) -> list[str]:
+    """The ids of all that one request delivers: more than one in a digest."""
+    if request.path != PATHS[CHAT]:
+        return [escalation_id(request)]
+    ids = [str(block["block_id"]) for block in request.json["blocks"] if "block_id" in block]
+    return [identity.partition(":")[0] for identity in ids]

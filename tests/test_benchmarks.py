@@ -53,3 +53,22 @@ def test_a_pass_that_sends_nothing_does_not_pay_for_the_client_or_the_validator(
     loaded = {row.rpartition("|")[2].strip() for row in done.stderr.splitlines()}
     assert "click" in loaded
     assert loaded.isdisjoint({"requests", "urllib3", "jsonschema", "http.client", "ssl", "hashlib", "random"})
+
+
+def test_the_comparison_of_noise_works(tmp_path: Path) -> None:
+    script = RUN.with_name("noise.py")
+
+    done = subprocess.run(
+        [sys.executable, str(script), "--records", "12", "--problems", "2", "--speed", "20"],
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("|")][2:]
+    assert [(row[0], row[1], row[4]) for row in rows] == [
+        ("| webhook", "14", "3"),
+        ("| Slack", "14", "1"),
+        ("| PagerDuty", "14", "3"),
+    ]

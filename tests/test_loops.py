@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import re
 import signal
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from conftest import Repo, Run
 from escalations import HOOK, PAGER, PATHS, SINK_TYPES, escalation_id, health_critical, sink_config
 from loopback import Answer, Received, SinkServer, accepted, error, hang_up, ok, rate_limited
 from promise import check_promise
+from tools import needs_tool
 
 import ops_alert_dispatch as program
 
@@ -53,14 +55,18 @@ def arrived(server: SinkServer, sink: str = HOOK) -> list[tuple[str, int]]:
     return [(record["loopId"], record["number"]) for record in records]
 
 
-def set_paid(loops: list[Repo]) -> None:
-    """Have all requests paid for, as after a while."""
+def let_time_pass(loops: list[Repo]) -> None:
+    """As if the last pass had been a minute ago."""
     for loop in loops:
-        if loop.state_file.exists():
-            state = loop.state()
-            for lane in state["lanes"].values():
-                lane.pop("pacedUntil", None)
-            loop.state_file.write_text(json.dumps(state))
+        if not loop.state_file.exists():
+            continue
+        state = loop.state()
+        for lane in state["lanes"].values():
+            for name in ("pacedUntil", "lastSuccessAt"):
+                if name in lane:
+                    at = datetime.fromisoformat(lane[name]) - timedelta(minutes=1)
+                    lane[name] = at.isoformat(timespec="milliseconds")
+        loop.state_file.write_text(json.dumps(state))
 
 
 def end_waits(config: dict[str, Any], repo: Repo) -> None:
@@ -311,6 +317,49 @@ def test_a_loop_that_is_broken_is_told_and_the_others_are_served(
     assert [len(loop.get("escalations", ())) for loop in json.loads(planned.stdout)["loops"]][::2] == [1, 1]
 
 
+def test_a_loop_that_may_not_be_read_is_told_and_the_others_are_served(
+    repo: Repo, server: SinkServer, three: list[Repo]
+) -> None:
+    three[1].folder.chmod(0)
+    try:
+        # For root, who may read everything, without that power.
+        powerless = [needs_tool("setpriv"), "--bounding-set=-dac_override,-dac_read_search"]
+        command = [*(powerless if os.geteuid() == 0 else ()), *repo.command]
+        run = dispatch_all(replace(repo, command=command))
+    finally:
+        three[1].folder.chmod(0o700)
+
+    assert run.exit_code == 5
+    assert run.stderr.startswith("error: loop b: ")
+    assert "Permission denied" in run.stderr
+    assert "give this user access" in run.stderr
+    assert arrived(server) == [("a", 0), ("c", 0)]
+
+
+def test_a_loop_whose_rows_cannot_be_written_any_more_ends_and_the_others_go_on(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.write_config(everywhere(HOOK))
+    small, large = loops_of(repo, "small", "large")
+    fill([small], 20)
+    large.append(*(health_critical(loopId="large", number=n, text="x" * 60_000) for n in range(20)))
+    server.answer(PATHS[HOOK], lambda request: ok().after(0.03 if len(request.body) > 60_000 else 0))
+    limited = replace(repo, command=["sh", "-c", 'ulimit -f 1000; exec "$0" "$@"', *repo.command])
+    run = dispatch_all(limited)
+
+    assert run.exit_code == 5
+    assert run.stderr.startswith("error: loop large: cannot append to")
+    assert "ulimit -f" in run.stderr
+    assert [loop["status"] for loop in json.loads(run.stdout)["loops"]] == ["error", "success"]
+    assert [number for loop, number in arrived(server) if loop == "small"] == list(range(20))
+    assert len(arrived(server)) < 40, "nothing more is sent for a loop that has ended"
+
+    assert dispatch_all(repo).json["status"] == "success"
+    got = [number for loop, number in arrived(server) if loop == "large"]
+    assert list(dict.fromkeys(got)) == list(range(20))
+    assert len(got) <= 21, "more than what was in flight came again"
+
+
 def test_an_invalid_config_is_told_once_and_noted_for_each_loop(
     repo: Repo, server: SinkServer, three: list[Repo]
 ) -> None:
@@ -351,8 +400,7 @@ def test_passes_that_reach_few_loops_reach_each_in_its_turn(repo: Repo, server: 
     fill(loops, 3)
     for _ in range(5):
         dispatch_all(repo, "--time-budget", "1.2")
-        set_paid(loops)
-        time.sleep(max(0.0, 1.01 - time.time() % 1))  # places are taken by whole seconds
+        let_time_pass(loops)
 
     assert [loop for loop, _ in arrived(server)] == ["a", "b", "c", "d", "a"]
 

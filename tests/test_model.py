@@ -1,8 +1,9 @@
 """Any order of events, against a model; and properties of the pure functions.
 
 The events: appends of good, bad and blank lines, lines in halves, passes, kills, rotations, sinks that fail
-in several ways, changes of the config. Whatever happens: each delivery is made, given up or still waits, none
-that was acknowledged is made again, and each sink gets its own in order.
+in several ways, repeats that are held back, digests, changes of the config. Whatever happens: each delivery
+is made, held back, given up or still waits, none that was acknowledged is made again, each sink gets its own
+in order, and what it was told and how often that was held back is known exactly.
 
 Passes run in processes forked from one that has everything imported (`python tests/test_model.py`): that is
 quick, and they can be killed for good. A kill comes after so many lines of the program were executed, so that
@@ -20,18 +21,21 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
-from conftest import make_repo, make_server, read_rows
-from escalations import CHAT, HOOK, PAGER, PATHS, escalation_id, health_critical, line, sink_config
+from conftest import Repo, make_repo, make_server, read_rows
+from escalations import CHAT, HOOK, PAGER, PATHS, escalation_ids, health_critical, line, sink_config
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from loopback import Answer, SinkServer, accepted, error, hang_up, ok
+from promise import check_promise
 
 pytestmark = pytest.mark.slow
 
@@ -71,10 +75,14 @@ def serve() -> None:
                 try:
                     if asked["kill_after"] is not None:
                         kill_after(asked["kill_after"])
-                    job = make_job(Path(asked["root"]), asked["loop"])
-                    answer = program.run_pass(job, asked["env"])
+                    jobs = [make_job(Path(asked["root"]), loop) for loop in asked["loops"]]
+                    results = program.run_loops(jobs, asked["env"])
+                    answer = {
+                        loop: result if isinstance(result, dict) else {"error": repr(result)}
+                        for loop, result in results.items()
+                    }
                 except Exception as error:  # noqa: BLE001 - told to the test
-                    answer = {"error": repr(error)}
+                    answer = {loop: {"error": repr(error)} for loop in asked["loops"]}
                 sys.settrace(None)
                 out.write(json.dumps(answer))
             os._exit(0)
@@ -104,6 +112,9 @@ def kill_after(lines: int) -> None:
 
 
 SINKS = (HOOK, CHAT, PAGER)
+# Records are written at some of these minutes of an hour that is over, in any order.
+MINUTES = (0, 10, 20, 50)
+BEGAN = datetime.now(UTC).replace(microsecond=0) - timedelta(hours=2)
 CATEGORIES = ("red", "green", "blue")
 Behaviour = str
 # What a sink does: it takes all; is not well (tried twice a pass); takes it and hangs up; cannot be reached;
@@ -115,6 +126,20 @@ ANSWERS: dict[Behaviour, Answer] = {
     "refuses": error(422, "no"),
 }
 TRIES = 2
+TRIES_OF = {"unwell": TRIES, "hang_up": 1, "unreachable": 0}
+
+
+def instruct(server: SinkServer, repo: Repo, behaviour: Mapping[str, Behaviour]) -> dict[str, str]:
+    """Have the sinks behave so from now on. Returns the environment of a pass that meets them."""
+    for sink in SINKS:
+        answer = ANSWERS.get(behaviour[sink], ok())
+        server.answer(PATHS[sink], accepted() if (sink, answer) == (PAGER, ok()) else answer)
+    server.forget()
+    env = dict(repo.env)
+    for sink, name in ((HOOK, "ALERT_HOOK_URL"), (CHAT, "ALERT_CHAT_URL"), (PAGER, "ALERT_PAGER_URL")):
+        if behaviour[sink] == "unreachable":
+            env[name] = "http://127.0.0.1:1/none"  # nobody listens there
+    return env
 
 
 class PassServer:
@@ -125,11 +150,11 @@ class PassServer:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
         )
 
-    def run(self, root: Path, loop: str, env: dict[str, str], kill_after: int | None) -> Any:
-        """The summary of a pass; None where it was killed."""
+    def run(self, root: Path, loops: Sequence[str], env: dict[str, str], kill_after: int | None) -> Any:
+        """The summaries of passes over these loops, by loop; None where they were killed."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        request = {"root": str(root), "loop": loop, "env": env, "kill_after": kill_after}
+        request = {"root": str(root), "loops": loops, "env": env, "kill_after": kill_after}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
@@ -138,12 +163,32 @@ class PassServer:
         self._process.communicate()
 
 
+def moment(minute: int) -> str:
+    return (BEGAN + timedelta(minutes=minute)).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+class Told(NamedTuple):
+    """What a sink was told last of a category: of which minute; repeats held back, and that of the first."""
+
+    minute: int
+    repeats: int = 0
+    since: int | None = None
+
+    def hold_back(self, minute: int) -> Told:
+        return Told(self.minute, self.repeats + 1, minute if self.since is None else self.since)
+
+    def shown(self) -> tuple[str, int, str | None]:
+        return moment(self.minute), self.repeats, None if self.since is None else moment(self.since)
+
+
 class Lane:
-    """What the model knows of a lane: records (by number) that it has yet to come to, in order."""
+    """What the model knows of a lane: records (by number) that it has yet to come to, in order; what its sink
+    was told, by category."""
 
     def __init__(self) -> None:
         self.ahead: list[int] = []
         self.enabled = True
+        self.told: dict[str, Told] = {}
 
 
 class Model(RuleBasedStateMachine):
@@ -157,7 +202,8 @@ class Model(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp())
         self.repo = make_repo(self.folder, self.server)
         self.server.forget()
-        self.written: list[tuple[str, str]] = []  # category ("" for a line that is none) and text, by number
+        # By number: category ("" for a line that is none), text, minute.
+        self.written: list[tuple[str, str, int]] = []
         self.half = ""
         self.taken_up = 0
         self.lanes: dict[str, Lane] = {}
@@ -166,6 +212,9 @@ class Model(RuleBasedStateMachine):
         self.routes: dict[str, tuple[str, ...]] = dict.fromkeys(CATEGORIES, SINKS)
         self.known: tuple[Any, ...] | None = None  # the config that the state accounts for
         self.settled: dict[tuple[str, int], str] = {}
+        self.rows_seen = 0
+        self.window = 0
+        self.per_message = 1
         self.rotations = 0
 
     def teardown(self) -> None:
@@ -182,7 +231,7 @@ class Model(RuleBasedStateMachine):
     def _append(self, text: str) -> None:
         self.repo.append(text)
 
-    def _next(self, category: str) -> str:
+    def _next(self, category: str, minute: int = 0) -> str:
         """A line with its number; a category of none makes a line that is no escalation."""
         number = len(self.written)
         if category == "bad":
@@ -190,20 +239,26 @@ class Model(RuleBasedStateMachine):
         elif category == "blank":
             text = " " * (number + 1) + "\n"
         else:
-            text = line({**health_critical(category=category), "number": number})
-        self.written.append((category if category in CATEGORIES else "", text))
+            text = line({**health_critical(category=category, timestamp=moment(minute)), "number": number})
+        self.written.append((category if category in CATEGORIES else "", text, minute))
         return text
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(window=st.sampled_from((900, 0)), per_message=st.sampled_from((3, 1)))
+    def begin(self, window: int, per_message: int) -> None:
         self._append(self._next("red"))
-        self._configure()
+        self.change_noise(window, per_message)
 
-    @rule(categories=st.lists(st.sampled_from((*CATEGORIES, "bad", "blank")), min_size=1, max_size=5))
-    def append(self, categories: list[str]) -> None:
+    @rule(
+        records=st.lists(
+            st.tuples(st.sampled_from((*CATEGORIES, "bad", "blank")), st.sampled_from(MINUTES)),
+            min_size=1,
+            max_size=8,
+        )
+    )
+    def append(self, records: list[tuple[str, int]]) -> None:
         self._finish_half()
-        for category in categories:
-            self._append(self._next(category))
+        for category, minute in records:
+            self._append(self._next(category, minute))
 
     @rule(category=st.sampled_from(CATEGORIES), share=st.floats(0.01, 0.99))
     def append_half(self, category: str, share: float) -> None:
@@ -258,6 +313,11 @@ class Model(RuleBasedStateMachine):
         self.routes[category] = tuple(sorted(sinks))
         self._configure()
 
+    @rule(window=st.sampled_from((0, 900)), per_message=st.sampled_from((1, 3)))
+    def change_noise(self, window: int, per_message: int) -> None:
+        self.window, self.per_message = window, per_message
+        self._configure()
+
     def _routed(self, category: str) -> list[str]:
         """The sinks of a category that are in the config; the first one where none of its own is."""
         chosen = [sink for sink in self.routes[category] if sink in self.enabled]
@@ -269,6 +329,9 @@ class Model(RuleBasedStateMachine):
             sink: {**config["sinks"][sink], "enabled": enabled}
             for sink, enabled in sorted(self.enabled.items())
         }
+        if CHAT in self.enabled:
+            config["sinks"][CHAT]["maxPerMessage"] = self.per_message
+        config["routing"]["repeat"] = {"windowSeconds": self.window}
         config["routing"]["defaultSinks"] = [min(self.enabled)]
         config["routing"]["routes"] = [
             {"category": category, "sinks": self._routed(category)} for category in CATEGORIES
@@ -294,18 +357,11 @@ class Model(RuleBasedStateMachine):
         self._learn_from_kill()
 
     def _run(self, kill_after: int | None) -> Any:
-        for sink in SINKS:
-            answer = ANSWERS.get(self.behaviour[sink], ok())
-            self.server.answer(PATHS[sink], accepted() if (sink, answer) == (PAGER, ok()) else answer)
-        env = dict(self.repo.env)
-        for sink, name in ((HOOK, "ALERT_HOOK_URL"), (CHAT, "ALERT_CHAT_URL"), (PAGER, "ALERT_PAGER_URL")):
-            if self.behaviour[sink] == "unreachable":
-                env[name] = "http://127.0.0.1:1/none"  # nobody listens there
-        self.server.forget()
+        env = instruct(self.server, self.repo, self.behaviour)
         self.before = dict(self.settled)
-        summary = self.passes.run(self.repo.root, self.repo.loop, env, kill_after)
-        self._align(summary is not None)
-        return summary
+        summaries = self.passes.run(self.repo.root, [self.repo.loop], env, kill_after)
+        self._align(summaries is not None)
+        return summaries and summaries[self.repo.loop]
 
     def _align(self, done: bool) -> None:
         """Bring the lanes in line with the config, where the pass came so far that the state knows it."""
@@ -339,20 +395,64 @@ class Model(RuleBasedStateMachine):
     def _numbers(self) -> dict[str, int]:
         return {
             program.escalation_id(self.repo.loop, text.strip().encode()): number
-            for number, (_, text) in enumerate(self.written)
+            for number, (_, text, _) in enumerate(self.written)
             if text.strip()  # blank lines are all one
         }
 
-    def _received(self) -> dict[str, list[int]]:
+    def _received(self) -> dict[str, list[list[int]]]:
+        """The numbers in each request to each sink."""
         numbers = self._numbers()
         return {
             sink: [
-                numbers[escalation_id(request)]
+                [numbers[identity] for identity in escalation_ids(request)]
                 for request in self.server.received(PATHS[sink])
                 if request.json is not None
             ]
             for sink in SINKS
         }
+
+    def _play(self, sink: str, todo: list[int]) -> tuple[list[list[int]], int | None]:
+        """The requests to a sink that has these records before it, and the first that it keeps waiting."""
+        lane, behaviour = self.lanes[sink], self.behaviour[sink]
+        size = self.per_message if sink == CHAT else 1
+        requests: list[list[int]] = []
+        while todo:
+            told, batch, between = dict(lane.told), list[int](), list[int]()
+            while todo and len(batch) < size:
+                number, *todo = todo
+                category, _, minute = self.written[number]
+                last = told.get(category)
+                if last and abs(minute - last.minute) * 60 < self.window:
+                    told[category] = last.hold_back(minute)
+                    between.append(number)
+                    if not batch:
+                        self._hold_back(sink, [between.pop()])
+                else:
+                    batch.append(number)
+                    if self.window:
+                        told[category] = Told(minute)
+            if not batch:
+                break
+            if behaviour not in ("ok", "refuses"):
+                return requests + [batch] * TRIES_OF[behaviour], batch[0]
+            requests.append(batch)
+            if behaviour == "ok":
+                lane.told = told
+                self.settled |= {(sink, number): "delivered" for number in batch}
+                self.settled |= {(sink, number): "skipped" for number in between}
+            else:
+                refused = {self.written[number][0] for number in batch}
+                lost = [number for number in between if self.written[number][0] in refused]
+                self.settled |= {(sink, number): "dead_letter" for number in batch + lost}
+                self._hold_back(sink, [number for number in between if number not in lost])
+        return requests, None
+
+    def _hold_back(self, sink: str, repeats: list[int]) -> None:
+        told = self.lanes[sink].told
+        for number in repeats:
+            category, _, minute = self.written[number]
+            told[category] = told[category].hold_back(minute)
+            self.settled[sink, number] = "skipped"
 
     def _check_pass(self, summary: dict[str, Any]) -> None:
         """What a pass that came to its end must have done, to the letter."""
@@ -365,16 +465,9 @@ class Model(RuleBasedStateMachine):
             # What a killed pass had settled is ahead of the rows, and is not done again.
             rest = [n for n in (*lane.ahead, *new) if (sink, n) not in self.settled]
             todo = [n for n in rest if self._wants(sink, n)]
-            behaviour = self.behaviour[sink]
-            if behaviour in ("ok", "refuses"):
-                assert received[sink] == todo, f"{sink} ({behaviour})"
-                for number in todo:
-                    self.settled[sink, number] = "delivered" if behaviour == "ok" else "dead_letter"
-                lane.ahead = []
-            else:
-                tries = {"unwell": TRIES, "hang_up": 1, "unreachable": 0}[behaviour]
-                assert received[sink] == todo[:1] * tries, f"{sink} ({behaviour})"
-                lane.ahead = rest[rest.index(todo[0]) :] if todo else []
+            requests, kept = self._play(sink, todo)
+            assert received[sink] == requests, f"{sink} ({self.behaviour[sink]})"
+            lane.ahead = [] if kept is None else rest[rest.index(kept) :]
         for sink in SINKS:
             assert sink in self.lanes or received[sink] == [], f"{sink} is not in the config"
         self.taken_up = self._complete()
@@ -382,6 +475,8 @@ class Model(RuleBasedStateMachine):
         for sink, lane in self.lanes.items():
             waiting = sum(self._wants(sink, n) for n in lane.ahead)
             assert summary["lanes"][sink]["waitingCount"] == waiting, f"{sink} waits"
+            known = sorted(tuple(entry) for _, *entry in summary["lanes"][sink].get("told", []))
+            assert known == sorted(told.shown() for told in lane.told.values()), f"{sink} was told"
         assert set(summary["lanes"]) == set(self.lanes)
         self._check_records()
 
@@ -392,9 +487,9 @@ class Model(RuleBasedStateMachine):
         told = len([row for row in read_rows(self.repo.telemetry_file) if self._is_main(row)])
         assert self.taken_up <= told <= self._complete()
         for sink in SINKS:
-            done = [n for n in received[sink] if (sink, n) in settled]
-            unknown = [n for n in received[sink] if (sink, n) not in settled]
-            assert len(set(unknown)) <= 1, f"more than one delivery to {sink} was in flight"
+            done = [n for batch in received[sink] for n in batch if (sink, n) in settled]
+            unknown = {tuple(batch) for batch in received[sink] if (sink, batch[0]) not in settled}
+            assert len(unknown) <= 1, f"more than one request to {sink} was in flight"
             assert not [n for n in done if (sink, n) in self.before], f"{sink} got what it had acknowledged"
             assert done == sorted(set(done))
         for sink, lane in self.lanes.items():
@@ -402,8 +497,19 @@ class Model(RuleBasedStateMachine):
                 rest = [*lane.ahead, *range(self.taken_up, told)]
                 mine = [n for s, n in settled if s == sink]
                 lane.ahead = [n for n in rest if n > max(mine, default=-1)]
+        for row in read_rows(self.repo.attempts_file)[self.rows_seen :]:
+            self._learn_told(row)
         self.settled = settled
         self.taken_up = told
+
+    def _learn_told(self, row: dict[str, Any]) -> None:
+        """What an attempt that is on record after a kill says of what a sink was told."""
+        lane = self.lanes.get(row["sinkId"])
+        category, _, minute = self.written[self._numbers()[row["escalationId"]]]
+        if lane and row["outcome"] == "delivered" and "repeat" in row:
+            lane.told[category] = Told(minute)
+        elif lane and row["outcome"] == "skipped":
+            lane.told[category] = lane.told[category].hold_back(minute)
 
     def _is_main(self, row: dict[str, Any]) -> bool:
         return "position" in row and not row.get("late")
@@ -412,7 +518,7 @@ class Model(RuleBasedStateMachine):
         numbers = self._numbers()
         found: dict[tuple[str, int], str] = {}
         for row in read_rows(self.repo.attempts_file):
-            if row["outcome"] in ("delivered", "dead_letter"):
+            if row["outcome"] in ("delivered", "dead_letter", "skipped"):
                 place = (row["sinkId"], numbers[row["escalationId"]])
                 assert place not in found, f"{place} was settled twice"
                 found[place] = row["outcome"]
@@ -421,6 +527,7 @@ class Model(RuleBasedStateMachine):
     def _check_records(self) -> None:
         """Attempts and telemetry say of every delivery what the model says."""
         assert self._settled() == self.settled
+        self.rows_seen = len(read_rows(self.repo.attempts_file))
         numbers = self._numbers()
         rows = [row for row in read_rows(self.repo.telemetry_file) if "position" in row]
         main = [numbers.get(row["escalationId"]) for row in rows if self._is_main(row)]
@@ -434,18 +541,109 @@ class Model(RuleBasedStateMachine):
                 # None: a lane that lags meets records that a later route brought to its sink.
                 assert not row.get("late") or last.get(place, "waits") == "waits", f"{place}: two late rows"
                 outcome = "dead_letter" if entry.get("deadLetter") else "waits"
-                last[place] = "delivered" if entry["status"] == "success" else outcome
+                last[place] = {"success": "delivered", "skipped": "skipped"}.get(entry["status"], outcome)
         for place, outcome in self.settled.items():
             assert last.get(place, outcome) == outcome, f"telemetry says that {place} is {last[place]}"
 
 
-def test_whatever_happens_each_delivery_is_made_given_up_or_waits_and_none_is_repeated() -> None:
-    Model.passes = PassServer()
+LOOPS = ("east", "north", "west")
+
+
+class Loops(RuleBasedStateMachine):
+    """Several loops in one process, or some of them: what must hold of each, and of each sink for all."""
+
+    passes: PassServer
+    server: SinkServer
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        first = make_repo(self.folder, self.server)
+        self.loops = {name: replace(first, loop=name) for name in LOOPS}
+        self.repo = first
+        self.behaviour: dict[str, Behaviour] = dict.fromkeys(SINKS, "ok")
+        self.count = 0
+
+    @initialize(window=st.sampled_from((900, 0)), per_message=st.sampled_from((3, 1)))
+    def begin(self, window: int, per_message: int) -> None:
+        config = sink_config(everywhere=True)
+        config["sinks"][CHAT]["maxPerMessage"] = per_message
+        config["routing"]["repeat"] = {"windowSeconds": window}
+        config["delivery"] = {"backoffSeconds": {"initial": 0, "max": 0}, "maxAttemptsPerPass": TRIES}
+        self.repo.write_config(config)
+        for name in LOOPS:
+            self.append(name, [("red", 0)])
+
+    @rule(
+        name=st.sampled_from(LOOPS),
+        records=st.lists(st.tuples(st.sampled_from(CATEGORIES), st.sampled_from(MINUTES)), max_size=6),
+    )
+    def append(self, name: str, records: list[tuple[str, int]]) -> None:
+        for category, minute in records:
+            record = health_critical(category=category, timestamp=moment(minute), number=self.count)
+            self.loops[name].append({**record, "loopId": name})
+            self.count += 1
+
+    @rule(sink=st.sampled_from(SINKS), behaviour=st.sampled_from((*ANSWERS, "unreachable")))
+    def behave(self, sink: str, behaviour: Behaviour) -> None:
+        self.behaviour[sink] = behaviour
+
+    @rule(names=st.permutations(LOOPS), count=st.sampled_from((3, 3, 1, 2)))
+    def run_passes(self, names: list[str], count: int) -> None:
+        self._run(names[:count], None)
+
+    @rule(names=st.permutations(LOOPS), lines=st.integers(0, 9000))
+    def kill_passes(self, names: list[str], lines: int) -> None:
+        self._run(names, lines)
+
+    def _run(self, names: list[str], kill_after: int | None) -> None:
+        before = self._settled()
+        env = instruct(self.server, self.repo, self.behaviour)
+        summaries = self.passes.run(self.repo.root, names, env, kill_after)
+        after = self._settled()
+        for sink in SINKS:
+            whole = [request for request in self.server.received(PATHS[sink]) if request.json is not None]
+            batches = [escalation_ids(request) for request in whole]
+            again = [identity for batch in batches for identity in batch if (sink, identity) in before]
+            assert again == [], f"{sink} got what it had acknowledged"
+            in_flight = {tuple(batch) for batch in batches if (sink, batch[0]) not in after}
+            assert len(in_flight) <= 1, f"more than one request to {sink} was not settled"
+            if self.behaviour[sink] not in ("ok", "refuses"):
+                assert len(batches) <= TRIES_OF[self.behaviour[sink]], f"{sink} was down, and asked too often"
+        if summaries is None:
+            return
+        assert sorted(summaries) == sorted(names)
+        for name in names:
+            assert "error" not in summaries[name], summaries[name]
+            check_promise(self.loops[name])
+
+    def _settled(self) -> dict[tuple[str, str], str]:
+        rows = [row for loop in self.loops.values() for row in read_rows(loop.attempts_file)]
+        return {
+            (row["sinkId"], row["escalationId"]): row["outcome"]
+            for row in rows
+            if row["outcome"] in ("delivered", "dead_letter", "skipped")
+        }
+
+    def teardown(self) -> None:
+        for sink in SINKS:
+            self.behaviour[sink] = "ok"
+        self._run(list(LOOPS), None)
+        assert all(loop.state()["waitingCount"] == 0 for loop in self.loops.values())
+        assert len(self._settled()) == self.count * len(SINKS), "a delivery was lost"
+        shutil.rmtree(self.folder)
+
+
+@pytest.mark.parametrize("machine", [Model, Loops])
+def test_whatever_happens_each_delivery_is_made_given_up_or_waits_and_none_is_repeated(
+    machine: type[Model | Loops],
+) -> None:
+    machine.passes = PassServer()
     try:
         with make_server() as server:
-            Model.server = server
+            machine.server = server
             run_state_machine_as_test(
-                Model,
+                machine,
                 settings=settings(
                     max_examples=20,
                     stateful_step_count=20,
@@ -458,7 +656,7 @@ def test_whatever_happens_each_delivery_is_made_given_up_or_waits_and_none_is_re
                 ),
             )
     finally:
-        Model.passes.close()
+        machine.passes.close()
 
 
 # --- Pure functions

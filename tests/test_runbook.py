@@ -212,17 +212,29 @@ def test_an_alert_storm(recipe: Recipe, host: Repo, server: SinkServer) -> None:
 
     server.answer(HOOK, ok())
     server.forget()
-    host.append(divergence_detected(traceId="still-there"), health_critical(seconds_ago=1))
-    assert recipe.run(1).stdout.startswith("false\n")
+    assert recipe.run(1).stdout.startswith('{"windowSeconds":900}\n')
+    assert len(server.received(HOOK)) == 1
+    assert host.state()["waitingCount"] == 0
+    assert [row["status"] for row in host.telemetry() if row.get("reasonCode") == "repeat_suppressed"] == (
+        ["skipped"] * 19
+    )
+
+    server.answer(HOOK, error(503))
+    host.append(divergence_detected(reasonCodes=["another_one"]))
+    host.dispatch()
+    server.answer(HOOK, ok())
+    server.forget()
+    host.append(divergence_detected(traceId="still-there"), health_critical(reasonCodes=["another_one"]))
+    assert recipe.run(2).stdout.startswith("false\n")
     assert server.received(HOOK) == []
     assert len(server.received(PAGER)) == 1
     assert host.state()["waitingCount"] == 0
     assert {"route_changed", "severity_below_min"} <= {row.get("reasonCode") for row in host.telemetry()}
 
     before = host.config_file.read_text()
-    assert recipe.run(2).stdout == "true\n"
+    assert recipe.run(3).stdout == "true\n"
     assert "still-there" not in before
-    host.append(divergence_detected(traceId="another"))
+    host.append(divergence_detected(traceId="another", reasonCodes=["one_more"]))
     host.dispatch()
     assert [request.json["escalation"]["traceId"] for request in server.received(HOOK)] == ["another"]
 
