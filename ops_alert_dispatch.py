@@ -1133,6 +1133,8 @@ def check_url(value: str, settings: JsonObject) -> str | None:
         authority = AUTHORITY.fullmatch(url.netloc)
     except ValueError:
         return "is not a URL; set it to https://…"
+    if settings.get("type") == "alertmanager" and (url.query or url.fragment):
+        return "is a URL with a # or ?, which cannot be right here; set it to https://HOST/…"
     if url.scheme not in ("http", "https"):
         return "is not an https:// URL; set it to https://…"
     if not url.netloc or url.netloc.startswith(":"):
@@ -1958,6 +1960,9 @@ class Verdict(NamedTuple):
     not_taken: bool = False
 
 
+# What a login page or a proxy says in place of a provider that answers in other words.
+WEB_PAGE = "answered with a web page: the URL is not that of such a sink, or something stands before it"
+
 SINK_UNWELL = {408, 425, 429}
 RECORD_REFUSED = {400, 411, 413, 414, 415, 416, 417, 422, 431}
 
@@ -2233,8 +2238,7 @@ class SlackAdapter(Adapter):
         if error in SLACK_RECORD_ERRORS:
             return failed
         if verdict.outcome == "delivered" and answer.text.startswith("<"):
-            message = "answered with a web page, not with ok: the URL is not that of an incoming webhook"
-            return failed._replace(outcome="misconfigured", message=message)
+            return failed._replace(outcome="misconfigured", message=WEB_PAGE)
         return failed if verdict.outcome == "delivered" and error else verdict
 
 
@@ -2406,7 +2410,10 @@ class PagerDutyAdapter(Adapter):
             re.search(ROUTING_KEY, complaint) for complaint in pagerduty_complaints(answer)
         ):
             return Verdict("misconfigured", "http_error", answer.status, answer.text)
-        return judge_status(answer, now)
+        verdict = judge_status(answer, now)
+        if verdict.outcome == "delivered" and answer.text.startswith("<"):
+            return verdict._replace(outcome="misconfigured", reason_code="http_error", message=WEB_PAGE)
+        return verdict
 
 
 ROUTING_KEY = r"(?i)(routing|service|integration)[ _-]?key"
@@ -2569,6 +2576,8 @@ class AlertmanagerAdapter(Adapter):
         request that it had no complaint of it has taken.
         """
         verdict = judge_status(answer, now)
+        if verdict.outcome == "delivered" and answer.text.startswith("<"):
+            return verdict._replace(outcome="misconfigured", reason_code="http_error", message=WEB_PAGE)
         if verdict.outcome == "dead_letter" and answer.status in (400, 422):
             try:
                 decode_json(answer.text)
@@ -3167,15 +3176,11 @@ def read_rows(path: Path, since: Checkpoint) -> tuple[list[Iterator[JsonObject]]
         if found and (found.st_dev, found.st_ino) == since[:2] and found.st_size >= since.offset:
             files.append((path, since.offset))
         else:
-            if since.inode:
-                for name in sorted(os.listdir(path.parent)) if path.parent.exists() else []:
-                    other = path.with_name(name)
-                    if (
-                        name.startswith(path.name)
-                        and name != path.name
-                        and other.stat().st_ino == since.inode
-                    ):
-                        files.append((other, since.offset))
+            for other in rotated_files(path):
+                rotated = stat_of(other)
+                # Nothing is accounted for where there is no checkpoint: all that there is counts.
+                if rotated and (since.inode in (0, rotated.st_ino)):
+                    files.append((other, since.offset))
             if found:
                 files.append((path, 0))
         after = Checkpoint(found.st_dev, found.st_ino, found.st_size) if found else Checkpoint()
@@ -3184,6 +3189,20 @@ def read_rows(path: Path, since: Checkpoint) -> tuple[list[Iterator[JsonObject]]
         return [iterate_rows(file, at) for file, at in files if file.stat().st_size > at], after
     except OSError as error:
         raise storage_error("read", path, error) from None
+
+
+def rotated_files(path: Path) -> list[Path]:
+    """The files that a rotation has made of this one, oldest first. Raises OSError."""
+    try:
+        names = os.listdir(path.parent)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = [
+        (key, name)
+        for name in names
+        if name.startswith(path.name) and (key := rotation_key(path.name, name)) is not None
+    ]
+    return [path.with_name(name) for _, name in sorted(found)]
 
 
 def iterate_rows(path: Path, offset: int = 0) -> Iterator[JsonObject]:
@@ -3226,19 +3245,30 @@ class Told(NamedTuple):
 
 
 class PeerLag(NamedTuple):
-    """From where on a peer has missed deliveries, since when, and when it is asked again."""
+    """From where on a peer has missed deliveries, since when, why, and when it is asked again."""
 
     position: Position
     since: float
-    next_attempt_at: float | None
-    backoff_step: int
+    next_attempt_at: float | None = None
+    backoff_step: int = 0
+    reason_code: str | None = None
+    http_status: int | None = None
+    message: str | None = None
 
     @classmethod
     def from_json(cls, value: JsonObject) -> PeerLag:
         """Read what `to_json` wrote. Raises KeyError, TypeError or ValueError for anything else."""
         since, next_attempt_at = parse_time(value["since"]), parse_time(value["nextAttemptAt"])
+        position, step = position_from_json(value["position"]), int(value["backoffStep"])
+        code, status, message = value.get("reasonCode"), value.get("httpStatus"), value.get("message")
         return cls(
-            position_from_json(value["position"]), since or 0.0, next_attempt_at, int(value["backoffStep"])
+            position,
+            since or 0.0,
+            next_attempt_at,
+            step,
+            code and str(code),
+            None if status is None else int(status),
+            message and str(message),
         )
 
     def to_json(self, source: Source) -> JsonObject:
@@ -3247,6 +3277,9 @@ class PeerLag(NamedTuple):
             "since": iso(self.since),
             "nextAttemptAt": self.next_attempt_at and iso(self.next_attempt_at, milliseconds=True),
             "backoffStep": self.backoff_step,
+            "reasonCode": self.reason_code,
+            "httpStatus": self.http_status,
+            "message": self.message,
         }
 
     def due(self, now: float) -> bool:
@@ -3385,6 +3418,9 @@ class Lane:
             self.http_status = attempt.get("httpStatus")
         if outcome in SETTLED:
             self.position = max(self.position, end_of_row(attempt))
+            if attempt.get("reasonCode") == SKIPPED_BY_OPERATOR:  # nor does a peer get it later
+                for name, lag in self.peers.items():
+                    self.peers[name] = lag._replace(position=max(lag.position, self.position))
             self.attempts = 0
             self.waiting_count = max(0, self.waiting_count - bool(attempt.get("late")))
             self.skipped_count += outcome == "skipped"
@@ -3404,14 +3440,20 @@ class Lane:
 
     def _apply_to_peer(self, attempt: JsonObject, at: float) -> None:
         name, lag = attempt["peer"], self.peers.get(attempt["peer"])
-        if attempt["outcome"] == "delivered":
+        if attempt["outcome"] in SETTLED:
             if lag is not None:
-                self.peers[name] = PeerLag(max(lag.position, end_of_row(attempt)), at, None, 0)
-        elif attempt["outcome"] != "dead_letter":
-            lag = lag or PeerLag(start_of_row(attempt), at, None, 0)
-            self.peers[name] = lag._replace(
-                next_attempt_at=parse_time(attempt.get("nextAttemptAt")), backoff_step=lag.backoff_step + 1
-            )
+                self.peers[name] = PeerLag(max(lag.position, end_of_row(attempt)), lag.since)
+            return
+        lag = lag or PeerLag(start_of_row(attempt), at)
+        self.peers[name] = PeerLag(
+            lag.position,
+            lag.since,
+            parse_time(attempt.get("nextAttemptAt")),
+            lag.backoff_step + 1,
+            attempt.get("reasonCode"),
+            attempt.get("httpStatus"),
+            attempt.get("message"),
+        )
 
     def note_told(self, attempt: JsonObject) -> None:
         """Keep in mind what the sink was told, and what was held back since, from a row of the attempts."""
@@ -3993,7 +4035,7 @@ class Ledger:
         """Write down what came of asking one peer of a cluster for deliveries that another one has taken."""
         now = time.time()
         first, last = deliveries[0].record, deliveries[-1].record
-        place = record_place(last if verdict.outcome == "delivered" else first, self.source)
+        place = record_place(last if verdict.outcome in SETTLED else first, self.source)
         row = self._attempt_row(now, sink, deliveries[0], verdict, attempt=1, duration=0.0, place=place)
         row |= {"peer": peer, "batchSize": len(deliveries)}
         if wait is not None:
@@ -4377,8 +4419,6 @@ class LaneRun:
         # None while there is work. Whoever sets it holds the ledger's lock.
         self.ending: Ending | None = None
         self.error: Exception | None = None
-        # The peers of a cluster that were asked in this pass whether they are back.
-        self.peers_asked: set[str] = set()
         # What came of the last attempt, for each of its deliveries that is not settled.
         self.failures: dict[tuple[int, int], JsonObject] = {}
         self._router = router
@@ -4473,9 +4513,10 @@ class LaneRun:
         self._put_back.extendleft((delivery.record, delivery) for delivery in reversed(together))
         self._single = len(together)
 
-    def missed_batches(self, peer: str, seconds: float) -> Iterator[list[Delivery]]:
-        """What a peer of a cluster has missed within these seconds, a request at a time."""
+    def missed_batch(self, peer: str, seconds: float) -> list[Delivery]:
+        """What a peer of a cluster has missed within these seconds, as much as one request holds."""
         lag = self.lane.peers[peer]
+        memory = Memory({}, self._window)
         missed: list[Delivery] = []
         for record in self.ledger.source.read(lag.position, self.lane.position):
             delivery = self._route(record)
@@ -4484,12 +4525,14 @@ class LaneRun:
             sent = max(lag.since, parse_time(delivery.escalation.timestamp) or 0.0)
             if sent + seconds <= time.time():
                 continue
+            delivery, repeated = memory.look_back(delivery)
+            if repeated:
+                continue
+            memory.tell(delivery)
             missed.append(delivery)
             if len(missed) == self._batch_size:
-                yield missed
-                missed = []
-        if missed:
-            yield missed
+                break
+        return missed
 
     def _route(self, record: Record) -> Delivery | None:
         escalation = parse_escalation(record, self.ledger.job.loop_id)
@@ -4510,6 +4553,8 @@ class LaneRun:
                 self.ledger.record(self.sink, deliveries, verdict, attempt=attempt, duration=0.0)
 
 
+# Every peer of a cluster has missed something, and none has got through it.
+CATCHING_UP = Verdict("retry", "request_failed", message="it has yet to get what it missed")
 EXPIRED = Verdict("dead_letter", "delivery_expired", message="waited longer than giveUpAfterSeconds")
 
 
@@ -4543,6 +4588,8 @@ class SinkWorker:
         self._held: list[LaneRun] = []
         # Whether one failure may be that of a record: the sink has answered well to another, just before.
         self._well = False
+        # Of a cluster: the peers that have failed, and how. They are not asked again in this pass.
+        self._peers_down: dict[str, Verdict] = {}
         # The lane that has found the sink unwell: nothing more is sent in this pass.
         self._down: LaneRun | None = None
         # The attempt that is on its way, and since when: guarded by the lock.
@@ -4582,9 +4629,12 @@ class SinkWorker:
         while self._runs:
             run = self._runs.popleft()
             try:
-                self._catch_up_peers(run)
                 batch = run.next_batch()
-                ending: Ending | None = "caught_up" if batch is None else self._deliver(run, batch)
+                ending: Ending | None = None
+                if batch is not None:
+                    ending = self._deliver(run, batch)
+                elif not self._catch_up_some_peer(run):
+                    ending = "caught_up"
             except Exception as error:  # noqa: BLE001 - whatever it is, the main thread must learn of it
                 run.fail(error)
                 continue
@@ -4682,50 +4732,79 @@ class SinkWorker:
                 return None
             if verdict.outcome == "delivered":
                 for peer, said in verdicts.items():
-                    if said.outcome != "delivered":
+                    if said.outcome != "delivered" and peer not in run.lane.peers:
                         run.ledger.record_peer(
                             self.sink, peer, batch.deliveries, said, self._peer_wait(run, peer, said)
                         )
             return self._settle(run, batch, verdict, tries)
 
     def _ask(self, run: LaneRun, batch: Batch) -> dict[str, Verdict]:
-        """Send a batch to every peer that has missed nothing; where none of them takes it, to the others."""
+        """Send a batch to every peer that has missed nothing. Where none of them takes it, to the others, as
+        soon as they have what they missed: each peer gets everything in order, and once."""
+        peers, behind = self._connections.peers, run.lane.peers
+        current = [peer for peer in peers if peer not in behind and peer not in self._peers_down]
+        verdicts = self._ask_peers(batch.deliveries, current)
+        if any(verdict.outcome == "delivered" for verdict in verdicts.values()):
+            missed = {peer: said for peer, said in self._peers_down.items() if peer not in behind}
+            return missed | verdicts
+        for peer in [peer for peer in behind if peer in peers and peer not in self._peers_down]:
+            if self._clock.left > 0 and self._catch_up(run, peer):
+                verdicts |= self._ask_peers(batch.deliveries, [peer])
+        # Where all of them have failed before, only asking again can tell whether that is over.
+        verdicts = verdicts or self._ask_peers(
+            batch.deliveries, [peer for peer in peers if peer not in behind]
+        )
+        return verdicts or dict.fromkeys(peers, CATCHING_UP)
+
+    def _ask_peers(self, deliveries: Sequence[Delivery], peers: Sequence[str]) -> dict[str, Verdict]:
+        """Send deliveries to these peers at the same time. One that fails is down for this pass."""
+        if not peers:
+            return {}
+        with self._changed:
+            self._attempt_started = time.monotonic()
         origin = self._origin._replace(emitted_at=time.time())
-        peers = self._connections.peers
-        behind = [peer for peer in peers if peer in run.lane.peers]
-        asked = [peer for peer in peers if peer not in behind] or peers
-        verdicts = self._connections.ask(batch.deliveries, origin, self._redactor, asked)
-        if len(asked) < len(peers) and best_verdict(verdicts).outcome != "delivered":
-            with self._changed:
-                self._attempt_started = time.monotonic()
-            verdicts |= self._connections.ask(batch.deliveries, origin, self._redactor, behind)
+        verdicts = self._connections.ask(deliveries, origin, self._redactor, peers)
+        if len(self._connections.peers) > 1:
+            for peer, verdict in verdicts.items():
+                if verdict.outcome in SETTLED:
+                    self._peers_down.pop(peer, None)
+                else:
+                    self._peers_down[peer] = verdict
         return verdicts
 
-    def _catch_up_peers(self, run: LaneRun) -> None:
-        """Send the peers of a cluster that are due what they have missed and should still get."""
+    def _catch_up_some_peer(self, run: LaneRun) -> bool:
+        """Send a peer that is due one request of what it has missed; tells whether there was one.
+
+        One at a time, when the lane has nothing else to send: what is new comes first.
+        """
         for peer, lag in list(run.lane.peers.items()):
             if peer not in self._connections.peers:
                 del run.lane.peers[peer]
-            elif peer not in run.peers_asked and lag.due(time.time()):
-                run.peers_asked.add(peer)
-                self._catch_up_peer(run, peer)
+            elif self._clock.left > 0 and peer not in self._peers_down and lag.due(time.time()):
+                self._catch_up_once(run, peer)
+                return True
+        return False
 
-    def _catch_up_peer(self, run: LaneRun, peer: str) -> None:
-        for missed in run.missed_batches(peer, self._adapter.seconds_to_catch_up(self.sink)):
-            if self._clock.left <= 0 or run.is_over():
-                return
-            origin = self._origin._replace(emitted_at=time.time())
-            verdict = self._connections.ask(missed, origin, self._redactor, [peer])[peer]
+    def _catch_up(self, run: LaneRun, peer: str) -> bool:
+        """Send a peer all that it has missed; tells whether it has everything then."""
+        while peer in run.lane.peers and self._clock.left > 0 and not run.is_over():
+            if not self._catch_up_once(run, peer):
+                return False
+        return peer not in run.lane.peers
+
+    def _catch_up_once(self, run: LaneRun, peer: str) -> bool:
+        """Send a peer one request of what it has missed, if anything; tells whether it took it."""
+        missed = run.missed_batch(peer, self._adapter.seconds_to_catch_up(self.sink))
+        if not missed:
             with self._changed:
-                if run.is_over():
-                    return
-                refused = verdict.outcome == "dead_letter"  # another peer took it: it is not asked again
-                wait = None if refused else self._peer_wait(run, peer, verdict)
-                run.ledger.record_peer(self.sink, peer, missed, verdict, wait)
-            if verdict.outcome not in SETTLED:
-                return
+                del run.lane.peers[peer]
+            return True
+        verdict = self._ask_peers(missed, [peer])[peer]
         with self._changed:
-            del run.lane.peers[peer]
+            if not run.is_over():
+                # What it refuses it is not asked for again: another peer has it.
+                run.ledger.record_peer(self.sink, peer, missed, verdict, self._peer_wait(run, peer, verdict))
+        return verdict.outcome in SETTLED
 
     def _peer_wait(self, run: LaneRun, peer: str, verdict: Verdict) -> float | None:
         if verdict.outcome in SETTLED:
@@ -6729,7 +6808,15 @@ def sink_status(
         "skippedCount": lane.skipped_count,
         # Of a cluster: the peers that have missed what another one took.
         "laggingPeers": [
-            {"peer": name, "since": iso(behind.since)} for name, behind in sorted(lane.peers.items())
+            {
+                "peer": name,
+                "since": iso(behind.since),
+                "reasonCode": behind.reason_code,
+                "httpStatus": behind.http_status,
+                "message": behind.message,
+                "nextAttemptAt": behind.next_attempt_at and iso(behind.next_attempt_at),
+            }
+            for name, behind in sorted(lane.peers.items())
         ],
     }
 
@@ -6767,9 +6854,13 @@ def find_troubles(job: Job, status: JsonObject, ran: bool, *, was_invalid: bool)
         yield Finding("warning", words, f"the next pass goes on with them; {dispatch} does so now")
     for sink in active:
         for behind in sink["laggingPeers"]:
-            words = f"{behind['peer']} of {sink['id']} misses what its peers have, since {behind['since']}"
-            advice = f"check that {behind['peer']} is up; it gets what it misses by itself"
-            yield Finding("warning", words, advice)
+            why = ": ".join(filter(None, (behind["reasonCode"], behind["message"])))
+            why = f" ({why})" if why else ""
+            words = (
+                f"{behind['peer']} of {sink['id']} misses what its peers have, since {behind['since']}{why}"
+            )
+            advice = advise(behind["reasonCode"], behind["httpStatus"], behind["message"])
+            yield Finding("warning", words, f"{behind['peer']}: {advice}; it gets what it misses by itself")
     if dead := [sink for sink in active if sink["deadLetterCount"]]:
         count = plural(sum(sink["deadLetterCount"] for sink in dead), "dead letter")
         words = f"{count} of {', '.join(sink['id'] for sink in dead)}"
