@@ -1,6 +1,6 @@
 """What people are spared in an alert storm: a backlog of one lasting divergence, with real problems in it.
 
-    python tests/benchmarks/noise.py            # takes as long as the providers' rates make it: 20 minutes
+    python tests/benchmarks/noise.py            # takes as long as the providers' rates make it: 25 minutes
     python tests/benchmarks/noise.py --records 30 --problems 2 --speed 20
 
 The host has written a divergence a minute for as many minutes as there are records, and the real problems,
@@ -138,7 +138,7 @@ def storm(records: int, problems: int, speed: float, *, quiet: bool) -> tuple[di
 
 def table(before: tuple[dict[str, Count], float], after: tuple[dict[str, Count], float]) -> str:
     """A Markdown table."""
-    what = ("messages", "429s met", "first critical told after")
+    what = ("messages", "429s met", "first critical one told")
     lines = [["sink", *(f"{word}, {when}" for when in ("before", "after") for word in what)], ["---"] * 7]
     for sink, name in NAMES.items():
         cells = [name]
