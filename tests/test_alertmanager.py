@@ -7,6 +7,7 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from alertmanager import Node, new_node, running_cluster, start_cluster, wait_until
 from conftest import MODULE_FILE, Repo, clean_env
 from escalations import LOOP, MAKERS, Record, health_critical, health_degraded, timestamp
-from loopback import HOST, TLS_PEM, SinkServer, accepted
+from loopback import HOST, TLS_PEM, SinkServer, accepted, error, hang, ok
 from tools import needs_tool
 
 import ops_alert_dispatch as program
@@ -427,6 +428,137 @@ def test_an_alert_waits_while_the_whole_cluster_is_down(
     assert [node.names() for node in nodes] == [["health_critical"]] * 2
     wait_for_pages(nodes, "health_critical")
     assert pages(server) == ["health_critical"]
+
+
+# --- Peers that a test can tell what to say
+
+
+@pytest.fixture
+def peers() -> Iterator[tuple[SinkServer, SinkServer]]:
+    with SinkServer() as one, SinkServer() as other:
+        yield one, other
+
+
+@pytest.fixture
+def pair(tmp_path: Path, peers: tuple[SinkServer, SinkServer]) -> Repo:
+    """A repo whose only sink is these two."""
+    (tmp_path / "shop").mkdir()
+    made = Repo(tmp_path / "shop", clean_env(tmp_path, ALERT_FLEET_URLS=",".join(peer.url for peer in peers)))
+    made.write_config(fleet_config(timeoutSeconds=1))
+    return made
+
+
+def told(peer: SinkServer) -> list[str]:
+    """The traces of the alerts that a peer was sent and has taken, in order."""
+    return [
+        alert["annotations"]["traceId"]
+        for request in peer.received("/api/v2/alerts")
+        for alert in request.json
+        if alert["labels"]
+    ]
+
+
+def alert(name: str) -> Record:
+    """One that is no repeat of another, to an Alertmanager."""
+    return health_critical(category=f"category {name}", traceId=name)
+
+
+ALERTS = "/api/v2/alerts"
+
+
+def test_a_peer_that_hangs_costs_all_loops_together_one_timeout(
+    pair: Repo, peers: tuple[SinkServer, SinkServer]
+) -> None:
+    well, hanging = peers
+    hanging.answer(ALERTS, hang())
+    for number in range(4):
+        replace(pair, loop=f"loop-{number}").append(alert(str(number)))
+
+    summary = pair.run("dispatch", "--repo", str(pair.root), "--all-loops").json
+    assert (summary["dispatchedCount"], summary["waitingCount"]) == (4, 0)
+    assert sorted(told(well)) == ["0", "1", "2", "3"]
+    assert len(hanging.requests) == 1
+    for number in range(4):
+        rows = [row for row in replace(pair, loop=f"loop-{number}").attempts() if "peer" in row]
+        assert [(row["peer"], row["outcome"]) for row in rows] == [(hanging.url[7:], "retry")]
+
+    hanging.answer(ALERTS, ok())
+    hanging.forget()
+    pair.run("dispatch", "--repo", str(pair.root), "--all-loops")
+    assert sorted(told(hanging)) == ["0", "1", "2", "3"]
+
+
+def test_what_is_new_goes_out_before_what_one_peer_has_missed(
+    pair: Repo, peers: tuple[SinkServer, SinkServer]
+) -> None:
+    well, behind = peers
+    behind.answer(ALERTS, error(503))
+    pair.append(*(alert(str(number)) for number in range(250)))
+    pair.dispatch()
+    arrived: list[str] = []
+    behind.forget()
+    behind.answer(ALERTS, ok().after(0.2))
+    well.forget()
+    pair.append(alert("new"))
+    pair.dispatch()
+
+    assert told(well) == ["new"]
+    first = behind.received(ALERTS)[0]
+    assert well.received(ALERTS)[0].at < first.at
+    arrived = told(behind)
+    assert arrived == [*map(str, range(250)), "new"]
+
+
+def test_a_peer_that_stands_in_for_the_others_gets_everything_in_order_and_once(
+    pair: Repo, peers: tuple[SinkServer, SinkServer]
+) -> None:
+    one, other = peers
+    other.answer(ALERTS, error(503))
+    pair.append(alert("missed"))
+    pair.dispatch()
+    other.forget()
+    other.answer(ALERTS, ok())
+    one.answer(ALERTS, error(503))
+    one.forget()
+    pair.append(alert("taken"))
+    assert pair.dispatch().json["waitingCount"] == 0
+    one.forget()
+    one.answer(ALERTS, ok())
+    pair.dispatch()
+    pair.dispatch()
+
+    assert told(other) == ["missed", "taken"]
+    assert told(one) == ["taken"]
+
+
+def test_what_an_operator_gave_up_is_not_sent_to_a_peer_later(
+    pair: Repo, peers: tuple[SinkServer, SinkServer]
+) -> None:
+    one, other = peers
+    other.answer(ALERTS, error(503))
+    pair.append(alert("sent"))
+    pair.dispatch()
+    one.answer(ALERTS, error(503))
+    pair.append(alert("given up"))
+    pair.dispatch()
+    assert pair.run("skip", *pair.target, "--sink", SINK, "--yes").exit_code == 0
+    for peer in peers:
+        peer.answer(ALERTS, ok())
+        peer.forget()
+    pair.append(alert("new"))
+    pair.dispatch()
+    pair.dispatch()
+
+    assert "given up" not in told(one) + told(other)
+    assert told(one) == ["new"]
+    assert told(other)[-1] == "new"
+
+
+@pytest.mark.parametrize("kind", ["alertmanager", "pagerduty_events"])
+def test_a_login_page_has_taken_no_alert(kind: str) -> None:
+    page = program.Answer(200, {"content-type": "text/html"}, b"<html>Log in</html>")
+    verdict = program.ADAPTERS[kind].judge(page, NOW)
+    assert (verdict.outcome, verdict.reason_code) == ("misconfigured", "http_error")
 
 
 def test_a_payload_can_be_looked_at_without_sending_it(tmp_path: Path) -> None:
