@@ -854,7 +854,7 @@ def read_config(path: Path) -> tuple[JsonObject, str, list[str]]:
 
 
 def where_config() -> str:
-    return f"name the config with --alert-config-file or {CONFIG_ENV}"
+    return f"name the config with --alert-config-file (`config`: --config-file) or {CONFIG_ENV}"
 
 
 def config_error(path: Path, faults: Sequence[str]) -> ConfigError:
@@ -3793,18 +3793,19 @@ def catch_up(state: State, job: Job) -> None:
     state.recount = state.recount or killed
 
 
-def find_dead_letters(job: Job) -> set[tuple[str, str]]:
-    """The dead letters of a loop that nobody has delivered or dismissed since: escalationId and sink id."""
-    dead: set[tuple[str, str]] = set()
+def find_dead_letters(job: Job) -> set[Key]:
+    """The dead letters of a loop that nobody has delivered or dismissed since."""
+    dead: set[Key] = set()
     rows, _ = loop_rows(job, job.attempts_file, Checkpoint(), operator=True)
     for row in rows:
-        key = (str(row.get("escalationId")), str(row.get("sinkId")))
-        if "peer" in row:
-            continue
-        if row.get("outcome") == "dead_letter" and "byOperator" not in row:
-            dead.add(key)
-        elif row.get("outcome") in ("delivered", "skipped"):
-            dead.discard(key)
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            key = key_of_row(row, str(row["sinkId"]))
+            if "peer" in row:
+                continue
+            if row["outcome"] == "dead_letter" and "byOperator" not in row:
+                dead.add(key)
+            elif row["outcome"] in ("delivered", "skipped"):
+                dead.discard(key)
     return dead
 
 
@@ -3852,7 +3853,7 @@ def rebuild_state(job: Job) -> State:
         if not settled:
             return state
         state.taken_up = Position(min(end.segment for end in settled.values()), 0, 0)
-    dead = [sink_id for _, sink_id in find_dead_letters(job)]
+    dead = [sink_id for _, _, sink_id in find_dead_letters(job)]
     for sink_id in {*settled, *put_off}:
         state.lanes[sink_id] = Lane(settled.get(sink_id) or put_off[sink_id])
     rows, _ = loop_rows(job, job.attempts_file, Checkpoint(), operator=True)
@@ -5587,6 +5588,10 @@ def plan_pass(job: Job, config: Config, *, show_payload: bool) -> JsonObject:
             plan = Plan(job, config, state, source, show_payload=show_payload)
             plans = list(plan.escalations())
             notes += dropped_notes(state, config, plan.waiting)
+    if show_payload and plans:
+        for sink in config.sinks.values():
+            if sink.enabled and (most := ADAPTERS[sink.type].batch_size(sink)) > 1:
+                notes.append(f"{sink.id} is sent up to {most} of these in one request")
     size, _ = unterminated(job.escalations_file)
     if size:
         notes.append(f"the last {plural(size, 'byte')} of {job.escalations_file} wait for a line feed")
@@ -5775,14 +5780,18 @@ class Commands(click.Group):
 
 def check_loop_id(_: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """A loop id names a folder: one path component, and nothing that leads elsewhere."""
-    if value is None:
-        return None
-    if value in ("", ".", "..") or value[0] == "-" or "/" in value or UNPRINTABLE.search(value):
-        text = f"{printable(value)!r} is no loop id: it is one path component, and does not start with -"
-        raise click.BadParameter(text, param=param)
-    if len(value.encode("utf-8", "surrogateescape")) > MAX_LOOP_ID_BYTES:
-        raise click.BadParameter(f"a loop id is at most {MAX_LOOP_ID_BYTES} bytes long", param=param)
+    if value is not None and (wrong := what_is_wrong_with(value)):
+        raise click.BadParameter(wrong, param=param)
     return value
+
+
+def what_is_wrong_with(loop_id: str) -> str | None:
+    """Say why a text is no loop id; None where it is one."""
+    if loop_id in ("", ".", "..") or loop_id[0] == "-" or "/" in loop_id or UNPRINTABLE.search(loop_id):
+        return f"{printable(loop_id)!r} is no loop id: it is one path component, and does not start with -"
+    if len(loop_id.encode("utf-8", "surrogateescape")) > MAX_LOOP_ID_BYTES:
+        return f"a loop id is at most {MAX_LOOP_ID_BYTES} bytes long"
+    return None
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -5968,8 +5977,9 @@ def dispatch(
     if all_loops and any(files):
         raise click.UsageError("--all-loops works on each loop's own files: name none")
     jobs: list[Job] = []
-    unusable: dict[str, Result] = {}
-    for name in loops_to_serve(absolute(repo)) if loop_id is None else [loop_id]:
+    found, odd = ([loop_id], {}) if loop_id is not None else find_loops(absolute(repo))
+    unusable: dict[str, Result] = dict(odd)
+    for name in longest_ago(absolute(repo), found):
         try:
             job = make_job(repo, name, alert_config_file, *files)
         except click.UsageError as fault:
@@ -6012,16 +6022,31 @@ def dispatch(
 NO_LOOPS = "No loop of this repo has escalations."
 
 
-def loops_of(repo: Path) -> list[str]:
-    """The loops of a repo that have escalations or a dispatcher's state. `fleet` is no loop."""
+def find_loops(repo: Path) -> tuple[list[str], dict[str, StorageError]]:
+    """The loops of a repo: folders that have escalations or a dispatcher's state; and those with
+    escalations that cannot be served, with the reason.
+
+    `fleet` is the host's and no loop, a link to a loop is that loop. Raises StorageError.
+    """
     folder = repo / ".superloop" / "ops-manager"
     try:
-        found = [entry.name for entry in folder.iterdir() if is_loop(entry)]
+        found = [entry for entry in folder.iterdir() if entry.name != "fleet" and is_loop(entry)]
     except FileNotFoundError:
-        return []
+        return [], {}
     except OSError as error:
         raise storage_error("read", folder, error) from None
-    return sorted(name for name in found if name != "fleet" and not UNPRINTABLE.search(name))
+    places = {os.path.realpath(entry) for entry in found if not entry.is_symlink()}
+    loops: list[str] = []
+    odd: dict[str, StorageError] = {}
+    for entry in sorted(found):
+        if wrong := what_is_wrong_with(entry.name):
+            written = stat_of(entry / "escalations.jsonl")
+            if written and written.st_size:
+                said = f"{wrong}; its escalations are not sent: rename it in {folder}"
+                odd[printable(entry.name)] = StorageError(said)
+        elif not (entry.is_symlink() and os.path.realpath(entry) in places):
+            loops.append(entry.name)
+    return loops, odd
 
 
 def is_loop(folder: Path) -> bool:
@@ -6037,15 +6062,15 @@ def is_loop(folder: Path) -> bool:
     return False
 
 
-def loops_to_serve(repo: Path) -> list[str]:
-    """The loops of a repo, those first that were served longest ago: so none is left out for ever."""
+def longest_ago(repo: Path, loops: Iterable[str]) -> list[str]:
+    """Loops, those first that were served longest ago: so none is left out for ever."""
 
     def served(name: str) -> float:
         with contextlib.suppress(OSError):
             return (loop_folder(repo, name) / STATE_FILE).stat().st_mtime
         return 0.0
 
-    return sorted(loops_of(repo), key=lambda name: (served(name), name))
+    return sorted(loops, key=lambda name: (served(name), name))
 
 
 # What the summary of a loop holds that adds up over loops, and what a column of it is called.
@@ -7060,32 +7085,48 @@ def prometheus_text(statuses: Sequence[JsonObject]) -> str:
         written = parse_time(moment)
         return None if written is None else max(0.0, round(time.time() - written, 3))
 
-    families: list[tuple[str, str, str, Callable[[JsonObject], float | None]]] = [
-        ("lag", "gauge", "Deliveries that wait for the sink.", lambda s: s["lagCount"]),
+    of_loops: list[tuple[str, str, Callable[[JsonObject], float | None]]] = [
+        ("health", "0 ok, 1 warning, 2 critical, 3 unknown.", lambda s: PLUGIN_CODES[s["health"]]),
+        ("config_valid", "1 where the config is valid, else 0.", lambda s: s["configValid"]),
+        ("untaken", "Escalations that no pass has taken up.", lambda s: s["untakenCount"]),
+        (
+            "last_pass_timestamp_seconds",
+            "When the last pass ended.",
+            lambda s: parse_time((s["alerts"]["dispatch"] or {}).get("updatedAt")),
+        ),
+    ]
+    of_sinks: list[tuple[str, str, Callable[[JsonObject], float | None]]] = [
+        ("lag", "Deliveries that wait for the sink.", lambda s: s["lagCount"]),
         (
             "oldest_pending_age_seconds",
-            "gauge",
             "Age of the oldest delivery that waits.",
             lambda s: age(s["oldestPendingAt"]) if s["lagCount"] else 0,
         ),
         (
             "last_success_timestamp_seconds",
-            "gauge",
             "When the sink last took a delivery.",
             lambda s: parse_time(s["lastSuccessAt"]),
         ),
-        ("consecutive_failures", "gauge", "Failed attempts in a row.", lambda s: s["consecutiveFailures"]),
-        ("dead_letters", "gauge", "Deliveries given up for good.", lambda s: s["deadLetterCount"]),
+        ("consecutive_failures", "Failed attempts in a row.", lambda s: s["consecutiveFailures"]),
+        ("dead_letters", "Deliveries given up for good.", lambda s: s["deadLetterCount"]),
+        ("lagging_peers", "Peers of a cluster that miss deliveries.", lambda s: len(s["laggingPeers"])),
     ]
     lines: list[str] = []
-    for name, kind, text, value_of in families:
+
+    def family(name: str, text: str, samples: Iterable[tuple[str, float | None]]) -> None:
         metric = f"ops_alert_dispatch_{name}"
-        lines += [f"# HELP {metric} {text}", f"# TYPE {metric} {kind}"]
-        for status in statuses:
-            for sink in status["sinks"]:
-                value = value_of(sink)
-                if value is not None:
-                    lines.append(f"{metric}{labels(loop=status['loopId'], sink=sink['id'])} {value:.15g}")
+        lines.extend((f"# HELP {metric} {text}", f"# TYPE {metric} gauge"))
+        lines.extend(f"{metric}{found} {value:.15g}" for found, value in samples if value is not None)
+
+    for name, text, value_of in of_loops:
+        family(name, text, [(labels(loop=status["loopId"]), value_of(status)) for status in statuses])
+    for name, text, value_of in of_sinks:
+        found = [
+            (labels(loop=status["loopId"], sink=sink["id"]), value_of(sink))
+            for status in statuses
+            for sink in status["sinks"]
+        ]
+        family(name, text, found)
     metric = "ops_alert_dispatch_deliveries_total"
     text = "Deliveries made, made dead letters or skipped; and failed, which are attempts."
     lines += [f"# HELP {metric} {text}", f"# TYPE {metric} counter"]
@@ -7098,8 +7139,8 @@ def prometheus_text(statuses: Sequence[JsonObject]) -> str:
     for status in statuses:
         for sink in status["sinks"]:
             for outcome, key in outcomes.items():
-                found = labels(loop=status["loopId"], sink=sink["id"], outcome=outcome)
-                lines.append(f"{metric}{found} {sink[key]}")
+                label = labels(loop=status["loopId"], sink=sink["id"], outcome=outcome)
+                lines.append(f"{metric}{label} {sink[key]}")
     return "\n".join(lines)
 
 
@@ -7163,18 +7204,26 @@ def status(
     Says how each sink of a loop fares, from the files alone: it sends nothing and changes nothing. The files
     that can be named are those of one loop: they go with --loop.
     """
+    if not critical_after >= 0:  # NaN is neither
+        raise click.BadParameter(f"{critical_after:g} is no time", param_hint="--critical-after")
     files = (escalations_file, dispatch_state_file, dispatch_telemetry_file)
     statuses: list[JsonObject] = []
     errors: list[tuple[str, DispatchError]] = []
     try:
         if loop_id is None and any(files):
             raise click.UsageError("a loop's own files go with --loop")
-        for name in [loop_id] if loop_id else loops_of(absolute(repo)):
+        found, odd = ([loop_id], {}) if loop_id else find_loops(absolute(repo))
+        errors += odd.items()
+        for name in found:
             try:
                 job = make_job(repo, name, alert_config_file, *files)
                 statuses.append(loop_status(job, critical_after))
             except DispatchError as error:  # it does not hide the other loops
                 errors.append((name, error))
+            except click.UsageError as fault:
+                if loop_id:
+                    raise
+                errors.append((name, StorageError(fault.format_message())))
     except (DispatchError, click.UsageError) as fault:
         if not check:
             raise
@@ -7182,8 +7231,8 @@ def status(
         say_unknown(said.replace("\n", ";"))
         raise click.exceptions.Exit(PLUGIN_CODES["unknown"]) from None
     if check:
-        said_of = [(found["health"], found["loopId"], found["verdict"]) for found in statuses]
-        said_of += [("unknown", name, str(found).replace("\n", ";")) for name, found in errors]
+        said_of = [(known["health"], known["loopId"], known["verdict"]) for known in statuses]
+        said_of += [("unknown", name, str(error).replace("\n", ";")) for name, error in errors]
         worst = max((health for health, _, _ in said_of), key=HEALTH_ORDER.index, default="unknown")
         words = [f"{name}: {verdict}" for health, name, verdict in said_of if health == worst]
         said = "; ".join(words) or "no loop has escalations or a state"
@@ -7238,7 +7287,7 @@ def outcome_json(verdict: Verdict, seconds: float) -> JsonObject:
         "status": "success" if delivered else "failed",
         "httpStatus": verdict.http_status,
         "reasonCode": verdict.reason_code,
-        "message": None if delivered else verdict.message,
+        "message": verdict.message,
         "durationMs": round(seconds * 1000),
     }
     if not delivered:
@@ -7251,6 +7300,7 @@ def outcome_text(what: str, verdict: Verdict, seconds: float) -> str:
     duration = f"{seconds * 1000:.0f} ms"
     if verdict.outcome == "delivered":
         said = click.style(f"delivered ({verdict.http_status})", fg="green")
+        said += f" {verdict.message}" if verdict.message else ""
         return f"{printable(what)}: {said}, {duration}"
     answer = f" {verdict.http_status}" if verdict.http_status is not None else ""
     why = f"{verdict.reason_code}{answer}" + (f": {verdict.message}" if verdict.message else "")
@@ -7381,17 +7431,19 @@ def find_settled(job: Job, config: Config, state: State, wanted: Wanted) -> list
     """
     router = Router(config)
     dead = find_dead_letters(job)
-    found: dict[tuple[str, str], Redelivery] = {}
+    found: dict[Key | tuple[str, str], Redelivery] = {}
 
     def add(delivery: Delivery, place: JsonObject, sink_ids: Iterable[str]) -> None:
         for name in sink_ids:
             sink, lane = config.sinks.get(name), state.lanes.get(name)
-            key = (delivery.escalation.id, name)
+            key = (*delivery.record.start[:2], name)
             waits = lane is not None and lane.position <= delivery.record.start and key not in dead
             if sink is None or waits or wanted.sink_id not in (None, name):
                 continue
-            if key in dead or not wanted.dead_letters:
-                found[key] = Redelivery(sink, delivery, place, key in dead)
+            # Lines that are the same have one id: asked for by that, they are one.
+            found_by = key if wanted.escalation is None else (delivery.escalation.id, name)
+            if key in dead or (not wanted.dead_letters and found_by not in found):
+                found[found_by] = Redelivery(sink, delivery, place, key in dead)
 
     if wanted.lines is not None:
         first, last = wanted.lines
@@ -7411,12 +7463,12 @@ def find_settled(job: Job, config: Config, state: State, wanted: Wanted) -> list
             said = f"{first} is beyond the end: {job.escalations_file} has {plural(line, 'line')}"
             raise click.BadParameter(said, param_hint="--from-line")
         return list(found.values())
-    ids = {wanted.escalation} if wanted.escalation is not None else {identity for identity, _ in dead}
+    dead_places = {key[:2] for key in dead}
     on_record: set[str] = set()
     rows, _ = loop_rows(job, job.telemetry_file, Checkpoint())
     for row in rows:
         identity = row.get("escalationId")
-        if identity not in ids:
+        if identity != wanted.escalation if wanted.escalation is not None else not is_at(row, dead_places):
             continue
         on_record.add(str(row.get("reasonCode")))
         if not isinstance(row.get("escalation"), dict):
@@ -7437,6 +7489,14 @@ def find_settled(job: Job, config: Config, state: State, wanted: Wanted) -> list
             said = f"its line is no escalation ({unusable.pop()}): append a mended one to the source"
             raise click.BadParameter(said, param_hint="--id")
     return list(found.values())
+
+
+def is_at(row: JsonObject, places: Collection[tuple[int, int]]) -> bool:
+    """Tell whether the record of a row stands at one of these places."""
+    try:
+        return start_of_row(row)[:2] in places
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 # What a line is that cannot be sent to anybody.
@@ -7472,6 +7532,9 @@ def redeliver_all(
                 origin = Origin(str(job.repo), job.trace_id, time.time())
                 verdicts, seconds = attempt_once(item.sink, item.delivery, origin, redactor)
                 verdict = best_verdict(verdicts)
+                without = [peer for peer, said in verdicts.items() if said.outcome != "delivered"]
+                if verdict.outcome == "delivered" and without:
+                    verdict = verdict._replace(message=f"but not to {', '.join(without)}")
                 if verdict.outcome not in SETTLED:
                     failing.add(item.sink.id)
                 ledger.record_by_operator(

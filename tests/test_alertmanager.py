@@ -554,6 +554,16 @@ def test_what_an_operator_gave_up_is_not_sent_to_a_peer_later(
     assert told(other)[-1] == "new"
 
 
+def test_an_operator_who_sends_again_learns_which_peer_did_not_take_it(
+    pair: Repo, peers: tuple[SinkServer, SinkServer]
+) -> None:
+    pair.append(alert("again"))
+    pair.dispatch()
+    peers[1].answer(ALERTS, error(503))
+    sent = pair.run("redeliver", *pair.target, "--from-line", "1", "--yes").json
+    assert [row["message"] for row in sent["deliveries"]] == [f"but not to {peers[1].url[7:]}"]
+
+
 @pytest.mark.parametrize("kind", ["alertmanager", "pagerduty_events"])
 def test_a_login_page_has_taken_no_alert(kind: str) -> None:
     page = program.Answer(200, {"content-type": "text/html"}, b"<html>Log in</html>")

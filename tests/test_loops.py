@@ -525,3 +525,36 @@ def test_strict_tells_of_a_failure_in_any_loop(repo: Repo, server: SinkServer, t
     server.answer(PATHS[HOOK], error(422, "no"))
     fill(three)
     assert dispatch_all(repo).json["status"] == "failed"
+
+
+def test_a_folder_that_cannot_be_a_loop_is_named_and_stops_no_other(repo: Repo, server: SinkServer) -> None:
+    """Its escalations would be lost in silence otherwise. `fleet` is the host's, and a link is its loop."""
+    repo.write_config(everywhere(HOOK))
+    one, odd, fleet = loops_of(repo, "one", "o\x1bdd", "fleet")
+    fill([one, odd, fleet])
+    one.folder.with_name("current").symlink_to("one")
+    for _ in range(2):
+        done = dispatch_all(repo)
+        summary = json.loads(done.stdout)
+        assert (done.exit_code, summary["loopCount"], summary["brokenLoopCount"]) == (5, 2, 1)
+        assert "no loop id" in done.stderr
+        assert "\x1b" not in done.stdout + done.stderr
+    assert arrived(server) == [("one", 0)]
+    assert not list(one.folder.glob("*.damaged-*"))
+
+    watched = repo.run("status", "--repo", str(repo.root), "--check")
+    assert watched.exit_code == 3
+    assert "no loop id" in watched.stdout
+
+
+def test_a_folder_in_place_of_one_state_file_does_not_hide_the_other_loops(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.write_config(everywhere(HOOK))
+    good, bad = loops_of(repo, "good", "bad")
+    fill([good, bad])
+    bad.state_file.mkdir()
+    done = repo.run("status", "--repo", str(repo.root))
+    assert [loop["loopId"] for loop in json.loads(done.stdout)["loops"]] == ["good"]
+    assert done.exit_code == 5
+    assert "loop bad" in done.stderr

@@ -325,6 +325,38 @@ def test_a_command_line_that_is_wrong_does_not_look_critical_to_a_monitor(repo: 
 # --- status --format prometheus
 
 
+def test_a_dead_letter_is_found_beside_a_line_that_is_the_same_and_was_delivered(
+    repo: Repo, server: SinkServer
+) -> None:
+    """Both have one id: what a monitor warns of must be there to be sent again."""
+    twin = health_critical()
+    repo.append(twin)
+    server.script(PATHS[HOOK], error(422, "not now"))
+    repo.dispatch()
+    repo.append(twin)
+    repo.dispatch()
+    server.forget()
+    assert repo.state()["deadLetterCount"] == 1
+
+    sent = repo.run("redeliver", *repo.target, "--dead-letters", "--yes").json
+    assert sent["deliveredCount"] == len(server.received(PATHS[HOOK])) == 1
+    assert repo.state()["deadLetterCount"] == 0
+
+
+def test_a_metric_says_that_the_config_is_invalid_and_nothing_is_sent(repo: Repo) -> None:
+    repo.append(health_critical())
+    repo.write_config("{")
+    repo.dispatch()
+    text = repo.run("status", "--repo", str(repo.root), "--format", "prometheus").stdout
+    samples = dict(re.findall(r"^ops_alert_dispatch_(\w+)\{loop=.*\} (\S+)$", text, re.MULTILINE))
+    assert (samples["health"], samples["config_valid"], samples["untaken"]) == ("2", "0", "1")
+    assert abs(float(samples["last_pass_timestamp_seconds"]) - time.time()) < RUN_TIMEOUT
+
+
+def test_no_time_is_no_time_after_which_a_sink_is_critical(repo: Repo) -> None:
+    assert repo.run("status", *repo.target, "--critical-after", "nan").exit_code == 2
+
+
 def test_prometheus_takes_the_metrics_without_a_remark(repo: Repo, server: SinkServer) -> None:
     promtool = needs_tool("promtool")
     repo.loop = 'night "build" \\ 2'

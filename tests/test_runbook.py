@@ -337,7 +337,7 @@ def test_monitoring(recipe: Recipe, host: Repo, server: SinkServer, tmp_path: Pa
     metrics = tmp_path / "alerts.prom"
     written = metrics.read_text()
     names = re.findall(r"`(?:ops_alert_dispatch|…)_([a-z_]+)[` ]", SECTIONS["Monitoring"])
-    assert len(set(names)) == 6
+    assert len(set(names)) == 11
     for name in names:
         assert f"ops_alert_dispatch_{name}{{" in written
 
