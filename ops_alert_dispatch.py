@@ -7204,12 +7204,12 @@ def status(
     Says how each sink of a loop fares, from the files alone: it sends nothing and changes nothing. The files
     that can be named are those of one loop: they go with --loop.
     """
-    if not critical_after >= 0:  # NaN is neither
-        raise click.BadParameter(f"{critical_after:g} is no time", param_hint="--critical-after")
     files = (escalations_file, dispatch_state_file, dispatch_telemetry_file)
     statuses: list[JsonObject] = []
     errors: list[tuple[str, DispatchError]] = []
     try:
+        if not critical_after >= 0:  # NaN is neither
+            raise click.BadParameter(f"{critical_after:g} is no time", param_hint="--critical-after")
         if loop_id is None and any(files):
             raise click.UsageError("a loop's own files go with --loop")
         found, odd = ([loop_id], {}) if loop_id else find_loops(absolute(repo))

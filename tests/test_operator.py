@@ -315,7 +315,12 @@ def test_a_state_that_cannot_be_used_is_unknown_to_a_monitor_and_an_error_to_peo
 
 
 def test_a_command_line_that_is_wrong_does_not_look_critical_to_a_monitor(repo: Repo) -> None:
-    for wrong in (["--lop", "x"], ["--loop", "../x"], ["--dispatch-state-file", "s.json"]):
+    for wrong in (
+        ["--lop", "x"],
+        ["--loop", "../x"],
+        ["--dispatch-state-file", "s.json"],
+        ["--critical-after", "nan"],
+    ):
         code, line = check(repo, *wrong)
         assert code == 3
         assert line.startswith("ALERT DISPATCH UNKNOWN: ")
