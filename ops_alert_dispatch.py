@@ -6035,18 +6035,25 @@ def find_loops(repo: Path) -> tuple[list[str], dict[str, StorageError]]:
         return [], {}
     except OSError as error:
         raise storage_error("read", folder, error) from None
-    places = {os.path.realpath(entry) for entry in found if not entry.is_symlink()}
-    loops: list[str] = []
-    odd: dict[str, StorageError] = {}
-    for entry in sorted(found):
+    loops: dict[str, str] = {}
+    faults: dict[Path, str] = {}
+    for entry in sorted(found, key=lambda entry: (entry.is_symlink(), entry.name)):
         if wrong := what_is_wrong_with(entry.name):
+            faults[entry] = wrong
+        else:
+            loops.setdefault(os.path.realpath(entry), entry.name)
+    odd: dict[str, StorageError] = {}
+    for entry, wrong in faults.items():
+        try:
             written = stat_of(entry / "escalations.jsonl")
-            if written and written.st_size:
-                said = f"{wrong}; its escalations are not sent: rename it in {folder}"
-                odd[printable(entry.name)] = StorageError(said)
-        elif not (entry.is_symlink() and os.path.realpath(entry) in places):
-            loops.append(entry.name)
-    return loops, odd
+            holds_some = written is not None and written.st_size > 0
+        except OSError:
+            holds_some = True  # it may
+        if holds_some and os.path.realpath(entry) not in loops:
+            # Not as `printable` has it: the name may then be that of another loop.
+            name = UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", entry.name)
+            odd[name] = StorageError(f"{wrong}; its escalations are not sent: rename it in {folder}")
+    return sorted(loops.values()), odd
 
 
 def is_loop(folder: Path) -> bool:

@@ -547,6 +547,54 @@ def test_a_folder_that_cannot_be_a_loop_is_named_and_stops_no_other(repo: Repo, 
     assert "no loop id" in watched.stdout
 
 
+def test_a_folder_that_cannot_be_a_loop_is_not_taken_for_one_that_looks_like_it(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.write_config(everywhere(HOOK))
+    loop, odd = loops_of(repo, "a b", "a\nb")
+    fill([loop, odd])
+    done = dispatch_all(repo)
+    summary = json.loads(done.stdout)
+    assert [(one["loopId"], one["status"]) for one in summary["loops"]] == [
+        ("a b", "success"),
+        ("a\\u000ab", "error"),
+    ]
+    assert (done.exit_code, summary["dispatchedCount"]) == (5, 1)
+    assert arrived(server) == [("a b", 0)]
+
+
+def test_a_folder_that_can_neither_be_a_loop_nor_be_read_stops_no_other(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.write_config(everywhere(HOOK))
+    loop, odd = loops_of(repo, "one", "-odd")
+    fill([loop, odd])
+    odd.folder.chmod(0)
+    try:
+        powerless = [needs_tool("setpriv"), "--bounding-set=-dac_override,-dac_read_search"]
+        command = [*(powerless if os.geteuid() == 0 else ()), *repo.command]
+        done = dispatch_all(replace(repo, command=command))
+    finally:
+        odd.folder.chmod(0o700)
+    assert (done.exit_code, arrived(server)) == (5, [("one", 0)])
+    assert "error: loop -odd: " in done.stderr
+
+
+def test_a_loop_that_links_lead_to_is_served_once(repo: Repo, server: SinkServer, tmp_path: Path) -> None:
+    """Whatever the links are called, and wherever it lies."""
+    repo.write_config(everywhere(HOOK))
+    [loop] = loops_of(repo, "kept")
+    fill([loop])
+    loop.folder.rename(tmp_path / "kept")
+    for name in ("kept", "other", "-odd"):
+        loop.folder.with_name(name).symlink_to(tmp_path / "kept")
+    for _ in range(2):
+        done = dispatch_all(repo)
+        assert [one["loopId"] for one in done.json["loops"]] == ["kept"]
+    assert arrived(server) == [("kept", 0)]
+    assert not list(loop.folder.glob("*.damaged-*"))
+
+
 def test_a_folder_in_place_of_one_state_file_does_not_hide_the_other_loops(
     repo: Repo, server: SinkServer
 ) -> None:
