@@ -7075,10 +7075,10 @@ def how_long(moment: str | None, now: float) -> str | None:
     return f"in {amount}" if at > now else f"{amount} ago"
 
 
-def prometheus_text(statuses: Sequence[JsonObject]) -> str:
+def prometheus_text(statuses: Sequence[JsonObject], unreadable: Sequence[str] = ()) -> str:
     """The status of loops as text exposition, for node_exporter's textfile collector.
 
-    Prometheus, "Exposition formats": a label's value escapes backslash, quote and line feed.
+    `unreadable`: loops of which nothing is known but that. Prometheus, "Exposition formats": a label's value escapes backslash, quote and line feed.
     """
 
     def labels(**pairs: str) -> str:
@@ -7126,7 +7126,10 @@ def prometheus_text(statuses: Sequence[JsonObject]) -> str:
         lines.extend(f"{metric}{found} {value:.15g}" for found, value in samples if value is not None)
 
     for name, text, value_of in of_loops:
-        family(name, text, [(labels(loop=status["loopId"]), value_of(status)) for status in statuses])
+        samples = [(labels(loop=status["loopId"]), value_of(status)) for status in statuses]
+        if name == "health":
+            samples += [(labels(loop=loop), PLUGIN_CODES["unknown"]) for loop in unreadable]
+        family(name, text, samples)
     for name, text, value_of in of_sinks:
         found = [
             (labels(loop=status["loopId"], sink=sink["id"]), value_of(sink))
@@ -7248,7 +7251,7 @@ def status(
     if loop_id and errors:
         raise errors[0][1]
     if form == "prometheus":
-        click.echo(prometheus_text(statuses))
+        click.echo(prometheus_text(statuses, [name for name, _ in errors]))
     elif form == "json" or pretty or (form == "auto" and not is_terminal(sys.stdout)):
         print_json(statuses[0] if loop_id else {"loops": statuses}, pretty)
     elif statuses or errors:
