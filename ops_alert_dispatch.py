@@ -6292,8 +6292,16 @@ def progress_bar(jobs: Sequence[Job]) -> Iterator[Callable[[int], None]]:
     if not new:
         yield lambda _: None
         return
-    with click.progressbar(length=new, label="Dispatching", file=sys.stderr) as bar:
-        yield bar.update
+    bar = click.progressbar(length=new, label="Dispatching", file=sys.stderr)
+    with contextlib.ExitStack() as shown:
+
+        def advance(count: int) -> None:
+            # An error before anything was taken up stands alone.
+            if not bar.entered:
+                shown.enter_context(bar)
+            bar.update(count)
+
+        yield advance
 
 
 STATUS_COLOURS = {"success": "green", "no_new_escalations": "green", "partial": "yellow", "failed": "red"}

@@ -145,6 +145,14 @@ def test_a_slip_of_the_pen_is_a_usage_error(tmp_path: Path, arguments: list[str]
     assert "--help" in done.stderr
 
 
+def test_an_error_before_anything_is_sent_leaves_no_empty_progress_bar(repo: Repo) -> None:
+    repo.append(health_critical())
+    repo.write_config("{")
+    run = repo.run_on_terminal("dispatch", *repo.target, streams=("stdout", "stderr"))
+    assert run.exit_code == 3
+    assert run.stderr.startswith("error: config invalid")
+
+
 def test_version_is_told(tmp_path: Path) -> None:
     done = program(tmp_path, "--version")
 
