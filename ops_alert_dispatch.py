@@ -7086,7 +7086,8 @@ def how_long(moment: str | None, now: float) -> str | None:
 def prometheus_text(statuses: Sequence[JsonObject], unreadable: Sequence[str] = ()) -> str:
     """The status of loops as text exposition, for node_exporter's textfile collector.
 
-    `unreadable`: loops of which nothing is known but that. Prometheus, "Exposition formats": a label's value escapes backslash, quote and line feed.
+    `unreadable`: loops of which nothing is known but that. Prometheus, "Exposition formats": a label's value
+    escapes backslash, quote and line feed.
     """
 
     def labels(**pairs: str) -> str:
