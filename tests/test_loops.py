@@ -606,5 +606,7 @@ def test_a_folder_in_place_of_one_state_file_does_not_hide_the_other_loops(
     assert [loop["loopId"] for loop in json.loads(done.stdout)["loops"]] == ["good"]
     assert done.exit_code == 5
     assert "loop bad" in done.stderr
-    metrics = repo.run("status", "--repo", str(repo.root), "--format", "prometheus").stdout
-    assert re.findall(r'^ops_alert_dispatch_health\{loop="bad"\} (\S+)$', metrics, re.MULTILINE) == ["3"]
+    metrics = repo.run("status", "--repo", str(repo.root), "--format", "prometheus")
+    assert metrics.exit_code == 0
+    health = re.findall(r'^ops_alert_dispatch_health\{loop="bad"\} (\S+)$', metrics.stdout, re.MULTILINE)
+    assert health == ["3"]
