@@ -1960,7 +1960,7 @@ class Verdict(NamedTuple):
     not_taken: bool = False
 
 
-# What a login page or a proxy says in place of a provider that answers in other words.
+# A login page, say, or that of a proxy.
 WEB_PAGE = "answered with a web page: the URL is not that of such a sink, or something stands before it"
 
 SINK_UNWELL = {408, 425, 429}
@@ -1981,6 +1981,14 @@ def judge_status(answer: Answer, now: float) -> Verdict:
     if 300 <= status < 400:
         message = "answered with a redirect, which is never followed: set the URL that it leads to"
     return Verdict("misconfigured", "http_error", status, message)
+
+
+def judge_api(answer: Answer, now: float) -> Verdict:
+    """Judge the answer of a provider, none of which takes an alert with a web page, by its status."""
+    verdict = judge_status(answer, now)
+    if verdict.outcome == "delivered" and answer.text.startswith("<"):
+        return verdict._replace(outcome="misconfigured", reason_code="http_error", message=WEB_PAGE)
+    return verdict
 
 
 def parse_retry_after(value: str | None, now: float) -> float | None:
@@ -2227,7 +2235,7 @@ class SlackAdapter(Adapter):
         A webhook answers `ok`. What passes messages on to Slack may answer as its Web API does, with 200 and
         `{"ok": false, "error": …}`: that is judged by the error. A web page is no answer of a webhook.
         """
-        error, verdict = slack_error(answer), judge_status(answer, now)
+        error, verdict = slack_error(answer), judge_api(answer, now)
         failed = Verdict("dead_letter", "http_error", answer.status, error)
         if error in SLACK_SINK_ERRORS:
             return failed._replace(outcome="misconfigured")
@@ -2237,8 +2245,6 @@ class SlackAdapter(Adapter):
             return failed._replace(outcome="retry", retry_after=wait, not_taken=not_taken)
         if error in SLACK_RECORD_ERRORS:
             return failed
-        if verdict.outcome == "delivered" and answer.text.startswith("<"):
-            return failed._replace(outcome="misconfigured", message=WEB_PAGE)
         return failed if verdict.outcome == "delivered" and error else verdict
 
 
@@ -2410,10 +2416,7 @@ class PagerDutyAdapter(Adapter):
             re.search(ROUTING_KEY, complaint) for complaint in pagerduty_complaints(answer)
         ):
             return Verdict("misconfigured", "http_error", answer.status, answer.text)
-        verdict = judge_status(answer, now)
-        if verdict.outcome == "delivered" and answer.text.startswith("<"):
-            return verdict._replace(outcome="misconfigured", reason_code="http_error", message=WEB_PAGE)
-        return verdict
+        return judge_api(answer, now)
 
 
 ROUTING_KEY = r"(?i)(routing|service|integration)[ _-]?key"
@@ -2575,9 +2578,7 @@ class AlertmanagerAdapter(Adapter):
         Alertmanager, "Alerts API", OpenAPI specification: the body of a 400 is a string. Those alerts of the
         request that it had no complaint of it has taken.
         """
-        verdict = judge_status(answer, now)
-        if verdict.outcome == "delivered" and answer.text.startswith("<"):
-            return verdict._replace(outcome="misconfigured", reason_code="http_error", message=WEB_PAGE)
+        verdict = judge_api(answer, now)
         if verdict.outcome == "dead_letter" and answer.status in (400, 422):
             try:
                 decode_json(answer.text)
