@@ -858,7 +858,8 @@ def where_config() -> str:
 
 
 def config_error(path: Path, faults: Sequence[str]) -> ConfigError:
-    told = sorted(set(faults))
+    """One error of all faults, which may quote what stands in the file: they steer no terminal."""
+    told = sorted({printable(fault) for fault in faults})
     if len(told) > MAX_FAULTS:
         told[MAX_FAULTS:] = [f"… and more; mend these {MAX_FAULTS} first"]
     return ConfigError(f"config invalid, nothing was sent or consumed: {path}", told)
@@ -959,7 +960,7 @@ def suggest(word: object, known: Sequence[str]) -> str:
 def show_value(value: object) -> str:
     """A short value as it stands in the config; what may be a secret, or is long, by its kind only."""
     if isinstance(value, str | int | float | bool) and len(str(value)) <= 40 and "://" not in str(value):
-        return json.dumps(value if not isinstance(value, str) else printable(value), ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False)
     return kind_of(value)
 
 
@@ -983,7 +984,7 @@ def check_references(document: JsonObject) -> Iterator[str]:
             for index, name in enumerate(names if isinstance(names, list) else []):
                 if isinstance(name, str) and name not in sinks:
                     path = json_path(["routing", *place, index])
-                    yield f"{path}: there is no sink {printable(name)!r}; {suggest(name, list(sinks))}"
+                    yield f"{path}: there is no sink {name!r}; {suggest(name, list(sinks))}"
     delivery = document.get("delivery")
     backoff = delivery.get("backoffSeconds") if isinstance(delivery, dict) else None
     if isinstance(backoff, dict):

@@ -16,6 +16,7 @@ import json
 import re
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,6 +41,19 @@ def no_constant(word: str) -> NoReturn:
 def strict_json(data: bytes) -> Any:
     """Read JSON as RFC 8259 has it: UTF-8, and no NaN."""
     return json.loads(data.decode("utf-8"), parse_constant=no_constant)
+
+
+def harmless(text: str) -> bool:
+    """Tell whether text steers no terminal and forges no line: no control, break, surrogate or direction."""
+    return not any(
+        unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+        or unicodedata.bidirectional(character) in DIRECTIONS
+        for character in text
+    )
+
+
+# Unicode Standard Annex #9, "Directional Formatting Characters": embeddings, overrides, isolates.
+DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 @contextlib.contextmanager
@@ -100,7 +114,7 @@ def fuzz_config(data: bytes) -> None:
         except program.ConfigError as error:
             faults = error.faults or ("",)
     if faults:
-        assert all(re.match(r"\$|…", fault) and fault.isprintable() for fault in faults)
+        assert all(re.match(r"\$|…", fault) and harmless(fault) for fault in faults)
         return
     resolution = program.Router(config).resolve("health_critical", None)
     strict_json(program.encode_json(program.resolution_document(config, resolution)))
@@ -123,7 +137,7 @@ def fuzz_answer(data: bytes) -> None:
             verdict = adapter.judge(answer, ORIGIN.emitted_at)
             assert verdict.outcome in ("delivered", "retry", "misconfigured", "dead_letter")
             said = REDACTOR.mask(program.printable(verdict.message or ""))
-            assert not program.UNPRINTABLE.search(said)
+            assert harmless(said)
             assert HOOK_TOKEN.lower() not in said.lower()
 
 
@@ -146,7 +160,7 @@ def fuzz_state(data: bytes) -> None:
         with contextlib.suppress(program.StateError):
             status = program.loop_status(job, 900.0)
             for text in (program.status_text(status), program.prometheus_text([status])):
-                assert all(line.isprintable() for line in click.unstyle(text).split("\n"))
+                assert all(harmless(line) for line in click.unstyle(text).split("\n"))
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
