@@ -76,7 +76,7 @@ class AnyVariable(dict[str, str]):
 
 def example_config() -> program.Config:
     with file_with(json.dumps(sink_config(everywhere=True)).encode()) as path:
-        return program.load_config(path, sink_env("https://sink.example.org"))
+        return program.load_config(str(path), sink_env("https://sink.example.org"))
 
 
 CONFIG = example_config()
@@ -110,7 +110,7 @@ def fuzz_config(data: bytes) -> None:
     faults: tuple[str, ...] = ()
     with file_with(data) as path:
         try:
-            config = program.load_config(path, environ)
+            config = program.load_config(str(path), environ)
         except program.ConfigError as error:
             faults = error.faults or ("",)
     if faults:
@@ -144,13 +144,13 @@ def fuzz_answer(data: bytes) -> None:
 def fuzz_state(data: bytes) -> None:
     """Any state file is used, or refused as a newer one, or taken for damaged and rebuilt."""
     with file_with(data) as path:
-        folder = path.parent
-        job = program.usual_job(folder, "a-loop")._replace(
-            state_file=path,
-            escalations_file=folder / "escalations.jsonl",
-            telemetry_file=folder / "alerts.jsonl",
+        source_file = path.with_name("escalations.jsonl")
+        source_file.write_bytes(b'{"category":"health_critical"}\n')
+        job = program.usual_job(str(path.parent), "a-loop")._replace(
+            state_file=str(path),
+            escalations_file=str(source_file),
+            telemetry_file=str(path.with_name("alerts.jsonl")),
         )
-        job.escalations_file.write_bytes(b'{"category":"health_critical"}\n')
         with contextlib.suppress(program.StateError):
             state = program.load_state(job, read_only=True)
             with program.Source(job.escalations_file, state.segments) as source:

@@ -205,7 +205,7 @@ def test_each_peer_is_sent_to_once(value: str, urls: list[str]) -> None:
 def load(tmp_path: Path, urls: str = PEERS, **settings: Any) -> program.Config:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(fleet_config(**settings)), encoding="utf-8")
-    return program.load_config(path, {"ALERT_FLEET_URLS": urls, "ALERT_FLEET_TOKEN": TOKEN})
+    return program.load_config(str(path), {"ALERT_FLEET_URLS": urls, "ALERT_FLEET_TOKEN": TOKEN})
 
 
 @pytest.mark.parametrize(
@@ -646,8 +646,8 @@ def test_the_example_of_the_sink_is_valid_and_has_every_key(tmp_path: Path) -> N
     (tmp_path / "config.json").write_text(json.dumps(config))
     prefix = "OPS_MANAGER_ALERT_ALERTMANAGER"
     env = {f"{prefix}_URLS": PEERS, f"{prefix}_TOKEN": TOKEN}
-    (sink,) = program.load_config(tmp_path / "config.json", env).sinks.values()
+    (sink,) = program.load_config(str(tmp_path / "config.json"), env).sinks.values()
 
-    schema = json.loads(program.SCHEMA_FILE.read_text("utf-8"))["$defs"]
+    schema = json.loads(Path(program.SCHEMA_FILE).read_text("utf-8"))["$defs"]
     common = schema["webhook"]["properties"].keys() - {"urlEnv", "authTokenEnv"}
     assert sink.settings.keys() >= schema["alertmanager"]["properties"].keys() - common

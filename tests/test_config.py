@@ -6,7 +6,6 @@ import copy
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -238,7 +237,7 @@ def load(config: Any, environ: Mapping[str, str] | None = None) -> ops_alert_dis
     with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         file.write(config if isinstance(config, str) else json.dumps(config))
         file.flush()
-        return ops_alert_dispatch.load_config(Path(file.name), environ or {}, check_env=environ is not None)
+        return ops_alert_dispatch.load_config(file.name, environ or {}, check_env=environ is not None)
 
 
 def faults_of(config: Any) -> list[str]:

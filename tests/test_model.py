@@ -48,16 +48,7 @@ except ModuleNotFoundError:  # run as a script, which has only this folder on it
 
 def make_job(root: Path, loop: str) -> program.Job:
     """A pass over a loop of a repo, with every file in its usual place."""
-    folder = root / ".superloop" / "ops-manager" / loop
-    return program.Job(
-        repo=root,
-        loop_id=loop,
-        trace_id="model",
-        escalations_file=folder / "escalations.jsonl",
-        state_file=folder / "alert-dispatch-state.json",
-        telemetry_file=folder / "telemetry" / "alerts.jsonl",
-        config_file=root / program.DEFAULT_CONFIG,
-    )
+    return program.usual_job(str(root), loop)._replace(trace_id="model")
 
 
 def serve() -> None:
@@ -367,7 +358,7 @@ class Model(RuleBasedStateMachine):
         """Bring the lanes in line with the config, where the pass came so far that the state knows it."""
         config = (dict(self.enabled), dict(self.routes))
         if not done:
-            digest = program.read_config(self.repo.config_file)[1]
+            digest = program.read_config(str(self.repo.config_file))[1]
             try:
                 known = self.repo.state()
             except FileNotFoundError:
@@ -854,7 +845,7 @@ def test_a_state_that_is_read_back_is_the_same_state(
     by_sink: dict[str, program.Lane], taken_up: program.Position, offset: int
 ) -> None:
     segments = [program.Segment(n, f"{n:016x}", 7, n + 10, offset, "tail") for n in (1, 2, 3)]
-    source = program.Source(Path("/nowhere/escalations.jsonl"), segments)
+    source = program.Source("/nowhere/escalations.jsonl", segments)
     state = program.State()
     state.taken_up, state.lanes, state.segments = taken_up, by_sink, segments
     state.attempts, state.telemetry = program.Checkpoint(1, 2, offset), program.Checkpoint(1, 3, offset)

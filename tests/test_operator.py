@@ -949,7 +949,7 @@ def test_with_the_sinks_of_init_enabled_every_category_of_the_host_reaches_someb
     for sink in config["sinks"].values():
         sink["enabled"] = True
     repo.write_config(config)
-    loaded = ops_alert_dispatch.load_config(repo.config_file, {}, check_env=False)
+    loaded = ops_alert_dispatch.load_config(str(repo.config_file), {}, check_env=False)
     assert ops_alert_dispatch.config_warnings(loaded) == []
     router = ops_alert_dispatch.Router(loaded)
     reached = {

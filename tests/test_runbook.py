@@ -384,7 +384,7 @@ def test_shell_completion(recipe: Recipe) -> None:
 
 
 def test_nothing_in_the_example_of_a_config_leads_nowhere(host: Repo) -> None:
-    loaded = ops_alert_dispatch.load_config(host.config_file, {}, check_env=False)
+    loaded = ops_alert_dispatch.load_config(str(host.config_file), {}, check_env=False)
     assert ops_alert_dispatch.config_warnings(loaded) == []
 
 

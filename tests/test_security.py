@@ -52,7 +52,7 @@ def config_faults(config: dict[str, Any] | str, folder: Path, **environ: str) ->
     path.write_text(config if isinstance(config, str) else json.dumps(config), encoding="utf-8")
     path.chmod(0o600)
     try:
-        program.load_config(path, {**sink_env("https://sink.example.org"), **environ})
+        program.load_config(str(path), {**sink_env("https://sink.example.org"), **environ})
     except program.ConfigError as fault:
         told = str(fault)
         faults = list(fault.faults)
@@ -106,11 +106,13 @@ def hook_only(**settings: Any) -> dict[str, Any]:
         ("https://", "without a host"),
         ("https:///hook", "without a host"),
         ("https://:443/hook", "without a host"),
-        ("https:sink.example.org", "without a host"),
+        ("https:sink.example.org", "not an https:// URL"),
         ("https://sink.example.org:port/", "host or port"),
         ("https://sink.example.org:65536/", "host or port"),
         ("https://sink.example.org:0/", "host or port"),
-        ("https://[::1/", "not a URL"),
+        ("https://[::1/", "host or port"),
+        ("https://[::1::]/", "host or port"),
+        ("https://[fe80::1%25eth0]/", "host or port"),
         ("https://a b.example.org/", "space"),
         ("https://sink.example.org/a b", "space"),
         ("https://sink.example.org/\nHost: evil", "line break"),
@@ -812,12 +814,12 @@ def test_no_pattern_of_the_schema_or_of_the_program_can_be_made_slow() -> None:
             for item in value:
                 yield from patterns(item)
 
-    found = {re.compile(text) for text in patterns(json.loads(program.SCHEMA_FILE.read_bytes()))}
+    found = {re.compile(text) for text in patterns(json.loads(Path(program.SCHEMA_FILE).read_bytes()))}
     assert len(found) >= 4
-    asked = [pattern.search for pattern in found]
-    for pattern in (value for value in vars(program).values() if isinstance(value, re.Pattern)):
-        whole = pattern in (program.AUTHORITY, program.JSON_TYPE)
-        asked.append(pattern.fullmatch if whole else pattern.search)
+    searched = (program.UNPRINTABLE, program.ESCAPED, program.SENSITIVE_HEADER, program.ROUTING_KEY)
+    matched = (program.PLAIN_WORDS, program.URL, program.AUTHORITY, program.JSON_TYPE)
+    asked = [pattern.search for pattern in (*found, *map(re.compile, searched))]
+    asked += [re.compile(text).fullmatch for text in matched]
     began = time.process_time()
     for ask in asked:
         for character in "aA0 -.%&#\\:@;/\x1b":

@@ -28,7 +28,7 @@ def config(repo: Repo) -> None:
 
 def look(repo: Repo) -> dict[str, Any]:
     """The status, without the cost of a process."""
-    job = ops_alert_dispatch.make_job(repo.root, repo.loop)
+    job = ops_alert_dispatch.make_job(str(repo.root), repo.loop)
     return ops_alert_dispatch.loop_status(job, 900.0)
 
 
@@ -297,7 +297,7 @@ WARNINGS: list[tuple[str, dict[str, Any], list[str]]] = [
 def test_what_leads_nowhere_is_warned_of(tmp_path: Path, config: dict[str, Any], warnings: list[str]) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
-    loaded = ops_alert_dispatch.load_config(path, {}, check_env=False)
+    loaded = ops_alert_dispatch.load_config(str(path), {}, check_env=False)
     assert ops_alert_dispatch.config_warnings(loaded) == warnings
 
 
