@@ -51,6 +51,8 @@ except ImportError:
     from hashlib import blake2b
 
 if TYPE_CHECKING:
+    from http.client import HTTPResponse
+
     from urllib3 import HTTPConnectionPool
     from urllib3.connection import HTTPConnection
 
@@ -395,8 +397,7 @@ class Redactor:
 
     def finds(self, line: bytes) -> bool:
         """Tell whether a secret stands whole in a line: nearly always not, and quickly told."""
-        folded = line.lower()
-        return any(mark in folded for mark in self._marks)
+        return any(map(line.lower().__contains__, self._marks))
 
     def _find(self, folded: str) -> Iterator[tuple[int, int]]:
         """Where secrets stand whole in a text that is folded already."""
@@ -2644,8 +2645,9 @@ class Client:
 
     requests is imported with the first request: a pass that sends nothing does not pay for it. It finds out
     once what the environment says (proxies, a private CA; .netrc is not read at all), and its pool connects
-    with the first request. What follows goes over the same connection by http.client alone, which costs a
-    fifth of what a requests.Session does. `ca_file`: the CA certificates to trust in place of the usual ones.
+    with the first request. What follows is written to the same connection in one piece, and the answer read
+    by http.client, which costs a fraction of what a requests.Session does. `ca_file`: the CA certificates to
+    trust in place of the usual ones.
     """
 
     def __init__(self, timeout: float, ca_file: str | None = None) -> None:
@@ -2669,6 +2671,7 @@ class Client:
         from requests.adapters import HTTPAdapter
 
         self.host = host_of(url)
+        self._host = urlsplit(url).netloc.rpartition("@")[2]
         # Without a body, so that there are none of a body's headers; a URL's user and password become one.
         prepared = requests.Request("GET", url).prepare()
         proxies: dict[str, str] = {}
@@ -2711,9 +2714,11 @@ class Client:
             headers |= {name.lower(): (name, value) for name, value in request.headers.items()}
             fields = dict(headers.values())
             if connection is not None and not is_connection_dropped(connection):
-                plain = http.client.HTTPConnection
-                plain.request(connection, "POST", self._target, request.body, fields)
-                response = plain.getresponse(connection)
+                connection.sock.sendall(self._head(fields, len(request.body)) + request.body)
+                response = quick_response()(connection.sock, method="POST")
+                response.begin()
+                if response.will_close:  # once it has been read
+                    connection.close()
             else:
                 response = self._pool.urlopen(
                     "POST",
@@ -2749,6 +2754,23 @@ class Client:
             else:
                 connection.close()
         return Answer(response.status, names, body)
+
+    def _head(self, fields: Mapping[str, str], length: int) -> bytes:
+        """The head of a request: as http.client has written, and checked, the connection's first one.
+
+        Raises ValueError.
+        """
+        lines = [
+            f"POST {self._target} HTTP/1.1",
+            f"Host: {self._host}",
+            "Accept-Encoding: identity",
+            f"Content-Length: {length}",
+            *(f"{name}: {value}" for name, value in fields.items()),
+        ]
+        head = "\r\n".join([*lines, "\r\n"])
+        if head.count("\n") != len(lines) + 1:
+            raise ValueError("a line break in a header")
+        return head.encode("latin-1")
 
     def _explain(self, error: Exception) -> NoAnswerError:
         """Say in words what went wrong, without the URL that exceptions carry."""
@@ -2833,6 +2855,54 @@ class Client:
             # A proxy that hung up may have passed the request on.
             not_taken = any(isinstance(cause, pool.NewConnectionError) for cause in chain)
         return NoAnswerError(f"the proxy {self.proxy} {what}", not_taken=not_taken)
+
+
+# The head of an answer in its plainest form: RFC 9112, sections 4 and 5, without folded lines.
+PLAIN_HEAD = rb"HTTP/1\.1 ([2-5][0-9]{2}) [^\r\n]*\r\n((?:[!#-'*+.0-9A-Z^-z|~-]+:[^\r\n]*\r\n)+)\r\n"
+
+
+def read_plain_head(data: bytes) -> tuple[int, dict[str, str], int] | None:
+    """Status, fields and size in bytes of an answer's head; None where it is not whole and of the plainest:
+    each field once, a body of a given length, and a connection that stays."""
+    head = re.match(PLAIN_HEAD, data)
+    if head is None:
+        return None
+    lines = head[2].decode("latin-1").split("\r\n")[:-1]
+    fields = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    plain = (
+        len(fields) == len(lines)
+        and re.fullmatch("[0-9]{1,9}", fields.get("content-length", ""))
+        and "transfer-encoding" not in fields
+        and fields.get("connection", "keep-alive").lower() == "keep-alive"
+        and head[1] not in (b"204", b"304")
+    )
+    return (int(head[1]), fields, head.end()) if plain else None
+
+
+@functools.cache
+def quick_response() -> type[HTTPResponse]:
+    """A response of http.client that reads the plainest of heads by itself, and leaves any other to it.
+
+    http.client has the email package read each one: that is a quarter of what a storm costs.
+    """
+    import http.client
+
+    class QuickResponse(http.client.HTTPResponse):
+        def begin(self) -> None:
+            try:
+                found = read_plain_head(self.fp.peek())
+                if found is None:
+                    super().begin()
+                    return
+            except BaseException:
+                self.close()
+                raise
+            status, fields, size = found
+            self.fp.read(size)
+            vars(self).update(version=11, code=status, status=status, reason="", headers=fields, msg=fields)
+            vars(self).update(chunked=False, will_close=False, length=int(fields["content-length"]))
+
+    return QuickResponse
 
 
 def read_answer(response: Any) -> tuple[bytes, bool]:

@@ -6,6 +6,7 @@ The first request connects, the ones after it take another way through the code:
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import socket
 import threading
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from benchmarks.receiver import Receiver
+from hypothesis import example, given
+from hypothesis import strategies as st
 from loopback import (
     TLS_PEM,
     Answer,
@@ -26,7 +29,14 @@ from loopback import (
     ok,
 )
 
-from ops_alert_dispatch import MAX_ANSWER_BYTES, Client, HttpRequest, NoAnswerError
+from ops_alert_dispatch import (
+    MAX_ANSWER_BYTES,
+    Client,
+    HttpRequest,
+    NoAnswerError,
+    quick_response,
+    read_plain_head,
+)
 
 HEADERS = {"Content-Type": "application/json", "webhook-id": "esc_1"}
 
@@ -242,3 +252,74 @@ def test_a_ca_bundle_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) ->
 
     with pytest.raises(NoAnswerError, match=r"CA.*/nowhere/ca\.pem"):
         send(Client(2.0), "https://127.0.0.1:1/hook", 1)
+
+
+# --- The head of an answer, which http.client reads slowly
+
+
+def heard(kind: type[http.client.HTTPResponse], data: bytes) -> object:
+    """What a kind of response makes of these bytes from a sink that then hangs up."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(data)
+        theirs.shutdown(socket.SHUT_WR)
+        response = kind(ours, method="POST")
+        try:
+            response.begin()
+            fields = [(name.lower(), value.strip()) for name, value in response.headers.items()]
+            return response.status, fields, response.will_close, response.chunked, response.read()
+        except http.client.HTTPException as fault:
+            return type(fault)
+        finally:
+            response.close()
+
+
+PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+names = st.sampled_from(
+    ["Content-Length", "content-length", "Retry-After", "Transfer-Encoding", "Connection", "X"]
+)
+values = st.sampled_from(
+    ["", "0", "2", "30", "-1", "2, 2", "chunked", "close", "Keep-Alive", " a:b ", "h\xe9"]
+)
+
+
+@given(
+    st.sampled_from(
+        ["HTTP/1.1 200 OK", "HTTP/1.1 429 ", "HTTP/1.1 204 No", "HTTP/1.0 200 OK", "HTTP/1.1 99 OK"]
+    ),
+    st.lists(st.tuples(names, st.sampled_from([":", ": ", " : "]), values), max_size=4),
+    st.sampled_from(["\r\n\r\n", "\r\n", "\n\n"]),
+    st.sampled_from(["", "ok", "2\r\nok\r\n0\r\n\r\n", "okay"]),
+)
+@example("HTTP/1.1 200 OK", [("Content-Length", ": ", "2")], "\r\n\r\n", "ok")
+def test_an_answer_means_what_it_means_to_http_client(
+    status: str, fields: list[tuple[str, str, str]], end: str, body: str
+) -> None:
+    """A message that one reader takes for delivered and another for cut off would be lost, or sent twice."""
+    data = "\r\n".join([status, *map("".join, fields)]) + end + body
+
+    assert heard(quick_response(), data.encode("latin-1")) == heard(
+        http.client.HTTPResponse, data.encode("latin-1")
+    )
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        PLAIN[:-4],
+        PLAIN.replace(b"200", b"204"),
+        PLAIN.replace(b"/1.1", b"/1.0"),
+        PLAIN.replace(b"200", b"100"),
+        PLAIN.replace(b"2\r\n\r", b"2\r\nContent-Length: 2\r\n\r"),
+        PLAIN.replace(b"2\r\n\r", b"2\r\nConnection: close\r\n\r"),
+        PLAIN.replace(b"2\r\n\r", b"2\r\nTransfer-Encoding: chunked\r\n\r"),
+        PLAIN.replace(b"2\r\n\r", b"2\r\n folded\r\n\r"),
+        PLAIN.replace(b"\r\n", b"\n"),
+        b"<html>",
+        b"",
+    ],
+)
+def test_only_the_plainest_of_answers_is_read_by_the_program_itself(data: bytes) -> None:
+    assert read_plain_head(PLAIN) == (200, {"content-length": "2"}, len(PLAIN) - 2)
+    assert read_plain_head(data) is None
