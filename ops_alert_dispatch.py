@@ -525,7 +525,7 @@ LONG_KEY = 200
 # The one key of a sink that names a variable which holds no secret.
 CA_FILE_KEY = "caFileEnv"
 
-DEFAULT_TIMEOUT = 5.0
+DEFAULT_TIMEOUT: float = 5
 SEVERITIES = ("info", "warning", "critical")
 SEVERITY_SYNONYMS = {
     word: severity
@@ -3319,6 +3319,8 @@ def iterate_rows(path: str, offset: int = 0) -> Iterator[JsonObject]:
 # row is written, and the state itself needs writing only once a pass.
 
 STATE_VERSION = 1
+# Far more than any state has; beyond it a file is none of ours.
+MAX_STATE_BYTES = 32 << 20
 
 # So many different things does a lane remember to have told: enough for what lasts, little for the state.
 TOLD_MAX = 32
@@ -3572,6 +3574,8 @@ class Lane:
 
     def apply_operator(self, attempt: JsonObject) -> None:
         """Bring the lane up to date with what an operator did with a delivery that it is past."""
+        if "peer" in attempt:  # another one took it
+            return
         if attempt["outcome"] == "delivered":
             self.last_success_at = parse_time(attempt["timestamp"])
             self.delivered_count += 1
@@ -3744,6 +3748,8 @@ def read_state_document(path: str) -> JsonObject | None:
     """
     try:
         with open(path, "rb", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size > MAX_STATE_BYTES:
+                raise ValueError("too large")
             raw = file.read()
     except FileNotFoundError:
         return None
@@ -4191,15 +4197,21 @@ class Ledger:
         place: JsonObject,
         dead: bool,
         duration: float,
+        missed_by: Mapping[str, Verdict] | None = None,
     ) -> None:
         """Write down what an operator did with a delivery that its lane is past: sent it again, or dismissed
-        it; `dead`: it was a dead letter."""
-        sent = verdict.outcome != "skipped"
-        row = self._attempt_row(
-            time.time(), sink, delivery, verdict, attempt=int(sent), duration=duration, place=place
-        )
-        row |= {"byOperator": True, **({"deadLetter": True} if dead else {})}
-        self._attempts.append([row])
+        it; `dead`: it was a dead letter. `missed_by`: the peers of a cluster that did not take it."""
+        now, sent = time.time(), verdict.outcome != "skipped"
+
+        def attempt_row(said: Verdict) -> JsonObject:
+            row = self._attempt_row(
+                now, sink, delivery, said, attempt=int(sent), duration=duration, place=place
+            )
+            return {**row, "byOperator": True}
+
+        row = attempt_row(verdict) | ({"deadLetter": True} if dead else {})
+        missed = [attempt_row(said) | {"peer": peer} for peer, said in (missed_by or {}).items()]
+        self._attempts.append([row, *missed])
         lane = self.state.lanes.get(sink.id)
         if lane is not None:
             lane.apply_operator(row)
@@ -7654,8 +7666,10 @@ def redeliver_all(
                 origin = Origin(job.repo, job.trace_id, time.time())
                 verdicts, seconds = attempt_once(item.sink, item.delivery, origin, redactor)
                 verdict = best_verdict(verdicts)
-                without = [peer for peer, said in verdicts.items() if said.outcome != "delivered"]
-                if verdict.outcome == "delivered" and without:
+                without: dict[str, Verdict] = {}
+                if verdict.outcome == "delivered":
+                    without = {peer: said for peer, said in verdicts.items() if said.outcome != "delivered"}
+                if without:
                     verdict = verdict._replace(message=f"but not to {', '.join(without)}")
                 if verdict.outcome not in SETTLED:
                     failing.add(item.sink.id)
@@ -7666,6 +7680,7 @@ def redeliver_all(
                     place=item.place,
                     dead=item.dead_letter,
                     duration=seconds,
+                    missed_by=without,
                 )
                 tell(item, verdict, seconds)
         finally:

@@ -562,6 +562,12 @@ def test_an_operator_who_sends_again_learns_which_peer_did_not_take_it(
     peers[1].answer(ALERTS, error(503))
     sent = pair.run("redeliver", *pair.target, "--from-line", "1", "--yes").json
     assert [row["message"] for row in sent["deliveries"]] == [f"but not to {peers[1].url[7:]}"]
+    *_, took, missed = pair.attempts()
+    assert (took["outcome"], took["byOperator"], "peer" in took) == ("delivered", True, False)
+    assert (missed["peer"], missed["httpStatus"], missed["byOperator"]) == (peers[1].url[7:], 503, True)
+    lane = pair.state()["lanes"][SINK]
+    pair.dispatch()
+    assert pair.state()["lanes"][SINK]["deliveredCount"] == lane["deliveredCount"] == 2
 
 
 @pytest.mark.parametrize("kind", ["alertmanager", "pagerduty_events"])

@@ -32,6 +32,8 @@ from loopback import SinkServer, error, ok
 from promise import check_promise
 from tools import in_ci, needs_tool
 
+from ops_alert_dispatch import MAX_STATE_BYTES
+
 
 def everywhere(**delivery: Any) -> dict[str, Any]:
     """Each record to all three sinks; every pass tries."""
@@ -535,6 +537,7 @@ def damage(text: str) -> dict[str, bytes]:
         "of_another_program": b'{"version": 3, "cursor": "abc"}\n',
         "of_another_loop": json.dumps({**document, "loopId": "another-loop"}).encode(),
         "nested_without_end": b"[" * 100_000,
+        "larger_than_any": text.encode() + b" " * MAX_STATE_BYTES,
         "lanes_of_the_wrong_kind": json.dumps({**document, "lanes": [1]}).encode(),
         "a_place_that_is_none": taken_up_at(float("inf")),
         "a_place_before_the_beginning": taken_up_at(-5),
@@ -550,6 +553,7 @@ DAMAGES = [
     "of_another_program",
     "of_another_loop",
     "nested_without_end",
+    "larger_than_any",
     "lanes_of_the_wrong_kind",
     "a_place_that_is_none",
     "a_place_before_the_beginning",
