@@ -2890,7 +2890,8 @@ def quick_response() -> type[HTTPResponse]:
     class QuickResponse(http.client.HTTPResponse):
         def begin(self) -> None:
             try:
-                found = read_plain_head(self.fp.peek())
+                data = self.fp.peek()
+                found = read_plain_head(data)
                 if found is None:
                     super().begin()
                     return
@@ -2898,9 +2899,11 @@ def quick_response() -> type[HTTPResponse]:
                 self.close()
                 raise
             status, fields, size = found
+            length = int(fields["content-length"])
             self.fp.read(size)
             vars(self).update(version=11, code=status, status=status, reason="", headers=fields, msg=fields)
-            vars(self).update(chunked=False, will_close=False, length=int(fields["content-length"]))
+            # What else has come by now is no answer to the next request.
+            vars(self).update(chunked=False, length=length, will_close=len(data) > size + length)
 
     return QuickResponse
 
