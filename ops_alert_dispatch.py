@@ -5468,11 +5468,19 @@ class Run:
         self._origin = Origin(first.repo, first.trace_id, time.time())
         self._workers: dict[str, SinkWorker] = {}
 
-    def note_paid(self, lanes: Mapping[str, Lane]) -> None:
-        """Count what earlier passes have sent for a loop: a sink's rate holds over all loops."""
-        for sink_id, lane in lanes.items():
+    def open(self, job: Job, files: contextlib.ExitStack, progress: Callable[[int], None]) -> Pass:
+        """Open a pass over a loop whose lock is held; `files` closes what it reads.
+
+        Raises StateError or StorageError.
+        """
+        state = load_state(job)
+        source = files.enter_context(Source(job.escalations_file, state.segments))
+        for sink_id, lane in state.lanes.items():  # a sink's rate holds over all loops
             if lane.paced_until and (sink := self.router.config.sinks.get(sink_id)):
                 self._worker(sink).note_paid(lane.paced_until)
+        if any(secret in job.trace_id for secret in self.router.config.hidden):
+            job = job._replace(trace_id=MASK)
+        return Pass(job, self.router, state, source, self.redactor, self.changed, self.clock, progress)
 
     def drive(self, passes: Sequence[Pass], clock: Clock) -> Iterator[tuple[Pass, Result]]:
         """Take passes that have begun to their ends, side by side. Yields each with its summary or error."""
@@ -5543,6 +5551,8 @@ def run_loops(
     Raises ConfigError.
     """
     stop = stop or threading.Event()
+    # One loop is waited for; of many, the others come first.
+    wait = LOCK_WAIT_SECONDS / max(len(jobs), 1)
     outcomes: dict[str, Result] = {}
     run: Run | None = None
     busy: list[tuple[Pass, contextlib.ExitStack]] = []
@@ -5555,52 +5565,36 @@ def run_loops(
                 passes = [found for found, _ in busy]
                 for found, outcome in run.drive(passes, Clock(run.clock.left * share, stop)):
                     outcomes[found.job.loop_id] = outcome
-            for _, stack in busy:
-                stack.close()
+            for _, files in busy:
+                files.close()
             busy.clear()
             begun = 0
 
         for index, job in enumerate(jobs):
             begun += 1
-            stack = everything.enter_context(contextlib.ExitStack())
+            files = everything.enter_context(contextlib.ExitStack())
             try:
-                # One loop is waited for; of many, the others come first.
-                if not stack.enter_context(loop_lock(job.lock_file, LOCK_WAIT_SECONDS / len(jobs))):
+                if not files.enter_context(loop_lock(job.lock_file, wait)):
                     outcomes[job.loop_id] = locked_summary(job)
                     continue
-                if run is None:
-                    try:
-                        run = Run(load_known_config(job, environ), job, stop)
-                    except ConfigError as error:
-                        stack.close()
-                        for other in jobs[index:]:
-                            # Where it cannot be written down, it is at least said.
-                            with (
-                                contextlib.suppress(StorageError),
-                                loop_lock(other.lock_file, LOCK_WAIT_SECONDS / len(jobs)) as held,
-                            ):
-                                if held:
-                                    note_invalid_config(other, error)
-                        raise
-                state = load_state(job)
-                source = stack.enter_context(Source(job.escalations_file, state.segments))
-                run.note_paid(state.lanes)
-                tells = any(secret in job.trace_id for secret in run.router.config.hidden)
-                safe = job._replace(trace_id=MASK) if tells else job
-                found = Pass(safe, run.router, state, source, run.redactor, run.changed, run.clock, progress)
+                run = run or Run(load_known_config(job, environ), job, stop)
+                found = run.open(job, files, progress)
                 if found.begin():
-                    busy.append((found, stack))
+                    busy.append((found, files))
                 else:
                     outcomes[job.loop_id] = found.finish()
-            except ConfigError:
+            except ConfigError as error:
+                files.close()
+                for other in jobs[index:]:
+                    note_invalid_config(other, error, wait)
                 raise
             except DispatchError as error:
                 outcomes[job.loop_id] = error
             except OSError as error:
                 outcomes[job.loop_id] = storage_error("read", job.escalations_file, error)
             finally:
-                if not busy or busy[-1][1] is not stack:
-                    stack.close()
+                if not busy or busy[-1][1] is not files:
+                    files.close()
             if len(busy) == LOOPS_AT_ONCE:
                 drive(begun / (len(jobs) - index - 1 + begun))
         drive(1.0)
@@ -5638,23 +5632,25 @@ def locked_summary(job: Job) -> JsonObject:
     return {**summary, **{key: state.published[key] for key in offsets if key in state.published}}
 
 
-def note_invalid_config(job: Job, error: ConfigError) -> None:
-    """Say in the state, which the status script reads, that the config is invalid and why."""
-    try:
-        document = read_state_document(job.state_file)
-    except (ValueError, StateError):
-        return  # the next pass with a valid config sees to the state
-    if document is None:
-        document = summarise(job, State(), None, Counts(), "config_invalid")
-    zero = dict.fromkeys(("processedCount", "dispatchedCount", "skippedCount", "failedCount"), 0)
-    document |= zero | {
-        "updatedAt": iso(time.time()),
-        "traceId": job.trace_id,
-        "status": "config_invalid",
-        "failureReasonCodes": ["config_invalid"],
-        "message": cut("; ".join(error.faults), 2000),
-    }
-    replace_file(job.state_file, encode_json(document) + b"\n", durable=False)
+def note_invalid_config(job: Job, error: ConfigError, wait: float) -> None:
+    """Say in the state, which the status script reads, that the config is invalid and why. Where that cannot
+    be written down, or another pass is at work for so many seconds, it is at least said."""
+    # A state that cannot be read is seen to by the next pass with a valid config.
+    with contextlib.suppress(ValueError, StateError, StorageError), loop_lock(job.lock_file, wait) as held:
+        if not held:
+            return
+        document = read_state_document(job.state_file) or summarise(
+            job, State(), None, Counts(), "config_invalid"
+        )
+        zero = dict.fromkeys(("processedCount", "dispatchedCount", "skippedCount", "failedCount"), 0)
+        document |= zero | {
+            "updatedAt": iso(time.time()),
+            "traceId": job.trace_id,
+            "status": "config_invalid",
+            "failureReasonCodes": ["config_invalid"],
+            "message": cut("; ".join(error.faults), 2000),
+        }
+        replace_file(job.state_file, encode_json(document) + b"\n", durable=False)
 
 
 # ---------------------------------------------------------------------------------------------------------
