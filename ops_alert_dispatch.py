@@ -7180,8 +7180,8 @@ def status_text(status: JsonObject) -> str:
         )
         lines.append(f"Recent failures: {printable(', '.join(reasons))}")
     if last := status["alerts"]["dispatch"]:
-        ago = how_long(last["updatedAt"], now) or printable(str(last["updatedAt"]))
-        lines.append(f"Last pass: {ago} ({last['updatedAt']}), {printable(str(last['status']))}")
+        ago = how_long(last["updatedAt"], now) or last["updatedAt"]
+        lines.append(printable(f"Last pass: {ago} ({last['updatedAt']}), {last['status']}"))
     return "\n".join([*lines, *note_lines(status["notes"])])
 
 
