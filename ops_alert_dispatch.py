@@ -2628,6 +2628,11 @@ ADAPTERS: dict[str, Adapter] = {
 # ---------------------------------------------------------------------------------------------------------
 
 MAX_ANSWER_BYTES = 64 << 10
+# Of an answer's lines: its head and interim heads, the sizes of its chunks.
+MAX_LINES_BYTES = 1 << 20
+# A sink that hangs up so soon after an answer, so many times, does not keep connections.
+HANG_UP_SECONDS = 1.0
+MAX_HANG_UPS = 2
 # Whoever waits for a request gives it this much beyond its timeout, so that its own timeout comes first.
 TIMEOUT_GRACE = 0.25
 
@@ -2659,24 +2664,29 @@ class Client:
         self.proxy: str | None = None
         self._verify: str | bool = True
         self._pool: HTTPConnectionPool | None = None
-        # A connection whose last answer was read to its end.
+        # A connection whose last answer was read to its end, and when; how often the sink hung up on one.
         self._kept: HTTPConnection | None = None
+        self._answered_at = 0.0
+        self._hang_ups = 0
 
     def _find_way(self, url: str) -> HTTPConnectionPool:
         """Find out how to reach a sink. Raises OSError, requests.RequestException or ValueError."""
-        from urllib.parse import urlsplit
+        from urllib.parse import unquote_to_bytes, urlsplit
 
         import requests
         import urllib3
         from requests.adapters import HTTPAdapter
 
         self.host = host_of(url)
-        self._host = urlsplit(url).netloc.rpartition("@")[2]
-        # Without a body, so that there are none of a body's headers; a URL's user and password become one.
-        prepared = requests.Request("GET", url).prepare()
+        here = urlsplit(url)
+        # Without a body, so that there are none of a body's headers; a URL's user and password become one,
+        # byte by byte as they are written there.
+        user, colon, password = here.netloc.rpartition("@")[0].partition(":")
+        login = (unquote_to_bytes(user), unquote_to_bytes(password)) if colon else None
+        prepared = requests.Request("GET", url, auth=login).prepare()
         proxies: dict[str, str] = {}
         if proxy := requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url)):
-            here, there = urlsplit(url), urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+            there = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
             # A proxy on another machine cannot reach this one's loopback, and would see what http shows.
             if not is_loopback(here.hostname) or is_loopback(there.hostname):
                 proxies = {here.scheme: proxy}
@@ -2684,15 +2694,17 @@ class Client:
         bundles = (os.environ.get(name) for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"))
         self._verify = self.ca_file or next(filter(None, bundles), True)
         adapter: Any = HTTPAdapter(pool_connections=1, pool_maxsize=1)
-        pool: HTTPConnectionPool = adapter.get_connection_with_tls_context(prepared, self._verify, proxies)
+        pool: Any = adapter.get_connection_with_tls_context(prepared, self._verify, proxies)
         adapter.cert_verify(pool, url, self._verify, None)
+        careful, _ = response_classes()
+        pool.ConnectionCls = type("Connection", (pool.ConnectionCls,), {"response_class": careful})
         self._target: str = adapter.request_url(prepared, proxies)
         self._headers = {"User-Agent": f"{PROGRAM}/{__version__}", **prepared.headers}
         if not self._target.startswith("/"):  # a proxy is asked for the whole URL, and wants its own headers
             self._headers |= pool.proxy_headers
         self._retries = adapter.max_retries
         self._deadline = urllib3.Timeout(total=self.timeout)
-        return pool
+        return cast("HTTPConnectionPool", pool)
 
     def send(self, request: HttpRequest) -> Answer:
         """Send one request and read the whole answer. An answer that is cut off is none.
@@ -2703,7 +2715,6 @@ class Client:
 
         import requests
         from urllib3.exceptions import HTTPError
-        from urllib3.util.connection import is_connection_dropped
 
         connection, self._kept = self._kept, None
         response: Any
@@ -2713,9 +2724,13 @@ class Client:
             headers = {name.lower(): (name, value) for name, value in self._headers.items()}
             headers |= {name.lower(): (name, value) for name, value in request.headers.items()}
             fields = dict(headers.values())
-            if connection is not None and not is_connection_dropped(connection):
+            if connection is not None and self._is_dropped(connection):
+                connection.close()
+                connection = None
+            if connection is not None:
                 connection.sock.sendall(self._head(fields, len(request.body)) + request.body)
-                response = quick_response()(connection.sock, method="POST")
+                _, quick = response_classes()
+                response = quick(connection.sock, method="POST")
                 response.begin()
                 if response.will_close:  # once it has been read
                     connection.close()
@@ -2748,28 +2763,42 @@ class Client:
                 connection.close()
             raise self._explain(error) from None
         if connection is not None and connection.sock is not None:
-            if complete:
+            if complete and self._hang_ups < MAX_HANG_UPS:
                 connection.sock.settimeout(self.timeout)
-                self._kept = connection
+                self._kept, self._answered_at = connection, time.monotonic()
             else:
                 connection.close()
         return Answer(response.status, names, body)
 
+    def _is_dropped(self, connection: HTTPConnection) -> bool:
+        """Tell whether a connection that was kept is of no more use: the sink has hung up, or has said more
+        than it was asked for."""
+        from urllib3.util.connection import is_connection_dropped
+
+        # What TLS has read already cannot be seen from outside.
+        decrypted = getattr(connection.sock, "pending", None)
+        if not is_connection_dropped(connection) and not (decrypted and decrypted()):
+            return False
+        # Whoever hangs up after its answers, without a word, will do so while the next request is on its way.
+        self._hang_ups += time.monotonic() - self._answered_at < HANG_UP_SECONDS
+        return True
+
     def _head(self, fields: Mapping[str, str], length: int) -> bytes:
         """The head of a request: as http.client has written, and checked, the connection's first one.
 
-        Raises ValueError.
+        Raises NoAnswerError.
         """
         lines = [
             f"POST {self._target} HTTP/1.1",
-            f"Host: {self._host}",
+            f"Host: {self.host}",
             "Accept-Encoding: identity",
             f"Content-Length: {length}",
             *(f"{name}: {value}" for name, value in fields.items()),
         ]
         head = "\r\n".join([*lines, "\r\n"])
         if head.count("\n") != len(lines) + 1:
-            raise ValueError("a line break in a header")
+            message = f"no request to {self.host} can be made: a line break in a header"
+            raise NoAnswerError(message, not_taken=True)
         return head.encode("latin-1")
 
     def _explain(self, error: Exception) -> NoAnswerError:
@@ -2821,9 +2850,13 @@ class Client:
             return NoAnswerError(
                 f"no complete answer from {self.host}{by_way_of} within {self.timeout:g} s", not_taken=False
             )
-        if first(http.client.BadStatusLine, http.client.LineTooLong, pool.InvalidHeader) and not first(
-            http.client.RemoteDisconnected
-        ):
+        no_http = (
+            http.client.BadStatusLine,
+            http.client.UnknownProtocol,
+            http.client.LineTooLong,
+            ValueError,
+        )
+        if first(*no_http, pool.InvalidHeader) and not first(http.client.RemoteDisconnected):
             return NoAnswerError(
                 f"{self.host}{by_way_of} answered with something that is not HTTP", not_taken=False
             )
@@ -2879,15 +2912,61 @@ def read_plain_head(data: bytes) -> tuple[int, dict[str, str], int] | None:
     return (int(head[1]), fields, head.end()) if plain else None
 
 
+class AnswerFile:
+    """What a sink sends, as http.client reads it, which trusts it too much: here no read is without a bound,
+    and a head that ends in its middle is none."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._left = MAX_LINES_BYTES
+        self.in_head = True
+
+    def readline(self, limit: int) -> bytes:
+        """A line of a head, or the size of a chunk. Raises http.client.HTTPException."""
+        import http.client
+
+        line: bytes = self._file.readline(limit)
+        self._left -= len(line)
+        if self._left < 0:
+            raise http.client.LineTooLong("head")
+        if self.in_head and not line.endswith(b"\n") and len(line) < limit:
+            raise http.client.RemoteDisconnected("the head is cut off")
+        return line
+
+    def read(self, size: int = -1) -> bytes:
+        """So many bytes. Raises ValueError for a size that is none, as a chunk's may be."""
+        if size < 0:
+            raise ValueError("no size")
+        data: bytes = self._file.read(size)
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 @functools.cache
-def quick_response() -> type[HTTPResponse]:
-    """A response of http.client that reads the plainest of heads by itself, and leaves any other to it.
+def response_classes() -> tuple[type[HTTPResponse], type[HTTPResponse]]:
+    """A response of http.client that is careful, and one that is quick, too: it reads the plainest of heads
+    by itself, and leaves any other to http.client.
 
     http.client has the email package read each one: that is a quarter of what a storm costs.
     """
     import http.client
 
-    class QuickResponse(http.client.HTTPResponse):
+    class CarefulResponse(http.client.HTTPResponse):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.fp: Any = AnswerFile(self.fp)
+
+        def begin(self) -> None:
+            super().begin()
+            # RFC 9110, section 15.2: there may be any number of interim answers. http.client knows one kind.
+            while 100 < self.status < 200 and self.status != 101:
+                vars(self).update(headers=None)
+                super().begin()
+            self.fp.in_head = False
+
+    class QuickResponse(CarefulResponse):
         def begin(self) -> None:
             try:
                 data = self.fp.peek()
@@ -2905,7 +2984,7 @@ def quick_response() -> type[HTTPResponse]:
             # What else has come by now is no answer to the next request.
             vars(self).update(chunked=False, length=length, will_close=len(data) > size + length)
 
-    return QuickResponse
+    return CarefulResponse, QuickResponse
 
 
 def read_answer(response: Any) -> tuple[bytes, bool]:
@@ -3003,11 +3082,15 @@ class Connections:
 
 
 def host_of(url: str) -> str:
-    """Host and port of a URL, which may be shown."""
+    """Host and port of a URL, which may be shown: as a `Host` header has them, the port where it is none of
+    the scheme's own."""
     from urllib.parse import urlsplit
 
     parts = urlsplit(url)
-    return f"{parts.hostname}:{parts.port}" if parts.port else str(parts.hostname or "the sink")
+    host = parts.hostname or "the sink"
+    host = f"[{host}]" if ":" in host else host
+    usual = {"http": 80, "https": 443}.get(parts.scheme)
+    return f"{host}:{parts.port}" if parts.port not in (None, usual) else host
 
 
 def best_verdict(verdicts: Mapping[str, Verdict]) -> Verdict:

@@ -35,8 +35,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from types import TracebackType
-from typing import IO, Any, Literal, Self
+from typing import IO, Any, Literal, Self, cast
 
 HOST = "127.0.0.1"
 
@@ -390,6 +391,50 @@ def silent_port() -> Iterator[int]:
         listening.bind((HOST, 0))
         listening.listen(128)
         yield int(listening.getsockname()[1])
+
+
+@contextlib.contextmanager
+def scripted_port(answers: Sequence[bytes], *, tls: bool = False, hang_up: bool = False) -> Iterator[int]:
+    """A port that answers each request with the next of these bytes, the last one again and again. It hangs
+    up after the last one, or with `hang_up` after each."""
+    left = list(answers)
+    context = _server_context() if tls else None
+
+    class Handler(StreamRequestHandler):
+        disable_nagle_algorithm = True
+
+        def handle(self) -> None:
+            with contextlib.suppress(OSError):
+                while line := self.rfile.readline():
+                    length = 0
+                    while line.strip():
+                        name, _, value = line.partition(b":")
+                        length = int(value) if name.lower() == b"content-length" else length
+                        line = self.rfile.readline()
+                    self.rfile.read(length)
+                    last = len(left) == 1
+                    self.wfile.write(left[0] if last else left.pop(0))
+                    if hang_up or last:
+                        return
+
+    class Server(ThreadingTCPServer):
+        daemon_threads = True
+
+        def finish_request(self, request: Any, client_address: Any) -> None:
+            if context is None:
+                super().finish_request(request, client_address)
+                return
+            with contextlib.suppress(OSError), context.wrap_socket(request, server_side=True) as wrapped:
+                super().finish_request(cast("Any", wrapped), client_address)
+
+    with Server((HOST, 0), Handler) as server:
+        serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        serving.start()
+        try:
+            yield int(server.server_address[1])
+        finally:
+            server.shutdown()
+            serving.join()
 
 
 def _server_context() -> ssl.SSLContext:
