@@ -3218,14 +3218,14 @@ class JsonlFile:
             line = encode_json({k: mask(v) if k in FROM_OUTSIDE else v for k, v in row.items()})
         return line + b"\n"
 
-    def close(self) -> os.stat_result | None:
-        """Flush to disk and close. Returns what there is then; None where nothing was opened."""
+    def close(self) -> Checkpoint | None:
+        """Flush to disk and close. Returns the place after the last row; None where nothing was opened."""
         if self._descriptor is None:
             return None
         descriptor, self._descriptor = self._descriptor, None
         try:
             os.fsync(descriptor)
-            return os.fstat(descriptor)
+            return Checkpoint.at_end(descriptor)
         except OSError as error:
             raise storage_error("flush", self.path, error) from None
         finally:
@@ -3334,36 +3334,54 @@ def loop_lock(path: str, wait: float = LOCK_WAIT_SECONDS) -> Iterator[bool]:
 
 
 class Checkpoint(NamedTuple):
-    """Up to where a file of rows is accounted for in the state."""
+    """Up to where a file of rows is accounted for in the state; `tail` names what stands before there."""
 
     device: int = 0
     inode: int = 0
     offset: int = 0
+    tail: str = ""
+
+    @classmethod
+    def at_end(cls, descriptor: int) -> Checkpoint:
+        """A checkpoint at the end of an open file. Raises OSError."""
+        found = os.fstat(descriptor)
+        return cls(found.st_dev, found.st_ino, found.st_size, tail_hash(descriptor, found.st_size))
+
+    @classmethod
+    def from_json(cls, value: Sequence[Any]) -> Checkpoint:
+        """Read a list of its fields. Raises TypeError or ValueError for anything else."""
+        device, inode, offset, tail = value
+        return cls(count_from_json(device), count_from_json(inode), count_from_json(offset), str(tail))
+
+    def is_in(self, path: str) -> bool:
+        """Tell whether a file holds what was accounted for, under whichever name. Raises OSError."""
+        with open(path, "rb", buffering=0) as file:
+            descriptor = file.fileno()
+            whole = os.fstat(descriptor).st_size >= self.offset
+            return whole and tail_hash(descriptor, self.offset) == self.tail
 
 
 def read_rows(path: str, since: Checkpoint) -> tuple[list[Iterator[JsonObject]], Checkpoint]:
     """The rows after a checkpoint, as streams in order, and the checkpoint after them.
 
-    A file that was rotated away meanwhile is found under its new name; torn lines are passed over.
-    Raises StorageError.
+    What was rotated away meanwhile, by rename or by copy, is found under its new name; torn lines are passed
+    over. Raises StorageError.
     """
-    files: list[tuple[str, int]] = []
     try:
         found = stat_of(path)
-        if found and (found.st_dev, found.st_ino) == since[:2] and found.st_size >= since.offset:
-            files.append((path, since.offset))
-        else:
-            for other in rotated_files(path):
-                rotated = stat_of(other)
-                # Nothing is accounted for where there is no checkpoint: all that there is counts.
-                if rotated and (since.inode in (0, rotated.st_ino)):
-                    files.append((other, since.offset))
-            if found:
-                files.append((path, 0))
-        after = Checkpoint(found.st_dev, found.st_ino, found.st_size) if found else Checkpoint()
-        if after == since:
-            return [], after
-        return [iterate_rows(file, at) for file, at in files if os.stat(file).st_size > at], after
+        if found and (found.st_dev, found.st_ino, found.st_size) == since[:3]:
+            return [], since
+        files = [*rotated_files(path), *([path] if found else [])]
+        # Where that place is in no file any more, or in an empty one, all that there is counts: no row that
+        # was accounted for moves a lane.
+        known = [index for index, file in enumerate(files) if since.offset and since.is_in(file)]
+        files = files[known[-1] :] if known else files
+        offset = since.offset if known else 0
+        if not files:
+            return [], since
+        rows = [iterate_rows(file, 0 if index else offset) for index, file in enumerate(files)]
+        with open(files[-1], "rb", buffering=0) as file:
+            return rows, Checkpoint.at_end(file.fileno())
     except OSError as error:
         raise storage_error("read", path, error) from None
 
@@ -3778,8 +3796,8 @@ class State:
         state.segments = [Segment.from_json(segment) for segment in source["segments"]]
         state.lanes = {name: Lane.from_json(lane) for name, lane in dict(document["lanes"]).items()}
         checkpoint = document["checkpoint"]
-        state.attempts = Checkpoint(*map(count_from_json, checkpoint["attempts"]))
-        state.telemetry = Checkpoint(*map(count_from_json, checkpoint["telemetry"]))
+        state.attempts = Checkpoint.from_json(checkpoint["attempts"])
+        state.telemetry = Checkpoint.from_json(checkpoint["telemetry"])
         state.config_digest = document.get("configDigest")
         state.rules = document.get("rules")
         if len(bytes.fromhex(state.salt)) > 64:  # what it keys takes no longer one
@@ -4151,8 +4169,8 @@ class Ledger:
         check_room(os.path.dirname(self.job.state_file))
         if os.path.islink(self.job.state_file):
             raise storage_error("write", self.job.state_file, OSError(errno.ELOOP, os.strerror(errno.ELOOP)))
-        self._attempts.open()
-        self._telemetry.open()
+        self.state.attempts = Checkpoint.at_end(self._attempts.open())
+        self.state.telemetry = Checkpoint.at_end(self._telemetry.open())
 
     def record(
         self,
@@ -4397,10 +4415,8 @@ class Ledger:
     def flush(self) -> None:
         """Flush the rows to disk and note in the state that it accounts for them."""
         before = (self.state.attempts, self.state.telemetry)
-        if found := self._attempts.close():
-            self.state.attempts = Checkpoint(found.st_dev, found.st_ino, found.st_size)
-        if found := self._telemetry.close():
-            self.state.telemetry = Checkpoint(found.st_dev, found.st_ino, found.st_size)
+        self.state.attempts = self._attempts.close() or self.state.attempts
+        self.state.telemetry = self._telemetry.close() or self.state.telemetry
         self.wrote = before != (self.state.attempts, self.state.telemetry)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +82,57 @@ def test_what_was_in_flight_at_a_kill_comes_again_under_the_same_id(repo: Repo, 
 
     assert repo.dispatch().json["dispatchedCount"] == 2
     assert sorted(arrived(server).values()) == [1, 1, 1, 2, 2, 2]
+
+
+def by_rename(file: Path) -> None:
+    """The new file is made by whoever writes to it next."""
+    file.rename(f"{file}.1")
+
+
+def by_rename_twice(file: Path) -> None:
+    if Path(f"{file}.1").exists():
+        Path(f"{file}.1").rename(f"{file}.3")
+    file.rename(f"{file}.2")
+    Path(f"{file}.1").touch()
+    file.touch()
+
+
+def by_copy(file: Path) -> None:
+    """As logrotate's copytruncate does."""
+    shutil.copy(file, f"{file}.1")
+    os.truncate(file, 0)
+
+
+@pytest.mark.parametrize("before", [0, 6])
+@pytest.mark.parametrize("rotate", [by_rename, by_rename_twice, by_copy])
+def test_a_telemetry_that_is_rotated_under_a_killed_pass_repeats_only_what_was_in_flight(
+    repo: Repo, server: SinkServer, rotate: Callable[[Path], None], before: int
+) -> None:
+    config = everywhere()
+    for sink in config["sinks"].values():
+        sink["maxPerMinute"] = 6000
+    repo.write_config(config)
+    repo.append(*(health_critical(serial=n) for n in range(before)))
+    repo.dispatch()
+    if before:
+        by_copy(repo.telemetry_file)
+        by_copy(repo.attempts_file)
+    server.answer(PATHS[CHAT], ok().after(0.05))
+    repo.append(*(health_critical(serial=n) for n in range(before, before + 30)))
+    server.forget()
+    process = repo.start("dispatch", *repo.target)
+    server.wait_for(10, PATHS[CHAT])
+    rotate(repo.telemetry_file)
+    rotate(repo.attempts_file)
+    server.wait_for(13, PATHS[CHAT])
+    process.kill()
+    assert end_of(process)[0] == -signal.SIGKILL
+    repo.dispatch()
+
+    for path in PATHS.values():
+        counts = Counter(escalation_id(request) for request in server.received(path))
+        assert len(counts) == 30
+        assert sum(counts.values()) <= 31
 
 
 def test_what_a_killed_pass_delivered_late_has_its_late_row_all_the_same(

@@ -848,7 +848,10 @@ def test_a_state_that_is_read_back_is_the_same_state(
     source = program.Source("/nowhere/escalations.jsonl", segments)
     state = program.State()
     state.taken_up, state.lanes, state.segments = taken_up, by_sink, segments
-    state.attempts, state.telemetry = program.Checkpoint(1, 2, offset), program.Checkpoint(1, 3, offset)
+    state.attempts, state.telemetry = (
+        program.Checkpoint(1, 2, offset, "a"),
+        program.Checkpoint(1, 3, offset, "b"),
+    )
     state.config_digest = "abc"
     document = {"schemaVersion": "v1", **state.to_json(source)}
 

@@ -832,11 +832,11 @@ def test_no_pattern_of_the_schema_or_of_the_program_can_be_made_slow() -> None:
 
 Damage = Callable[[dict[str, Any]], object]
 DAMAGES: dict[str, Damage] = {
-    "checkpoint": lambda state: state["checkpoint"].update(attempts=[0, 0, -1]),
+    "checkpoint": lambda state: state["checkpoint"].update(attempts=[0, 0, -1, ""]),
     "segment": lambda state: state["source"]["segments"][0].update(offset=-7),
     "unrecorded": lambda state: state.update(unrecorded=[{"position": {}}]),
     "salt": lambda state: state.update(salt="no salt"),
-    "inode": lambda state: state["checkpoint"].update(telemetry=[0, -5, 0]),
+    "inode": lambda state: state["checkpoint"].update(telemetry=[0, -5, 0, ""]),
     "place": lambda state: state["source"]["takenUp"].update(offset=10**30),
     "long salt": lambda state: state.update(salt="00" * 65),
     "lanes": lambda state: state.update(lanes=[1]),
