@@ -75,7 +75,7 @@ EXIT_STORAGE = 5
 EXIT_CODES_HELP = """\b
 Exit codes:
   0  done; a sink that failed is in the summary, not in the exit code
-  1  a delivery failed and --strict was given, or a check found something
+  1  a delivery failed, of `test`, of `redeliver`, or of `dispatch` with --strict
   2  usage: the command line is wrong
   3  the config is invalid or a secret is unset: nothing sent, nothing consumed
   4  the state file is unusable
@@ -125,7 +125,10 @@ def storage_error(action: str, path: str, error: OSError) -> StorageError:
         errno.EROFS: "mount the file system writable",
         errno.EACCES: "give this user access to the file and its folder",
         errno.EPERM: "give this user access to the file and its folder",
-        errno.ELOOP: "it is a symbolic link, which is not followed for writing: put a plain file there",
+        errno.ELOOP: "it is a symbolic link that is not followed: put a plain file there",
+        errno.EISDIR: "it is a folder: move it away",
+        errno.EEXIST: "a file stands where the folder should be: move it away",
+        errno.ENOTDIR: "a file stands where a folder should be: move it away",
     }.get(error.errno or 0, "check the file and its folder")
     return StorageError(f"cannot {action} {path}: {error.strerror or error}", [advice])
 
@@ -258,6 +261,11 @@ def printable(text: str) -> str:
     """Make text safe for a line of a log or a terminal: control and bidirectional characters go."""
     # Nearly always nothing is to be done: then no pattern is compiled, either.
     return text if text.isprintable() else re.sub(UNPRINTABLE, " ", text)
+
+
+def spell_out(text: str, pattern: str = UNPRINTABLE) -> str:
+    """Write what is unprintable as JSON does, so that what differs stays different, unlike by `printable`."""
+    return re.sub(pattern, lambda found: "".join(f"\\u{ord(character):04x}" for character in found[0]), text)
 
 
 def cut(text: str, limit: int) -> str:
@@ -1134,8 +1142,10 @@ def check_url(value: str, settings: JsonObject) -> str | None:
         return "is not an https:// URL; set it to https://…"
     if settings.get("type") == "alertmanager" and url["beyond_path"]:
         return "is a URL with a # or ?, which cannot be right here; set it to https://HOST/…"
-    if not url["authority"] or url["authority"].startswith(":"):
+    if re.fullmatch(r"(.*@)?(:.*)?", url["authority"]):
         return "is a URL without a host; set it to https://HOST/…"
+    if re.search("%(?![0-9A-Fa-f]{2})", value):
+        return "holds a % that begins no escape; write that character as %25"
     authority = re.fullmatch(AUTHORITY, url["authority"])
     if authority is None or not 0 < int(authority["port"] or 1) < 1 << 16 or not is_host(authority["host"]):
         return "is a URL whose host or port cannot be right; set it to https://HOST/… or https://HOST:PORT/…"
@@ -1170,7 +1180,7 @@ def is_loopback(host: str | None) -> bool:
     """Tell whether the host of a URL is this machine: 127.0.0.0/8, ::1, localhost."""
     name = (host or "").strip("[]").lower()
     numbers = name.split(".")
-    if len(numbers) == 4 and all(re.fullmatch(r"[0-9]{1,3}", number) for number in numbers):
+    if len(numbers) == 4 and all(re.fullmatch("0|[1-9][0-9]{0,2}", number) for number in numbers):
         return numbers[0] == "127" and all(int(number) < 256 for number in numbers)
     return name in ("localhost", "::1", "0:0:0:0:0:0:0:1")
 
@@ -3269,7 +3279,7 @@ def replace_file(path: str, data: bytes, *, durable: bool) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        raise storage_error("write", path, error) from None
+        raise storage_error("write", str(error.filename or path), error) from None
 
 
 def check_room(folder: str, *files: str) -> None:
@@ -3425,6 +3435,14 @@ def iterate_rows(path: str, offset: int = 0) -> Iterator[JsonObject]:
 STATE_VERSION = 1
 # Far more than any state has; beyond it a file is none of ours.
 MAX_STATE_BYTES = 32 << 20
+
+# Of escalations that reached no sink and never will by themselves. How many they were is told for so many
+# seconds: until whoever is on duty has seen it.
+LOST = {
+    *("invalid_escalation_json", "missing_escalation_category", "escalation_too_large", "source_lost"),
+    "source_replaced",
+}
+LOSS_SHOWN = 86400.0
 
 # So many different things does a lane remember to have told: enough for what lasts, little for the state.
 TOLD_MAX = 32
@@ -3773,6 +3791,8 @@ class State:
         self.attempts = Checkpoint()
         self.telemetry = Checkpoint()
         self.config_digest: str | None = None
+        # What was lost of late, by reason code: how much, and when last.
+        self.lost: dict[str, tuple[int, float]] = {}
         # Where records went under that config, as long as some wait.
         self.rules: JsonObject | None = None
         # After a crash: attempts that settled a delivery of which no row tells yet, what they say for rows
@@ -3798,6 +3818,10 @@ class State:
         checkpoint = document["checkpoint"]
         state.attempts = Checkpoint.from_json(checkpoint["attempts"])
         state.telemetry = Checkpoint.from_json(checkpoint["telemetry"])
+        state.lost = {
+            str(code): (count_from_json(loss["count"]), parse_time(loss["lastSeenAt"]) or 0.0)
+            for code, loss in document.get("lost", {}).items()
+        }
         state.config_digest = document.get("configDigest")
         state.rules = document.get("rules")
         if len(bytes.fromhex(state.salt)) > 64:  # what it keys takes no longer one
@@ -3820,9 +3844,23 @@ class State:
             "checkpoint": {"attempts": list(self.attempts), "telemetry": list(self.telemetry)},
             "configDigest": self.config_digest,
             "salt": self.salt,
+            **({"lost": self._lost_to_json()} if self.lost else {}),
             **({"unrecorded": self.unrecorded} if self.unrecorded else {}),
             **({"rules": self.rules} if any(lane.waiting_count for lane in self.lanes.values()) else {}),
         }
+
+    def _lost_to_json(self) -> JsonObject:
+        return {code: {"count": count, "lastSeenAt": iso(at)} for code, (count, at) in self.lost.items()}
+
+    def note_lost(self, row: JsonObject) -> None:
+        """Count what a row of the telemetry says is lost, if it says so."""
+        code, at = row.get("reasonCode"), parse_time(row.get("timestamp"))
+        if not isinstance(code, str) or code not in LOST or at is None:
+            return
+        count, last = self.lost.get(code, (0, at))
+        dropped = row.get("droppedCount")
+        count = count if at - last < LOSS_SHOWN else 0
+        self.lost[code] = (count + (dropped if isinstance(dropped, int) else 1), max(last, at))
 
     def remember(self, attempts: Iterable[JsonObject], told: Collection[Key]) -> None:
         """Keep what settled a delivery whose row was not written before a crash.
@@ -3901,6 +3939,11 @@ class Job(NamedTuple):
     def lock_file(self) -> str:
         return f"{self.state_file}.lock"
 
+    @property
+    def temporary_file(self) -> str:
+        """What becomes the state file: see `replace_file`."""
+        return f"{self.state_file}.tmp"
+
 
 def read_state(job: Job) -> State | None:
     """The state as its file has it; None where there is none.
@@ -3948,7 +3991,7 @@ def load_state(job: Job, *, read_only: bool = False) -> State:
 def loop_rows(
     job: Job, path: str, since: Checkpoint, *, operator: bool = False
 ) -> tuple[Iterator[JsonObject], Checkpoint]:
-    """The rows of this loop after a checkpoint that say which record they are about.
+    """The rows of this loop after a checkpoint.
 
     What an operator did with deliveries that were settled (`byOperator`) says nothing of a lane's place: it
     is left out unless asked for.
@@ -3958,8 +4001,7 @@ def loop_rows(
     def rows() -> Iterator[JsonObject]:
         for stream in streams:
             for row in stream:
-                ours = row.get("loopId") == job.loop_id and isinstance(row.get("position"), dict)
-                if ours and (operator or "byOperator" not in row):
+                if row.get("loopId") == job.loop_id and (operator or "byOperator" not in row):
                     yield row
 
     return rows(), after
@@ -3971,6 +4013,7 @@ def catch_up(state: State, job: Job) -> None:
     killed = False
     told: set[Key] = set()
     for row in rows:
+        state.note_lost(row)
         with contextlib.suppress(KeyError, TypeError, ValueError):
             if "late" in row:
                 told.add(key_of_row(row, row["sinks"][0]["id"]))
@@ -4025,6 +4068,7 @@ def rebuild_state(job: Job) -> State:
     unrecorded: list[JsonObject] = []
     rows, state.telemetry = loop_rows(job, job.telemetry_file, Checkpoint())
     for row in rows:
+        state.note_lost(row)
         with contextlib.suppress(KeyError, TypeError, ValueError):
             end, place = end_of_row(row), row["position"]
             names[end.segment] = place["segment"]
@@ -4169,6 +4213,10 @@ class Ledger:
         check_room(os.path.dirname(self.job.state_file))
         if os.path.islink(self.job.state_file):
             raise storage_error("write", self.job.state_file, OSError(errno.ELOOP, os.strerror(errno.ELOOP)))
+        if os.path.isdir(self.job.temporary_file):
+            raise storage_error(
+                "write", self.job.temporary_file, OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+            )
         self.state.attempts = Checkpoint.at_end(self._attempts.open())
         self.state.telemetry = Checkpoint.at_end(self._telemetry.open())
 
@@ -4348,6 +4396,7 @@ class Ledger:
 
     def _take_up(self, record: Record, row: JsonObject) -> None:
         self._telemetry.append([row])
+        self.state.note_lost(row)
         self.state.taken_up = record.end
         counts = self.counts
         counts.processed += 1
@@ -4409,6 +4458,7 @@ class Ledger:
             "message": message,
         }
         self._telemetry.append([{key: value for key, value in row.items() if value is not None}])
+        self.state.note_lost(row)
         if status == "failed":
             self.counts.reason_codes.add(reason_code)
 
@@ -5987,7 +6037,8 @@ def check_loop_id(_: click.Context, param: click.Parameter, value: str | None) -
 def what_is_wrong_with(loop_id: str) -> str | None:
     """Say why a text is no loop id; None where it is one."""
     if loop_id in ("", ".", "..") or loop_id[0] == "-" or "/" in loop_id or printable(loop_id) != loop_id:
-        return f"{printable(loop_id)!r} is no loop id: it is one path component, and does not start with -"
+        shown = spell_out(loop_id)
+        return f"'{shown}' is no loop id: it is one path component, can be printed, and does not start with -"
     if len(loop_id.encode("utf-8", "surrogateescape")) > MAX_LOOP_ID_BYTES:
         return f"a loop id is at most {MAX_LOOP_ID_BYTES} bytes long"
     return None
@@ -6010,7 +6061,7 @@ def print_json(document: JsonObject, pretty: bool) -> None:
         text = encode_json(document).decode()
     # JSON escapes the first 32 control characters by itself; a terminal may act on the others too.
     if not text.isascii() or "\x7f" in text:
-        text = re.sub(f"[{FORGING}]", lambda found: f"\\u{ord(found[0]):04x}", text)
+        text = spell_out(text, f"[{FORGING}]")
     click.echo(text)
 
 
@@ -6053,6 +6104,13 @@ repo_option = click.option(
     required=True,
     type=FOLDER_TYPE,
     help="The repository that the loop works on.",
+)
+here_option = click.option(
+    "--repo",
+    type=FOLDER_TYPE,
+    default=".",
+    show_default="the current folder",
+    help="The repository whose config is meant.",
 )
 loop_option = click.option(
     "--loop", "loop_id", required=True, metavar="ID", callback=check_loop_id, help="The loop."
@@ -6181,15 +6239,16 @@ def dispatch(
         raise click.UsageError("--all-loops works on each loop's own files: name none")
     trace = printable(trace_id) if trace_id else new_trace_id()
     jobs: list[Job] = []
-    found, odd = ([loop_id], {}) if loop_id is not None else find_loops(os.path.abspath(repo))
+    found, odd = ([loop_id], {}) if loop_id is not None else find_loops(absolute(repo))
     unusable: dict[str, Result] = dict(odd)
-    for name in longest_ago(os.path.abspath(repo), found):
+    for name in longest_ago(absolute(repo), found):
         try:
             job = make_job(repo, name, alert_config_file, *files, trace_id=trace)
-        except click.UsageError as fault:
+        except (click.UsageError, DispatchError) as fault:
             if not all_loops:
                 raise
-            unusable[name] = StorageError(fault.format_message())
+            stopped = fault if isinstance(fault, DispatchError) else StorageError(fault.format_message())
+            unusable[name] = stopped
             continue
         jobs.append(job._replace(max_escalations=max_escalations, time_budget=time_budget))
     if dry_run:
@@ -6206,7 +6265,7 @@ def dispatch(
     elif dry_run:
         document = summarise_plans(outcomes)
     else:
-        document = summarise_loops(os.path.abspath(repo), outcomes)
+        document = summarise_loops(absolute(repo), outcomes)
     if wants_json(form, pretty):
         print_json(document, pretty)
     elif dry_run:
@@ -6258,9 +6317,9 @@ def find_loops(repo: str) -> tuple[list[str], dict[str, StorageError]]:
         except OSError:
             holds_some = True  # it may
         if holds_some and os.path.realpath(path) not in loops:
-            # Not as `printable` has it: the name may then be that of another loop.
-            spelled = re.sub(UNPRINTABLE, lambda found: f"\\u{ord(found[0]):04x}", name)
-            odd[spelled] = StorageError(f"{wrong}; its escalations are not sent: rename it in {folder}")
+            odd[spell_out(name)] = StorageError(
+                f"{wrong}; its escalations are not sent: rename it in {folder}"
+            )
     return sorted(loops.values()), odd
 
 
@@ -6379,6 +6438,14 @@ def loop_folder(repo: str, loop_id: str) -> str:
     return os.path.join(repo, MANAGER_FOLDER, loop_id)
 
 
+def absolute(path: str) -> str:
+    """A path from the root, its links not followed. Raises UsageError."""
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:
+        raise click.UsageError("the current folder is not there any more: change to another one") from None
+
+
 def files_of(job: Job) -> dict[str, str]:
     """A job's files by the options that name them."""
     return {
@@ -6390,11 +6457,17 @@ def files_of(job: Job) -> dict[str, str]:
 
 
 def check_files(job: Job, *, named: bool = True) -> None:
-    """Refuse paths that would make the program overwrite what is not its own. Raises UsageError.
+    """Refuse paths that would make the program overwrite what is not its own.
 
-    `named`: not all of them are where the host keeps them, so that two may be the same.
+    `named`: not all of them are where the host keeps them, so that two may be the same. Raises UsageError for
+    what is named, else StateError or StorageError.
     """
-    files = {**files_of(job), "the attempts file": job.attempts_file}
+    files = {
+        **files_of(job),
+        "the attempts file": job.attempts_file,
+        "the lock file": job.lock_file,
+        "the temporary file of the state": job.temporary_file,
+    }
     places: dict[str, str] = {}
     for name, file in files.items() if named else ():
         other = places.setdefault(os.path.realpath(file), name)
@@ -6405,7 +6478,10 @@ def check_files(job: Job, *, named: bool = True) -> None:
         with contextlib.suppress(OSError):  # what is wrong with it is said when it is opened
             found = stat_of(files[name])
         if found and not stat.S_ISREG(found.st_mode):
-            raise click.UsageError(f"{name} is not a regular file: {files[name]}")
+            if named:
+                raise click.UsageError(f"{name} is not a regular file: {files[name]}")
+            kind = StateError if name == "--dispatch-state-file" else StorageError
+            raise kind(f"{files[name]} is not a regular file", ["it is to be written to: move it away"])
 
 
 def new_trace_id() -> str:
@@ -6415,7 +6491,7 @@ def new_trace_id() -> str:
 
 def usual_job(repo: str, loop_id: str, trace_id: str | None = None) -> Job:
     """A job on the files where the host keeps them."""
-    repo = os.path.abspath(repo)
+    repo = absolute(repo)
     folder = loop_folder(repo, loop_id)
     return Job(
         repo=repo,
@@ -6440,7 +6516,7 @@ def make_job(
 ) -> Job:
     """A job on the files that the command line names, the others where the host keeps them.
 
-    Raises UsageError.
+    Raises UsageError, StateError or StorageError.
     """
     files = {
         "escalations_file": escalations_file,
@@ -6448,7 +6524,7 @@ def make_job(
         "telemetry_file": telemetry_file,
         "config_file": config_file,
     }
-    named: dict[str, Any] = {name: os.path.abspath(path) for name, path in files.items() if path is not None}
+    named: dict[str, Any] = {name: absolute(path) for name, path in files.items() if path is not None}
     job = usual_job(repo, loop_id, trace_id)._replace(**named)
     check_files(job, named=bool(named))
     return job
@@ -6473,14 +6549,17 @@ def command_line(command: str, job: Job, *options: str) -> str:
 
 @contextlib.contextmanager
 def orderly_end() -> Iterator[threading.Event]:
-    """Let SIGTERM and SIGINT end a pass as its time budget would; a second one ends it at once."""
+    """Let SIGTERM, SIGINT and SIGHUP end a pass as its time budget would; a second one ends it at once."""
     stop = threading.Event()
 
     def ask(signum: int, _: object) -> None:
         stop.set()
         signal.signal(signum, signal.SIG_DFL)
 
-    before = {signum: signal.signal(signum, ask) for signum in (signal.SIGTERM, signal.SIGINT)}
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    for signum, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(signum, ask)
     try:
         yield stop
     finally:
@@ -6604,12 +6683,13 @@ def plans_text(document: JsonObject) -> str:
 
 
 @cli.command(epilog=EXIT_CODES_HELP)
+@here_option
 @click.option(
     "--config-file",
     envvar=CONFIG_ENV,
     show_envvar=True,
     type=FILE_TYPE,
-    show_default=f"./{DEFAULT_CONFIG}",
+    show_default=f"REPO/{DEFAULT_CONFIG}",
     help="The sinks and routes.",
 )
 @click.option("--category", metavar="NAME", help="Show where an escalation of this category goes.")
@@ -6621,6 +6701,7 @@ def plans_text(document: JsonObject) -> str:
 @format_option
 @pretty_option
 def config(
+    repo: str,
     config_file: str | None,
     category: str | None,
     severity: str | None,
@@ -6642,7 +6723,7 @@ def config(
     level = None if severity is None else read_severity(severity)
     if category is not None and not category.strip():
         raise click.BadParameter("is empty", param_hint="--category")
-    path = os.path.abspath(config_file or DEFAULT_CONFIG)
+    path = absolute(config_file or os.path.join(repo, DEFAULT_CONFIG))
     loaded = load_config(path, os.environ, check_env=not no_env_check)
     if list_sinks:
         for sink in loaded.sinks.values():
@@ -6767,16 +6848,8 @@ def resolution_text(resolution: Resolution) -> str:
 
 # Failure reasons are counted over this much of the end of the telemetry.
 RECENT_BYTES = 1 << 20
-# What was lost stays in the verdict for so many seconds: until whoever is on duty has seen it.
-LOSS_SHOWN = 86400.0
 # An unfinished line whose writer has been silent for so many seconds is told of.
 WRITER_GRACE = 60.0
-# Of escalations that reached no sink and never will by themselves.
-LOST = (
-    *("invalid_escalation_json", "missing_escalation_category", "escalation_too_large", "source_lost"),
-    "source_replaced",
-)
-
 Health = Literal["ok", "warning", "critical", "disabled", "unknown"]
 # Of loops, of which the worst is told to a monitor.
 HEALTH_ORDER: tuple[Health, ...] = ("ok", "warning", "unknown", "critical")
@@ -6816,9 +6889,12 @@ class Finding(NamedTuple):
     advice: str | None = None
 
 
-def advise(reason_code: str | None, http_status: int | None, message: str | None) -> str:
-    """Say what to do about a failure."""
+def advise(
+    reason_code: str | None, http_status: int | None, message: str | None, *, waits: bool = True
+) -> str:
+    """Say what to do about a failure. `waits`: what failed waits in a lane, and is tried again by itself."""
     text = (message or "").lower()
+    time_will_tell = "nothing to do, what waits goes out by itself" if waits else "try again later"
     if reason_code == "missing_secret":
         return "set the variable in the environment that reconcile runs in"
     if reason_code == "request_failed":
@@ -6844,9 +6920,9 @@ def advise(reason_code: str | None, http_status: int | None, message: str | None
     if http_status is not None and 300 <= http_status < 400:
         return "set the URL that the redirect leads to"
     if http_status == 429 or text in SLACK_WAIT_ERRORS:
-        return "the sink limits the rate: nothing to do, what waits goes out by itself"
+        return f"the sink limits the rate: {time_will_tell}"
     if http_status is not None and http_status >= 500:
-        return "the sink has trouble of its own: nothing to do here, what waits goes out by itself"
+        return f"the sink has trouble of its own: {time_will_tell}"
     if text.startswith(NO_ALERTMANAGER.lower()):
         return "check the sink's URLs: https:// where TLS is spoken, and what a proxy before it wants"
     if http_status is not None and http_status < 500:
@@ -6952,7 +7028,7 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
     findings = list(find_troubles(job, found, known or document is not None, was_invalid=was_invalid))
     if not (config_valid is False or not (known or document)):
         findings += [
-            *find_lost(job, rows, now),
+            *find_lost(job, state, now),
             *find_unfinished(job, now),
             *find_broken_pass(document, last),
         ]
@@ -7128,16 +7204,12 @@ def find_troubles(job: Job, status: JsonObject, ran: bool, *, was_invalid: bool)
         )
 
 
-def find_lost(job: Job, rows: Iterable[JsonObject], now: float) -> Iterator[Finding]:
+def find_lost(job: Job, state: State, now: float) -> Iterator[Finding]:
     """Tell of escalations that reached no sink and never will by themselves, for as long as LOSS_SHOWN."""
-    lost: dict[str, tuple[int, str]] = {}
-    for row in rows:
-        code, at = row.get("reasonCode"), parse_time(row.get("timestamp"))
-        if code in LOST and at is not None and now - at < LOSS_SHOWN:
-            dropped = row.get("droppedCount")
-            count, _ = lost.get(code, (0, ""))
-            lost[code] = (count + (dropped if isinstance(dropped, int) else 1), row["timestamp"])
-    for code, (count, last) in lost.items():
+    for code, (count, at) in state.lost.items():
+        if now - at >= LOSS_SHOWN:
+            continue
+        last = iso(at)
         if code == "source_replaced":
             words = f"the source was replaced, perhaps before all of it was read ({code}, at {last})"
             advice = f"compare what is there with the last rows of {job.telemetry_file}"
@@ -7444,7 +7516,7 @@ def status(
             raise click.BadParameter(f"{critical_after:g} is no time", param_hint="--critical-after")
         if loop_id is None and any(files):
             raise click.UsageError("a loop's own files go with --loop")
-        found, odd = ([loop_id], {}) if loop_id else find_loops(os.path.abspath(repo))
+        found, odd = ([loop_id], {}) if loop_id else find_loops(absolute(repo))
         errors += odd.items()
         for name in found:
             try:
@@ -7524,7 +7596,7 @@ def outcome_json(verdict: Verdict, seconds: float) -> JsonObject:
         "durationMs": round(seconds * 1000),
     }
     if not delivered:
-        result["advice"] = advise(verdict.reason_code, verdict.http_status, verdict.message)
+        result["advice"] = advise(verdict.reason_code, verdict.http_status, verdict.message, waits=False)
     return result
 
 
@@ -7537,18 +7609,12 @@ def outcome_text(what: str, verdict: Verdict, seconds: float) -> str:
         return f"{printable(what)}: {said}, {duration}"
     answer = f" {verdict.http_status}" if verdict.http_status is not None else ""
     why = f"{verdict.reason_code}{answer}" + (f": {verdict.message}" if verdict.message else "")
-    advice = advise(verdict.reason_code, verdict.http_status, verdict.message)
+    advice = advise(verdict.reason_code, verdict.http_status, verdict.message, waits=False)
     return f"{printable(what)}: {click.style(printable(why), fg='red')}, {duration}\n  what to do: {advice}"
 
 
 @cli.command("test", epilog=EXIT_CODES_HELP)
-@click.option(
-    "--repo",
-    type=FOLDER_TYPE,
-    default=".",
-    show_default="the current folder",
-    help="The repository whose config is meant.",
-)
+@here_option
 @config_option
 @click.option(
     "--sink", "sink_ids", multiple=True, metavar="ID", help="Only this sink, enabled or not. Repeatable."
@@ -7570,8 +7636,8 @@ def send_test(
     adapters with the real credentials, and touches no offset.
     """
     level = read_severity(severity)
-    repo = os.path.abspath(repo)
-    config_file = os.path.abspath(alert_config_file or os.path.join(repo, DEFAULT_CONFIG))
+    repo = absolute(repo)
+    config_file = absolute(alert_config_file or os.path.join(repo, DEFAULT_CONFIG))
     loaded = load_config(config_file, os.environ, check_env=not sink_ids)
     unknown = [sink_id for sink_id in sink_ids if sink_id not in loaded.sinks]
     if unknown:
@@ -8173,7 +8239,7 @@ def init(repo: str, form: Format, pretty: bool) -> None:
 
     Says what to set next. Never overwrites.
     """
-    path = os.path.join(os.path.abspath(repo), DEFAULT_CONFIG)
+    path = os.path.join(absolute(repo), DEFAULT_CONFIG)
     if os.path.lexists(path):
         raise click.UsageError(f"{path} is there already, and is left as it is")
     document = initial_config()
@@ -8410,19 +8476,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = cli.main(None if argv is None else list(argv), PROGRAM, standalone_mode=False, color=colour)
         return result if isinstance(result, int) else 0
     except DispatchError as error:
-        click.echo(f"error: {error}", err=True)
+        complain(f"error: {error}")
         return error.exit_code
     except click.UsageError as error:
-        error.show()
+        complain(error)
         return EXIT_USAGE
     except click.ClickException as error:
-        error.show()
+        complain(error)
         return EXIT_STORAGE
     except (click.Abort, KeyboardInterrupt):
-        click.echo("aborted", err=True)
+        complain("aborted")
         return 128 + signal.SIGINT
     except OSError as error:
-        click.echo(f"error: cannot write the output: {error.strerror}", err=True)
+        complain(f"error: cannot write the output: {error.strerror}")
         return EXIT_STORAGE
     except SystemExit as end:
         # So click ends when whoever read our output has gone.
@@ -8431,12 +8497,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         import traceback
 
         *_, frame = traceback.extract_tb(error.__traceback__)
-        click.echo(
+        complain(
             f"error: a fault of the program: {type(error).__name__} in {frame.name}, line {frame.lineno}\n"
-            "  report it with this line and the version; what was not delivered goes out with a later pass",
-            err=True,
+            "  report it with this line and the version; what was not delivered goes out with a later pass"
         )
         return EXIT_STORAGE
+
+
+def complain(about: str | click.ClickException) -> None:
+    """Say on standard error what is wrong, where that can be written."""
+    with contextlib.suppress(OSError):
+        if isinstance(about, str):
+            click.echo(about, err=True)
+        else:
+            about.show()
 
 
 def program() -> NoReturn:

@@ -197,7 +197,7 @@ def test_a_dead_letter_whose_row_two_kills_have_cost_is_still_one_in_the_row(
 # --- Asked to end
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_a_pass_in_good_order_and_the_next_one_goes_on(
     repo: Repo, server: SinkServer, number: signal.Signals
 ) -> None:

@@ -287,7 +287,12 @@ BROKEN: dict[str, tuple[Callable[[Repo], object], int, str]] = {
     "a state of a newer version": (newer_state, 4, "newer version"),
     "no folder for telemetry": (no_telemetry_folder, 5, "telemetry"),
     "telemetry is a folder": (lambda loop: loop.telemetry_file.mkdir(parents=True), 5, "not a regular file"),
-    "the state is a folder": (lambda loop: loop.state_file.mkdir(), 5, "not a regular file"),
+    "the state is a folder": (lambda loop: loop.state_file.mkdir(), 4, "not a regular file"),
+    "a folder where the next state is made": (
+        lambda loop: loop.state_file.with_name(loop.state_file.name + ".tmp").mkdir(),
+        5,
+        ".tmp: Is a directory\n  it is a folder: move it away",
+    ),
     "the lock is a folder": (
         lambda loop: loop.state_file.with_name(loop.state_file.name + ".lock").mkdir(),
         5,
@@ -527,11 +532,15 @@ def test_strict_tells_of_a_failure_in_any_loop(repo: Repo, server: SinkServer, t
     assert dispatch_all(repo).json["status"] == "failed"
 
 
-def test_a_folder_that_cannot_be_a_loop_is_named_and_stops_no_other(repo: Repo, server: SinkServer) -> None:
+@pytest.mark.parametrize("name", ["o\x1bdd", "a\r\nb", "\x1b[31mred\x1b[m", os.fsdecode(b"\xff\xfe")])
+def test_a_folder_that_cannot_be_a_loop_is_named_and_stops_no_other(
+    repo: Repo, server: SinkServer, name: str
+) -> None:
     """Its escalations would be lost in silence otherwise. `fleet` is the host's, and a link is its loop."""
     repo.write_config(everywhere(HOOK))
-    one, odd, fleet = loops_of(repo, "one", "o\x1bdd", "fleet")
-    fill([one, odd, fleet])
+    one, odd, fleet = loops_of(repo, "one", name, "fleet")
+    fill([one, fleet])
+    odd.append("what nobody will ever send\n")
     one.folder.with_name("current").symlink_to("one")
     for _ in range(2):
         done = dispatch_all(repo)
@@ -604,7 +613,7 @@ def test_a_folder_in_place_of_one_state_file_does_not_hide_the_other_loops(
     bad.state_file.mkdir()
     done = repo.run("status", "--repo", str(repo.root))
     assert [loop["loopId"] for loop in json.loads(done.stdout)["loops"]] == ["good"]
-    assert done.exit_code == 5
+    assert done.exit_code == 4
     assert "loop bad" in done.stderr
     metrics = repo.run("status", "--repo", str(repo.root), "--format", "prometheus")
     assert metrics.exit_code == 0

@@ -166,12 +166,51 @@ def test_a_line_that_reached_nobody_is_a_warning_for_a_day(repo: Repo, code: str
     assert code_and_line[0] == 1
     assert code in code_and_line[1]
 
-    rows = repo.telemetry()
-    rows[0]["timestamp"] = "2026-01-01T00:00:00Z"
-    repo.telemetry_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    state = repo.state()
+    assert state["lost"][code]["count"] == 1
+    state["lost"][code]["lastSeenAt"] = "2026-01-01T00:00:00Z"
+    repo.state_file.write_text(json.dumps(state))
     found = look(repo)
     assert (found["health"], found["advice"]) == ("ok", [])
     assert found["failureReasons"][0]["reasonCode"] == code
+
+
+def test_what_was_lost_is_told_of_however_much_came_after_it(repo: Repo, server: SinkServer) -> None:
+    """Long telemetry, rotated telemetry, a killed pass and a lost state: whoever asks then asks too late."""
+    lost = "2 lines of the source sent to nobody"
+    repo.append("no JSON\n", "nor this\n", health_critical(note="x" * 2_000_000))
+    repo.dispatch()
+    assert lost in look(repo)["verdict"]
+    repo.telemetry_file.rename(f"{repo.telemetry_file}.1")
+    repo.attempts_file.rename(f"{repo.attempts_file}.1")
+    assert lost in look(repo)["verdict"]
+    repo.dispatch()
+    assert lost in look(repo)["verdict"]
+
+    before = repo.state_file.read_bytes()
+    repo.append("a third\n")
+    repo.dispatch()
+    repo.state_file.write_bytes(before)  # as if that pass had been killed
+    assert "3 lines of the source" in look(repo)["verdict"]
+    repo.state_file.unlink()
+    repo.dispatch()
+    assert "3 lines of the source" in look(repo)["verdict"]
+
+
+def test_what_is_lost_with_a_source_is_told_of_after_the_sink_is_back(repo: Repo, server: SinkServer) -> None:
+    server.answer(PATHS[HOOK], error(401))
+    repo.append(health_critical(serial=1), health_critical(serial=2))
+    repo.dispatch()
+    repo.source.unlink()
+    repo.append(*(health_critical(serial=n, note="x" * 600_000) for n in (3, 4)))
+    server.answer(PATHS[HOOK], ok())
+    config = to_all()
+    config["sinks"][HOOK]["timeoutSeconds"] = 9  # ends the wait
+    repo.write_config(config)
+    repo.dispatch()
+    found = look(repo)
+    assert found["health"] == "warning"
+    assert "2 deliveries lost (source_lost" in found["verdict"]
 
 
 def test_the_command_that_status_names_shows_the_lines_that_were_lost(repo: Repo) -> None:
