@@ -6,6 +6,8 @@ import copy
 import json
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -149,7 +151,9 @@ def test_the_resolver_indents_when_asked(repo: Repo) -> None:
     assert run.stdout.startswith("{\n  ")
 
 
-def test_the_config_file_comes_from_the_option_then_from_the_host(repo: Repo) -> None:
+def test_the_config_file_comes_from_the_option_then_from_the_host_then_from_the_repo(
+    repo: Repo, tmp_path: Path
+) -> None:
     other = repo.root / "other.json"
     config = sink_config()
     config["defaultMinSeverity"] = "info"
@@ -157,7 +161,11 @@ def test_the_config_file_comes_from_the_option_then_from_the_host(repo: Repo) ->
     env = {"OPS_MANAGER_ALERT_SINKS_FILE": str(other)}
 
     assert config_of(repo, env=env).json["defaultMinSeverity"] == "warning"
-    assert repo.run("config", env=env).json["defaultMinSeverity"] == "info"
+    assert repo.run("config", "--repo", str(repo.root), env=env).json["defaultMinSeverity"] == "info"
+    elsewhere = replace(repo, root=tmp_path / "elsewhere")
+    elsewhere.root.mkdir()
+    assert elsewhere.run("config", "--repo", str(repo.root)).json["defaultMinSeverity"] == "warning"
+    assert elsewhere.run("config").exit_code == 3
 
 
 def test_unset_secrets_are_named_and_never_shown(repo: Repo) -> None:

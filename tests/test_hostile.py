@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import RUN_TIMEOUT, Repo
 from escalations import PAGER, health_critical, sink_config
 from loopback import SinkServer
+
+import ops_alert_dispatch
 
 
 @pytest.mark.parametrize(
@@ -46,6 +49,19 @@ def test_a_path_given_twice_overwrites_neither_evidence_nor_config(
     assert run.exit_code == 2
     assert "same file" in run.stderr
     assert repo.snapshot() == before
+
+
+@pytest.mark.parametrize("ending", [".tmp", ".lock"])
+def test_a_source_is_not_taken_for_a_file_that_the_program_makes_beside_its_state(
+    repo: Repo, server: SinkServer, ending: str
+) -> None:
+    source = repo.folder / f"queue{ending}"
+    repo.append(health_critical())
+    repo.source.rename(source)
+    files = ["--escalations-file", str(source), "--dispatch-state-file", str(repo.folder / "queue")]
+
+    assert repo.dispatch(*files).exit_code == 2
+    assert source.read_bytes()
 
 
 def test_a_device_or_a_pipe_in_place_of_a_file_is_refused_and_left_as_it_is(
@@ -97,6 +113,35 @@ def test_output_that_cannot_be_written_is_told_in_words_after_the_alert_is_out(
     assert "Traceback" not in done.stderr
     assert "cannot write the output" in done.stderr
     assert len(server.received("/pager")) == 1
+
+
+def test_an_error_that_nobody_can_be_told_of_has_its_exit_code(repo: Repo) -> None:
+    repo.write_config("no JSON")
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        command = [*repo.command, "dispatch", *repo.target]
+        done = subprocess.run(
+            command, env=repo.env, cwd=repo.root, stdout=full, stderr=full, timeout=RUN_TIMEOUT, check=False
+        )
+
+    assert done.returncode == 3
+
+
+def test_a_current_folder_that_is_gone_is_told_in_words(repo: Repo, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = 'rmdir "$PWD" && exec "$@" config'
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", sys.executable, ops_alert_dispatch.__file__],
+        env=repo.env,
+        cwd=gone,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=RUN_TIMEOUT,
+        check=False,
+    )
+
+    assert done.returncode == 2
+    assert "the current folder is not there any more" in done.stderr
 
 
 @pytest.mark.parametrize(

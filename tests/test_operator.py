@@ -580,6 +580,10 @@ def test_a_sink_that_is_down_is_not_asked_for_each_of_many(repo: Repo, server: S
     assert [d["status"] for d in said["deliveries"] if d["sinkId"] == CHAT] == ["failed", *["not_tried"] * 2]
     assert (said["deliveredCount"], said["failedCount"]) == (6, 3)
     assert len(server.received(PATHS[CHAT])) == 1
+    # What an operator sends is in no lane: nothing sends it again by itself.
+    assert {d["advice"] for d in said["deliveries"] if d["status"] == "failed"} == {
+        "the sink has trouble of its own: try again later"
+    }
 
 
 @pytest.mark.parametrize(
