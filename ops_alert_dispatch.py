@@ -15,7 +15,8 @@ The promise: an escalation that was written reaches each sink that should have i
 that it did not, and why. The file reads from top to bottom as a record travels.
 """
 
-from __future__ import annotations
+# Without `from __future__ import annotations`: with it each NamedTuple compiles the texts of its fields'
+# types, which costs a twenty-fifth of an idle pass.
 
 import gc
 
@@ -40,7 +41,7 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TextIO, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, Self, TextIO, cast
 
 import click
 
@@ -637,7 +638,7 @@ class Config(NamedTuple):
         return {"defaultMinSeverity": self.default_min_severity, "sinks": sinks, "routing": routing}
 
     @classmethod
-    def of_rules(cls, rules: JsonObject) -> Config:
+    def of_rules(cls, rules: JsonObject) -> Self:
         """A config that routes by what `rules` gave. Raises KeyError, TypeError or ValueError else."""
         for sink_id in [*rules["routing"]["defaultSinks"], *rules["sinks"]]:
             SEVERITIES.index(rules["sinks"][sink_id].get("minSeverity", "info"))
@@ -1417,7 +1418,7 @@ class Segment:
         return f"{self.number}-{self.fingerprint}"
 
     @classmethod
-    def from_json(cls, value: JsonObject) -> Segment:
+    def from_json(cls, value: JsonObject) -> Self:
         """Read what `to_json` wrote. Raises KeyError, TypeError or ValueError for anything else."""
         number, mark = parse_segment_name(value["name"])
         device, inode, offset = (count_from_json(value[key]) for key in ("device", "inode", "offset"))
@@ -1486,7 +1487,7 @@ class Source:
         self.change: str | None = None
         self.stop = Position(0, 0, 0)
 
-    def __enter__(self) -> Source:
+    def __enter__(self) -> Self:
         try:
             self._locate()
         except OSError as error:
@@ -2679,7 +2680,7 @@ class Client:
         self._answered_at = 0.0
         self._hang_ups = 0
 
-    def _find_way(self, url: str) -> HTTPConnectionPool:
+    def _find_way(self, url: str) -> "HTTPConnectionPool":
         """Find out how to reach a sink. Raises OSError, requests.RequestException or ValueError."""
         from urllib.parse import unquote_to_bytes, urlsplit
 
@@ -2780,7 +2781,7 @@ class Client:
                 connection.close()
         return Answer(response.status, names, body)
 
-    def _is_dropped(self, connection: HTTPConnection) -> bool:
+    def _is_dropped(self, connection: "HTTPConnection") -> bool:
         """Tell whether a connection that was kept is of no more use: the sink has hung up, or has said more
         than it was asked for."""
         from urllib3.util.connection import is_connection_dropped
@@ -2955,7 +2956,7 @@ class AnswerFile:
 
 
 @functools.cache
-def response_classes() -> tuple[type[HTTPResponse], type[HTTPResponse]]:
+def response_classes() -> tuple[type["HTTPResponse"], type["HTTPResponse"]]:
     """A response of http.client that is careful, and one that is quick, too: it reads the plainest of heads
     by itself, and leaves any other to http.client.
 
@@ -3180,6 +3181,34 @@ def write_all(descriptor: int, data: bytes) -> None:
         raise
 
 
+class Checkpoint(NamedTuple):
+    """Up to where a file of rows is accounted for in the state; `tail` names what stands before there."""
+
+    device: int = 0
+    inode: int = 0
+    offset: int = 0
+    tail: str = ""
+
+    @classmethod
+    def at_end(cls, descriptor: int) -> Self:
+        """A checkpoint at the end of an open file. Raises OSError."""
+        found = os.fstat(descriptor)
+        return cls(found.st_dev, found.st_ino, found.st_size, tail_hash(descriptor, found.st_size))
+
+    @classmethod
+    def from_json(cls, value: Sequence[Any]) -> Self:
+        """Read a list of its fields. Raises TypeError or ValueError for anything else."""
+        device, inode, offset, tail = value
+        return cls(count_from_json(device), count_from_json(inode), count_from_json(offset), str(tail))
+
+    def is_in(self, path: str) -> bool:
+        """Tell whether a file holds what was accounted for, under whichever name. Raises OSError."""
+        with open(path, "rb", buffering=0) as file:
+            descriptor = file.fileno()
+            whole = os.fstat(descriptor).st_size >= self.offset
+            return whole and tail_hash(descriptor, self.offset) == self.tail
+
+
 # The fields of a row that hold what others wrote; a sink's message is masked as it comes in.
 FROM_OUTSIDE = {
     *("escalation", "rawLine", "unknownSeverity", "escalationCategory", "escalationTimestamp"),
@@ -3343,34 +3372,6 @@ def loop_lock(path: str, wait: float = LOCK_WAIT_SECONDS) -> Iterator[bool]:
         os.close(descriptor)
 
 
-class Checkpoint(NamedTuple):
-    """Up to where a file of rows is accounted for in the state; `tail` names what stands before there."""
-
-    device: int = 0
-    inode: int = 0
-    offset: int = 0
-    tail: str = ""
-
-    @classmethod
-    def at_end(cls, descriptor: int) -> Checkpoint:
-        """A checkpoint at the end of an open file. Raises OSError."""
-        found = os.fstat(descriptor)
-        return cls(found.st_dev, found.st_ino, found.st_size, tail_hash(descriptor, found.st_size))
-
-    @classmethod
-    def from_json(cls, value: Sequence[Any]) -> Checkpoint:
-        """Read a list of its fields. Raises TypeError or ValueError for anything else."""
-        device, inode, offset, tail = value
-        return cls(count_from_json(device), count_from_json(inode), count_from_json(offset), str(tail))
-
-    def is_in(self, path: str) -> bool:
-        """Tell whether a file holds what was accounted for, under whichever name. Raises OSError."""
-        with open(path, "rb", buffering=0) as file:
-            descriptor = file.fileno()
-            whole = os.fstat(descriptor).st_size >= self.offset
-            return whole and tail_hash(descriptor, self.offset) == self.tail
-
-
 def read_rows(path: str, since: Checkpoint) -> tuple[list[Iterator[JsonObject]], Checkpoint]:
     """The rows after a checkpoint, as streams in order, and the checkpoint after them.
 
@@ -3455,7 +3456,7 @@ class Told(NamedTuple):
     repeats: int = 0
     since: str | None = None
 
-    def hold_back(self, at: str) -> Told:
+    def hold_back(self, at: str) -> "Told":
         """The same with one repeat more."""
         return self._replace(repeats=self.repeats + 1, since=self.since or at)
 
@@ -3472,7 +3473,7 @@ class PeerLag(NamedTuple):
     message: str | None = None
 
     @classmethod
-    def from_json(cls, value: JsonObject) -> PeerLag:
+    def from_json(cls, value: JsonObject) -> Self:
         """Read what `to_json` wrote. Raises KeyError, TypeError or ValueError for anything else."""
         since, next_attempt_at = parse_time(value["since"]), parse_time(value["nextAttemptAt"])
         position, step = position_from_json(value["position"]), int(value["backoffStep"])
@@ -3576,7 +3577,7 @@ class Lane:
         self.gaps: list[tuple[Position, Position]] = []
 
     @classmethod
-    def from_json(cls, value: JsonObject) -> Lane:
+    def from_json(cls, value: JsonObject) -> Self:
         """Read what `to_json` wrote. Raises KeyError, TypeError or ValueError for anything else."""
         lane = cls(position_from_json(value["position"]))
         for name, key in cls.FIELDS:
@@ -3685,7 +3686,7 @@ class Lane:
         elif attempt["outcome"] == "skipped" and (told := self.told.get(key)):
             self.told[key] = told.hold_back(at)
 
-    def wait_like(self, other: Lane, sink_digest: str) -> None:
+    def wait_like(self, other: "Lane", sink_digest: str) -> None:
         """Wait as another loop's lane to the same sink does, which has just found the sink unwell."""
         self.reason_code, self.message, self.http_status = other.reason_code, other.message, other.http_status
         self.waiting_since, self.next_attempt_at = other.waiting_since, other.next_attempt_at
@@ -3804,7 +3805,7 @@ class State:
         self.salt = salt or os.urandom(16).hex()
 
     @classmethod
-    def from_json(cls, document: JsonObject) -> State:
+    def from_json(cls, document: JsonObject) -> Self:
         """Read a state document, ours or the shell dispatcher's. Raises KeyError, TypeError or ValueError."""
         state = cls(str(document.get("salt", "")))
         state.published = document
@@ -4589,7 +4590,7 @@ class Batch(NamedTuple):
     deliveries: list[Delivery]
     repeats: list[Delivery]
 
-    def refused(self) -> Batch:
+    def refused(self) -> "Batch":
         """What a sink has refused: a repeat of what it would have been told goes the same way."""
         untold = {delivery.subject.key for delivery in self.deliveries if delivery.subject}
         lost: list[Delivery] = []
