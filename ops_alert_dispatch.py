@@ -117,6 +117,18 @@ class StorageError(DispatchError):
     exit_code = EXIT_STORAGE
 
 
+def program_fault(error: Exception) -> StorageError:
+    """Say where the program itself is wrong, for whoever can mend it: an exception's own words could hold
+    anything, a secret too."""
+    import traceback
+
+    *_, frame = traceback.extract_tb(error.__traceback__)
+    return StorageError(
+        f"a fault of the program: {type(error).__name__} in {frame.name}, line {frame.lineno}",
+        ["report it with this line and the version; what was not delivered goes out with a later pass"],
+    )
+
+
 def storage_error(action: str, path: str, error: OSError) -> StorageError:
     """Say which file failed at what, and what an operator can do about that kind of failure."""
     advice = {
@@ -181,6 +193,10 @@ class TooDeepError(ValueError):
 
     def __init__(self) -> None:
         super().__init__(f"nested more than {MAX_DEPTH} deep")
+
+
+# What reading a document or a row that is none of ours may raise, whatever stands in it.
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
 def encode_json(value: object) -> bytes:
@@ -352,7 +368,7 @@ class Redactor:
         for secret in self._secrets:
             for part, is_token in (url_parts(secret) if "://" in secret else token_parts(secret)).items():
                 if is_token and len(part) >= SECRET_MIN:
-                    whole.add(fold(part))
+                    whole |= {fold(part), fold(json.dumps(part, ensure_ascii=False)[1:-1])}
                 for spelling in map(fold, spellings(part)):
                     if len(spelling) < SECRET_RUN or (not is_token and spelling in public):
                         continue
@@ -457,21 +473,34 @@ def url_parts(url: str) -> dict[str, bool]:
 
 
 def token_parts(token: str) -> dict[str, bool]:
-    """A token, and what else gives it away: each of several signing secrets, and the key that it encodes.
+    """A token, and what else gives it away: each of several signing secrets, and the key that it encodes."""
+    parts: dict[str, bool] = {}
+    for word in token.split():
+        parts |= {word: True, word.removeprefix("whsec_"): True}
+        for key in signing_keys(word):
+            parts |= {key.hex(): True, key.decode("utf-8", "surrogateescape"): True}
+    return parts
 
-    Standard Webhooks, "Signature scheme": `whsec_` and the key in base64; several, separated by spaces.
+
+def signing_keys(value: str) -> list[bytes]:
+    """The keys that a webhook's signing secret holds, in its order; none where any of it is malformed.
+
+    Standard Webhooks, "Signature scheme": `whsec_` and the key in base64. Several stand side by side, with
+    a space between them, while a key is rotated.
     """
     from base64 import b64decode
 
-    parts: dict[str, bool] = {}
-    for word in token.split():
-        coded = word.removeprefix("whsec_")
-        parts |= {word: True, coded: True}
-        if coded != word:
-            with contextlib.suppress(ValueError):
-                key = b64decode(coded)
-                parts |= {key.hex(): True, key.decode("utf-8", "surrogateescape"): True}
-    return parts
+    keys: list[bytes] = []
+    for secret in value.split(" "):
+        coded = secret.removeprefix("whsec_")
+        try:
+            key = b64decode(coded.rstrip("=") + "=" * (-len(coded.rstrip("=")) % 4), validate=True)
+        except ValueError:
+            return []
+        if coded == secret or not key:
+            return []
+        keys.append(key)
+    return keys
 
 
 def spellings(part: str) -> set[str]:
@@ -639,9 +668,9 @@ class Config(NamedTuple):
 
     @classmethod
     def of_rules(cls, rules: JsonObject) -> Self:
-        """A config that routes by what `rules` gave. Raises KeyError, TypeError or ValueError else."""
-        for sink_id in [*rules["routing"]["defaultSinks"], *rules["sinks"]]:
-            SEVERITIES.index(rules["sinks"][sink_id].get("minSeverity", "info"))
+        """A config that routes by what `rules` gave. Raises one of MALFORMED else."""
+        for settings in rules["sinks"].values():
+            SEVERITIES.index(settings.get("minSeverity", "info"))
         return cls(
             path="",
             digest="",
@@ -783,7 +812,7 @@ def find_secrets(document: JsonObject, environ: Mapping[str, str]) -> Iterator[s
         name: value for name, value in named_secrets(document, environ).items() if len(value) >= SECRET_RUN
     }
     text = json.dumps(document, ensure_ascii=False)
-    if not any(json.dumps(value)[1:-1] in text for value in secrets.values()):
+    if not any(json.dumps(value, ensure_ascii=False)[1:-1] in text for value in secrets.values()):
         return
     waiting: list[tuple[list[str | int], object]] = [([], document)]
     while waiting:
@@ -813,6 +842,13 @@ def read_config(path: str) -> tuple[JsonObject, str, list[str]]:
             shown = ", ".join(show_value(key) for key in sorted(twice)[:MAX_FAULTS])
             faults.append(f"$: the key {shown} stands twice in one object; take one out")
         return document
+
+    def no_number(word: str) -> None:
+        faults.append(f"$: {word} is no number of JSON; write one")
+
+    def number(digits: str) -> int | float:
+        value = float(digits)
+        return int(value) if value.is_integer() else value
 
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -845,7 +881,7 @@ def read_config(path: str) -> tuple[JsonObject, str, list[str]]:
         )
     try:
         text = raw.removeprefix(BYTE_ORDER_MARK).decode()
-        document = json.loads(text, object_pairs_hook=unique)
+        document = json.loads(text, object_pairs_hook=unique, parse_constant=no_number, parse_float=number)
     except UnicodeDecodeError as error:
         raise config_error(path, [f"$: not UTF-8 at byte {error.start}; save the file as UTF-8"]) from None
     except json.JSONDecodeError as error:
@@ -1104,27 +1140,6 @@ def check_ca_file(name: str) -> str | None:
     except (OSError, ValueError):  # ssl.SSLError is an OSError
         return "is not the path of a readable PEM file with CA certificates; set it to that of one"
     return None
-
-
-def signing_keys(value: str) -> list[bytes]:
-    """The keys that a webhook's signing secret holds, in its order; none where any of it is malformed.
-
-    Standard Webhooks, "Signature scheme": `whsec_` and the key in base64. Several stand side by side, with
-    a space between them, while a key is rotated.
-    """
-    from base64 import b64decode
-
-    keys: list[bytes] = []
-    for secret in value.split(" "):
-        coded = secret.removeprefix("whsec_")
-        try:
-            key = b64decode(coded.rstrip("=") + "=" * (-len(coded.rstrip("=")) % 4), validate=True)
-        except ValueError:
-            return []
-        if coded == secret or not key:
-            return []
-        keys.append(key)
-    return keys
 
 
 # RFC 3986, section 3. Of the authority stricter than what readers of URLs take: they do not agree on what
@@ -1419,7 +1434,7 @@ class Segment:
 
     @classmethod
     def from_json(cls, value: JsonObject) -> Self:
-        """Read what `to_json` wrote. Raises KeyError, TypeError or ValueError for anything else."""
+        """Read what `to_json` wrote. Raises one of MALFORMED for anything else."""
         number, mark = parse_segment_name(value["name"])
         device, inode, offset = (count_from_json(value[key]) for key in ("device", "inode", "offset"))
         return cls(number, mark, device, inode, offset, str(value["tail"]))
@@ -1486,6 +1501,10 @@ class Source:
         self.present = False
         self.change: str | None = None
         self.stop = Position(0, 0, 0)
+        # The file at the source's own path; None where nothing complete stands there.
+        self.current: Segment | None = None
+        # Neighbours that are younger than the last file that was read, and whose names say nothing.
+        self.unread: list[str] = []
 
     def __enter__(self) -> Self:
         try:
@@ -1500,19 +1519,13 @@ class Source:
                 os.close(segment.descriptor)
                 segment.descriptor = None
 
-    @property
-    def current(self) -> Segment | None:
-        """The segment that the source's own path leads to; None where nothing complete stands there."""
-        return self._current
-
     def _locate(self) -> None:
-        self._current: Segment | None = None
         descriptor = self._open(self.path)
         self.present = descriptor is not None
         last = self.segments[-1] if self.segments else None
         if descriptor is not None and last is not None and last.is_in(descriptor):
             last.attach(descriptor)
-            self._current = last
+            self.current = last
             older = self.segments[:-1]
         else:
             older = self.segments[:]
@@ -1523,7 +1536,7 @@ class Source:
                 break
         for found in newer:
             self._append(found)
-        if descriptor is not None and self._current is None:
+        if descriptor is not None and self.current is None:
             if last is not None:
                 same_file = os.fstat(descriptor).st_ino == last.inode and last.descriptor is None
                 found_again = last.descriptor is not None
@@ -1532,11 +1545,11 @@ class Source:
                 os.close(descriptor)
             else:
                 self._append(descriptor)
-                self._current = self.segments[-1]
+                self.current = self.segments[-1]
         for segment in self.segments:
             if segment.descriptor is None:
                 continue
-            finished = segment is self._current or segment.finish()
+            finished = segment is self.current or segment.finish()
             self.stop = Position(segment.number, segment.stop, 0)
             if not finished:
                 break
@@ -1581,23 +1594,28 @@ class Source:
                             newer = [other for other in names[names.index(name) + 1 :] if other in opened]
         newest = self.segments[-1]
         found: list[int] = []
-        if newest.descriptor is not None and newest is not self._current:
+        if newest.descriptor is not None and newest is not self.current:
             found = [
                 opened.pop(name)
                 for name in newer
                 if rotation_key(base, name) is not None and os.fstat(opened[name]).st_size
             ]
+            since = os.fstat(newest.descriptor).st_mtime
+            later = (name for name in opened if rotation_key(base, name) is None)
+            self.unread = [n for n in later if (s := os.fstat(opened[n])).st_size and s.st_mtime >= since]
         for descriptor in opened.values():
             os.close(descriptor)
         return found
 
     def _neighbours(self, base: str) -> list[str]:
-        """The names of files beside the source that start with its name, oldest rotation first."""
+        """The names of files beside the source that may be rotations of it, the oldest first of those that
+        surely are."""
         try:
-            names = [n for n in os.listdir(os.path.dirname(self.path)) if n.startswith(base) and n != base]
+            names = os.listdir(os.path.dirname(self.path))
         except FileNotFoundError:
             return []
-        return sorted(names, key=lambda name: (rotation_key(base, name) or (-1, ""), name))
+        keyed = rotated_names(self.path)
+        return [*(n for n in names if n.startswith(base) and n not in {base, *keyed}), *keyed]
 
     def _open(self, path: str) -> int | None:
         try:
@@ -1685,14 +1703,32 @@ class Source:
 def rotation_key(base: str, name: str) -> tuple[int, str] | None:
     """Order rotated files, oldest first; None for a neighbour that no rotation made.
 
-    `base.3` < `base.2` < `base.1`; `base-20260101` < `base-20260102`. Compressed ones do not count.
+    `base.3` < `base.2` < `base.1`; `base-20260101` < `base-20260102`, in any usual form of a date, and with
+    the extension last, too. Compressed ones do not count.
     """
-    suffix = name[len(base) :]
-    if match := re.fullmatch(r"\.(\d{1,4})", suffix):
-        return (10_000 - int(match[1]), "")
-    if re.fullmatch(r"[-.]\d{8}[-_T0-9]*", suffix):
+    stem, extension = os.path.splitext(base)
+    if name.startswith(base):
+        suffix = name[len(base) :]
+    elif name.startswith(stem) and name.endswith(extension):
+        suffix = name[len(stem) : -len(extension)]
+    else:
+        return None
+    if match := re.fullmatch(r"\.(\d{1,7})", suffix):
+        return (10_000_000 - int(match[1]), "")
+    if re.fullmatch(r"[-._]\d{4}([-_.]?)\d{2}\1\d{2}[-_.:T\d]*Z?", suffix):
         return (0, suffix)
     return None
+
+
+def rotated_names(path: str) -> list[str]:
+    """The names that rotations have given a file, oldest first. Raises OSError."""
+    try:
+        names = os.listdir(os.path.dirname(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    base = os.path.basename(path)
+    keyed = [(key, name) for name in names if (key := rotation_key(base, name)) is not None]
+    return [name for _, name in sorted(keyed)]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1983,7 +2019,7 @@ class Verdict(NamedTuple):
 WEB_PAGE = "answered with a web page: the URL is not that of such a sink, or something stands before it"
 
 SINK_UNWELL = {408, 425, 429}
-RECORD_REFUSED = {400, 411, 413, 414, 415, 416, 417, 422, 431}
+RECORD_REFUSED = {400, 413, 422}
 
 
 def judge_status(answer: Answer, now: float) -> Verdict:
@@ -3197,7 +3233,7 @@ class Checkpoint(NamedTuple):
 
     @classmethod
     def from_json(cls, value: Sequence[Any]) -> Self:
-        """Read a list of its fields. Raises TypeError or ValueError for anything else."""
+        """Read a list of its fields. Raises one of MALFORMED for anything else."""
         device, inode, offset, tail = value
         return cls(count_from_json(device), count_from_json(inode), count_from_json(offset), str(tail))
 
@@ -3382,7 +3418,7 @@ def read_rows(path: str, since: Checkpoint) -> tuple[list[Iterator[JsonObject]],
         found = stat_of(path)
         if found and (found.st_dev, found.st_ino, found.st_size) == since[:3]:
             return [], since
-        files = [*rotated_files(path), *([path] if found else [])]
+        files = [*(beside(path, name) for name in rotated_names(path)), *([path] if found else [])]
         # Where that place is in no file any more, or in an empty one, all that there is counts: no row that
         # was accounted for moves a lane.
         known = [index for index, file in enumerate(files) if since.offset and since.is_in(file)]
@@ -3395,21 +3431,6 @@ def read_rows(path: str, since: Checkpoint) -> tuple[list[Iterator[JsonObject]],
             return rows, Checkpoint.at_end(file.fileno())
     except OSError as error:
         raise storage_error("read", path, error) from None
-
-
-def rotated_files(path: str) -> list[str]:
-    """The files that a rotation has made of this one, oldest first. Raises OSError."""
-    try:
-        names = os.listdir(os.path.dirname(path))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    base = os.path.basename(path)
-    found = [
-        (key, name)
-        for name in names
-        if name.startswith(base) and (key := rotation_key(base, name)) is not None
-    ]
-    return [beside(path, name) for _, name in sorted(found)]
 
 
 def iterate_rows(path: str, offset: int = 0) -> Iterator[JsonObject]:
@@ -3474,7 +3495,7 @@ class PeerLag(NamedTuple):
 
     @classmethod
     def from_json(cls, value: JsonObject) -> Self:
-        """Read what `to_json` wrote. Raises KeyError, TypeError or ValueError for anything else."""
+        """Read what `to_json` wrote. Raises one of MALFORMED for anything else."""
         since, next_attempt_at = parse_time(value["since"]), parse_time(value["nextAttemptAt"])
         position, step = position_from_json(value["position"]), int(value["backoffStep"])
         code, status, message = value.get("reasonCode"), value.get("httpStatus"), value.get("message")
@@ -3504,10 +3525,35 @@ class PeerLag(NamedTuple):
         return self.next_attempt_at is None or not self.since - 1.0 <= now < self.next_attempt_at
 
 
+class Stretch(NamedTuple):
+    """A stretch of the log in which a lane, though it has come past it before, takes records of one kind:
+    of this category and own severity. They waited elsewhere when a changed config routed them here."""
+
+    start: Position
+    stop: Position
+    category: str
+    severity: str | None
+
+    @classmethod
+    def from_json(cls, value: Sequence[Any]) -> Self:
+        """Read what `to_json` wrote. Raises one of MALFORMED for anything else."""
+        start, stop, category, severity = value
+        kind = str(category), None if severity is None else str(severity)
+        return cls(position_from_json(start), position_from_json(stop), *kind)
+
+    def to_json(self, source: Source) -> list[Any]:
+        ends = (position_to_json(self.start, source), position_to_json(self.stop, source))
+        return [*ends, self.category, self.severity]
+
+    def holds(self, place: Position, kind: tuple[str, str | None]) -> bool:
+        """Tell whether a record of a kind at a place is one of these."""
+        return self.start <= place < self.stop and (self.category, self.severity) == kind
+
+
 class Lane:
     """The place of one sink in the log, and how it fares there. Times are seconds since the epoch."""
 
-    # Attribute and key of each plain field; what is None or 0 is not written.
+    # Attribute and key of each plain field; what is None is not written.
     FIELDS: ClassVar = (
         ("waiting_count", "waitingCount"),
         ("oldest_pending_at", "oldestPendingAt"),
@@ -3566,9 +3612,8 @@ class Lane:
         self.paced_until: float | None = None
         # What the sink was told, by what repeats of it have in common; the latest told comes last.
         self.told: dict[str, Told] = {}
-        # Up to these places the lane takes only records of these kinds (category, own severity), which waited
-        # elsewhere when a changed config routed them here: it has come past the others before.
-        self.rerouted: list[tuple[Position, list[tuple[str, str | None]]]] = []
+        # Up to the end of the last of these the lane takes nothing else.
+        self.rerouted: list[Stretch] = []
         # The peers of a cluster that have missed deliveries which another one took.
         self.peers: dict[str, PeerLag] = {}
         # Where the lane stood still because its sink was disabled, and stretches of the log that it passes
@@ -3578,7 +3623,7 @@ class Lane:
 
     @classmethod
     def from_json(cls, value: JsonObject) -> Self:
-        """Read what `to_json` wrote. Raises KeyError, TypeError or ValueError for anything else."""
+        """Read what `to_json` wrote. Raises one of MALFORMED for anything else."""
         lane = cls(position_from_json(value["position"]))
         for name, key in cls.FIELDS:
             if key in value:
@@ -3589,10 +3634,7 @@ class Lane:
         if "disabledAt" in value:
             lane.disabled_at = position_from_json(value["disabledAt"])
         lane.gaps = [(position_from_json(a), position_from_json(b)) for a, b in value.get("gaps", [])]
-        lane.rerouted = [
-            (position_from_json(stop), [(str(category), severity) for category, severity in kinds])
-            for stop, kinds in value.get("rerouted", [])
-        ]
+        lane.rerouted = [Stretch.from_json(stretch) for stretch in value.get("rerouted", [])]
         lane.peers = {str(name): PeerLag.from_json(lag) for name, lag in value.get("peers", {}).items()}
         lane.told = {key: Told(str(at), int(n), since) for key, at, n, since in value.get("told", [])}
         return lane
@@ -3608,7 +3650,7 @@ class Lane:
         if self.gaps:
             value["gaps"] = [[position_to_json(p, source) for p in gap] for gap in self.gaps]
         if self.rerouted:
-            value["rerouted"] = [[position_to_json(stop, source), kinds] for stop, kinds in self.rerouted]
+            value["rerouted"] = [stretch.to_json(source) for stretch in self.rerouted]
         if self.peers:
             value["peers"] = {name: lag.to_json(source) for name, lag in self.peers.items()}
         if self.told:
@@ -3648,9 +3690,11 @@ class Lane:
                 self.consecutive_failures = self.backoff_step = 0
                 self.failing_since = self.waiting_since = self.next_attempt_at = None
         else:
-            self.attempts = attempt["attempt"]
+            self.attempts = count_from_json(attempt["attempt"])
             self.failed_attempt_count += counts
             self.consecutive_failures += counts
+            if counts:
+                self.oldest_pending_at = attempt.get("escalationTimestamp")
             self.failing_since = self.failing_since or at
             self.waiting_since, self.next_attempt_at = at, parse_time(attempt.get("nextAttemptAt"))
             self.backoff_step += counts and attempt.get("backoffSeconds") is not None
@@ -3686,6 +3730,12 @@ class Lane:
         elif attempt["outcome"] == "skipped" and (told := self.told.get(key)):
             self.told[key] = told.hold_back(at)
 
+    def note_put_off(self, timestamp: str | None) -> None:
+        """Count a delivery that a row says waits, of a record with this timestamp."""
+        self.waiting_count += 1
+        if self.oldest_pending_at is None and parse_time(timestamp) is not None:
+            self.oldest_pending_at = timestamp
+
     def wait_like(self, other: "Lane", sink_digest: str) -> None:
         """Wait as another loop's lane to the same sink does, which has just found the sink unwell."""
         self.reason_code, self.message, self.http_status = other.reason_code, other.message, other.http_status
@@ -3714,14 +3764,30 @@ class Lane:
             return True
         return not self.waiting_since - 1.0 <= now < self.next_attempt_at
 
-    def rerouted_at(self, place: Position) -> list[tuple[str, str | None]] | None:
-        """The kinds of records that the lane takes at a place it has been past before; None: it has not."""
-        return next((kinds for stop, kinds in self.rerouted if place < stop), None)
+    def is_again(self, place: Position) -> bool:
+        """Tell whether the lane has come past a place before."""
+        return any(place < stretch.stop for stretch in self.rerouted)
 
-    def takes(self, record: Record, escalation: Escalation) -> bool:
-        """Tell whether the lane has yet to see to a record that is routed to its sink."""
-        kinds = self.rerouted_at(record.start)
-        return kinds is None or (escalation.category, escalation.severity) in kinds
+    def takes(self, place: Position, kind: tuple[str, str | None]) -> bool:
+        """Tell whether the lane has yet to see to a record of a kind at a place, if it is for its sink."""
+        return not self.is_again(place) or any(stretch.holds(place, kind) for stretch in self.rerouted)
+
+    def go_back(self, missed: Iterable[tuple[Position, tuple[str, str | None]]]) -> int:
+        """Take up what waits elsewhere and is routed here now: these records, in order. Returns how many of
+        them the lane would not have come to by itself."""
+        reach = max([self.position, *(stretch.stop for stretch in self.rerouted)])
+        new: dict[tuple[str, str | None], Position] = {}
+        count = 0
+        for place, kind in missed:
+            if place < self.position or not self.takes(place, kind):
+                new.setdefault(kind, place)
+                count += 1
+        # What it took on its way here it does not take again.
+        kept = [stretch._replace(start=max(stretch.start, self.position)) for stretch in self.rerouted]
+        self.rerouted = [*kept, *(Stretch(place, reach, *kind) for kind, place in new.items())]
+        self.position = min([self.position, *new.values()])
+        self.waiting_count += count
+        return count
 
     def ranges(self, stop: Position) -> Iterator[tuple[Position, Position]]:
         """The stretches of the log that the lane has yet to go through."""
@@ -3741,7 +3807,7 @@ SETTLED = ("delivered", "dead_letter", "skipped")
 
 
 def position_from_json(value: JsonObject) -> Position:
-    """Read a position. Raises KeyError, TypeError or ValueError where it is none."""
+    """Read a position. Raises one of MALFORMED where it is none."""
     number, _ = parse_segment_name(value["segment"])
     return Position(number, count_from_json(value["offset"]), count_from_json(value["line"]))
 
@@ -3761,19 +3827,24 @@ def record_place(record: Record, source: Source) -> JsonObject:
 
 
 def end_of_row(row: JsonObject) -> Position:
-    """The place after the record of a row. Raises KeyError, TypeError or ValueError where it has none."""
+    """The place after the record of a row. Raises one of MALFORMED where it has none."""
     place = row["position"]
-    return Position(parse_segment_name(place["segment"])[0], int(place["end"]), int(place["line"]))
+    return position_from_json({**place, "offset": place["end"]})
 
 
 def start_of_row(row: JsonObject) -> Position:
-    """The place of the record of a row. Raises KeyError, TypeError or ValueError where it has none."""
-    place = row["position"]
-    return Position(parse_segment_name(place["segment"])[0], int(place["offset"]), int(place["line"]) - 1)
+    """The place of the record of a row. Raises one of MALFORMED where it has none."""
+    end = position_from_json(row["position"])
+    return end._replace(line=end.line - 1)
+
+
+def put_off(entries: Iterable[JsonObject]) -> list[str]:
+    """The sinks for which a delivery waits, by the entries of its row."""
+    return [entry["id"] for entry in entries if entry["status"] == "failed" and not entry.get("deadLetter")]
 
 
 def key_of_row(row: JsonObject, sink_id: str) -> Key:
-    """Which delivery a row is about. Raises KeyError, TypeError or ValueError where it does not say."""
+    """Which delivery a row is about. Raises one of MALFORMED where it does not say."""
     return (*start_of_row(row)[:2], sink_id)
 
 
@@ -3796,17 +3867,18 @@ class State:
         self.lost: dict[str, tuple[int, float]] = {}
         # Where records went under that config, as long as some wait.
         self.rules: JsonObject | None = None
-        # After a crash: attempts that settled a delivery of which no row tells yet, what they say for rows
-        # that are still to come, and whether to count anew what waits.
+        # After a crash: attempts that settled a delivery of which no row tells yet, and what they say for
+        # rows that are still to come.
         self.unrecorded: list[JsonObject] = []
         self.remembered: dict[Key, JsonObject] = {}
+        # Rebuilt from telemetry, of which some may be gone: what waits is to be counted anew.
         self.recount = False
         # Makes digests of secrets worthless to whoever reads the state.
         self.salt = salt or os.urandom(16).hex()
 
     @classmethod
     def from_json(cls, document: JsonObject) -> Self:
-        """Read a state document, ours or the shell dispatcher's. Raises KeyError, TypeError or ValueError."""
+        """Read a state document, ours or the shell dispatcher's. Raises one of MALFORMED."""
         state = cls(str(document.get("salt", "")))
         state.published = document
         if "source" not in document:
@@ -3825,6 +3897,7 @@ class State:
         }
         state.config_digest = document.get("configDigest")
         state.rules = document.get("rules")
+        state.recount = document.get("recount") is True
         if len(bytes.fromhex(state.salt)) > 64:  # what it keys takes no longer one
             raise ValueError("no salt")
         state.unrecorded = list(document.get("unrecorded", []))
@@ -3846,6 +3919,7 @@ class State:
             "configDigest": self.config_digest,
             "salt": self.salt,
             **({"lost": self._lost_to_json()} if self.lost else {}),
+            **({"recount": True} if self.recount else {}),
             **({"unrecorded": self.unrecorded} if self.unrecorded else {}),
             **({"rules": self.rules} if any(lane.waiting_count for lane in self.lanes.values()) else {}),
         }
@@ -3866,7 +3940,7 @@ class State:
     def remember(self, attempts: Iterable[JsonObject], told: Collection[Key]) -> None:
         """Keep what settled a delivery whose row was not written before a crash.
 
-        `told`: the deliveries that have a late row. Raises KeyError, TypeError or ValueError.
+        `told`: the deliveries that have a late row. Raises one of MALFORMED.
         """
         self.unrecorded, self.remembered = [], {}
         for attempt in attempts:
@@ -3958,7 +4032,7 @@ def read_state(job: Job) -> State | None:
         raise ValueError("the state of another loop")
     try:
         return State.from_json(document)
-    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except MALFORMED as error:
         raise ValueError(f"not a state: {error}") from None
 
 
@@ -3982,11 +4056,28 @@ def load_state(job: Job, *, read_only: bool = False) -> State:
         # Where this fails the damaged file stays: without it the next pass would send everything.
         adopt_shell_telemetry(rebuilt, job)
     if damaged and not read_only:
-        try:
-            os.replace(job.state_file, f"{job.state_file}.damaged-{int(time.time())}")
-        except OSError as error:
-            raise storage_error("move aside the damaged state file", job.state_file, error) from None
+        keep_damaged(job.state_file)
     return rebuilt
+
+
+def keep_damaged(path: str) -> None:
+    """Keep a damaged state file under a second name. Under its own it stays until a new one takes its place:
+    without it, a pass after one that was killed meanwhile would take the loop for one without a past.
+
+    Raises StorageError.
+    """
+    try:
+        kept = f"{path}.damaged-{int(os.lstat(path).st_mtime)}"
+        try:
+            os.link(path, kept, follow_symlinks=False)
+        except FileExistsError:  # by a pass that did not get further
+            return
+        except OSError:  # there are file systems without links
+            import shutil
+
+            shutil.copy2(path, kept, follow_symlinks=False)
+    except OSError as error:
+        raise storage_error("keep a copy of the damaged state file", path, error) from None
 
 
 def loop_rows(
@@ -4011,19 +4102,20 @@ def loop_rows(
 def catch_up(state: State, job: Job) -> None:
     """Bring a state up to date with the rows that a pass wrote after it, before it was killed."""
     rows, state.telemetry = loop_rows(job, job.telemetry_file, state.telemetry)
-    killed = False
     told: set[Key] = set()
     for row in rows:
         state.note_lost(row)
-        with contextlib.suppress(KeyError, TypeError, ValueError):
+        with contextlib.suppress(*MALFORMED):
             if "late" in row:
                 told.add(key_of_row(row, row["sinks"][0]["id"]))
-            elif state.taken_up is not None:
-                state.taken_up = max(state.taken_up, end_of_row(row))
-                killed = True
+            elif state.taken_up is not None and (end := end_of_row(row)) > state.taken_up:
+                state.taken_up = end
+                for sink_id in put_off(row["sinks"]):
+                    if lane := state.lanes.get(sink_id):
+                        lane.note_put_off(row.get("escalationTimestamp"))
     rows, state.attempts = loop_rows(job, job.attempts_file, state.attempts, operator=True)
     for row in rows:
-        with contextlib.suppress(KeyError, TypeError, ValueError):
+        with contextlib.suppress(*MALFORMED):
             lane = state.lanes.get(row["sinkId"])
             if lane is not None and "byOperator" in row:
                 lane.apply_operator(row)
@@ -4031,11 +4123,9 @@ def catch_up(state: State, job: Job) -> None:
                 lane.apply(row)
             elif lane is not None and end_of_row(row) > lane.position:
                 lane.apply(row)
-                killed = True
                 if row["outcome"] in SETTLED:
                     state.unrecorded.append(row)
     state.remember(state.unrecorded, told)
-    state.recount = state.recount or killed
 
 
 def find_dead_letters(job: Job) -> set[Key]:
@@ -4043,7 +4133,7 @@ def find_dead_letters(job: Job) -> set[Key]:
     dead: set[Key] = set()
     rows, _ = loop_rows(job, job.attempts_file, Checkpoint(), operator=True)
     for row in rows:
-        with contextlib.suppress(KeyError, TypeError, ValueError):
+        with contextlib.suppress(*MALFORMED):
             key = key_of_row(row, str(row["sinkId"]))
             if "peer" in row:
                 continue
@@ -4062,7 +4152,7 @@ def rebuild_state(job: Job) -> State:
     state = State()
     state.recount = True
     settled: dict[str, Position] = {}
-    put_off: dict[str, Position] = {}
+    first_put_off: dict[str, Position] = {}
     waiting: dict[str, int] = {}
     names: dict[int, str] = {}
     told: set[Key] = set()
@@ -4070,7 +4160,7 @@ def rebuild_state(job: Job) -> State:
     rows, state.telemetry = loop_rows(job, job.telemetry_file, Checkpoint())
     for row in rows:
         state.note_lost(row)
-        with contextlib.suppress(KeyError, TypeError, ValueError):
+        with contextlib.suppress(*MALFORMED):
             end, place = end_of_row(row), row["position"]
             names[end.segment] = place["segment"]
             for entry in row["sinks"]:
@@ -4079,7 +4169,7 @@ def rebuild_state(job: Job) -> State:
                     settled[sink_id] = max(settled.get(sink_id, end), end)
                     waiting[sink_id] = waiting.get(sink_id, 0) - ("late" in row and "rerouted" not in row)
                 else:
-                    put_off.setdefault(sink_id, start_of_row(row))
+                    first_put_off.setdefault(sink_id, start_of_row(row))
                     waiting[sink_id] = waiting.get(sink_id, 0) + 1
             if "late" in row:
                 told.add(key_of_row(row, row["sinks"][0]["id"]))
@@ -4087,7 +4177,7 @@ def rebuild_state(job: Job) -> State:
                 state.taken_up = max(state.taken_up or end, end)
     rows, state.attempts = loop_rows(job, job.attempts_file, Checkpoint())
     for row in rows:
-        with contextlib.suppress(KeyError, TypeError, ValueError):
+        with contextlib.suppress(*MALFORMED):
             end, sink_id = end_of_row(row), row["sinkId"]
             names[end.segment] = row["position"]["segment"]
             if row["outcome"] in SETTLED and "peer" not in row:
@@ -4100,11 +4190,11 @@ def rebuild_state(job: Job) -> State:
             return state
         state.taken_up = Position(min(end.segment for end in settled.values()), 0, 0)
     dead = [sink_id for _, _, sink_id in find_dead_letters(job)]
-    for sink_id in {*settled, *put_off}:
-        state.lanes[sink_id] = Lane(settled.get(sink_id) or put_off[sink_id])
+    for sink_id in {*settled, *first_put_off}:
+        state.lanes[sink_id] = Lane(settled.get(sink_id) or first_put_off[sink_id])
     rows, _ = loop_rows(job, job.attempts_file, Checkpoint(), operator=True)
     for row in rows:
-        with contextlib.suppress(KeyError, TypeError, ValueError):
+        with contextlib.suppress(*MALFORMED):
             if "byOperator" in row:
                 state.lanes[row["sinkId"]].apply_operator(row)
             else:
@@ -4156,7 +4246,7 @@ def adopt_shell_telemetry(state: State, job: Job) -> None:
 # Ledger: what happened, written down as it happens
 # ---------------------------------------------------------------------------------------------------------
 
-# So many records may be answered by one lane before the row of the slowest is written without it.
+# So many answers may be at hand before the row of the slowest record is written without its last ones.
 ROW_WINDOW = 1000
 
 
@@ -4322,6 +4412,8 @@ class Ledger:
         }
         if verdict.message and verdict.outcome != "delivered":
             row["message"] = verdict.message
+        if verdict.outcome not in SETTLED:
+            row["escalationTimestamp"] = delivery.escalation.written_at
         if delivery.held_back and verdict.outcome == "delivered":
             row["heldBack"] = {"repeats": delivery.held_back.repeats, "since": delivery.held_back.since}
         return row
@@ -4331,7 +4423,7 @@ class Ledger:
         rows: list[JsonObject] = []
         for delivery, entry in settled:
             lane = self.state.lanes.get(entry["id"])
-            rerouted = lane is not None and lane.rerouted_at(delivery.record.start) is not None
+            rerouted = lane is not None and lane.is_again(delivery.record.start)
             if entry["status"] == "success":
                 self.counts.late_dispatched += 1
             elif entry["status"] == "failed":
@@ -4388,11 +4480,8 @@ class Ledger:
         self, record: Record, escalation: Escalation, resolution: Resolution, entries: list[JsonObject]
     ) -> None:
         """Write the row of an escalation: from then on it is taken up."""
-        for entry in entries:
-            if entry["status"] == "failed" and not entry.get("deadLetter"):
-                lane = self.state.lanes[entry["id"]]
-                lane.waiting_count += 1
-                lane.oldest_pending_at = lane.oldest_pending_at or escalation.written_at
+        for sink_id in put_off(entries):
+            self.state.lanes[sink_id].note_put_off(escalation.timestamp)
         self._take_up(record, self._row(record, escalation, resolution, entries))
 
     def _take_up(self, record: Record, row: JsonObject) -> None:
@@ -4512,7 +4601,7 @@ def count_sinks(entries: list[JsonObject]) -> JsonObject:
 # Lanes: one worker a sink, each lane in order, none waiting for another sink
 # ---------------------------------------------------------------------------------------------------------
 
-# Quick tries within a pass start at this many seconds, and double.
+# The waits between quick tries within a pass are up to twice as many seconds, then four times, and so on.
 QUICK_RETRY_SECONDS = 0.25
 # A lane looks through so many records, or takes so many bytes of them, before others have their turn.
 TURN_RECORDS = 1000
@@ -4567,6 +4656,12 @@ class Pace:
         self._interval = PACE_MINUTE / (per_minute - burst + 1)
         self._credit = (burst - 1) * self._interval
         self.until = 0.0
+
+    @classmethod
+    def of(cls, sink: Sink) -> Self | None:
+        """The pace of a sink; None for one that takes any."""
+        per_minute = sink.settings.get("maxPerMinute", ADAPTERS[sink.type].max_per_minute)
+        return cls(per_minute) if per_minute else None
 
     def wait(self, now: float) -> float:
         """Seconds until the next request may start."""
@@ -4642,7 +4737,7 @@ class Memory:
 def waiting_delivery(record: Record, lane: Lane, sink: Sink, router: Router, loop_id: str) -> Delivery | None:
     """A record that waits in a sink's lane, enabled or not; None where it is not for that sink."""
     line = parse_escalation(record, loop_id)
-    if isinstance(line, Unusable) or not lane.takes(record, line):
+    if isinstance(line, Unusable) or not lane.takes(record.start, (line.category, line.severity)):
         return None
     resolution = router.resolve(line.category, line.severity)
     if not resolution.should_dispatch or all(other.id != sink.id for other in resolution.selected):
@@ -4650,6 +4745,15 @@ def waiting_delivery(record: Record, lane: Lane, sink: Sink, router: Router, loo
     if not at_least(resolution.event_severity, sink.min_severity or resolution.min_severity):
         return None
     return Delivery(record, line, resolution, late=True)
+
+
+def count_backlog(
+    lane: Lane, sink: Sink, router: Router, source: Source, taken_up: Position, loop_id: str
+) -> None:
+    """Count anew what waits in a lane, and find the timestamp of the first that has one."""
+    lane.waiting_count, lane.oldest_pending_at = 0, None
+    for delivery in backlog(lane, sink, router, source, taken_up, loop_id):
+        lane.note_put_off(delivery.escalation.timestamp)
 
 
 def backlog(
@@ -4661,6 +4765,50 @@ def backlog(
             delivery = waiting_delivery(record, lane, sink, router, loop_id)
             if delivery is not None:
                 yield delivery
+
+
+def router_before(state: State) -> Router | None:
+    """Routes as the config did under which the last pass ran; None where that is not known."""
+    if state.rules is None:
+        return None
+    try:
+        router = Router(Config.of_rules(state.rules))
+        routing = router.config.routing
+        routes = (route["category"] for route in routing.get("routes", []))
+        for category in ("", *routes, *routing.get("categorySeverity", {})):
+            router.resolve(category, None)
+            router.resolve(category, SEVERITIES[-1])
+    except MALFORMED:
+        return None
+    return router
+
+
+def find_rerouted(
+    state: State, source: Source, before: Router, router: Router, loop_id: str
+) -> dict[str, list[tuple[Position, tuple[str, str | None]]]]:
+    """Find what waits in some lane and is now, unlike before, routed to other ones, too.
+
+    Returns for each of their sinks the records, in order: place, and kind (category, own severity).
+    """
+    taken_up, sinks = state.taken_up, before.config.sinks
+    waiting = {name: lane for name, lane in state.lanes.items() if lane.waiting_count and name in sinks}
+    found: dict[str, list[tuple[Position, tuple[str, str | None]]]] = {}
+    if taken_up is None or not waiting:
+        return found
+    for record in source.read(min(lane.position for lane in waiting.values()), taken_up):
+        held = any(
+            any(start <= record.start < stop for start, stop in lane.ranges(taken_up))
+            and waiting_delivery(record, lane, sinks[name], before, loop_id)
+            for name, lane in waiting.items()
+        )
+        line = parse_escalation(record, loop_id) if held else None
+        if line is None or isinstance(line, Unusable):
+            continue
+        known = {sink.id for sink in before.resolve(line.category, line.severity).selected}
+        for sink in router.resolve(line.category, line.severity).dispatchable:
+            if sink.id not in known and sink.id in sinks and sink.id in state.lanes:
+                found.setdefault(sink.id, []).append((record.start, (line.category, line.severity)))
+    return found
 
 
 class LaneRun:
@@ -4795,7 +4943,7 @@ class LaneRun:
         resolution = self._router.resolve(escalation.category, escalation.severity)
         if all(sink.id != self.sink.id for sink in resolution.dispatchable):
             return None
-        if not self.lane.takes(record, escalation):
+        if not self.lane.takes(record.start, (escalation.category, escalation.severity)):
             return None
         return Delivery(record, escalation, resolution, late=record.start < self._began)
 
@@ -4835,8 +4983,7 @@ class SinkWorker:
         self._changed = changed
         self._adapter = ADAPTERS[sink.type]
         self._connections = Connections(sink)
-        per_minute = sink.settings.get("maxPerMinute", self._adapter.max_per_minute)
-        self._pace = Pace(per_minute) if per_minute else None
+        self._pace = Pace.of(sink)
         # The lanes that are still to be served, and those that wait until the sink is seen to be well.
         self._runs: deque[LaneRun] = deque()
         self._held: list[LaneRun] = []
@@ -5232,6 +5379,10 @@ class Pass:
             )
             self.ledger.write_event(None, "skipped", "source_replaced", None, message)
             state.taken_up = lost
+        elif source.unread and source.current:
+            names = ", ".join(map(printable, source.unread))
+            message = f"the source was rotated, and what {names} may hold of it was not read"
+            self.ledger.write_event(None, "skipped", "source_replaced", None, message)
         unknown = any(sink.enabled and name not in state.lanes for name, sink in self.config.sinks.items())
         changed = state.config_digest != self.config.digest or unknown
         if changed or state.recount:
@@ -5239,12 +5390,12 @@ class Pass:
         for sink_id, lane in state.lanes.items():
             self._leave_lost_segment(sink_id, lane)
         if changed or state.recount:
-            before = self._router_before()
+            before = router_before(state)
             if changed and before is not None:
                 self._reroute(before)
             for sink_id, lane in state.lanes.items():
-                if lane.waiting_count:
-                    self._apply_routes(sink_id, lane, before)
+                if lane.waiting_count or state.recount:
+                    self._apply_routes(sink_id, lane)
         state.config_digest, state.recount = self.config.digest, False
         state.rules = self.config.rules()
         self._changed = changed or bool(lost) or bool(source.change)
@@ -5288,80 +5439,28 @@ class Pass:
                 )
                 self.ledger.write_event(sink_id, "failed", "source_lost", dropped, message)
 
-    def _router_before(self) -> Router | None:
-        """Routes as the config did under which the last pass ran; None where that is not known."""
-        try:
-            return Router(Config.of_rules(self.state.rules)) if self.state.rules else None
-        except (KeyError, TypeError, ValueError, AttributeError):
-            return None
-
     def _reroute(self, before: Router) -> None:
-        """Take lanes back to what waits elsewhere and is now, unlike before, routed to them.
+        """Take lanes back to what waits elsewhere and is now, unlike before, routed to them."""
+        found = find_rerouted(self.state, self.source, before, self.router, self.job.loop_id)
+        for sink_id, missed in found.items():
+            if count := self.state.lanes[sink_id].go_back(missed):
+                message = (
+                    f"{plural(count, 'delivery')} waited for another sink, and a route leads to {sink_id} now"
+                )
+                self.ledger.write_event(sink_id, "skipped", "route_changed", None, message, rerouted=count)
 
-        A lane that is still to come to such a record takes it by itself. One that is past it goes back, and
-        up to where it was takes nothing but records of that kind.
-        """
-        lanes, loop_id = self.state.lanes, self.job.loop_id
-        waiting = {
-            sink_id: lane
-            for sink_id, lane in lanes.items()
-            if lane.waiting_count and sink_id in before.config.sinks
-        }
-        if not waiting:
-            return
-        found: dict[str, list[tuple[Position, tuple[str, str | None]]]] = {}
-        for record in self.source.read(min(lane.position for lane in waiting.values()), self.ledger.taken_up):
-            held = [
-                sink_id
-                for sink_id, lane in waiting.items()
-                if any(start <= record.start < stop for start, stop in lane.ranges(self.ledger.taken_up))
-                and waiting_delivery(record, lane, before.config.sinks[sink_id], before, loop_id)
-            ]
-            line = parse_escalation(record, loop_id) if held else None
-            if line is None or isinstance(line, Unusable):
-                continue
-            known = {sink.id for sink in before.resolve(line.category, line.severity).selected}
-            for sink in self.router.resolve(line.category, line.severity).dispatchable:
-                if sink.id not in known and sink.id in before.config.sinks and sink.id in lanes:
-                    found.setdefault(sink.id, []).append((record.start, (line.category, line.severity)))
-        for sink_id, places in found.items():
-            lane = lanes[sink_id]
-            kinds = list(dict.fromkeys(kind for start, kind in places if start < lane.position))
-            if not kinds:
-                continue
-            count = sum(start < lane.position for start, _ in places)
-            message = (
-                f"{plural(count, 'delivery')} waited for another sink, and a route leads to {sink_id} now"
-            )
-            self.ledger.write_event(sink_id, "skipped", "route_changed", None, message, rerouted=count)
-            lane.rerouted.insert(0, (lane.position, kinds))
-            lane.position = places[0][0]
-            lane.waiting_count += count
-
-    def _apply_routes(self, sink_id: str, lane: Lane, before: Router | None) -> None:
+    def _apply_routes(self, sink_id: str, lane: Lane) -> None:
         """Count what waits in a lane under the routes of a changed config; what they drop is on record."""
-        known = not self.state.recount
         waited = lane.waiting_count
-        if not known and before is not None and (sink := before.config.sinks.get(sink_id)):
-            # After a crash the count is not to be relied on.
-            waited, known = self._count(lane, sink, before)[0], True
         self._recount(sink_id, lane)
-        if known and (dropped := waited - lane.waiting_count) > 0:
+        # What was rebuilt from telemetry is counted for the first time.
+        if not self.state.recount and (dropped := waited - lane.waiting_count) > 0:
             message = f"{plural(dropped, 'delivery')} waited for {sink_id}, where no route leads any more"
             self.ledger.write_event(sink_id, "skipped", "route_changed", dropped, message)
 
     def _recount(self, sink_id: str, lane: Lane) -> None:
-        """Count anew what waits in a lane: routes have changed, or a crash has left the count uncertain."""
-        sink = self.config.sinks[sink_id]
-        lane.waiting_count, lane.oldest_pending_at = self._count(lane, sink, self.router)
-
-    def _count(self, lane: Lane, sink: Sink, router: Router) -> tuple[int, str | None]:
-        """How many deliveries wait in a lane, and the timestamp of the first that has one."""
-        count, oldest = 0, None
-        for delivery in backlog(lane, sink, router, self.source, self.ledger.taken_up, self.job.loop_id):
-            count += 1
-            oldest = oldest or delivery.escalation.written_at
-        return count, oldest
+        sink, taken_up = self.config.sinks[sink_id], self.ledger.taken_up
+        count_backlog(lane, sink, self.router, self.source, taken_up, self.job.loop_id)
 
     def _open_lanes(self) -> None:
         """Find the lanes that have something to go through, and which of them may try."""
@@ -5520,7 +5619,7 @@ class Pass:
             settled = [end_of_row(row) for row in state.unrecorded if row["sinkId"] == sink_id]
             lane.position = min(lane.position, max([taken_up, *settled]))
             lane.gaps = [gap for gap in lane.gaps if lane.position < gap[1]]
-            lane.rerouted = [stretch for stretch in lane.rerouted if lane.position < stretch[0]]
+            lane.rerouted = [stretch for stretch in lane.rerouted if lane.position < stretch.stop]
             if lane.waiting_count:
                 lane.lagging_since = min(lane.lagging_since or now, now)
             else:
@@ -5626,10 +5725,11 @@ class Run:
         state = load_state(job)
         source = files.enter_context(Source(job.escalations_file, state.segments))
         for sink_id, lane in state.lanes.items():  # a sink's rate holds over all loops
-            if lane.paced_until and (sink := self.router.config.sinks.get(sink_id)):
-                self._worker(sink).note_paid(lane.paced_until)
-        if any(secret in job.trace_id for secret in self.router.config.hidden):
-            job = job._replace(trace_id=MASK)
+            sink = self.router.config.sinks.get(sink_id)
+            if sink is not None and sink.enabled and (lane.paced_until or 0.0) > time.time():
+                self._worker(sink).note_paid(lane.paced_until or 0.0)
+        if any(secret and secret in job.trace_id for secret in self.router.config.hidden):
+            job = job._replace(trace_id=self.redactor.mask_value(job.trace_id))
         return Pass(job, self.router, state, source, self.redactor, self.changed, self.clock, progress)
 
     def drive(self, passes: Sequence[Pass], clock: Clock) -> Iterator[tuple[Pass, Result]]:
@@ -5672,6 +5772,9 @@ class Run:
         except OSError as error:
             found.abandon()
             return storage_error("read", found.job.escalations_file, error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other loops go on
+            found.abandon()
+            return program_fault(error)
 
     def _worker(self, sink: Sink) -> SinkWorker:
         if sink.id not in self._workers:
@@ -5742,6 +5845,8 @@ def run_loops(
                 outcomes[job.loop_id] = error
             except OSError as error:
                 outcomes[job.loop_id] = storage_error("read", job.escalations_file, error)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the other loops go on
+                outcomes[job.loop_id] = program_fault(error)
             finally:
                 if not busy or busy[-1][1] is not files:
                     files.close()
@@ -5775,8 +5880,8 @@ def load_known_config(job: Job, environ: Mapping[str, str]) -> Config:
 def locked_summary(job: Job) -> JsonObject:
     """The summary of a pass that found another one at work: it did nothing and left the state alone."""
     state = State()
-    with contextlib.suppress(ValueError, KeyError, TypeError, StateError):
-        state = State.from_json(read_state_document(job.state_file) or {})
+    with contextlib.suppress(ValueError, StateError):
+        state = read_state(job) or state
     summary = summarise(job, state, None, Counts(), "locked")
     offsets = ("escalationsLineOffset", "escalationsLineCount")
     return {**summary, **{key: state.published[key] for key in offsets if key in state.published}}
@@ -5837,7 +5942,7 @@ def plan_pass(job: Job, config: Config, *, show_payload: bool) -> JsonObject:
         if source.segments:
             plan = Plan(job, config, state, source, show_payload=show_payload)
             plans = list(plan.escalations())
-            notes += dropped_notes(state, config, plan.waiting)
+            notes += dropped_notes(state, config, plan.left)
     if show_payload and plans:
         for sink in config.sinks.values():
             if sink.enabled and (most := ADAPTERS[sink.type].batch_size(sink)) > 1:
@@ -5868,13 +5973,20 @@ class Plan:
         self._now = time.time()
         self._taken_up = state.taken_up or after_lines(source, state.legacy_lines)
         self._memories: dict[str, Memory] = {}
-        # For each sink with a backlog, the places of its records, in order.
+        # For each sink, the places of the records that wait for it, in order; and how many did already.
         self.waiting: dict[str, dict[Position, None]] = {}
+        self.left: dict[str, int] = {}
         for sink_id, lane in state.lanes.items():
             sink = config.sinks.get(sink_id)
-            if sink is not None and lane.waiting_count:
+            if sink is not None:
                 found = backlog(lane, sink, self._router, source, self._taken_up, job.loop_id)
                 self.waiting[sink_id] = {delivery.record.start: None for delivery in found}
+                self.left[sink_id] = len(self.waiting[sink_id])
+        before = router_before(state) if state.config_digest != config.digest else None
+        rerouted = find_rerouted(state, source, before, self._router, job.loop_id) if before else {}
+        for sink_id, missed in rerouted.items():
+            places = {*self.waiting.get(sink_id, ()), *(place for place, _ in missed)}
+            self.waiting[sink_id] = dict.fromkeys(sorted(places))
 
     def escalations(self) -> Iterator[JsonObject]:
         """What would become of each escalation, those that have waited first."""
@@ -5957,20 +6069,16 @@ class Plan:
         return "send", None
 
 
-def dropped_notes(
-    state: State, config: Config, waiting: Mapping[str, Collection[Position]] | None = None
-) -> list[str]:
+def dropped_notes(state: State, config: Config, counted: Mapping[str, int] | None = None) -> list[str]:
     """What waits in a lane and will not be sent, because the config has changed since it was put off.
 
-    `waiting`: what still waits under the routes of this config, where that is known.
+    `counted`: how much still waits under the routes of this config, where that is known.
     """
     notes = []
     for sink_id, lane in sorted(state.lanes.items()):
         gone = sink_id not in config.sinks
-        left = (
-            len(waiting.get(sink_id, ())) if waiting is not None and not state.recount else lane.waiting_count
-        )
-        if dropped := lane.waiting_count if gone else lane.waiting_count - left:
+        left = (counted or {}).get(sink_id, lane.waiting_count)
+        if (dropped := lane.waiting_count - (0 if gone else left)) > 0:
             why = "the config has no such sink any more" if gone else "no route leads there any more"
             notes.append(f"{plural(dropped, 'delivery')} waiting for {sink_id} will be given up: {why}")
     return notes
@@ -6577,8 +6685,8 @@ def progress_bar(jobs: Sequence[Job]) -> Iterator[Callable[[int], None]]:
     new = 0
     for job in jobs:
         state = State()
-        with contextlib.suppress(ValueError, KeyError, TypeError, DispatchError):
-            state = State.from_json(read_state_document(job.state_file) or {})
+        with contextlib.suppress(ValueError, StateError):
+            state = read_state(job) or state
         with contextlib.suppress(DispatchError), Source(job.escalations_file, state.segments) as source:
             count = source.count_lines(state.taken_up or source.first())
             new += min(count, job.max_escalations) if job.max_escalations else count
@@ -6926,8 +7034,12 @@ def advise(
         return f"the sink has trouble of its own: {time_will_tell}"
     if text.startswith(NO_ALERTMANAGER.lower()):
         return "check the sink's URLs: https:// where TLS is spoken, and what a proxy before it wants"
-    if http_status is not None and http_status < 500:
+    if http_status in RECORD_REFUSED:
         return "the sink does not take this record: read its answer, then redeliver or skip"
+    if http_status in SINK_UNWELL:
+        return f"the sink has trouble of its own: {time_will_tell}"
+    if http_status is not None:
+        return "the sink takes nothing as it is set up: read its answer, mend its URL, headers or settings"
     return "see the last rows of telemetry/alert-attempts.jsonl"
 
 
@@ -6968,11 +7080,13 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
     try:
         with Source(job.escalations_file, state.segments) as source:
             new, pending = count_new(job, state, config, source)
-            counted = count_waiting(job, state, config, source)
+            if state.recount and state.taken_up is not None and config is not None:
+                router = Router(config)
+                for sink_id, lane in state.lanes.items():
+                    if sink := config.sinks.get(sink_id):
+                        count_backlog(lane, sink, router, source, state.taken_up, job.loop_id)
     except OSError as error:
         raise storage_error("read", job.escalations_file, error) from None
-    if not counted:
-        notes.append("a pass was killed or is at work: how much waits cannot be counted without a config")
     if new and config is None:
         notes.append(
             f"{plural(new, 'escalation')} not taken up yet, for which sinks is not known without a config"
@@ -7067,26 +7181,6 @@ def count_new(
                 count, oldest = pending.get(sink.id, (0, line.written_at))
                 pending[sink.id] = (count + 1, oldest)
     return new, pending
-
-
-def count_waiting(job: Job, state: State, config: Config | None, source: Source) -> bool:
-    """Count anew what waits in the lanes, where the state cannot say because it is older than the rows.
-
-    Returns False where that takes a config.
-    """
-    if not state.recount or state.taken_up is None:
-        return True
-    if config is None:
-        return False
-    router = Router(config)
-    for sink_id, lane in state.lanes.items():
-        sink = config.sinks.get(sink_id)
-        if sink is not None:
-            lane.waiting_count, lane.oldest_pending_at = 0, None
-            for delivery in backlog(lane, sink, router, source, state.taken_up, job.loop_id):
-                lane.waiting_count += 1
-                lane.oldest_pending_at = lane.oldest_pending_at or delivery.escalation.written_at
-    return True
 
 
 def sink_status(
@@ -7273,7 +7367,7 @@ def last_row(path: str) -> JsonObject | None:
     """The last line of the telemetry, as the status script reads it; None where it is no row."""
     for size in (RECENT_BYTES, 2 * MAX_RECORD_BYTES):
         if lines := last_lines(path, size):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 row = json.loads(lines[-1])
                 return row if isinstance(row, dict) else None
     return None
@@ -7565,16 +7659,30 @@ def status(
 # ---------------------------------------------------------------------------------------------------------
 
 
+def check_sink(config: Config, sink_id: str | None) -> None:
+    """Raises BadParameter where a sink that was named is not in the config."""
+    if sink_id is not None and sink_id not in config.sinks:
+        known = suggest(sink_id, list(config.sinks))
+        raise click.BadParameter(f"there is no sink {printable(sink_id)!r}; {known}", param_hint="--sink")
+
+
+def check_credentials(config: Config, sinks: Iterable[Sink]) -> None:
+    """Raises ConfigError where a sink that is about to be asked, enabled or not, has unusable secrets."""
+    document = {"sinks": {sink.id: {**sink.settings, "enabled": True} for sink in sinks}}
+    if faults := check_secrets(document, os.environ):
+        raise config_error(config.path, faults)
+
+
 def attempt_once(
-    sink: Sink, delivery: Delivery, origin: Origin, redactor: Redactor
+    connections: Connections, delivery: Delivery, origin: Origin, redactor: Redactor
 ) -> tuple[dict[str, Verdict], float]:
     """Make one attempt outside of any lane, within the timeout.
 
     Returns what came of it at each peer, of which most sinks are the only one, and the seconds it took.
     """
     began = time.monotonic()
+    sink = connections.sink
     verdicts: dict[str, Verdict] = {}
-    connections = Connections(sink)
     worker = threading.Thread(
         target=lambda: verdicts.update(connections.ask([delivery], origin, redactor, connections.peers)),
         daemon=True,
@@ -7640,15 +7748,10 @@ def send_test(
     repo = absolute(repo)
     config_file = absolute(alert_config_file or os.path.join(repo, DEFAULT_CONFIG))
     loaded = load_config(config_file, os.environ, check_env=not sink_ids)
-    unknown = [sink_id for sink_id in sink_ids if sink_id not in loaded.sinks]
-    if unknown:
-        raise click.BadParameter(
-            f"there is no sink {unknown[0]!r}; {suggest(unknown[0], list(loaded.sinks))}", param_hint="--sink"
-        )
+    for sink_id in sink_ids:
+        check_sink(loaded, sink_id)
     chosen = [sink for sink in loaded.sinks.values() if (sink.id in sink_ids if sink_ids else sink.enabled)]
-    faults = check_secrets({"sinks": {s.id: {**s.settings, "enabled": True} for s in chosen}}, os.environ)
-    if faults:
-        raise config_error(loaded.path, faults)
+    check_credentials(loaded, chosen)
     if not chosen:
         raise click.UsageError("no sink is enabled; name one with --sink ID, or enable one in the config")
     trace_id = new_trace_id()
@@ -7665,7 +7768,7 @@ def send_test(
     for sink in chosen:
         delivery = delivery_of(encode_json(body), Router(loaded), PROGRAM, Position(1, 0, 0))
         origin = Origin(repo, trace_id, time.time())
-        verdicts, seconds = attempt_once(sink, delivery, origin, loaded.redactor())
+        verdicts, seconds = attempt_once(Connections(sink), delivery, origin, loaded.redactor())
         for peer, verdict in verdicts.items():
             named = {"peer": peer} if len(verdicts) > 1 else {}
             results.append({"id": sink.id, "type": sink.type, **named, **outcome_json(verdict, seconds)})
@@ -7698,9 +7801,9 @@ class Redelivery(NamedTuple):
     dead_letter: bool
 
     @property
-    def key(self) -> tuple[str, str]:
-        """Which delivery it is: escalationId and sink id."""
-        return self.delivery.escalation.id, self.sink.id
+    def key(self) -> Key:
+        """Which delivery it is. Lines that are the same have one escalationId: it does not tell."""
+        return (*self.delivery.record.start[:2], self.sink.id)
 
     def to_json(self, redactor: Redactor) -> JsonObject:
         """The delivery as a command's JSON names it."""
@@ -7772,10 +7875,9 @@ def find_settled(job: Job, config: Config, state: State, wanted: Wanted) -> list
         on_record.add(str(row.get("reasonCode")))
         if not isinstance(row.get("escalation"), dict):
             continue
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            end, place = end_of_row(row), row["position"]
-            start = Position(end.segment, int(place["offset"]), end.line - 1)
-            delivery = delivery_of(encode_json(row["escalation"]), router, job.loop_id, start)
+        with contextlib.suppress(*MALFORMED):
+            place = row["position"]
+            delivery = delivery_of(encode_json(row["escalation"]), router, job.loop_id, start_of_row(row))
             delivery = delivery._replace(escalation=delivery.escalation._replace(id=str(identity)))
             sinks = [str(entry["id"]) for entry in row["sinks"]]
             add(delivery, place, [*sinks, *(sink.id for sink in delivery.resolution.dispatchable)])
@@ -7794,7 +7896,7 @@ def is_at(row: JsonObject, places: Collection[tuple[int, int]]) -> bool:
     """Tell whether the record of a row stands at one of these places."""
     try:
         return start_of_row(row)[:2] in places
-    except (KeyError, TypeError, ValueError):
+    except MALFORMED:
         return False
 
 
@@ -7807,50 +7909,97 @@ UNUSABLE = {
 NOT_TRIED = "not_tried"
 
 
+# An operator's command that takes longer lets a pass have the lock after so many seconds, for so long at
+# least: a pass waits for it for LOCK_WAIT_SECONDS.
+TURN_SECONDS = LOCK_WAIT_SECONDS / 2
+TURN_PAUSE = 0.2
+# No pass that has the lock then takes longer than this: it is bounded by its budget and a timeout.
+LONGEST_PASS = 600.0
+
+
 def redeliver_all(
     job: Job,
-    state: State,
     config: Config,
     deliveries: Sequence[Redelivery],
+    since: Checkpoint,
+    stop: threading.Event,
     tell: Callable[[Redelivery, Verdict | None, float], None],
 ) -> None:
-    """Send again what an operator asked for, under the same ids, and write down what came of it.
+    """Send again what an operator asked for, under the same ids and at each sink's rate, and write down what
+    came of it. The alerts of the moment come first: no pass is held up for longer than one request.
 
-    `tell` learns of each delivery as it ends. No verdict: it was not tried, because its sink had failed.
+    What another command has settled after `since`, a place in the attempts, is not sent again. `tell` learns
+    of each delivery as it ends. No verdict: it was not tried, because its sink had failed, or on `stop`.
     """
     redactor = config.redactor()
+    connections: dict[str, Connections] = {}
+    paces: dict[str, Pace | None] = {}
     failing: set[str] = set()
-    with Source(job.escalations_file, state.segments) as source:
-        ledger = Ledger(job, state, source, redactor)
-        ledger.prepare()
-        try:
-            for item in deliveries:
-                if item.sink.id in failing:
-                    tell(item, None, 0.0)
-                    continue
-                origin = Origin(job.repo, job.trace_id, time.time())
-                verdicts, seconds = attempt_once(item.sink, item.delivery, origin, redactor)
-                verdict = best_verdict(verdicts)
-                without: dict[str, Verdict] = {}
-                if verdict.outcome == "delivered":
-                    without = {peer: said for peer, said in verdicts.items() if said.outcome != "delivered"}
-                if without:
-                    verdict = verdict._replace(message=f"but not to {', '.join(without)}")
-                if verdict.outcome not in SETTLED:
-                    failing.add(item.sink.id)
-                ledger.record_by_operator(
-                    item.sink,
-                    item.delivery,
-                    verdict,
-                    place=item.place,
-                    dead=item.dead_letter,
-                    duration=seconds,
-                    missed_by=without,
-                )
-                tell(item, verdict, seconds)
-        finally:
-            ledger.flush()
-            save_lanes(job, state, source)
+    left = deque(deliveries)
+    pause = 0.0
+    while left:
+        stop.wait(pause)
+        with (
+            operator_session(job, wait=LONGEST_PASS) as state,
+            Source(job.escalations_file, state.segments) as source,
+        ):
+            settled = settled_by_operator(job, since)
+            left = deque(item for item in left if item.key not in settled)
+            ledger = Ledger(job, state, source, redactor)
+            ledger.prepare()
+            turn, pause = Clock(TURN_SECONDS, threading.Event()), TURN_PAUSE
+            try:
+                while left and turn.left > 0:
+                    item, lane = left[0], state.lanes.get(left[0].sink.id)
+                    if stop.is_set() or item.sink.id in failing:
+                        tell(left.popleft(), None, 0.0)
+                        continue
+                    pace = paces.setdefault(item.sink.id, Pace.of(item.sink))
+                    if pace and lane:
+                        pace.take_over(lane.paced_until or 0.0, time.time())
+                        if wait := pace.wait(time.time()):
+                            pause = max(pause, wait)
+                            break
+                        pace.spend(time.time())
+                        lane.paced_until = pace.until
+                    known = connections.setdefault(item.sink.id, Connections(item.sink))
+                    origin = Origin(job.repo, job.trace_id, time.time())
+                    verdicts, seconds = attempt_once(known, item.delivery, origin, redactor)
+                    verdict = best_verdict(verdicts)
+                    without: dict[str, Verdict] = {}
+                    if verdict.outcome == "delivered":
+                        without = {
+                            peer: said for peer, said in verdicts.items() if said.outcome != "delivered"
+                        }
+                    if without:
+                        verdict = verdict._replace(message=f"but not to {', '.join(without)}")
+                    if verdict.outcome not in SETTLED:
+                        failing.add(item.sink.id)
+                    ledger.record_by_operator(
+                        item.sink,
+                        item.delivery,
+                        verdict,
+                        place=item.place,
+                        dead=item.dead_letter,
+                        duration=seconds,
+                        missed_by=without,
+                    )
+                    tell(left.popleft(), verdict, seconds)
+            finally:
+                ledger.flush()
+                save_lanes(job, state, source)
+            since = state.attempts
+
+
+def settled_by_operator(job: Job, since: Checkpoint) -> set[Key]:
+    """What operators have sent again or dismissed after a place in the attempts."""
+    settled: set[Key] = set()
+    rows, _ = loop_rows(job, job.attempts_file, since, operator=True)
+    for row in rows:
+        with contextlib.suppress(*MALFORMED):
+            if "byOperator" in row and "peer" not in row and row["outcome"] in ("delivered", "skipped"):
+                settled.add(key_of_row(row, str(row["sinkId"])))
+    return settled
 
 
 def save_lanes(job: Job, state: State, source: Source) -> None:
@@ -7861,28 +8010,20 @@ def save_lanes(job: Job, state: State, source: Source) -> None:
 
 
 @contextlib.contextmanager
-def operator_session(job: Job) -> Iterator[tuple[Config, State]]:
-    """Hold a loop's lock, with its config and state at hand, for a command that changes it."""
-    with loop_lock(job.lock_file, wait=10.0) as held:
+def operator_session(job: Job, wait: float = 10.0) -> Iterator[State]:
+    """Hold a loop's lock, with its state at hand, for a command that changes it; `wait` seconds for it."""
+    with loop_lock(job.lock_file, wait) as held:
         if not held:
             raise StateError(
                 f"another pass works on loop {job.loop_id}", ["wait until it has ended, then try again"]
             )
-        loaded = load_config(job.config_file, os.environ)
         state = load_state(job)
         if state.taken_up is None:
             raise StateError(f"no pass has run for loop {job.loop_id} yet", ["run `dispatch` first"])
-        yield loaded, state
+        yield state
 
 
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
-
-
-def check_sink(config: Config, sink_id: str | None) -> None:
-    """Raises BadParameter where a sink that was named is not in the config."""
-    if sink_id is not None and sink_id not in config.sinks:
-        known = suggest(sink_id, list(config.sinks))
-        raise click.BadParameter(f"there is no sink {printable(sink_id)!r}; {known}", param_hint="--sink")
 
 
 def ask(question: str, what: str, *, err: bool) -> None:
@@ -7955,8 +8096,8 @@ def redeliver(
     """Send again what was given up, skipped or delivered.
 
     Shows what it will send, asks, and sends it under the same ids. A dead letter that is delivered is one no
-    longer. What still waits in a lane is left to it. After a sink has failed it is not asked again: the
-    rest stays as it was.
+    longer. What still waits in a lane is left to it, and a disabled sink left out unless --sink names it.
+    After a sink has failed it is not asked again: the rest stays as it was.
     """
     if (dead_letters + (escalation is not None) + (from_line is not None)) != 1:
         raise click.UsageError("say what: one of --dead-letters, --id, --from-line")
@@ -7981,21 +8122,27 @@ def redeliver(
             return
         what = f"{item.delivery.escalation.id} to {item.sink.id}"
         if verdict is None:
-            click.echo(printable(f"{what}: not tried, because the sink has just failed"))
+            why = "the command was told to end" if stop.is_set() else "the sink has just failed"
+            click.echo(printable(f"{what}: not tried, because {why}"))
         else:
             click.echo(outcome_text(what, verdict, seconds))
 
-    with operator_session(job) as (loaded, state):
-        check_sink(loaded, sink_id)
-        shown = find_settled(job, loaded, state, wanted)
+    stop = threading.Event()
+    loaded = load_config(job.config_file, os.environ)
+    check_sink(loaded, sink_id)
+    with operator_session(job) as state:
+        found = find_settled(job, loaded, state, wanted)
+        faded = faded_dead_letters(state, found, sink_id).total() if dead_letters else 0
+    shown = [item for item in found if item.sink.enabled or item.sink.id == sink_id]
+    for name in dict.fromkeys(item.sink.id for item in found if item not in shown):
+        click.echo(f"note: nothing is sent to {name}, which is disabled: --sink {name} does", err=True)
+    check_credentials(loaded, {item.sink.id: item.sink for item in shown}.values())
     if shown:
         if not yes:
             ask(f"Send {plural(len(shown), 'delivery')}?", listing(shown, loaded.redactor()), err=as_json)
-        # No lock was held while a person thought: what another redelivery has sent since is not sent again.
-        keys = {item.key for item in shown}
-        with operator_session(job) as (loaded, state):
-            now_there = [item for item in find_settled(job, loaded, state, wanted) if item.key in keys]
-            redeliver_all(job, state, loaded, now_there, tell)
+        # No lock was held while a person thought.
+        with orderly_end() as stop:
+            redeliver_all(job, loaded, shown, state.attempts, stop, tell)
     delivered = sum(result["status"] == "success" for result in results)
     failed = len(results) - delivered
     if as_json:
@@ -8008,7 +8155,12 @@ def redeliver(
             "deliveries": results,
         }
         print_json(summary, pretty)
-    elif not shown and dead_letters:
+    elif not found and faded:
+        click.echo(
+            f"Nothing to redeliver: the rows of {plural(faded, 'dead letter')} are in no file any more. "
+            "`redeliver --from-line` may find the records, `skip --dead-letters` dismisses them."
+        )
+    elif not found and dead_letters:
         click.echo(f"Nothing to redeliver: there is no dead letter{f' of {sink_id}' if sink_id else ''}.")
     elif not results:
         click.echo("Nothing to redeliver. What still waits in a lane goes out by itself: see `status`.")
@@ -8070,7 +8222,7 @@ def skip(
     )
     as_json = wants_json(form, pretty)
 
-    def find(loaded: Config, state: State, source: Source) -> list[Redelivery]:
+    def find(state: State, source: Source) -> list[Redelivery]:
         if dead_letters:
             return find_settled(job, loaded, state, Wanted(dead_letters=True, sink_id=sink_id))
         newest = source.current.number if source.current else 0
@@ -8082,28 +8234,33 @@ def skip(
             or delivery.record.end.line <= to_line
         ]
 
-    with operator_session(job) as (loaded, state), Source(job.escalations_file, state.segments) as source:
+    loaded = load_config(job.config_file, os.environ)
+    with operator_session(job) as state, Source(job.escalations_file, state.segments) as source:
         if dead_letters:
             check_sink(loaded, sink_id)
-        shown = find(loaded, state, source)
-        faded = faded_dead_letters(state, shown, sink_id) if dead_letters else 0
+        shown = find(state, source)
+        faded = faded_dead_letters(state, shown, sink_id) if dead_letters else Counter()
     skipped: list[Redelivery] = []
     if shown or faded:
         what = listing(shown, loaded.redactor())
         if faded:
-            what += f"\nand {plural(faded, 'dead letter')} whose rows are in no file any more"
+            what += f"\nand {plural(faded.total(), 'dead letter')} whose rows are in no file any more"
         if not yes:
             noun = "dead letter" if dead_letters else "delivery"
-            ask(f"Give up {plural(len(shown) + faded, noun)}?", what, err=as_json)
+            ask(f"Give up {plural(len(shown) + faded.total(), noun)}?", what, err=as_json)
         # No lock was held while a person thought: what a pass has delivered since then is not skipped.
         keys = {item.key for item in shown}
-        with operator_session(job) as (loaded, state), Source(job.escalations_file, state.segments) as source:
-            skipped = [item for item in find(loaded, state, source) if item.key in keys]
+        with operator_session(job) as state, Source(job.escalations_file, state.segments) as source:
+            found = find(state, source)
             ledger = Ledger(job, state, source, loaded.redactor())
             ledger.prepare()
             if dead_letters:
-                dismiss(ledger, skipped, sink_id)
+                faded = faded_dead_letters(state, found, sink_id)
+                skipped = [item for item in found if item.key in keys]
+                dismiss(ledger, skipped, faded)
             else:
+                # Nobody was shown what a changed config has put among them since.
+                skipped = list(itertools.takewhile(lambda item: item.key in keys, found))
                 skip_backlog(ledger, skipped, find_backlog(job, loaded, state, source, str(sink_id)))
             ledger.flush()
             save_lanes(job, state, source)
@@ -8116,7 +8273,7 @@ def skip(
             "schemaVersion": SCHEMA_VERSION,
             "loopId": loop_id,
             "status": "success" if skipped or faded else "nothing_to_do",
-            "skippedCount": len(skipped) + faded,
+            "skippedCount": len(skipped) + faded.total(),
             "deliveries": results,
         }
         print_json(summary, pretty)
@@ -8124,7 +8281,8 @@ def skip(
         click.echo("There is no dead letter." if dead_letters else "Nothing waits there.")
     elif dead_letters:
         click.echo(
-            f"{plural(len(skipped) + faded, 'dead letter')} dismissed. To send one after all: redeliver --id."
+            f"{plural(len(skipped) + faded.total(), 'dead letter')} dismissed. To send one after all: "
+            "redeliver --id."
         )
     else:
         said = f"{plural(len(skipped), 'delivery')} skipped"
@@ -8149,23 +8307,25 @@ def skip_backlog(ledger: Ledger, skipped: Sequence[Redelivery], backlog: Sequenc
         lane.lagging_since = lane.failing_since = lane.waiting_since = lane.next_attempt_at = None
 
 
-def dismiss(ledger: Ledger, dead: Sequence[Redelivery], sink_id: str | None) -> None:
-    """Take dead letters off the count, on record."""
+def dismiss(ledger: Ledger, dead: Sequence[Redelivery], faded: Mapping[str, int]) -> None:
+    """Take dead letters off the count, on record. `faded`: so many of each sink, too."""
     for item in dead:
         ledger.record_by_operator(
             item.sink, item.delivery, GIVEN_UP, place=item.place, dead=True, duration=0.0
         )
-    for name, lane in ledger.state.lanes.items():
-        if sink_id in (None, name) and lane.dead_letter_count:
-            message = "dead letters dismissed by an operator, whose own rows are in no file any more"
-            ledger.write_event(name, "skipped", SKIPPED_BY_OPERATOR, lane.dead_letter_count, message)
-            lane.dead_letter_count = 0
+    for name, count in faded.items():
+        message = "dead letters dismissed by an operator, whose own rows are in no file any more"
+        ledger.write_event(name, "skipped", SKIPPED_BY_OPERATOR, count, message)
+        ledger.state.lanes[name].dead_letter_count -= count
 
 
-def faded_dead_letters(state: State, found: Sequence[Redelivery], sink_id: str | None) -> int:
-    """How many dead letters are counted whose rows were rotated away: they cannot be sent any more."""
-    counted = sum(lane.dead_letter_count for name, lane in state.lanes.items() if sink_id in (None, name))
-    return max(0, counted - len(found))
+def faded_dead_letters(state: State, found: Iterable[Redelivery], sink_id: str | None) -> Counter[str]:
+    """How many dead letters of each sink are counted whose rows were rotated away: they cannot be sent any
+    more."""
+    counted = Counter(
+        {name: lane.dead_letter_count for name, lane in state.lanes.items() if sink_id in (None, name)}
+    )
+    return +(counted - Counter(item.sink.id for item in found))
 
 
 def find_backlog(job: Job, config: Config, state: State, source: Source, sink_id: str) -> list[Delivery]:
@@ -8262,7 +8422,7 @@ def init(repo: str, form: Format, pretty: bool) -> None:
     for sink in sinks:
         names = ", ".join(sink["secretRefs"].values())
         click.echo(f'  {sink["id"]}: set {names} where reconcile runs, and "enabled": true in the config')
-    click.echo(f"Then: {PROGRAM} test --repo {printable(repo)}")
+    click.echo(f"Then: {shell_line(PROGRAM, 'test', '--repo', repo)}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -8494,14 +8654,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         # So click ends when whoever read our output has gone.
         return EXIT_STORAGE if end.code else 0
-    except Exception as error:  # noqa: BLE001 - its own words could hold anything, a secret too
-        import traceback
-
-        *_, frame = traceback.extract_tb(error.__traceback__)
-        complain(
-            f"error: a fault of the program: {type(error).__name__} in {frame.name}, line {frame.lineno}\n"
-            "  report it with this line and the version; what was not delivered goes out with a later pass"
-        )
+    except Exception as error:  # noqa: BLE001 - whatever it is, no traceback helps an operator
+        complain(f"error: {program_fault(error)}")
         return EXIT_STORAGE
 
 

@@ -620,3 +620,27 @@ def test_whatever_stands_in_a_config_it_is_valid_or_its_faults_are_told(
         assert fault.startswith("$")
         assert ": " in fault
         assert fault.isprintable()
+
+
+@pytest.mark.parametrize("place", ["timeoutSeconds", "activeForSeconds"])
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_what_is_no_number_is_a_fault_and_not_the_end_of_every_pass(
+    repo: Repo, place: str, word: str
+) -> None:
+    config = sink_config()
+    config["sinks"][HOOK][place] = 17
+    repo.write_config(json.dumps(config).replace(f'"{place}": 17', f'"{place}": {word}'))
+    repo.append(MAKERS["health_critical"]())
+    run = repo.dispatch()
+    assert (run.exit_code, run.stdout) == (3, "")
+    assert "fault of the program" not in run.stderr
+
+
+def test_a_whole_number_is_one_however_it_is_written(repo: Repo) -> None:
+    config = sink_config()
+    config["delivery"] = {"maxAttemptsPerPass": 3.0}
+    config["sinks"][HOOK]["timeoutSeconds"] = 10.0
+    repo.write_config(config)
+    repo.append(MAKERS["health_critical"]())
+    assert repo.dispatch().json["status"] == "success"
+    assert config_of(repo).json["sinks"][0]["timeoutSeconds"] == 10

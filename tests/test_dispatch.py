@@ -694,6 +694,12 @@ def test_the_trace_id_comes_from_the_option_then_from_the_host_then_is_new(
     assert len({uuid.UUID(trace) for trace in new}) == 2
 
 
+@pytest.mark.parametrize("login", ["ops:", "o:", "ops"])
+def test_the_trace_id_is_the_hosts_own_whatever_the_proxy_wants(repo: Repo, login: str) -> None:
+    env = {"HTTPS_PROXY": f"http://{login}@127.0.0.1:9"}
+    assert repo.dispatch("--trace-id", "reconcile-42", env=env).json["traceId"] == "reconcile-42"
+
+
 def test_the_file_options_are_what_is_read_and_written(
     repo: Repo, server: SinkServer, tmp_path: Path
 ) -> None:

@@ -196,7 +196,10 @@ UNWELL: dict[str, tuple[Behaviour, bool]] = {
     "speaks-no-http": (garbage(), False),
 }
 MISCONFIGURED: dict[str, tuple[Behaviour, bool]] = {
-    **{f"answers-{status}": (error(status), False) for status in (401, 403, 404, 405, 410, 451)},
+    **{
+        f"answers-{status}": (error(status), False)
+        for status in (401, 403, 404, 405, 410, 411, 415, 431, 451)
+    },
     **{
         f"redirects-{status}": (redirect("/elsewhere/", status), False)
         for status in (300, 301, 302, 303, 307, 308)
@@ -726,6 +729,43 @@ def test_what_waits_for_one_sink_goes_to_the_one_that_a_changed_route_names(
     assert ids(server, CHAT) == [told[2], told[1], told[4], told[5]]
     assert ids(server, HOOK)[-2:] == [told[2], told[3]]
     assert [row.get("reroutedCount") for row in repo.telemetry() if row.get("sinkId") == CHAT] == [2]
+    check_promise(repo)
+
+
+def test_each_change_of_a_route_finds_all_that_waits_and_nothing_that_does_not(
+    repo: Repo, server: SinkServer
+) -> None:
+    """Two changes, one after the other, to a sink that is down meanwhile; and kinds that wait elsewhere from
+    different places on."""
+    config = everywhere()
+    config["routing"]["defaultSinks"] = [HOOK]
+    config["routing"]["routes"] = [{"category": "divergence_detected", "sinks": [PAGER]}]
+    repo.write_config(config)
+    server.answer(PATHS[PAGER], error(503))
+    repo.append(divergence_detected(traceId="waits at pager"), health_degraded(traceId="delivered"))
+    repo.dispatch()
+    server.answer("/hook", error(503))
+    repo.append(health_degraded(traceId="waits at hook"), divergence_detected(traceId="waits at pager, too"))
+    repo.dispatch()
+    server.answer(PATHS[CHAT], error(503))
+
+    config["routing"]["routes"].insert(0, {"category": "health_degraded", "sinks": [CHAT]})
+    repo.write_config(config)
+    assert repo.dispatch().json["lanes"][CHAT]["waitingCount"] == 1
+    config["routing"]["routes"] = [
+        {"category": "divergence_detected", "sinks": [CHAT]},
+        *config["routing"]["routes"][:1],
+    ]
+    repo.write_config(config)
+    plan = repo.dispatch("--dry-run").json["escalations"]
+    assert [(item["line"], item["sinks"][0]["id"]) for item in plan] == [(1, CHAT), (3, CHAT), (4, CHAT)]
+    assert repo.dispatch().json["lanes"][CHAT]["waitingCount"] == 3
+    server.answer(PATHS[CHAT], ok())
+    server.forget()
+    repo.dispatch()
+    told = row_ids(repo)
+    assert ids(server, CHAT) == [told[0], told[2], told[3]]
+    assert repo.dispatch().json["waitingCount"] == 0
     check_promise(repo)
 
 

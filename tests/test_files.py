@@ -81,7 +81,9 @@ def every_sink_got(server: SinkServer, *expected: str) -> None:
 # --- The source: rotation (7)
 
 
-@pytest.mark.parametrize("suffix", [".1", "-20261123", "-20261123-1795470050", ".20261123"])
+@pytest.mark.parametrize(
+    "suffix", [".1", "-20261123", "-20261123-1795470050", ".20261123", ".2026-11-23", "-2026-11-23T04:05:06Z"]
+)
 def test_what_was_written_before_a_rotation_goes_out_before_what_came_after(
     repo: Repo, server: SinkServer, suffix: str
 ) -> None:
@@ -106,6 +108,45 @@ def test_several_rotations_between_two_passes_lose_nothing(repo: Repo, server: S
     repo.dispatch()
     every_sink_got(server, "one", "two", "three", "three-b", "four", "four-b", "five", "five-b")
     check_promise(repo)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("escalations.jsonl.2026-11-22", "escalations.jsonl.2026-11-23"),  # as Python's logging has it
+        ("escalations.jsonl-2026-11-22", "escalations.jsonl-2026-11-23"),  # logrotate, dateformat
+        ("escalations-20261122.jsonl", "escalations-20261123.jsonl"),  # logrotate, extension
+        ("escalations.jsonl.99999", "escalations.jsonl.9999"),
+    ],
+)
+def test_several_rotations_lose_nothing_however_the_files_are_named(
+    repo: Repo, server: SinkServer, names: tuple[str, str]
+) -> None:
+    repo.append(record("one"))
+    repo.dispatch()
+    for text, name in zip(("two", "three"), names, strict=True):
+        repo.append(record(text))
+        repo.source.rename(repo.folder / name)
+    repo.append(record("four"))
+    repo.dispatch()
+    every_sink_got(server, "one", "two", "three", "four")
+    check_promise(repo)
+
+
+def test_a_rotation_that_nobody_can_follow_is_on_record(repo: Repo, server: SinkServer) -> None:
+    repo.append(record("one"))
+    repo.dispatch()
+    for name in ("two", "three"):
+        repo.append(record(name))
+        repo.source.rename(repo.folder / f"escalations.jsonl.until-{name}")
+    repo.append(record("four"))
+    repo.dispatch()
+    every_sink_got(server, "one", "two", "four")
+    [told] = [row for row in repo.telemetry() if row.get("reasonCode") == "source_replaced"]
+    assert "escalations.jsonl.until-three" in told["message"]
+    assert "source_replaced" in repo.run("status", *repo.target).json["verdict"]
+    repo.dispatch()
+    assert sum(row.get("reasonCode") == "source_replaced" for row in repo.telemetry()) == 1
 
 
 def test_a_rotation_with_no_new_file_yet_loses_nothing(repo: Repo, server: SinkServer) -> None:
@@ -650,6 +691,59 @@ def test_a_damaged_shell_state_is_rebuilt_from_the_shell_dispatchers_telemetry(
     repo.state_file.write_text('{"schemaVersion": "v1", "escalationsLi')
     repo.dispatch()
     every_sink_got(server, "three")
+
+
+@pytest.mark.parametrize("first", ["a command that cannot go on", "a pass on a full disk"])
+def test_a_damaged_shell_state_stays_until_a_new_one_is_written(
+    repo: Repo, server: SinkServer, first: str
+) -> None:
+    """Without it the next pass would take the loop for a new one, and send all that was sent."""
+    one = record("one")
+    repo.append(one, record("two"))
+    row = {"loopId": repo.loop, "category": "alert_dispatch", "status": "dispatched", "escalation": one}
+    repo.telemetry_file.parent.mkdir()
+    repo.telemetry_file.write_text(line(row))
+    repo.state_file.write_text('{"schemaVersion": "v1", "escalationsLi')
+    if first == "a pass on a full disk":
+        assert limited(repo, 100).exit_code == 5
+    else:
+        assert repo.run("skip", *repo.target, "--sink", HOOK, "--yes").exit_code == 4
+    assert server.requests == []
+    repo.dispatch()
+    every_sink_got(server, "two")
+    [kept] = repo.folder.glob("alert-dispatch-state.json.damaged-*")
+    assert kept.read_text() == '{"schemaVersion": "v1", "escalationsLi'
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"late": True, "sinks": [], "position": {"segment": "1-0", "offset": 0, "end": 1, "line": 1}},
+        {"position": {"segment": 5, "offset": 0, "end": 1, "line": 1}, "sinks": []},
+        {"position": {"segment": "1-0", "offset": 0, "end": float("inf"), "line": 1}, "sinks": []},
+        {"position": {"segment": "9-0", "offset": 0, "end": 9, "line": 9}, "sinks": [7]},
+        {"sinkId": HOOK, "outcome": "retry", "attempt": "x", "timestamp": 5},
+        {"sinkId": [HOOK], "outcome": {}, "position": None},
+    ],
+)
+def test_no_odd_row_of_the_telemetry_stops_a_loop(
+    repo: Repo, server: SinkServer, odd: dict[str, Any]
+) -> None:
+    """The host writes there, too, and so may a hand."""
+    repo.append(record("one"))
+    repo.dispatch()
+    placed = {"position": {**repo.attempts()[-1]["position"], "end": 1 << 40}, **odd}
+    for path in (repo.telemetry_file, repo.attempts_file):
+        with path.open("a") as file:
+            file.write(json.dumps({"loopId": repo.loop, **placed}) + "\n")
+    repo.append(record("two"))
+    assert repo.run("status", *repo.target).exit_code == 0
+    for _ in range(2):
+        assert repo.dispatch().exit_code == 0
+    repo.state_file.unlink()
+    repo.append(record("three"))
+    assert repo.dispatch().exit_code == 0
+    assert {"one", "three"} <= set(names(server))
 
 
 def test_only_a_state_that_cannot_be_rebuilt_is_an_error_with_advice(repo: Repo, server: SinkServer) -> None:

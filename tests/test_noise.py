@@ -615,6 +615,20 @@ def set_paid(repo: Repo, seconds: float) -> None:
     repo.state_file.write_text(json.dumps(state))
 
 
+def test_a_disabled_sink_that_was_paced_stops_nobody_whatever_its_variable_holds(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.write_config(config := paced(6000, sinks=(HOOK, CHAT)))
+    repo.append(health_critical(number=1))
+    repo.dispatch()
+    set_paid(repo, 30)
+    config["sinks"][CHAT]["enabled"] = False
+    repo.write_config(config)
+    repo.append(health_critical(number=2))
+    done = repo.dispatch(env={"ALERT_CHAT_URL": "https://hooks.example.org:REPLACE_ME/services"})
+    assert done.json["status"] == "success"
+
+
 def test_what_does_not_fit_the_pace_goes_out_with_later_passes_in_order_and_once(
     repo: Repo, server: SinkServer
 ) -> None:

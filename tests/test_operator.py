@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -723,6 +725,26 @@ def test_what_waits_in_a_lane_is_left_to_the_lane(repo: Repo, server: SinkServer
     assert ids_at(server, CHAT)[:3] == ids
 
 
+@contextlib.contextmanager
+def asked(repo: Repo, command: str, *options: str) -> Iterator[Callable[[str], int]]:
+    """A command that has asked its question; what answers it returns the exit code."""
+    process = repo.popen(command, *repo.target, *options, stdin=subprocess.PIPE)
+    assert process.stderr is not None
+
+    def answer(text: str) -> int:
+        process.communicate(f"{text}\n", RUN_TIMEOUT)
+        return int(process.returncode)
+
+    try:
+        said = ""
+        while "[y/N]" not in said:
+            said += os.read(process.stderr.fileno(), 65536).decode()
+        yield answer
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_a_prompt_that_nobody_answers_does_not_hold_up_alerts(repo: Repo, server: SinkServer) -> None:
     make_dead_letter(repo, server)
     repo.append(health_critical())
@@ -748,7 +770,83 @@ def test_a_prompt_that_nobody_answers_does_not_hold_up_alerts(repo: Repo, server
     assert repo.dispatch().json["processedCount"] == 0
 
 
+def test_a_long_redelivery_keeps_the_rate_and_holds_up_no_alert(repo: Repo, server: SinkServer) -> None:
+    config = to_all()
+    config["sinks"][CHAT]["maxPerMinute"] = 60
+    repo.write_config(config)
+    repo.append(*batch(14))
+    repo.dispatch("--time-budget", "60")
+    server.forget()
+    process = repo.start("redeliver", *repo.target, "--from-line", "1", "--sink", CHAT, "--yes")
+    try:
+        server.wait_for(1, PATHS[CHAT])
+        repo.append(health_critical(traceId="meanwhile"))
+        assert repo.dispatch().json["status"] in ("success", "partial", "failed")
+        [alert] = server.received(PATHS[HOOK])
+        assert alert.json["escalation"]["traceId"] == "meanwhile"
+        assert len(ids_at(server, CHAT)) < 14
+        process.terminate()
+        stdout, stderr = process.communicate(timeout=RUN_TIMEOUT)
+    finally:
+        process.kill()
+        process.communicate()
+    assert (process.returncode, stderr) == (1, "")
+    done = json.loads(stdout)
+    sent = [item["escalationId"] for item in done["deliveries"] if item["status"] == "success"]
+    assert 0 < done["deliveredCount"] == len(sent) < 14
+    assert {item["status"] for item in done["deliveries"]} == {"success", "not_tried"}
+    assert [row["escalationId"] for row in repo.attempts() if row.get("byOperator")] == sent
+
+
+def test_a_disabled_sink_is_sent_nothing_again_unless_it_is_named_and_then_only_with_its_credentials(
+    repo: Repo, server: SinkServer
+) -> None:
+    dead = make_dead_letter(repo, server)
+    config = to_all()
+    config["sinks"][HOOK]["enabled"] = False
+    repo.write_config(config)
+    command = ("redeliver", *repo.target, "--dead-letters", "--yes")
+    left_out = repo.run(*command)
+    assert (left_out.json["status"], f"--sink {HOOK}" in left_out.stderr) == ("nothing_to_do", True)
+    without = repo.run(*command, "--sink", HOOK, env={"ALERT_HOOK_TOKEN": ""})
+    assert (without.exit_code, "ALERT_HOOK_TOKEN" in without.stderr) == (3, True)
+    assert server.requests == []
+    assert repo.run(*command, "--sink", HOOK).exit_code == 0
+    assert ids_at(server, HOOK) == [dead]
+
+
 # --- skip
+
+
+def test_only_what_was_shown_is_skipped_where_two_lines_are_the_same(repo: Repo, server: SinkServer) -> None:
+    same = health_critical()
+    server.answer(PATHS[CHAT], error(503, "down"))
+    repo.append(same)
+    repo.dispatch()
+
+    def meanwhile() -> None:
+        repo.append(health_degraded(), same)
+        repo.dispatch()
+
+    with asked(repo, "skip", "--sink", CHAT) as answer:
+        meanwhile()
+        assert answer("y") == 0
+    server.answer(PATHS[CHAT], ok())
+    server.forget()
+    repo.dispatch()
+    assert ids_at(server, CHAT) == [row["escalationId"] for row in repo.telemetry() if "late" not in row][1:]
+
+
+def test_a_dead_letter_that_came_after_the_question_is_not_dismissed(repo: Repo, server: SinkServer) -> None:
+    make_dead_letter(repo, server)
+    with asked(repo, "skip", "--dead-letters") as answer:
+        make_another = error(422, "nor this")
+        server.script(PATHS[HOOK], make_another)
+        repo.append(health_critical())
+        assert repo.dispatch().json["deadLetterCount"] == 2
+        assert answer("y") == 0
+    assert repo.state()["deadLetterCount"] == 1
+    assert repo.dispatch().json["deadLetterCount"] == 1
 
 
 def test_a_backlog_is_given_up_on_record_and_can_be_redelivered(repo: Repo, server: SinkServer) -> None:
@@ -897,7 +995,11 @@ def test_dead_letters_whose_rows_were_rotated_away_can_be_dismissed(repo: Repo, 
     make_dead_letter(repo, server)
     for path in (repo.telemetry_file, repo.attempts_file):
         path.unlink()
-    assert repo.run("redeliver", *repo.target, "--dead-letters", "--yes").json["status"] == "nothing_to_do"
+    redeliver = ("redeliver", *repo.target, "--dead-letters", "--yes")
+    assert repo.run(*redeliver).json["status"] == "nothing_to_do"
+    assert (
+        "the rows of 1 dead letter are in no file any more" in repo.run(*redeliver, "--format", "text").stdout
+    )
     run = on_terminal(repo, "skip", *repo.target, "--dead-letters", answer="y")
     assert "1 dead letter whose rows are in no file any more" in run.stdout
     assert "1 dead letter dismissed" in run.stdout

@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from conftest import RUN_TIMEOUT, Repo
+from conftest import RUN_TIMEOUT, Repo, read_rows
 from escalations import (
     CHAT,
     HOOK,
@@ -464,6 +464,22 @@ def test_every_part_of_several_signing_secrets_is_a_secret() -> None:
 
     for text in (coded, key.decode(), key.hex(), f"whsec_{coded}"):
         assert redactor.mask(f"is {text} wrong?") == "is [secret] wrong?"
+    unpadded = base64.b64encode(key + b"!").decode().rstrip("=")
+    assert program.Redactor([f"whsec_{unpadded}"]).mask((key + b"!").hex()) == "[secret]"
+
+
+def test_a_short_token_is_not_in_telemetry_because_json_writes_it_in_another_way(tmp_path: Path) -> None:
+    file = program.JsonlFile(str(tmp_path / "rows.jsonl"), program.Redactor(['q"7zK']))
+    file.append([{"escalation": {"note": 'the token is q"7zK'}}])
+    file.close()
+    assert read_rows(tmp_path / "rows.jsonl") == [{"escalation": {"note": "the token is [secret]"}}]
+
+
+def test_a_secret_with_letters_beyond_ascii_is_found_in_the_config(tmp_path: Path) -> None:
+    config = sink_config()
+    config["description"] = "the token is pässwörd-of-the-hook"
+    faults = config_faults(config, tmp_path, ALERT_HOOK_TOKEN="pässwörd-of-the-hook")
+    assert any("a secret never stands in the file" in fault for fault in faults)
 
 
 def test_the_programs_own_words_are_no_secrets() -> None:

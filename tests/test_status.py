@@ -109,11 +109,51 @@ def test_a_rotated_telemetry_does_not_hide_what_waits(repo: Repo, server: SinkSe
     assert sink_of(look(repo), CHAT)["lagCount"] == 3
 
 
-def test_without_a_config_status_says_what_it_cannot_count(repo: Repo, server: SinkServer) -> None:
+@pytest.mark.parametrize("befall", [kill_before_the_state, lose_the_state])
+def test_what_waits_after_a_loss_is_told_where_there_is_no_config_either(
+    repo: Repo, server: SinkServer, befall: Callable[[Repo, str], None]
+) -> None:
+    repo.append(health_critical())
+    repo.dispatch()
+    before = repo.state_file.read_text()
     make_backlog(repo, server, 3)
-    repo.state_file.unlink()
+    befall(repo, before)
     repo.config_file.unlink()
-    assert any("cannot be counted without a config" in note for note in look(repo)["notes"])
+    assert sink_of(look(repo), CHAT)["lagCount"] == 3
+
+
+def test_what_waits_after_a_killed_pass_is_neither_hidden_nor_lost_in_silence(
+    repo: Repo, server: SinkServer
+) -> None:
+    """Its sink went down in the very pass that was killed: the state knows of nothing that waits."""
+    repo.append(health_critical())
+    repo.dispatch()
+    before = repo.state_file.read_text()
+    dead = make_dead_letter(repo, server)
+    make_backlog(repo, server, 3)
+    kill_before_the_state(repo, before)
+
+    assert len(repo.run("dispatch", *repo.target, "--dry-run").json["escalations"]) == 3
+    skipped = repo.run("skip", *repo.target, "--dead-letters", "--yes").json["deliveries"]
+    assert [item["escalationId"] for item in skipped] == [dead]
+    assert sink_of(look(repo), CHAT)["lagCount"] == 3
+    summary = repo.dispatch().json
+    assert summary["waitingCount"] == 3
+    assert "laggingSince" in summary["lanes"][CHAT]
+    config = to_all()
+    del config["sinks"][CHAT]
+    config["routing"]["defaultSinks"] = [HOOK, PAGER]
+    repo.write_config(config)
+    repo.dispatch()
+    assert (repo.telemetry()[-1]["reasonCode"], repo.telemetry()[-1]["droppedCount"]) == ("sink_removed", 3)
+
+
+def test_a_last_row_of_any_depth_does_not_stop_a_monitor(repo: Repo) -> None:
+    repo.append(health_critical())
+    repo.dispatch()
+    with repo.telemetry_file.open("a") as telemetry:
+        telemetry.write("[" * 100_000 + "\n")
+    assert check(repo)[0] == 0
 
 
 # --- All that is wrong
