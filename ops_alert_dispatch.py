@@ -1564,11 +1564,14 @@ class Source:
         """Find known segments under other names, by inode first (rename), then by content (copy).
 
         Returns the open files that were rotated after the last known one, oldest first: those of a logrotate
-        numbering (`.1` is newer than `.2`) or dating (`-20260131`) scheme, and no other neighbour.
+        numbering (`.1` is newer than `.2`) or dating (`-20260131`) scheme, and no other neighbour. Where the
+        numbers go up with time, an older file has the smaller one: it was not written to later, either.
         """
         base = os.path.basename(self.path)
         names = self._neighbours(base)
+        self.unread = []
         newer: list[str] = []
+        last_name = ""
         opened: dict[str, int] = {}
         # A rotation may come between: no file counts twice.
         seen = set() if current is None else {file_identity(current)}
@@ -1590,19 +1593,24 @@ class Source:
                     if segment.is_in(descriptor):
                         segment.attach(descriptor)
                         del opened[name]
-                        if segment is self.segments[-1] and rotation_key(base, name):
-                            newer = [other for other in names[names.index(name) + 1 :] if other in opened]
+                        if segment is self.segments[-1]:
+                            last_name = name
+                            newer = names[names.index(name) + 1 :] if rotation_key(base, name) else []
         newest = self.segments[-1]
         found: list[int] = []
         if newest.descriptor is not None and newest is not self.current:
-            found = [
-                opened.pop(name)
-                for name in newer
-                if rotation_key(base, name) is not None and os.fstat(opened[name]).st_size
-            ]
             since = os.fstat(newest.descriptor).st_mtime
-            later = (name for name in opened if rotation_key(base, name) is None)
-            self.unread = [n for n in later if (s := os.fstat(opened[n])).st_size and s.st_mtime >= since]
+            for name in [name for name in names if name in opened]:
+                file, key = os.fstat(opened[name]), rotation_key(base, name)
+                is_numbered = key is not None and key[0] > 0
+                if not file.st_size:
+                    continue
+                if name in newer and key is not None and (file.st_mtime >= since or not is_numbered):
+                    found.append(opened.pop(name))
+                elif name.startswith(f"{last_name}."):  # the same, which is just being compressed
+                    continue
+                elif file.st_mtime > since or (key is None and file.st_mtime == since):
+                    self.unread.append(name)
         for descriptor in opened.values():
             os.close(descriptor)
         return found

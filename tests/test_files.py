@@ -133,6 +133,27 @@ def test_several_rotations_lose_nothing_however_the_files_are_named(
     check_promise(repo)
 
 
+def test_where_the_numbers_of_rotations_go_up_no_history_is_sent_again(
+    repo: Repo, server: SinkServer
+) -> None:
+    """The other way round than logrotate: the file with the smaller number is older, not newer."""
+    for number, name in enumerate(("one", "two", "three"), start=1):
+        repo.append(record(name))
+        repo.dispatch()
+        repo.append(record(f"{name}, too"))
+        repo.source.rename(repo.folder / f"escalations.jsonl.{number}")
+    repo.append(record("four"))
+    repo.dispatch()
+    every_sink_got(server, "one", "one, too", "two", "two, too", "three", "three, too", "four")
+    assert all("droppedCount" not in row and row.get("reasonCode") is None for row in repo.telemetry())
+    for number, name in enumerate(("five", "six"), start=4):
+        repo.source.rename(repo.folder / f"escalations.jsonl.{number}")
+        repo.append(record(name))
+    repo.dispatch()
+    assert names(server)[-1] == "six"
+    assert "escalations.jsonl.5" in repo.telemetry()[-2]["message"]
+
+
 def test_a_rotation_that_nobody_can_follow_is_on_record(repo: Repo, server: SinkServer) -> None:
     repo.append(record("one"))
     repo.dispatch()
