@@ -314,6 +314,19 @@ def character_boundary(text: str, end: int) -> int:
     return end
 
 
+def beside(path: str, name: str) -> str:
+    """The path of another file in the folder of a file."""
+    return os.path.join(os.path.dirname(path), name)
+
+
+def stat_of(path: str) -> os.stat_result | None:
+    """What the file system says of a file; None where there is none. Raises OSError."""
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def plural(count: int, noun: str) -> str:
     """`3 escalations`, `1 escalation`, `2 deliveries`."""
     if count == 1:
@@ -1706,6 +1719,18 @@ class Source:
             if segment.descriptor is not None:
                 os.close(segment.descriptor)
             self.segments.remove(segment)
+
+
+def unterminated(path: str) -> tuple[int, float]:
+    """How many bytes follow the last line feed of a file, and when it was written to. Raises StorageError."""
+    try:
+        with open(path, "rb") as file:
+            found = os.fstat(file.fileno())
+            return found.st_size - end_of_lines(file.fileno(), found.st_size), found.st_mtime
+    except FileNotFoundError:
+        return 0, 0.0
+    except OSError as error:
+        raise storage_error("read", path, error) from None
 
 
 def rotation_key(base: str, name: str) -> tuple[int, str] | None:
@@ -3198,19 +3223,6 @@ def make_folder(path: str) -> None:
             raise storage_error("make the folder", path, error) from None
 
 
-def beside(path: str, name: str) -> str:
-    """The path of another file in the folder of a file."""
-    return os.path.join(os.path.dirname(path), name)
-
-
-def stat_of(path: str) -> os.stat_result | None:
-    """What the file system says of a file; None where there is none. Raises OSError."""
-    try:
-        return os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
 def write_all(descriptor: int, data: bytes) -> None:
     """Write every byte at the descriptor's place. What an error cuts short is taken back, where it is at the
     end of a file. Raises OSError."""
@@ -3812,6 +3824,8 @@ class Lane:
 Key = tuple[int, int, str]
 
 SETTLED = ("delivered", "dead_letter", "skipped")
+# What an operator gave up on purpose.
+SKIPPED_BY_OPERATOR = "skipped_by_operator"
 
 
 def position_from_json(value: JsonObject) -> Position:
@@ -3844,6 +3858,20 @@ def start_of_row(row: JsonObject) -> Position:
     """The place of the record of a row. Raises one of MALFORMED where it has none."""
     end = position_from_json(row["position"])
     return end._replace(line=end.line - 1)
+
+
+def sink_entry(attempt: JsonObject) -> JsonObject:
+    """What a telemetry row says of one sink, from the row of the attempt."""
+    outcome = attempt["outcome"]
+    entry = {
+        "id": attempt["sinkId"],
+        "type": attempt["sinkType"],
+        "status": {"delivered": "success", "skipped": "skipped"}.get(outcome, "failed"),
+        "httpStatus": attempt.get("httpStatus"),
+        "reasonCode": attempt.get("reasonCode"),
+        "message": attempt.get("message"),
+    }
+    return {**entry, "deadLetter": True} if outcome == "dead_letter" else entry
 
 
 def put_off(entries: Iterable[JsonObject]) -> list[str]:
@@ -4258,8 +4286,7 @@ def adopt_shell_telemetry(state: State, job: Job) -> None:
 ROW_WINDOW = 1000
 
 
-# What an operator gave up on purpose, and what a sink has been told already.
-SKIPPED_BY_OPERATOR = "skipped_by_operator"
+# What a sink has been told already.
 REPEATED = Verdict("skipped", "repeat_suppressed", message="a repeat of what this sink was told")
 
 
@@ -4289,7 +4316,6 @@ class Ledger:
         self.job = job
         self.state = state
         self.source = source
-        self.redactor = redactor
         self.counts = Counts()
         self.changed = changed or threading.Condition()
         self.results: dict[Key, JsonObject] = state.remembered
@@ -4568,20 +4594,6 @@ class Ledger:
         self.wrote = before != (self.state.attempts, self.state.telemetry)
 
 
-def sink_entry(attempt: JsonObject) -> JsonObject:
-    """What a telemetry row says of one sink, from the row of the attempt."""
-    outcome = attempt["outcome"]
-    entry = {
-        "id": attempt["sinkId"],
-        "type": attempt["sinkType"],
-        "status": {"delivered": "success", "skipped": "skipped"}.get(outcome, "failed"),
-        "httpStatus": attempt.get("httpStatus"),
-        "reasonCode": attempt.get("reasonCode"),
-        "message": attempt.get("message"),
-    }
-    return {**entry, "deadLetter": True} if outcome == "dead_letter" else entry
-
-
 def judge_row(resolution: Resolution, entries: Sequence[JsonObject]) -> tuple[str, str | None]:
     """The status and reason code of an escalation's row."""
     taken = sum(entry["status"] == "success" for entry in entries)
@@ -4844,10 +4856,6 @@ class LaneRun:
     def behind(self, record: Record) -> bool:
         """Tell whether the lane is still to come to a record in this pass. The ledger's lock is held."""
         return self.ending is None and self.lane.position <= record.start
-
-    def is_over(self) -> bool:
-        """Tell whether the pass has been given up, or has ended for this lane."""
-        return self.ending is not None
 
     def end(self, ending: Ending) -> None:
         """Note how the pass ended for this lane, and wake up whoever waits for it."""
@@ -5196,7 +5204,7 @@ class SinkWorker:
 
     def _catch_up(self, run: LaneRun, peer: str) -> bool:
         """Send a peer all that it has missed; tells whether it has everything then."""
-        while peer in run.lane.peers and self._clock.left > 0 and not run.is_over():
+        while peer in run.lane.peers and self._clock.left > 0 and run.ending is None:
             if not self._catch_up_once(run, peer):
                 return False
         return peer not in run.lane.peers
@@ -5210,7 +5218,7 @@ class SinkWorker:
             return True
         verdict = self._ask_peers(missed, [peer])[peer]
         with self._changed:
-            if not run.is_over():
+            if run.ending is None:
                 # What it refuses it is not asked for again: another peer has it.
                 run.ledger.record_peer(self.sink, peer, missed, verdict, self._peer_wait(run, peer, verdict))
         return verdict.outcome in SETTLED
@@ -7336,18 +7344,6 @@ def find_unfinished(job: Job, now: float) -> Iterator[Finding]:
         yield Finding("warning", words, advice)
 
 
-def unterminated(path: str) -> tuple[int, float]:
-    """How many bytes follow the last line feed of a file, and when it was written to. Raises StorageError."""
-    try:
-        with open(path, "rb") as file:
-            found = os.fstat(file.fileno())
-            return found.st_size - end_of_lines(file.fileno(), found.st_size), found.st_mtime
-    except FileNotFoundError:
-        return 0, 0.0
-    except OSError as error:
-        raise storage_error("read", path, error) from None
-
-
 def find_broken_pass(document: JsonObject | None, last: JsonObject | None) -> Iterator[Finding]:
     """Tell of a last pass that ended with an error, of which only reconcile's own row knows."""
     if last is not None and last.get("status") == "failed_command":
@@ -7552,22 +7548,28 @@ def prometheus_text(statuses: Sequence[JsonObject], unreadable: Sequence[str] = 
 
 
 class StatusCommand(click.Command):
-    """A command line that is wrong must not look CRITICAL to a monitor, whose exit codes have meanings."""
+    """With `--check`, nothing that goes wrong looks CRITICAL to a monitor, whose exit codes have meanings."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        check = "--check" in args
-        try:
+        with unknown_to_a_monitor(check="--check" in args):
             return super().parse_args(ctx, args)
-        except click.UsageError as error:
-            if not check:
-                raise
-            say_unknown(error.format_message())
-            raise click.exceptions.Exit(PLUGIN_CODES["unknown"]) from None
+
+    def invoke(self, ctx: click.Context) -> object:
+        with unknown_to_a_monitor(check=ctx.params["check"]):
+            return super().invoke(ctx)
 
 
-def say_unknown(why: str) -> None:
-    """Tell a monitor in one line on standard output that nothing can be said."""
-    click.echo(printable(f"ALERT DISPATCH UNKNOWN: {why}"))
+@contextlib.contextmanager
+def unknown_to_a_monitor(*, check: bool) -> Iterator[None]:
+    """Tell a monitor in one line on standard output where nothing can be said; others get the error."""
+    try:
+        yield
+    except (DispatchError, click.UsageError) as fault:
+        if not check:
+            raise
+        said = fault.format_message() if isinstance(fault, click.UsageError) else str(fault)
+        click.echo(printable(f"ALERT DISPATCH UNKNOWN: {said}".replace("\n", ";")))
+        raise click.exceptions.Exit(PLUGIN_CODES["unknown"]) from None
 
 
 @cli.command(cls=StatusCommand, epilog=STATUS_EXIT_CODES_HELP)
@@ -7614,29 +7616,22 @@ def status(
     files = (escalations_file, dispatch_state_file, dispatch_telemetry_file)
     statuses: list[JsonObject] = []
     errors: list[tuple[str, DispatchError]] = []
-    try:
-        if not critical_after >= 0:  # NaN is neither
-            raise click.BadParameter(f"{critical_after:g} is no time", param_hint="--critical-after")
-        if loop_id is None and any(files):
-            raise click.UsageError("a loop's own files go with --loop")
-        found, odd = ([loop_id], {}) if loop_id else find_loops(absolute(repo))
-        errors += odd.items()
-        for name in found:
-            try:
-                job = make_job(repo, name, alert_config_file, *files)
-                statuses.append(loop_status(job, critical_after))
-            except DispatchError as error:  # it does not hide the other loops
-                errors.append((name, error))
-            except click.UsageError as fault:
-                if loop_id:
-                    raise
-                errors.append((name, StorageError(fault.format_message())))
-    except (DispatchError, click.UsageError) as fault:
-        if not check:
-            raise
-        said = fault.format_message() if isinstance(fault, click.UsageError) else str(fault)
-        say_unknown(said.replace("\n", ";"))
-        raise click.exceptions.Exit(PLUGIN_CODES["unknown"]) from None
+    if not critical_after >= 0:  # NaN is neither
+        raise click.BadParameter(f"{critical_after:g} is no time", param_hint="--critical-after")
+    if loop_id is None and any(files):
+        raise click.UsageError("a loop's own files go with --loop")
+    found, odd = ([loop_id], {}) if loop_id else find_loops(absolute(repo))
+    errors += odd.items()
+    for name in found:
+        try:
+            job = make_job(repo, name, alert_config_file, *files)
+            statuses.append(loop_status(job, critical_after))
+        except DispatchError as error:  # it does not hide the other loops
+            errors.append((name, error))
+        except click.UsageError as fault:
+            if loop_id:
+                raise
+            errors.append((name, StorageError(fault.format_message())))
     if check:
         said_of = [(known["health"], known["loopId"], known["verdict"]) for known in statuses]
         said_of += [("unknown", name, str(error).replace("\n", ";")) for name, error in errors]
