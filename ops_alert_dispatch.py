@@ -1599,7 +1599,10 @@ class Source:
                 opened[name] = descriptor
         for by_inode in (True, False):
             for segment in segments:
-                for name, descriptor in list(opened.items()):
+                # A copy that somebody made of it is not taken for the rotated file, which holds more.
+                for name, descriptor in sorted(
+                    opened.items(), key=lambda item: rotation_key(base, item[0]) is None
+                ):
                     identity = (segment.device, segment.inode)
                     if segment.descriptor is not None or (by_inode and file_identity(descriptor) != identity):
                         continue
@@ -3103,20 +3106,31 @@ class Connections:
         """The names of the places that each request goes to: one, but for a cluster."""
         return list(self._urls)
 
+    def build(self, deliveries: Sequence[Delivery], origin: Origin) -> HttpRequest | Verdict:
+        """Make the request that deliveries go out as. A large record takes longer than many a timeout: that
+        time is none of the sink's."""
+        try:
+            return self.adapter.build(self.sink, deliveries, origin)
+        except Exception as error:  # noqa: BLE001 - one record must not stop what comes after it
+            message = f"no payload could be made of this record: {type(error).__name__}"
+            return Verdict("dead_letter", "payload_failed", message=message)
+
     def ask(
-        self, deliveries: Sequence[Delivery], origin: Origin, redactor: Redactor, peers: Collection[str]
+        self, request: HttpRequest | Verdict, redactor: Redactor, peers: Collection[str]
     ) -> dict[str, Verdict]:
-        """Send deliveries once, as one request, to each of these peers at the same time.
+        """Send a request once to each of these peers at the same time; what could not be made fails at each.
 
         Returns what came of it by peer. Where there are several, one that takes too long does not hold up
         this call for longer than the sink's timeout.
         """
+        if isinstance(request, Verdict):
+            return dict.fromkeys(peers, request)
         if len(self._urls) == 1:
-            return {name: self._attempt(name, deliveries, origin, redactor) for name in self._urls}
+            return {name: self._attempt(name, request, redactor) for name in self._urls}
         verdicts: dict[str, Verdict] = {}
 
         def ask_one(name: str) -> None:
-            verdict = self._attempt(name, deliveries, origin, redactor)
+            verdict = self._attempt(name, request, redactor)
             if name in waited_for:
                 verdicts[name] = verdict
 
@@ -3135,15 +3149,8 @@ class Connections:
             verdicts.setdefault(name, Verdict("retry", "request_failed", message=message))
         return {name: verdicts[name] for name in peers}
 
-    def _attempt(
-        self, name: str, deliveries: Sequence[Delivery], origin: Origin, redactor: Redactor
-    ) -> Verdict:
+    def _attempt(self, name: str, request: HttpRequest, redactor: Redactor) -> Verdict:
         """Send one request to one place, and judge what comes back: masked and cut."""
-        try:
-            request = self.adapter.build(self.sink, deliveries, origin)
-        except Exception as error:  # noqa: BLE001 - one record must not stop what comes after it
-            message = f"no payload could be made of this record: {type(error).__name__}"
-            return Verdict("dead_letter", "payload_failed", message=message)
         client = self._clients.get(name)
         if client is None:
             client = self._clients[name] = Client(
@@ -5178,9 +5185,11 @@ class SinkWorker:
         if not peers:
             return {}
         with self._changed:
+            self._attempt_started = float("inf")
+        request = self._connections.build(deliveries, self._origin._replace(emitted_at=time.time()))
+        with self._changed:
             self._attempt_started = time.monotonic()
-        origin = self._origin._replace(emitted_at=time.time())
-        verdicts = self._connections.ask(deliveries, origin, self._redactor, peers)
+        verdicts = self._connections.ask(request, self._redactor, peers)
         if len(self._connections.peers) > 1:
             for peer, verdict in verdicts.items():
                 if verdict.outcome in SETTLED:
@@ -6222,7 +6231,7 @@ CONTEXT = {"help_option_names": ["--help", "-h"], "show_default": True, "max_con
 
 # Made once each: click looks up a translation for every one.
 FOLDER_TYPE = click.Path(exists=True, file_okay=False)
-FILE_TYPE = click.Path(dir_okay=False)
+FILE_TYPE = click.Path()
 
 repo_option = click.option(
     "--repo",
@@ -6584,8 +6593,8 @@ def files_of(job: Job) -> dict[str, str]:
 def check_files(job: Job, *, named: bool = True) -> None:
     """Refuse paths that would make the program overwrite what is not its own.
 
-    `named`: not all of them are where the host keeps them, so that two may be the same. Raises UsageError for
-    what is named, else StateError or StorageError.
+    `named`: not all of them are where the host keeps them, so that two may be the same. Raises UsageError
+    where they are, StateError or StorageError for what is no file.
     """
     files = {
         **files_of(job),
@@ -6603,8 +6612,6 @@ def check_files(job: Job, *, named: bool = True) -> None:
         with contextlib.suppress(OSError):  # what is wrong with it is said when it is opened
             found = stat_of(files[name])
         if found and not stat.S_ISREG(found.st_mode):
-            if named:
-                raise click.UsageError(f"{name} is not a regular file: {files[name]}")
             kind = StateError if name == "--dispatch-state-file" else StorageError
             raise kind(f"{files[name]} is not a regular file", ["it is to be written to: move it away"])
 
@@ -7683,11 +7690,12 @@ def attempt_once(
 
     Returns what came of it at each peer, of which most sinks are the only one, and the seconds it took.
     """
-    began = time.monotonic()
     sink = connections.sink
     verdicts: dict[str, Verdict] = {}
+    request = connections.build([delivery], origin)
+    began = time.monotonic()
     worker = threading.Thread(
-        target=lambda: verdicts.update(connections.ask([delivery], origin, redactor, connections.peers)),
+        target=lambda: verdicts.update(connections.ask(request, redactor, connections.peers)),
         daemon=True,
     )
     worker.start()

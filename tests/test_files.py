@@ -1108,3 +1108,37 @@ def test_a_torn_row_is_closed_and_costs_nothing(repo: Repo, server: SinkServer, 
     assert repo.dispatch().json["status"] == "success"
     every_sink_got(server, "one", "two")
     assert path.read_bytes().endswith(b"\n")
+
+
+@pytest.mark.parametrize(
+    ("option", "file", "exit_code"),
+    [
+        ("--dispatch-state-file", "state.json", 4),
+        ("--dispatch-telemetry-file", "alerts.jsonl", 5),
+        ("--escalations-file", "in.jsonl", 5),
+        ("--alert-config-file", "config.json", 3),
+    ],
+)
+def test_a_folder_in_the_place_of_a_file_that_is_named_has_the_exit_code_of_that_file(
+    repo: Repo, server: SinkServer, option: str, file: str, exit_code: int
+) -> None:
+    repo.append(record("one"))
+    (repo.root / file).mkdir()
+    failed = repo.dispatch(option, str(repo.root / file))
+    assert (failed.exit_code, failed.stdout) == (exit_code, "")
+    assert str(repo.root / file) in failed.stderr
+    assert server.requests == []
+
+
+def test_a_copy_that_somebody_made_of_the_source_does_not_hide_the_rotated_file(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.append(record("one"))
+    repo.dispatch()
+    shutil.copy(repo.source, repo.folder / "escalations.jsonl.bak")
+    repo.append(record("two"))
+    shutil.copy(repo.source, repo.folder / "escalations.jsonl.1")
+    repo.source.write_bytes(b"")
+    repo.append(record("three"))
+    repo.dispatch()
+    every_sink_got(server, "one", "two", "three")

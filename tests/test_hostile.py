@@ -71,8 +71,8 @@ def test_a_device_or_a_pipe_in_place_of_a_file_is_refused_and_left_as_it_is(
     os.mkfifo(pipe)
     repo.append(health_critical())
 
-    assert repo.dispatch("--dispatch-state-file", str(pipe)).exit_code == 2
-    assert repo.dispatch("--dispatch-telemetry-file", "/dev/null").exit_code == 2
+    assert repo.dispatch("--dispatch-state-file", str(pipe)).exit_code == 4
+    assert repo.dispatch("--dispatch-telemetry-file", "/dev/null").exit_code == 5
     assert repo.dispatch("--alert-config-file", str(pipe)).exit_code == 3
     assert pipe.is_fifo()
 
