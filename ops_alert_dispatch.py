@@ -809,7 +809,7 @@ def hidden_values(document: JsonObject, environ: Mapping[str, str]) -> tuple[str
         for proxy in (environ.get(name, ""), environ.get(name.upper(), "")):
             # Of a proxy's URL only user name and password are secret.
             userinfo = proxy.rpartition("://")[2].partition("/")[0].rpartition("@")[0]
-            hidden += [userinfo, *userinfo.split(":")] if userinfo else []
+            hidden += filter(None, [userinfo, *userinfo.split(":")])
     return tuple(hidden)
 
 
@@ -1581,9 +1581,8 @@ class Source:
         numbers go up with time, an older file has the smaller one: it was not written to later, either.
         """
         base = os.path.basename(self.path)
-        names = self._neighbours(base)
+        names = neighbours(self.path)
         self.unread = []
-        newer: list[str] = []
         last_name = ""
         opened: dict[str, int] = {}
         # A rotation may come between: no file counts twice.
@@ -1611,17 +1610,17 @@ class Source:
                         del opened[name]
                         if segment is self.segments[-1]:
                             last_name = name
-                            newer = names[names.index(name) + 1 :] if rotation_key(base, name) else []
         newest = self.segments[-1]
         found: list[int] = []
         if newest.descriptor is not None and newest is not self.current:
-            since = os.fstat(newest.descriptor).st_mtime
+            since, last = os.fstat(newest.descriptor).st_mtime, rotation_key(base, last_name)
             for name in [name for name in names if name in opened]:
                 file, key = os.fstat(opened[name]), rotation_key(base, name)
+                follows = key is not None and last is not None and key > last
                 is_numbered = key is not None and key[0] > 0
                 if not file.st_size:
                     continue
-                if name in newer and key is not None and (file.st_mtime >= since or not is_numbered):
+                if follows and (file.st_mtime >= since or not is_numbered):
                     found.append(opened.pop(name))
                 elif name.startswith(f"{last_name}."):  # the same, which is just being compressed
                     continue
@@ -1630,16 +1629,6 @@ class Source:
         for descriptor in opened.values():
             os.close(descriptor)
         return found
-
-    def _neighbours(self, base: str) -> list[str]:
-        """The names of files beside the source that may be rotations of it, the oldest first of those that
-        surely are."""
-        try:
-            names = os.listdir(os.path.dirname(self.path))
-        except FileNotFoundError:
-            return []
-        keyed = rotated_names(self.path)
-        return [*(n for n in names if n.startswith(base) and n not in {base, *keyed}), *keyed]
 
     def _open(self, path: str) -> int | None:
         try:
@@ -1756,15 +1745,16 @@ def rotation_key(base: str, name: str) -> tuple[int, str] | None:
     return None
 
 
-def rotated_names(path: str) -> list[str]:
-    """The names that rotations have given a file, oldest first. Raises OSError."""
+def neighbours(path: str) -> list[str]:
+    """The names beside a file that begin as its name does, or that a rotation has given it: those that no
+    rotation gives first, then the oldest rotation first. Raises OSError."""
+    base = os.path.basename(path)
     try:
-        names = os.listdir(os.path.dirname(path))
+        keys = {name: rotation_key(base, name) for name in os.listdir(os.path.dirname(path)) if name != base}
     except (FileNotFoundError, NotADirectoryError):
         return []
-    base = os.path.basename(path)
-    keyed = [(key, name) for name in names if (key := rotation_key(base, name)) is not None]
-    return [name for _, name in sorted(keyed)]
+    found = (name for name, key in keys.items() if key or name.startswith(base))
+    return sorted(found, key=lambda name: (keys[name] or (-1, ""), name))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1773,6 +1763,10 @@ def rotated_names(path: str) -> list[str]:
 
 # What is kept of a line that is no escalation.
 RAW_LINE_CHARACTERS = 10_000
+
+
+# What the config routes by: category, and the record's own severity.
+Kind = tuple[str, str | None]
 
 
 class Escalation(NamedTuple):
@@ -1786,6 +1780,11 @@ class Escalation(NamedTuple):
     severity: str | None
     unknown_severity: str | None
     body: JsonObject
+
+    @property
+    def kind(self) -> Kind:
+        """What the config routes it by."""
+        return self.category, self.severity
 
     @property
     def written_at(self) -> str | None:
@@ -3445,7 +3444,9 @@ def read_rows(path: str, since: Checkpoint) -> tuple[list[Iterator[JsonObject]],
         found = stat_of(path)
         if found and (found.st_dev, found.st_ino, found.st_size) == since[:3]:
             return [], since
-        files = [*(beside(path, name) for name in rotated_names(path)), *([path] if found else [])]
+        base = os.path.basename(path)
+        files = [beside(path, name) for name in neighbours(path) if rotation_key(base, name)]
+        files += [path] if found else []
         # Where that place is in no file any more, or in an empty one, all that there is counts: no row that
         # was accounted for moves a lane.
         known = [index for index, file in enumerate(files) if since.offset and since.is_in(file)]
@@ -3572,7 +3573,7 @@ class Stretch(NamedTuple):
         ends = (position_to_json(self.start, source), position_to_json(self.stop, source))
         return [*ends, self.category, self.severity]
 
-    def holds(self, place: Position, kind: tuple[str, str | None]) -> bool:
+    def holds(self, place: Position, kind: Kind) -> bool:
         """Tell whether a record of a kind at a place is one of these."""
         return self.start <= place < self.stop and (self.category, self.severity) == kind
 
@@ -3795,15 +3796,15 @@ class Lane:
         """Tell whether the lane has come past a place before."""
         return any(place < stretch.stop for stretch in self.rerouted)
 
-    def takes(self, place: Position, kind: tuple[str, str | None]) -> bool:
+    def takes(self, place: Position, kind: Kind) -> bool:
         """Tell whether the lane has yet to see to a record of a kind at a place, if it is for its sink."""
         return not self.is_again(place) or any(stretch.holds(place, kind) for stretch in self.rerouted)
 
-    def go_back(self, missed: Iterable[tuple[Position, tuple[str, str | None]]]) -> int:
+    def go_back(self, missed: Iterable[tuple[Position, Kind]]) -> int:
         """Take up what waits elsewhere and is routed here now: these records, in order. Returns how many of
         them the lane would not have come to by itself."""
         reach = max([self.position, *(stretch.stop for stretch in self.rerouted)])
-        new: dict[tuple[str, str | None], Position] = {}
+        new: dict[Kind, Position] = {}
         count = 0
         for place, kind in missed:
             if place < self.position or not self.takes(place, kind):
@@ -3881,9 +3882,14 @@ def sink_entry(attempt: JsonObject) -> JsonObject:
     return {**entry, "deadLetter": True} if outcome == "dead_letter" else entry
 
 
+def is_put_off(entry: JsonObject) -> bool:
+    """Tell whether a delivery waits, by its sink's entry in a row."""
+    return entry["status"] == "failed" and not entry.get("deadLetter")
+
+
 def put_off(entries: Iterable[JsonObject]) -> list[str]:
     """The sinks for which a delivery waits, by the entries of its row."""
-    return [entry["id"] for entry in entries if entry["status"] == "failed" and not entry.get("deadLetter")]
+    return [entry["id"] for entry in entries if is_put_off(entry)]
 
 
 def key_of_row(row: JsonObject, sink_id: str) -> Key:
@@ -4208,7 +4214,7 @@ def rebuild_state(job: Job) -> State:
             names[end.segment] = place["segment"]
             for entry in row["sinks"]:
                 sink_id = entry["id"]
-                if entry["status"] != "failed" or entry.get("deadLetter"):
+                if not is_put_off(entry):
                     settled[sink_id] = max(settled.get(sink_id, end), end)
                     waiting[sink_id] = waiting.get(sink_id, 0) - ("late" in row and "rerouted" not in row)
                 else:
@@ -4764,7 +4770,7 @@ class Memory:
 def waiting_delivery(record: Record, lane: Lane, sink: Sink, router: Router, loop_id: str) -> Delivery | None:
     """A record that waits in a sink's lane, enabled or not; None where it is not for that sink."""
     line = parse_escalation(record, loop_id)
-    if isinstance(line, Unusable) or not lane.takes(record.start, (line.category, line.severity)):
+    if isinstance(line, Unusable) or not lane.takes(record.start, line.kind):
         return None
     resolution = router.resolve(line.category, line.severity)
     if not resolution.should_dispatch or all(other.id != sink.id for other in resolution.selected):
@@ -4812,14 +4818,14 @@ def router_before(state: State) -> Router | None:
 
 def find_rerouted(
     state: State, source: Source, before: Router, router: Router, loop_id: str
-) -> dict[str, list[tuple[Position, tuple[str, str | None]]]]:
+) -> dict[str, list[tuple[Position, Kind]]]:
     """Find what waits in some lane and is now, unlike before, routed to other ones, too.
 
     Returns for each of their sinks the records, in order: place, and kind (category, own severity).
     """
     taken_up, sinks = state.taken_up, before.config.sinks
     waiting = {name: lane for name, lane in state.lanes.items() if lane.waiting_count and name in sinks}
-    found: dict[str, list[tuple[Position, tuple[str, str | None]]]] = {}
+    found: dict[str, list[tuple[Position, Kind]]] = {}
     if taken_up is None or not waiting:
         return found
     for record in source.read(min(lane.position for lane in waiting.values()), taken_up):
@@ -4834,7 +4840,7 @@ def find_rerouted(
         known = {sink.id for sink in before.resolve(line.category, line.severity).selected}
         for sink in router.resolve(line.category, line.severity).dispatchable:
             if sink.id not in known and sink.id in sinks and sink.id in state.lanes:
-                found.setdefault(sink.id, []).append((record.start, (line.category, line.severity)))
+                found.setdefault(sink.id, []).append((record.start, line.kind))
     return found
 
 
@@ -4966,7 +4972,7 @@ class LaneRun:
         resolution = self._router.resolve(escalation.category, escalation.severity)
         if all(sink.id != self.sink.id for sink in resolution.dispatchable):
             return None
-        if not self.lane.takes(record.start, (escalation.category, escalation.severity)):
+        if not self.lane.takes(record.start, escalation.kind):
             return None
         return Delivery(record, escalation, resolution, late=record.start < self._began)
 
@@ -5753,7 +5759,7 @@ class Run:
             sink = self.router.config.sinks.get(sink_id)
             if sink is not None and sink.enabled and (lane.paced_until or 0.0) > time.time():
                 self._worker(sink).note_paid(lane.paced_until or 0.0)
-        if any(secret and secret in job.trace_id for secret in self.router.config.hidden):
+        if any(secret in job.trace_id for secret in self.router.config.hidden):
             job = job._replace(trace_id=self.redactor.mask_value(job.trace_id))
         return Pass(job, self.router, state, source, self.redactor, self.changed, self.clock, progress)
 
@@ -7943,8 +7949,9 @@ def redeliver_all(
     of each delivery as it ends. No verdict: it was not tried, because its sink had failed, or on `stop`.
     """
     redactor = config.redactor()
-    connections: dict[str, Connections] = {}
-    paces: dict[str, Pace | None] = {}
+    sinks = {item.sink.id: item.sink for item in deliveries}
+    connections = {name: Connections(sink) for name, sink in sinks.items()}
+    paces = {name: Pace.of(sink) for name, sink in sinks.items()}
     failing: set[str] = set()
     left = deque(deliveries)
     pause = 0.0
@@ -7965,41 +7972,45 @@ def redeliver_all(
                     if stop.is_set() or item.sink.id in failing:
                         tell(left.popleft(), None, 0.0)
                         continue
-                    pace = paces.setdefault(item.sink.id, Pace.of(item.sink))
-                    if pace and lane:
+                    if (pace := paces[item.sink.id]) and lane:
                         pace.take_over(lane.paced_until or 0.0, time.time())
                         if wait := pace.wait(time.time()):
                             pause = max(pause, wait)
                             break
                         pace.spend(time.time())
                         lane.paced_until = pace.until
-                    known = connections.setdefault(item.sink.id, Connections(item.sink))
-                    origin = Origin(job.repo, job.trace_id, time.time())
-                    verdicts, seconds = attempt_once(known, item.delivery, origin, redactor)
-                    verdict = best_verdict(verdicts)
-                    without: dict[str, Verdict] = {}
-                    if verdict.outcome == "delivered":
-                        without = {
-                            peer: said for peer, said in verdicts.items() if said.outcome != "delivered"
-                        }
-                    if without:
-                        verdict = verdict._replace(message=f"but not to {', '.join(without)}")
+                    verdict, seconds = redeliver_one(item, ledger, connections[item.sink.id], redactor)
                     if verdict.outcome not in SETTLED:
                         failing.add(item.sink.id)
-                    ledger.record_by_operator(
-                        item.sink,
-                        item.delivery,
-                        verdict,
-                        place=item.place,
-                        dead=item.dead_letter,
-                        duration=seconds,
-                        missed_by=without,
-                    )
                     tell(left.popleft(), verdict, seconds)
             finally:
                 ledger.flush()
                 save_lanes(job, state, source)
             since = state.attempts
+
+
+def redeliver_one(
+    item: Redelivery, ledger: Ledger, connections: Connections, redactor: Redactor
+) -> tuple[Verdict, float]:
+    """Send one delivery again, and write down what came of it. Returns that, and the seconds it took."""
+    origin = Origin(ledger.job.repo, ledger.job.trace_id, time.time())
+    verdicts, seconds = attempt_once(connections, item.delivery, origin, redactor)
+    verdict = best_verdict(verdicts)
+    without: dict[str, Verdict] = {}
+    if verdict.outcome == "delivered":
+        without = {peer: said for peer, said in verdicts.items() if said.outcome != "delivered"}
+    if without:
+        verdict = verdict._replace(message=f"but not to {', '.join(without)}")
+    ledger.record_by_operator(
+        item.sink,
+        item.delivery,
+        verdict,
+        place=item.place,
+        dead=item.dead_letter,
+        duration=seconds,
+        missed_by=without,
+    )
+    return verdict, seconds
 
 
 def settled_by_operator(job: Job, since: Checkpoint) -> set[Key]:
