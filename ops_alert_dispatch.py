@@ -3929,6 +3929,8 @@ class State:
     def from_json(cls, document: JsonObject) -> Self:
         """Read a state document, ours or the shell dispatcher's. Raises one of MALFORMED."""
         state = cls(str(document.get("salt", "")))
+        if len(bytes.fromhex(state.salt)) > 64:  # what it keys takes no longer one
+            raise ValueError("no salt")
         state.published = document
         if "source" not in document:
             state.legacy_lines = count_from_json(document.get("escalationsLineOffset") or 0)
@@ -3947,8 +3949,6 @@ class State:
         state.config_digest = document.get("configDigest")
         state.rules = document.get("rules")
         state.recount = document.get("recount") is True
-        if len(bytes.fromhex(state.salt)) > 64:  # what it keys takes no longer one
-            raise ValueError("no salt")
         state.unrecorded = list(document.get("unrecorded", []))
         state.remember(state.unrecorded, ())
         return state

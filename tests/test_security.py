@@ -879,6 +879,17 @@ def test_a_state_that_a_hand_has_damaged_is_rebuilt_without_a_repeat(
     assert list(repo.folder.glob("*.damaged-*"))
 
 
+def test_a_salt_that_is_none_is_found_in_a_state_that_knows_no_source_yet(
+    repo: Repo, server: SinkServer
+) -> None:
+    """Of which it would be first used where a sink fails: with that, the pass would end in a fault."""
+    repo.append(health_critical())
+    repo.state_file.write_text('{"schemaVersion": "v1", "salt": "0123456789xy"}', encoding="utf-8")
+    server.answer(PATHS[HOOK], error(503))
+    assert repo.dispatch().json["status"] == "partial"
+    assert list(repo.folder.glob("*.damaged-*"))
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_state_with_numbers_and_names_that_cannot_be_is_not_believed(damage: str) -> None:
     state = json.loads((CORPUS / "state" / "lanes").read_text(encoding="utf-8"))
