@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import termios
@@ -25,6 +26,9 @@ from zygote import Forked
 # The same examples on every run, however slow the machine: a suite says the same of the same code.
 settings.register_profile("suite", derandomize=True, deadline=None)
 settings.load_profile("suite")
+
+# A suite under nohup hands it on as ignored, and the program then leaves it so.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 MODULE_FILE = Path(__file__).resolve().parent.parent / "ops_alert_dispatch.py"
 # The very object: a test that sets the same as a command of its own has it executed.
