@@ -131,7 +131,12 @@ def program_fault(error: Exception) -> StorageError:
 
 def storage_error(action: str, path: str, error: OSError) -> StorageError:
     """Say which file failed at what, and what an operator can do about that kind of failure."""
-    advice = {
+    return StorageError(f"cannot {action} {path}: {error.strerror or error}", [what_to_do(error)])
+
+
+def what_to_do(error: OSError) -> str:
+    """What an operator can do about a failure of a file."""
+    return {
         errno.ENOSPC: "free space on this file system; the next pass goes on where this one stopped",
         errno.EDQUOT: "raise the quota or free space; the next pass goes on where this one stopped",
         errno.EFBIG: "raise the file size limit (ulimit -f) or rotate the file",
@@ -139,11 +144,14 @@ def storage_error(action: str, path: str, error: OSError) -> StorageError:
         errno.EACCES: "give this user access to the file and its folder",
         errno.EPERM: "give this user access to the file and its folder",
         errno.ELOOP: "it is a symbolic link that is not followed: put a plain file there",
+        errno.ESTALE: "put the copy beside it, named as a rotation names it (.1), before the next pass; "
+        "without one, what was not read is lost",
+        errno.EMFILE: "raise the limit of open files (ulimit -n) of whatever runs this",
+        errno.ENFILE: "raise the limit of open files of this machine (fs.file-max)",
         errno.EISDIR: "it is a folder: move it away",
         errno.EEXIST: "a file stands where the folder should be: move it away",
         errno.ENOTDIR: "a file stands where a folder should be: move it away",
     }.get(error.errno or 0, "check the file and its folder")
-    return StorageError(f"cannot {action} {path}: {error.strerror or error}", [advice])
 
 
 # Times that every zone can write: from 1970 to the end of the year 9998.
@@ -1381,18 +1389,19 @@ def end_of_lines(descriptor: int, size: int) -> int:
     return 0
 
 
-def read_lines(descriptor: int, start: int, stop: int) -> Iterator[tuple[bytes, int, int]]:
+def read_lines(read: Callable[[int, int], bytes], start: int, stop: int) -> Iterator[tuple[bytes, int, int]]:
     """Stream the lines of a range: line (cut at MAX_RECORD_BYTES), its true size, the offset after it.
 
-    What stands after the last line feed of the range counts as a line: the caller chooses ranges that end
-    where a line does, or in a file that nobody writes any more.
+    `read` gives at most so many bytes from an offset on. What stands after the last line feed of the range
+    counts as a line: the caller chooses ranges that end where a line does, or in a file that nobody writes
+    any more.
     """
     pieces: list[bytes] = []
     size, kept, at = 0, 0, start
     while at < stop:
-        chunk = os.pread(descriptor, min(READ_CHUNK, stop - at), at)
+        chunk = read(min(READ_CHUNK, stop - at), at)
         if not chunk:
-            return  # truncated under our hands: the next pass finds out
+            return  # truncated under our hands
         *whole, rest = chunk.split(b"\n")
         for piece in whole:
             size += len(piece)
@@ -1436,9 +1445,12 @@ class Segment:
         # Up to where it was taken up, and a hash of what stands before that place.
         self.offset = offset
         self.tail = tail
-        # Known once it is found on disk in this pass.
+        # What waits in it is on record as lost, because it was not to be found.
+        self.lost = False
+        # Known once it is found on disk in this pass: where its lines end, and what stands before there.
         self.descriptor: int | None = None
         self.stop = 0
+        self.stop_tail = ""
         self.growing = False
 
     @property
@@ -1450,7 +1462,9 @@ class Segment:
         """Read what `to_json` wrote. Raises one of MALFORMED for anything else."""
         number, mark = parse_segment_name(value["name"])
         device, inode, offset = (count_from_json(value[key]) for key in ("device", "inode", "offset"))
-        return cls(number, mark, device, inode, offset, str(value["tail"]))
+        segment = cls(number, mark, device, inode, offset, str(value["tail"]))
+        segment.lost = value.get("lost") is True
+        return segment
 
     def to_json(self) -> JsonObject:
         return {
@@ -1459,29 +1473,48 @@ class Segment:
             "inode": self.inode,
             "offset": self.offset,
             "tail": self.tail,
+            **({"lost": True} if self.lost else {}),
         }
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode of the file that held it last."""
+        return self.device, self.inode
 
     def is_in(self, descriptor: int) -> bool:
         """Tell whether an open file holds this segment: the same first line, and all that was taken up."""
-        found = os.fstat(descriptor)
+        return self._reaches(descriptor, self.offset, self.tail)
+
+    def is_whole_in(self, descriptor: int) -> bool:
+        """Tell whether an open file holds this segment as far as it is read in this pass."""
+        return self._reaches(descriptor, self.stop, self.stop_tail)
+
+    def _reaches(self, descriptor: int, offset: int, tail: str) -> bool:
         if self.fingerprint == NAMELESS:
-            same = (found.st_dev, found.st_ino) == (self.device, self.inode)
+            same = file_identity(descriptor) == self.identity
         else:
             same = fingerprint(descriptor) == self.fingerprint
         return (
             same
-            and found.st_size >= self.offset
-            and (not self.tail or tail_hash(descriptor, self.offset) == self.tail)
+            and os.fstat(descriptor).st_size >= offset
+            and (not tail or tail_hash(descriptor, offset) == tail)
         )
 
-    def attach(self, descriptor: int) -> None:
-        """Read from this open file in this pass. What is appended later belongs to the next pass."""
-        found = os.fstat(descriptor)
-        self.descriptor, self.device, self.inode = descriptor, found.st_dev, found.st_ino
+    def attach(self, descriptor: int) -> bool:
+        """Read from this open file in this pass, if it holds this segment; tells whether it does.
+
+        What is appended later belongs to the next pass.
+        """
+        size = os.fstat(descriptor).st_size
+        stop = end_of_lines(descriptor, size)
+        tail = tail_hash(descriptor, stop)
+        if not self.is_in(descriptor):  # asked last: it may just have been truncated
+            return False
+        self.descriptor, self.stop, self.stop_tail, self.growing = descriptor, stop, tail, stop < size
+        self.device, self.inode = file_identity(descriptor)
         if self.fingerprint == NAMELESS:
             self.fingerprint = fingerprint(descriptor) or NAMELESS
-        self.stop = end_of_lines(descriptor, found.st_size)
-        self.growing = self.stop < found.st_size
+        return True
 
     def finish(self) -> bool:
         """Take a rotated file's unterminated last line for complete, once nobody can be writing it."""
@@ -1489,7 +1522,7 @@ class Segment:
             found = os.fstat(self.descriptor)
             if abs(time.time() - found.st_mtime) < ROTATED_TAIL_GRACE:
                 return False
-            self.stop = found.st_size
+            self.stop, self.stop_tail = found.st_size, tail_hash(self.descriptor, found.st_size)
         return True
 
 
@@ -1499,6 +1532,14 @@ def parse_segment_name(name: str) -> tuple[int, str]:
     if not dash or not mark:
         raise ValueError(f"no segment name: {name!r}")
     return int(number), mark
+
+
+class Found(NamedTuple):
+    """An open file in which a segment may be; `key` orders those that a rotation has named."""
+
+    descriptor: int
+    path: str
+    key: tuple[int, str] | None
 
 
 class Source:
@@ -1518,11 +1559,14 @@ class Source:
         self.current: Segment | None = None
         # Neighbours that are younger than the last file that was read, and whose names say nothing.
         self.unread: list[str] = []
+        # Held by whoever reads, and may find that a file was truncated.
+        self._reading = threading.Lock()
 
     def __enter__(self) -> Self:
         try:
             self._locate()
         except OSError as error:
+            self.__exit__()
             raise storage_error("read", self.path, error) from None
         return self
 
@@ -1536,17 +1580,18 @@ class Source:
         descriptor = self._open(self.path)
         self.present = descriptor is not None
         last = self.segments[-1] if self.segments else None
-        if descriptor is not None and last is not None and last.is_in(descriptor):
+        if descriptor is not None and last is not None and file_identity(descriptor) == last.identity:
             last.attach(descriptor)
-            self.current = last
-            older = self.segments[:-1]
-        else:
-            older = self.segments[:]
         newer: list[int] = []
-        for _ in range(FIND_TRIES if older else 0):
-            newer = self._find_rotated(older, descriptor)
-            if last is None or last.descriptor is not None:
+        for _ in range(FIND_TRIES):
+            if all(segment.descriptor is not None for segment in self.segments):
                 break
+            close_all(newer)
+            newer = self._find_rotated(descriptor)
+            if all(segment.descriptor is not None or segment.lost for segment in self.segments):
+                break
+        if last is not None and last.descriptor is not None and last.descriptor == descriptor:
+            self.current = last
         for found in newer:
             self._append(found)
         if descriptor is not None and self.current is None:
@@ -1554,11 +1599,10 @@ class Source:
                 same_file = os.fstat(descriptor).st_ino == last.inode and last.descriptor is None
                 found_again = last.descriptor is not None
                 self.change = "truncated" if same_file else "rotated" if found_again else "replaced"
-            if fingerprint(descriptor) is None:
-                os.close(descriptor)
+            if fingerprint(descriptor):
+                self.current = self._append(descriptor)
             else:
-                self._append(descriptor)
-                self.current = self.segments[-1]
+                os.close(descriptor)
         for segment in self.segments:
             if segment.descriptor is None:
                 continue
@@ -1567,67 +1611,85 @@ class Source:
             if not finished:
                 break
 
-    def _append(self, descriptor: int) -> None:
+    def _append(self, descriptor: int) -> Segment | None:
+        """Read on in an open file; None where it has just been truncated: that is for the next pass."""
         number = self.segments[-1].number + 1 if self.segments else 1
-        segment = Segment(number, fingerprint(descriptor) or NAMELESS)
-        segment.attach(descriptor)
+        segment = Segment(number, fingerprint(descriptor) or NAMELESS, *file_identity(descriptor))
+        if not segment.attach(descriptor):
+            os.close(descriptor)
+            return None
         self.segments.append(segment)
+        return segment
 
-    def _find_rotated(self, segments: Sequence[Segment], current: int | None) -> list[int]:
-        """Find known segments under other names, by inode first (rename), then by content (copy).
+    def _find_rotated(self, current: int | None) -> list[int]:
+        """Find known segments that are not at hand under whatever name they have now.
 
-        Returns the open files that were rotated after the last known one, oldest first: those of a logrotate
-        numbering (`.1` is newer than `.2`) or dating (`-20260131`) scheme, and no other neighbour. Where the
-        numbers go up with time, an older file has the smaller one: it was not written to later, either.
+        Returns the open files that were rotated after the last known one, oldest first.
         """
-        base = os.path.basename(self.path)
-        names = neighbours(self.path)
+        files = self._open_neighbours(current)
+        candidates = [*files, *([Found(current, self.path, None)] if current is not None else [])]
+        missing = [segment for segment in self.segments if segment.descriptor is None]
+        newest = self.segments[-1]
+
+        def likeness(pair: tuple[Segment, Found]) -> int:
+            """A file that was renamed is the same file; one that was replaced or copied holds the same. A
+            copy that somebody made is not taken for the rotated file, which holds more."""
+            segment, found = pair
+            same_file = file_identity(found.descriptor) == segment.identity
+            if found.descriptor == current:
+                return 1
+            return (0 if same_file else 3) if found.key else (2 if same_file else 4)
+
+        taken: set[int] = set()
+        for segment, found in sorted(itertools.product(missing, candidates), key=likeness):
+            if segment.descriptor is not None or found.descriptor in taken:
+                continue
+            may_be = found.descriptor != current or segment is newest
+            if may_be and segment.is_in(found.descriptor) and segment.attach(found.descriptor):
+                taken.add(found.descriptor)
+        newer: list[int] = []
+        if newest.descriptor is not None and newest.descriptor != current:
+            newer = self._rotated_since(newest, newest.descriptor, files)
+        close_all({found.descriptor for found in files} - taken - {*newer})
+        return newer
+
+    def _rotated_since(self, newest: Segment, descriptor: int, files: Sequence[Found]) -> list[int]:
+        """The files that were rotated after the last known one, oldest first: those of a logrotate numbering
+        (`.1` is newer than `.2`) or dating (`-20260131`) scheme, and no other neighbour. Where the numbers go
+        up with time, an older file has the smaller one: it was not written to later, either."""
+        since = os.fstat(descriptor).st_mtime
+        last = next((found for found in files if file_identity(found.descriptor) == newest.identity), None)
+        held = {segment.identity for segment in self.segments if segment.descriptor is not None}
+        newer: list[int] = []
         self.unread = []
-        last_name = ""
-        opened: dict[str, int] = {}
+        for found in files:
+            status = os.fstat(found.descriptor)
+            if last is None or not status.st_size or (status.st_dev, status.st_ino) in held:
+                continue
+            follows = found.key is not None and last.key is not None and found.key > last.key
+            is_numbered = found.key is not None and found.key[0] > 0
+            if follows and (status.st_mtime >= since or not is_numbered):
+                newer.append(found.descriptor)
+            elif found.path.startswith(f"{last.path}."):  # the same, which is just being compressed
+                continue
+            elif status.st_mtime > since or (found.key is None and status.st_mtime == since):
+                self.unread.append(os.path.basename(found.path))
+        return newer
+
+    def _open_neighbours(self, current: int | None) -> list[Found]:
+        """Open the neighbours of the source, and of the file that it is a link to, each file once."""
+        found: list[Found] = []
         # A rotation may come between: no file counts twice.
         seen = set() if current is None else {file_identity(current)}
-        for name in names:
-            descriptor = self._open(beside(self.path, name))
+        for path, key in neighbours(self.path, os.path.realpath(self.path)).items():
+            descriptor = self._open(path)
             if descriptor is None:
                 continue
             if file_identity(descriptor) in seen:
                 os.close(descriptor)
             else:
                 seen.add(file_identity(descriptor))
-                opened[name] = descriptor
-        for by_inode in (True, False):
-            for segment in segments:
-                # A copy that somebody made of it is not taken for the rotated file, which holds more.
-                for name, descriptor in sorted(
-                    opened.items(), key=lambda item: rotation_key(base, item[0]) is None
-                ):
-                    identity = (segment.device, segment.inode)
-                    if segment.descriptor is not None or (by_inode and file_identity(descriptor) != identity):
-                        continue
-                    if segment.is_in(descriptor):
-                        segment.attach(descriptor)
-                        del opened[name]
-                        if segment is self.segments[-1]:
-                            last_name = name
-        newest = self.segments[-1]
-        found: list[int] = []
-        if newest.descriptor is not None and newest is not self.current:
-            since, last = os.fstat(newest.descriptor).st_mtime, rotation_key(base, last_name)
-            for name in [name for name in names if name in opened]:
-                file, key = os.fstat(opened[name]), rotation_key(base, name)
-                follows = key is not None and last is not None and key > last
-                is_numbered = key is not None and key[0] > 0
-                if not file.st_size:
-                    continue
-                if follows and (file.st_mtime >= since or not is_numbered):
-                    found.append(opened.pop(name))
-                elif name.startswith(f"{last_name}."):  # the same, which is just being compressed
-                    continue
-                elif file.st_mtime > since or (key is None and file.st_mtime == since):
-                    self.unread.append(name)
-        for descriptor in opened.values():
-            os.close(descriptor)
+                found.append(Found(descriptor, path, key))
         return found
 
     def _open(self, path: str) -> int | None:
@@ -1635,8 +1697,8 @@ class Source:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
-        except OSError:
-            if path == self.path:
+        except OSError as error:
+            if path == self.path or error.errno in (errno.EMFILE, errno.ENFILE):  # it may be there
                 raise
             return None
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -1667,17 +1729,45 @@ class Source:
         return None
 
     def read(self, start: Position, stop: Position | None = None) -> Iterator[Record]:
-        """Stream the complete lines between two places. Raises OSError when the disk does."""
+        """Stream the complete lines between two places.
+
+        Raises StorageError when the disk fails, or where a file was truncated and no copy is to be found.
+        """
         stop = stop or self.stop
         for segment in self.segments:
             if not start.segment <= segment.number <= stop.segment or segment.descriptor is None:
                 continue
             at = start if segment.number == start.segment else Position(segment.number, 0, 0)
             limit = stop.offset if segment.number == stop.segment else segment.stop
-            for line, size, offset in read_lines(segment.descriptor, at.offset, limit):
+            for line, size, offset in read_lines(functools.partial(self._pread, segment), at.offset, limit):
                 end = Position(segment.number, offset, at.line + 1)
                 yield Record(at, end, line, size)
                 at = end
+
+    def _pread(self, segment: Segment, size: int, offset: int) -> bytes:
+        """Read from a segment what stood there when the pass began. A file that was truncated since is read
+        from the copy that was made of it before (logrotate: copytruncate). Raises StorageError."""
+        descriptor = cast("int", segment.descriptor)
+        try:
+            with self._reading:
+                while True:
+                    data = os.pread(descriptor, size, offset)
+                    if segment.is_whole_in(descriptor):  # asked afterwards: then it was, too
+                        return data
+                    self._take_copy(segment, descriptor)
+        except OSError as error:
+            raise storage_error("read", self.path, error) from None
+
+    def _take_copy(self, segment: Segment, descriptor: int) -> None:
+        """Let the descriptor of a segment that was truncated refer to a copy of it. Raises OSError."""
+        files = self._open_neighbours(descriptor)
+        copy = next((found for found in files if segment.is_whole_in(found.descriptor)), None)
+        if copy is not None:
+            os.dup2(copy.descriptor, descriptor, inheritable=False)
+            segment.device, segment.inode = file_identity(descriptor)
+        close_all(found.descriptor for found in files)
+        if copy is None:
+            raise OSError(errno.ESTALE, "it was truncated while it was read, and no copy of it is beside it")
 
     def count_lines(self, start: Position, stop: Position | None = None) -> int:
         """Count the complete lines between two places, at the speed of the disk."""
@@ -1703,7 +1793,10 @@ class Source:
                 continue
             offset = position.offset if segment.number == position.segment else segment.stop
             if offset != segment.offset or not segment.tail:
-                segment.offset, segment.tail = offset, tail_hash(segment.descriptor, offset)
+                start = max(0, offset - TAIL_BYTES)
+                with contextlib.suppress(StorageError):  # what was noted before names it as well
+                    tail = short_hash(self._pread(segment, offset - start, start))
+                    segment.offset, segment.tail = offset, tail
 
     def forget_before(self, number: int) -> None:
         """Forget segments that nobody reads any more."""
@@ -1745,16 +1838,24 @@ def rotation_key(base: str, name: str) -> tuple[int, str] | None:
     return None
 
 
-def neighbours(path: str) -> list[str]:
-    """The names beside a file that begin as its name does, or that a rotation has given it: those that no
-    rotation gives first, then the oldest rotation first. Raises OSError."""
-    base = os.path.basename(path)
-    try:
-        keys = {name: rotation_key(base, name) for name in os.listdir(os.path.dirname(path)) if name != base}
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    found = (name for name, key in keys.items() if key or name.startswith(base))
-    return sorted(found, key=lambda name: (keys[name] or (-1, ""), name))
+def neighbours(*paths: str) -> dict[str, tuple[int, str] | None]:
+    """The paths beside these files whose names begin as theirs do, or that a rotation has given, with their
+    rotation keys: those without one first, then the oldest rotation first. Raises OSError."""
+    keys: dict[str, tuple[int, str] | None] = {}
+    for path in dict.fromkeys(paths):
+        folder, base = os.path.split(path)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for name in os.listdir(folder):
+                key = rotation_key(base, name)
+                if name != base and (key or name.startswith(base)):
+                    keys[os.path.join(folder, name)] = key
+    return dict(sorted(keys.items(), key=lambda item: (item[1] or (-1, ""), item[0])))
+
+
+def close_all(descriptors: Iterable[int]) -> None:
+    """Close open files."""
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -3224,9 +3325,35 @@ def make_folder(path: str) -> None:
         make_folder(parent)
     try:
         os.mkdir(path, 0o700)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        give_to_owner_of(parent, descriptor)
+        os.close(descriptor)
     except OSError as error:
         if not os.path.isdir(path):  # else another pass was quicker
             raise storage_error("make the folder", path, error) from None
+
+
+def give_to_owner_of(other: str, descriptor: int) -> None:
+    """Let a file that root has made belong to whoever has the other one, its folder say: a pass that root
+    runs by hand must not lock out those of the user who runs it otherwise."""
+    if os.geteuid() == 0:
+        owner = os.stat(other)
+        if (owner.st_uid, owner.st_gid) != (0, 0):
+            with contextlib.suppress(OSError):  # there are file systems on which nobody may
+                os.fchown(descriptor, owner.st_uid, owner.st_gid)
+
+
+def open_own(path: str, flags: int) -> int:
+    """Open a file of the program's own in a folder that is there. One that is new is for the folder's owner
+    alone; a symbolic link is not followed. Raises OSError."""
+    flags |= os.O_CLOEXEC | os.O_NOFOLLOW
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(path, flags)
+        with contextlib.suppress(FileExistsError):  # another pass was quicker
+            descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            give_to_owner_of(os.path.dirname(path), descriptor)
+            return descriptor
 
 
 def write_all(descriptor: int, data: bytes) -> None:
@@ -3290,9 +3417,8 @@ class JsonlFile:
         """Open for appending, and close a line that a crash or a full disk has torn. Raises StorageError."""
         if self._descriptor is None:
             make_folder(os.path.dirname(self.path))
-            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             try:
-                self._descriptor = os.open(self.path, flags, 0o600)
+                self._descriptor = open_own(self.path, os.O_RDWR | os.O_APPEND)
                 size = os.fstat(self._descriptor).st_size
                 if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
                     write_all(self._descriptor, b"\n")
@@ -3334,16 +3460,16 @@ class JsonlFile:
 
 
 def replace_file(path: str, data: bytes, *, durable: bool) -> None:
-    """Replace a file in one step: a reader sees the old content or the new one. A mode is kept. The folder is
-    there.
+    """Replace a file in one step: a reader sees the old content or the new one. Mode and owner are kept. The
+    folder is there.
 
     `durable`: flush to disk before and after the rename. Raises StorageError.
     """
     temporary = f"{path}.tmp"
     try:
-        mode = 0o600
+        mode, owned_like = 0o600, os.path.dirname(path)
         with contextlib.suppress(FileNotFoundError):
-            mode = os.lstat(path).st_mode
+            mode, owned_like = os.lstat(path).st_mode, path
         if stat.S_ISLNK(mode):
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -3353,6 +3479,7 @@ def replace_file(path: str, data: bytes, *, durable: bool) -> None:
             os.unlink(temporary)
             descriptor = os.open(temporary, flags, 0o600)
         try:
+            give_to_owner_of(owned_like, descriptor)
             if mode & 0o777 != 0o600:
                 os.fchmod(descriptor, mode & 0o777)
             write_all(descriptor, data)
@@ -3411,15 +3538,15 @@ def loop_lock(path: str, wait: float = LOCK_WAIT_SECONDS) -> Iterator[bool]:
     The kernel drops the lock with its process, so none is ever left behind. Raises StorageError.
     """
     make_folder(os.path.dirname(path))
+    deadline = time.monotonic() + wait
+    descriptor: int | None = None
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise storage_error("lock", path, error) from None
-    try:
-        deadline = time.monotonic() + wait
-        while True:
+        while descriptor is None:
             try:
+                descriptor = open_own(path, os.O_RDWR)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if lock_identity(path) == file_identity(descriptor):
+                    break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     yield False
@@ -3427,11 +3554,19 @@ def loop_lock(path: str, wait: float = LOCK_WAIT_SECONDS) -> Iterator[bool]:
                 time.sleep(0.05)
             except OSError as error:
                 raise storage_error("lock", path, error) from None
-            else:
-                yield True
-                return
+            # Whoever had it may have been told to go on without that file: the one that is there counts.
+            os.close(cast("int", descriptor))
+            descriptor = None
+        yield True
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def lock_identity(path: str) -> tuple[int, int] | None:
+    """Device and inode of the lock file that is there now; None where it was removed. Raises OSError."""
+    found = stat_of(path)
+    return found and (found.st_dev, found.st_ino)
 
 
 def read_rows(path: str, since: Checkpoint) -> tuple[list[Iterator[JsonObject]], Checkpoint]:
@@ -3444,8 +3579,7 @@ def read_rows(path: str, since: Checkpoint) -> tuple[list[Iterator[JsonObject]],
         found = stat_of(path)
         if found and (found.st_dev, found.st_ino, found.st_size) == since[:3]:
             return [], since
-        base = os.path.basename(path)
-        files = [beside(path, name) for name in neighbours(path) if rotation_key(base, name)]
+        files = [neighbour for neighbour, key in neighbours(path).items() if key]
         files += [path] if found else []
         # Where that place is in no file any more, or in an empty one, all that there is counts: no row that
         # was accounted for moves a lane.
@@ -3465,7 +3599,8 @@ def iterate_rows(path: str, offset: int = 0) -> Iterator[JsonObject]:
     """The JSON objects of a file of rows, from an offset on. What is none is passed over."""
     try:
         with open(path, "rb") as file:
-            for line, _, _ in read_lines(file.fileno(), offset, os.fstat(file.fileno()).st_size):
+            read = functools.partial(os.pread, file.fileno())
+            for line, _, _ in read_lines(read, offset, os.fstat(file.fileno()).st_size):
                 with contextlib.suppress(ValueError, RecursionError):
                     row = json.loads(line)
                     if isinstance(row, dict):
@@ -4021,7 +4156,7 @@ def read_state_document(path: str) -> JsonObject | None:
         return None
     except OSError as error:
         raise StateError(
-            f"cannot read the state file {path}: {error.strerror}", ["give this user access to the file"]
+            f"cannot read the state file {path}: {error.strerror}", [what_to_do(error)]
         ) from None
     try:
         document = json.loads(raw)
@@ -4332,6 +4467,7 @@ class Ledger:
         self.counts = Counts()
         self.changed = changed or threading.Condition()
         self.results: dict[Key, JsonObject] = state.remembered
+        self._lock = lock_identity(job.lock_file)
         self._attempts = JsonlFile(job.attempts_file, redactor)
         self._telemetry = JsonlFile(job.telemetry_file, redactor)
 
@@ -4357,6 +4493,18 @@ class Ledger:
             )
         self.state.attempts = Checkpoint.at_end(self._attempts.open())
         self.state.telemetry = Checkpoint.at_end(self._telemetry.open())
+
+    def check_lock(self) -> None:
+        """Make sure that no other pass is at work: while this one is, nothing may remove the lock file.
+
+        Raises StorageError.
+        """
+        if lock_identity(self.job.lock_file) != self._lock:
+            raise StorageError(
+                f"the lock file {self.job.lock_file} was removed while a pass was at work: another may be "
+                "at work by now, so this one stops",
+                ["leave that file alone: what counts is a lock on it, which ends with its process"],
+            )
 
     def record(
         self,
@@ -4600,11 +4748,13 @@ class Ledger:
             self.counts.reason_codes.add(reason_code)
 
     def flush(self) -> None:
-        """Flush the rows to disk and note in the state that it accounts for them."""
+        """Flush the rows to disk and note in the state, which is to be written next, that it accounts for
+        them. Raises StorageError."""
         before = (self.state.attempts, self.state.telemetry)
         self.state.attempts = self._attempts.close() or self.state.attempts
         self.state.telemetry = self._telemetry.close() or self.state.telemetry
         self.wrote = before != (self.state.attempts, self.state.telemetry)
+        self.check_lock()
 
 
 def judge_row(resolution: Resolution, entries: Sequence[JsonObject]) -> tuple[str, str | None]:
@@ -4869,6 +5019,10 @@ class LaneRun:
     def behind(self, record: Record) -> bool:
         """Tell whether the lane is still to come to a record in this pass. The ledger's lock is held."""
         return self.ending is None and self.lane.position <= record.start
+
+    def is_over(self) -> bool:
+        """Tell whether the lane's pass is at its end, or given up."""
+        return self.ending is not None
 
     def end(self, ending: Ending) -> None:
         """Note how the pass ended for this lane, and wake up whoever waits for it."""
@@ -5145,8 +5299,9 @@ class SinkWorker:
         import requests  # noqa: F401
 
         with self._changed:
-            if run.ending:  # while it waited for its turn, the loop's pass has failed
+            if run.is_over():  # while it waited for its turn, the loop's pass has failed
                 return None
+            run.ledger.check_lock()
             self._in_flight, self._attempt_started = (run, batch), time.monotonic()
         if missing:
             verdict = Verdict("misconfigured", "missing_secret", message=f"unset: {' '.join(missing)}")
@@ -5155,18 +5310,28 @@ class SinkWorker:
             verdict = best_verdict(verdicts)
         with self._changed:
             self._in_flight = None
-            if self._abandoned or run.ending:  # it is on record as timed out, or the loop's pass has failed
+            if self._abandoned:  # it is on record as timed out
                 return None
             if verdict.outcome == "dead_letter" and self._adapter.splits and len(batch.deliveries) > 1:
                 run.split(batch)
                 return None
-            if verdict.outcome == "delivered":
-                for peer, said in verdicts.items():
-                    if said.outcome != "delivered" and peer not in run.lane.peers:
-                        run.ledger.record_peer(
-                            self.sink, peer, batch.deliveries, said, self._peer_wait(run, peer, said)
-                        )
-            return self._settle(run, batch, verdict, tries)
+            try:
+                if verdict.outcome == "delivered":
+                    for peer, said in verdicts.items():
+                        if said.outcome != "delivered" and peer not in run.lane.peers:
+                            run.ledger.record_peer(
+                                self.sink, peer, batch.deliveries, said, self._peer_wait(run, peer, said)
+                            )
+                wait = self._settle(run, batch, verdict, tries)
+            except StorageError:
+                if run.is_over():  # that is what the loop's pass has failed for, or no worse
+                    return None
+                raise
+            return None if run.is_over() else wait
+
+    def is_asking_for(self, ledger: Ledger) -> bool:
+        """Tell whether an attempt of a loop's pass is on its way. The lock is held."""
+        return self._in_flight is not None and self._in_flight[0].ledger is ledger
 
     def _ask(self, run: LaneRun, batch: Batch) -> dict[str, Verdict]:
         """Send a batch to every peer that has missed nothing. Where none of them takes it, to the others, as
@@ -5336,8 +5501,11 @@ def jitter(longest: float) -> float:
 
 # How long the writer of rows sleeps while lanes work: rows are written in batches, off the lanes' path.
 ROW_INTERVAL = 0.05
-# So many loops with work are open at a time: each holds a lock and some files.
+# So many loops with work are open at a time, each with so many files: its lock, its source and what was
+# rotated out of it, its attempts and its telemetry. Besides, there are the connections.
 LOOPS_AT_ONCE = 64
+FILES_OF_A_LOOP = 8
+FILES_BESIDES = 64
 
 
 class Pass:
@@ -5369,6 +5537,8 @@ class Pass:
         # The lanes that may try, and those that wait.
         self.runs: dict[str, LaneRun] = {}
         self.held: dict[str, LaneRun] = {}
+        # What it has failed for.
+        self.error: DispatchError | None = None
 
     # -- before anything is sent
 
@@ -5418,8 +5588,7 @@ class Pass:
         changed = state.config_digest != self.config.digest or unknown
         if changed or state.recount:
             self._align_lanes()
-        for sink_id, lane in state.lanes.items():
-            self._leave_lost_segment(sink_id, lane)
+        self._note_lost_segments()
         if changed or state.recount:
             before = router_before(state)
             if changed and before is not None:
@@ -5454,19 +5623,25 @@ class Pass:
                     held.gaps.append((held.disabled_at, taken_up))
                 held.disabled_at = None
 
-    def _leave_lost_segment(self, sink_id: str, lane: Lane) -> None:
-        """Move a lane on whose file is gone for good; what it lost is put on record."""
-        place = self.source.readable_from(lane.position) if self.source.present else None
-        if place is None:
-            return
-        before = lane.waiting_count
-        lane.position = min(place, self.ledger.taken_up)
-        if before:
+    def _note_lost_segments(self) -> None:
+        """Put on record what is lost because files of the source are gone, while newer ones are there. Where
+        one is back, what waits in it is sent after all."""
+        source, lanes = self.source, self.state.lanes
+        newest = max((s.number for s in source.segments if s.descriptor is not None), default=0)
+        changed = [
+            s for s in source.segments[:-1] if s.number < newest and s.lost is not (s.descriptor is None)
+        ]
+        for segment in changed:
+            segment.lost = not segment.lost
+        for sink_id, lane in lanes.items() if changed else ():
+            if lane.position.segment > changed[-1].number:
+                continue
+            before = lane.waiting_count
             self._recount(sink_id, lane)
-            if dropped := before - lane.waiting_count:
+            if (dropped := before - lane.waiting_count) > 0:
                 message = (
                     f"{plural(dropped, 'delivery')} to {sink_id} lost: the file that held the records "
-                    f"was removed or truncated before they were sent"
+                    f"was removed, compressed or truncated before they were sent"
                 )
                 self.ledger.write_event(sink_id, "failed", "source_lost", dropped, message)
 
@@ -5616,8 +5791,9 @@ class Pass:
 
     # -- afterwards
 
-    def abandon(self) -> None:
+    def abandon(self, error: DispatchError | None = None) -> None:
         """Send nothing more. No lane is in the middle of a row when this returns."""
+        self.error = error
         with self.ledger.changed:
             for run in (*self.runs.values(), *self.held.values()):
                 run.ending = run.ending or "abandoned"
@@ -5794,18 +5970,22 @@ class Run:
             raise
 
     def _step(self, found: Pass, work: Iterator[None]) -> Result | None:
-        """Go on with a pass until it has to wait (None) or is at its end."""
+        """Go on with a pass until it has to wait (None) or is at its end.
+
+        One that fails waits for the answers that are on their way: what a sink has taken is to be on record.
+        """
         try:
-            return found.finish() if next(work, AT_END) is AT_END else None
+            if found.error is None:
+                return found.finish() if next(work, AT_END) is AT_END else None
         except DispatchError as error:
-            found.abandon()
-            return error
+            found.abandon(error)
         except OSError as error:
-            found.abandon()
-            return storage_error("read", found.job.escalations_file, error)
+            found.abandon(storage_error("read", found.job.escalations_file, error))
         except Exception as error:  # noqa: BLE001 - whatever it is, the other loops go on
-            found.abandon()
-            return program_fault(error)
+            found.abandon(program_fault(error))
+        with self.changed:
+            is_asked = any(worker.is_asking_for(found.ledger) for worker in self._workers.values())
+        return None if is_asked else found.error
 
     def _worker(self, sink: Sink) -> SinkWorker:
         if sink.id not in self._workers:
@@ -5823,6 +6003,22 @@ def count_ended(passes: Iterable[Pass]) -> int:
     return sum(run.ending is not None for p in passes for run in (*p.runs.values(), *p.held.values()))
 
 
+def loops_at_once() -> int:
+    """How many loops may be open at a time, as many files as may be: of these, as many as are wanted where
+    the process may allow itself that."""
+    import resource
+
+    wanted = LOOPS_AT_ONCE * FILES_OF_A_LOOP + FILES_BESIDES
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed == resource.RLIM_INFINITY or allowed >= wanted:
+        return LOOPS_AT_ONCE
+    with contextlib.suppress(ValueError, OSError):
+        raised = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, most))
+        allowed = raised
+    return max(1, min(LOOPS_AT_ONCE, (allowed - FILES_BESIDES) // FILES_OF_A_LOOP))
+
+
 def run_loops(
     jobs: Sequence[Job],
     environ: Mapping[str, str],
@@ -5837,6 +6033,7 @@ def run_loops(
     stop = stop or threading.Event()
     # One loop is waited for; of many, the others come first.
     wait = LOCK_WAIT_SECONDS / max(len(jobs), 1)
+    at_once = loops_at_once() if len(jobs) > 1 else 1
     outcomes: dict[str, Result] = {}
     run: Run | None = None
     busy: list[tuple[Pass, contextlib.ExitStack]] = []
@@ -5881,7 +6078,7 @@ def run_loops(
             finally:
                 if not busy or busy[-1][1] is not files:
                     files.close()
-            if len(busy) == LOOPS_AT_ONCE:
+            if len(busy) == at_once:
                 drive(begun / (len(jobs) - index - 1 + begun))
         drive(1.0)
     return outcomes

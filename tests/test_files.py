@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
+import itertools
 import json
 import os
 import resource
 import shutil
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +31,7 @@ from escalations import (
     line,
     sink_config,
 )
-from loopback import SinkServer, error, ok
+from loopback import Answer, Behaviour, Received, SinkServer, accepted, error, ok
 from promise import check_promise
 from tools import in_ci, needs_tool
 
@@ -1142,3 +1145,213 @@ def test_a_copy_that_somebody_made_of_the_source_does_not_hide_the_rotated_file(
     repo.append(record("three"))
     repo.dispatch()
     every_sink_got(server, "one", "two", "three")
+
+
+def many(count: int) -> list[dict[str, Any]]:
+    """Records that are read in several goes."""
+    return [record(f"r{number}", filler="x" * 4000) for number in range(count)]
+
+
+def at_request(number: int, event: Callable[[], object]) -> Behaviour:
+    """A sink that takes everything; while it is asked for the so-manieth time, something happens."""
+    seen = itertools.count(1)
+
+    def answer(_: Received) -> Answer:
+        if next(seen) == number:
+            event()
+        return ok()
+
+    return answer
+
+
+@pytest.mark.parametrize("waited", [False, True], ids=["new", "a_backlog"])
+@pytest.mark.parametrize("longer", [False, True], ids=["shorter", "longer_than_what_was_read"])
+def test_copytruncate_while_a_pass_reads_loses_nothing_and_repeats_nothing(
+    repo: Repo, server: SinkServer, waited: bool, longer: bool
+) -> None:
+    before, after = many(200), [record(f"s{number}", filler="y" * 4000) for number in range(60)]
+    after = after if longer else after[:1]
+
+    def copytruncate() -> None:
+        shutil.copy(repo.source, repo.source.with_name(repo.source.name + ".1"))
+        os.truncate(repo.source, 0)
+        repo.append(*after)
+
+    repo.append(*before)
+    if waited:
+        for sink in SINK_TYPES:
+            server.answer(PATHS[sink], error(503))
+        assert repo.dispatch().json["waitingCount"] == 3 * len(before)
+        server.answer(PATHS[CHAT], ok())
+        server.answer(PATHS[PAGER], accepted())
+        server.forget()
+    server.answer(PATHS[HOOK], at_request(2, copytruncate))
+    assert repo.dispatch().json["failedCount"] == 0
+    every_sink_got(server, *(str(found["traceId"]) for found in before))
+    check_promise(repo)
+    assert repo.dispatch().json["processedCount"] == len(after)
+    every_sink_got(server, *(str(found["traceId"]) for found in [*before, *after]))
+    assert all("droppedCount" not in row and row["status"] != "skipped" for row in repo.telemetry())
+    check_promise(repo)
+
+
+def test_a_truncation_without_a_copy_while_a_pass_reads_is_told_and_repeats_nothing(
+    repo: Repo, server: SinkServer
+) -> None:
+    def truncate() -> None:
+        os.truncate(repo.source, 0)
+        repo.append(record("fresh"))
+
+    repo.append(*many(200))
+    server.answer("/hook", at_request(2, truncate))
+    failed = repo.dispatch()
+    assert failed.exit_code == 5
+    assert "truncated while it was read" in failed.stderr
+    sent = {sink: len(server.received(PATHS[sink])) for sink in SINK_TYPES}
+    assert sent[HOOK] > 0
+    assert max(sent.values()) < 200
+    repo.dispatch()
+    assert {sink: len(server.received(PATHS[sink])) for sink in SINK_TYPES} == {
+        sink: count + 1 for sink, count in sent.items()
+    }
+    assert names(server)[-1] == "fresh"
+    assert "source_replaced" in repo.run("status", *repo.target).json["verdict"]
+
+
+def test_an_answer_that_comes_after_a_pass_has_failed_is_on_record_and_not_repeated(
+    repo: Repo, server: SinkServer
+) -> None:
+    """One sink is asked while the source that another lane reads is taken away."""
+    repo.append(*many(200))
+    server.answer("/chat", ok().after(2.0))
+    server.answer("/hook", at_request(2, lambda: os.truncate(repo.source, 0)))
+    assert repo.dispatch().exit_code == 5
+    [chat] = server.received("/chat")
+    told = [row["outcome"] for row in repo.attempts() if row["sinkId"] == CHAT]
+    assert told == ["delivered"]
+    assert chat.json
+
+
+@pytest.mark.parametrize("how", ["compressed", "deleted"])
+def test_what_a_missing_file_in_mid_backlog_took_along_is_on_record(
+    repo: Repo, server: SinkServer, how: str
+) -> None:
+    server.answer("/hook", error(503))
+    for name in ("one", "two", "three"):
+        repo.append(record(name), record(f"{name}-b"))
+        repo.dispatch()
+        rotate(repo)
+    middle = repo.source.with_name(repo.source.name + ".2")
+    if how == "compressed":
+        with gzip.open(f"{middle}.gz", "wb") as packed:
+            packed.write(middle.read_bytes())
+    middle.unlink()
+    repo.append(record("four"))
+    assert repo.dispatch().json["waitingCount"] == 5
+    [row] = [row for row in repo.telemetry() if "droppedCount" in row]
+    assert (row["reasonCode"], row["status"], row["sinkId"], row["droppedCount"]) == (
+        "source_lost",
+        "failed",
+        HOOK,
+        2,
+    )
+    check_promise(repo)
+    server.answer("/hook", ok())
+    server.forget()
+    assert repo.dispatch().json["waitingCount"] == 0
+    assert names(server) == ["one", "one-b", "three", "three-b", "four"]
+    assert sum("droppedCount" in row for row in repo.telemetry()) == 1
+    check_promise(repo)
+
+
+def test_a_file_that_is_back_before_its_turn_is_sent_after_all(
+    repo: Repo, server: SinkServer, tmp_path: Path
+) -> None:
+    server.answer("/hook", error(503))
+    for name in ("one", "two"):
+        repo.append(record(name))
+        repo.dispatch()
+        rotate(repo)
+    oldest = repo.source.with_name(repo.source.name + ".2")
+    away = oldest.rename(tmp_path / "away")
+    repo.append(record("three"))
+    assert repo.dispatch().json["waitingCount"] == 2
+    shutil.copy(away, oldest)
+    assert repo.dispatch().json["waitingCount"] == 3
+    server.answer("/hook", ok())
+    server.forget()
+    assert repo.dispatch().json["waitingCount"] == 0
+    assert names(server) == ["one", "two", "three"]
+
+
+def test_a_line_that_a_rotated_file_began_with_too_is_sent_again_from_the_new_one(
+    repo: Repo, server: SinkServer
+) -> None:
+    """As it would be from the same file: a record that is written twice is delivered twice."""
+    same = record("same")
+    repo.append(same)
+    repo.dispatch()
+    rotate(repo)
+    repo.append(same, record("two"))
+    repo.dispatch()
+    every_sink_got(server, "same", "same", "two")
+    check_promise(repo)
+
+
+def test_a_source_that_is_a_link_is_followed_through_the_rotation_of_its_target(
+    repo: Repo, server: SinkServer, tmp_path: Path
+) -> None:
+    real = tmp_path / "log" / "night-build.jsonl"
+    real.parent.mkdir()
+    real.write_text(line(record("one")))
+    repo.folder.mkdir(parents=True)
+    repo.source.symlink_to(real)
+    repo.dispatch()
+    with real.open("a") as source:
+        source.write(line(record("two")))
+    real.rename(real.with_name("night-build.jsonl.1"))
+    real.write_text(line(record("three")))
+    repo.dispatch()
+    every_sink_got(server, "one", "two", "three")
+    check_promise(repo)
+
+
+def test_a_pass_that_root_runs_does_not_lock_out_the_user_of_the_loop(repo: Repo, server: SinkServer) -> None:
+    if os.geteuid() != 0:
+        assert not in_ci(), "CI runs as root"
+        pytest.skip("only root can make files for another user")
+    repo.append(record("one"))
+    user = 12_345
+    for path in (repo.root, *repo.root.rglob("*")):
+        os.chown(path, user, user)
+    assert repo.dispatch().json["dispatchedCount"] == 1
+    assert {path.stat().st_uid for path in repo.root.rglob("*")} == {user}
+    repo.append(record("two"))
+    assert repo.dispatch().json["dispatchedCount"] == 1
+    assert repo.dispatch().json["status"] == "no_new_escalations"
+    assert {path.stat().st_uid for path in repo.root.rglob("*")} == {user}
+
+
+def test_a_pass_whose_lock_file_is_removed_stops_before_another_one_repeats_it(
+    repo: Repo, server: SinkServer
+) -> None:
+    """Somebody takes it for stale and clears it away."""
+    repo.append(*[record(f"r{number}") for number in range(40)])
+    lock = repo.state_file.with_name(repo.state_file.name + ".lock")
+    second: list[Run] = []
+
+    def remove() -> None:
+        lock.unlink()
+        second.append(repo.dispatch())
+
+    server.answer("/hook", at_request(3, remove))
+    first = repo.dispatch()
+    assert first.exit_code == 5
+    assert "lock file" in first.stderr
+    assert second[0].exit_code == 0
+    assert repo.dispatch().json["waitingCount"] == 0
+    for sink in SINK_TYPES:
+        counted = Counter(escalation_id(request) for request in server.received(PATHS[sink]))
+        assert len(counted) == 40
+        # Only what was on its way as the second one began.
+        assert counted.total() <= 41

@@ -396,6 +396,19 @@ def test_a_loop_with_a_long_backlog_does_not_hold_up_a_loop_with_one_record(
     assert [number for loop, number in found if loop == "busy"] == list(range(300))
 
 
+@pytest.mark.parametrize("limit", ["ulimit -S -n 48", "ulimit -n 96"], ids=["soft", "hard"])
+def test_a_low_limit_of_open_files_costs_no_loop_its_alerts(
+    repo: Repo, server: SinkServer, limit: str
+) -> None:
+    repo.write_config(everywhere(HOOK))
+    loops = loops_of(repo, *(f"loop-{number:02}" for number in range(40)))
+    fill(loops)
+    limited = replace(repo, command=["sh", "-c", f'{limit}; exec "$@"', "sh", *repo.command])
+    summary = dispatch_all(limited).json
+    assert (summary["brokenLoopCount"], summary["dispatchedCount"]) == (0, 40)
+    assert Counter(arrived(server)) == Counter((loop.loop, 0) for loop in loops)
+
+
 def test_passes_that_reach_few_loops_reach_each_in_its_turn(repo: Repo, server: SinkServer) -> None:
     """A paced sink allows one request a pass."""
     config = everywhere(HOOK)
