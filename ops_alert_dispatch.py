@@ -4189,6 +4189,8 @@ class Job(NamedTuple):
     config_file: str
     max_escalations: int = 0
     time_budget: float = 30.0
+    # Try every lane, also those that wait after a failure.
+    now: bool = False
 
     @property
     def attempts_file(self) -> str:
@@ -5678,7 +5680,8 @@ class Pass:
             missed = any(lag.due(now) for lag in lane.peers.values())
             if not sink.enabled or not (missed or any(lane.ranges(self.source.stop))):
                 continue
-            due = lane.due(now, self.state.sink_digest(sink) if lane.next_attempt_at else "")
+            digest = self.state.sink_digest(sink) if lane.next_attempt_at else ""
+            due = self.job.now or lane.due(now, digest)
             (self.runs if due else self.held)[sink_id] = LaneRun(sink, self.ledger, self.router)
 
     def _write_owed_rows(self) -> None:
@@ -6289,7 +6292,7 @@ class Plan:
             return "keep", "the sink is disabled; it waits until the sink is enabled"
         if why := why_not(sink, delivery.resolution):
             return "skip", why
-        if not lane.due(self._now, self._state.sink_digest(sink)):
+        if not self._job.now and not lane.due(self._now, self._state.sink_digest(sink)):
             until = iso(lane.next_attempt_at or self._now)
             return "wait", f"the sink failed ({lane.reason_code}); next attempt at {until}"
         if expired(delivery, lane, self._config.policy, self._now):
@@ -6534,6 +6537,12 @@ def cli() -> None:
     metavar="SECONDS",
     help="More than 0. Start no new attempt after this time; one that has started gets its full timeout.",
 )
+@click.option(
+    "--now",
+    "at_once",
+    is_flag=True,
+    help="Try every sink at once, also one that is to be left alone for a while.",
+)
 @click.option("--strict", is_flag=True, help="Exit with 1 when any delivery failed or was put off.")
 @click.option(
     "--dry-run", is_flag=True, help="Send and write nothing; say what would be sent where, and why."
@@ -6552,6 +6561,7 @@ def dispatch(
     alert_config_file: str | None,
     max_escalations: int,
     time_budget: float,
+    at_once: bool,
     strict: bool,
     dry_run: bool,
     show_payload: bool,
@@ -6587,7 +6597,7 @@ def dispatch(
             stopped = fault if isinstance(fault, DispatchError) else StorageError(fault.format_message())
             unusable[name] = stopped
             continue
-        jobs.append(job._replace(max_escalations=max_escalations, time_budget=time_budget))
+        jobs.append(job._replace(max_escalations=max_escalations, time_budget=time_budget, now=at_once))
     if dry_run:
         outcomes = plan_loops(jobs, os.environ, show_payload=show_payload)
     else:
@@ -6941,6 +6951,8 @@ def summary_text(summary: JsonObject) -> str:
     new = plural(summary["processedCount"], "new escalation")
     coloured = click.style(status, fg=STATUS_COLOURS.get(status, "yellow"))
     lines = [f"{coloured}  loop {summary['loopId']}, {new}: {outcome}"]
+    if status == "no_source":
+        lines.append(printable(f"there are no escalations at {summary['escalationsFile']}"))
     if summary["lateDispatchedCount"] or summary["lateFailedCount"]:
         late = plural(summary["lateDispatchedCount"], "delivery")
         lines.append(f"late: {late} that had waited, {summary['lateFailedCount']} given up")
@@ -6954,7 +6966,7 @@ def summary_text(summary: JsonObject) -> str:
                 lane.get("oldestPendingAt"),
                 lane["deadLetterCount"],
                 lane.get("nextAttemptAt") if lane["consecutiveFailures"] else None,
-                cut(": ".join(filter(None, (lane.get("reasonCode"), lane.get("message")))), 60) or None,
+                cut(why_it_failed(lane), 60) if lane.get("reasonCode") else None,
             )
             for sink_id, lane in lanes.items()
         ]
@@ -7183,6 +7195,8 @@ def resolution_text(resolution: Resolution) -> str:
 
 # Failure reasons are counted over this much of the end of the telemetry.
 RECENT_BYTES = 1 << 20
+# After so many attempts of one record, it may be the record that its sink cannot take.
+SAME_RECORD_ATTEMPTS = 10
 # An unfinished line whose writer has been silent for so many seconds is told of.
 WRITER_GRACE = 60.0
 Health = Literal["ok", "warning", "critical", "disabled", "unknown"]
@@ -7201,8 +7215,9 @@ Exit codes:
 \b
 Exit codes with --check:
   0  OK
-  1  WARNING: something waits or was lost, a sink fails, or there are dead letters
-  2  CRITICAL: a sink has been failing for longer than --critical-after, or the config is invalid
+  1  WARNING: something waits or was lost, a sink fails, no sink is enabled, or there are dead letters
+  2  CRITICAL: a sink has been failing, or something has waited for a pass and none has run, for longer
+     than --critical-after; or the config is invalid
   3  UNKNOWN: no pass has run, the files cannot be read, or the command line is wrong
 """
 
@@ -7269,6 +7284,13 @@ def advise(
     return "see the last rows of telemetry/alert-attempts.jsonl"
 
 
+def why_it_failed(failure: Mapping[str, Any]) -> str:
+    """The reason code of a failure, the HTTP status and what was answered, as far as they are known."""
+    status, message = failure.get("httpStatus"), failure.get("message")
+    answer = f" {status}" if status is not None else ""
+    return f"{failure.get('reasonCode') or 'failed'}{answer}" + (f": {message}" if message else "")
+
+
 def loop_status(job: Job, critical_after: float) -> JsonObject:
     """How each sink of a loop fares, right now: the state is brought up to date in memory from the rows that
     were written after it. Needs neither config nor secrets; what it cannot know without, it says.
@@ -7296,6 +7318,7 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
         )
     config: Config | None = None
     config_valid: bool | None = True
+    pending_lines: dict[str, int] = {}
     try:
         config = load_config(job.config_file, {}, check_env=False, known_digest=state.config_digest)
     except ConfigError as error:
@@ -7311,6 +7334,7 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
                 for sink_id, lane in state.lanes.items():
                     if sink := config.sinks.get(sink_id):
                         count_backlog(lane, sink, router, source, state.taken_up, job.loop_id)
+            pending_lines = find_pending_lines(job, state, config, source)
     except OSError as error:
         raise storage_error("read", job.escalations_file, error) from None
     if new and config is None:
@@ -7329,6 +7353,7 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
             state.lanes.get(sink_id),
             failures.get(sink_id, {}),
             pending.get(sink_id),
+            pending_lines.get(sink_id),
             critical_after,
             now,
         )
@@ -7365,6 +7390,7 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
         "failureReasons": count_failures(rows),
         "untakenCount": new,
         "configValid": config_valid,
+        "silent": is_silent(job, document, sinks, new, critical_after, now),
     }
     findings = list(find_troubles(job, found, known or document is not None, was_invalid=was_invalid))
     if not (config_valid is False or not (known or document)):
@@ -7409,16 +7435,31 @@ def count_new(
     return new, pending
 
 
+def find_pending_lines(job: Job, state: State, config: Config | None, source: Source) -> dict[str, int]:
+    """For sinks that fail on the same record again and again, its line in the current file."""
+    found: dict[str, int] = {}
+    for sink_id, lane in state.lanes.items():
+        sink = config.sinks.get(sink_id) if config else None
+        if config and sink and state.taken_up and source.current and lane.attempts >= SAME_RECORD_ATTEMPTS:
+            waiting = backlog(lane, sink, Router(config), source, state.taken_up, job.loop_id)
+            first = next(waiting, None)
+            if first is not None and first.record.start.segment == source.current.number:
+                found[sink_id] = first.record.end.line
+    return found
+
+
 def sink_status(
     sink_id: str,
     config: Config | None,
     lane: Lane | None,
     failure: JsonObject,
     new: tuple[int, str | None] | None,
+    pending_line: int | None,
     critical_after: float,
     now: float,
 ) -> JsonObject:
-    """How one sink fares. `failure`: the attempts row of its last failure, as far as it is at hand."""
+    """How one sink fares. `failure`: the attempts row of its last failure, as far as it is at hand.
+    `pending_line`: where that is, the line of the record that it fails on again and again."""
     sink = config.sinks.get(sink_id) if config else None
     lane = lane or Lane(Position(1, 0, 0))
     lag = lane.waiting_count + (new[0] if new else 0)
@@ -7449,6 +7490,7 @@ def sink_status(
         "lastFailureAt": iso(lane.last_failure_at) if lane.last_failure_at else None,
         **{key: reason.get(key) for key in ("reasonCode", "httpStatus", "message")},
         "consecutiveFailures": lane.consecutive_failures,
+        "pendingLine": pending_line if failing else None,
         "failingSince": iso(lane.failing_since) if failing and lane.failing_since else None,
         "nextAttemptAt": iso(lane.next_attempt_at) if failing and lane.next_attempt_at else None,
         "deadLetterCount": lane.dead_letter_count,
@@ -7490,12 +7532,28 @@ def find_troubles(job: Job, status: JsonObject, ran: bool, *, was_invalid: bool)
     if not ran:
         yield Finding("unknown", "no pass has run yet", f"run {dispatch}, or hook it into reconcile")
         return
+    if status["silent"]:
+        words = (
+            f"no pass has run since {status['alerts']['dispatch']['updatedAt']}, and something waits for one"
+        )
+        yield Finding(
+            "critical", words, f"see why reconcile, or the timer, runs none; {dispatch} runs one now"
+        )
     active = [sink for sink in status["sinks"] if sink["health"] != "disabled"]
     stuck = [sink for sink in active if sink["consecutiveFailures"] and sink["lagCount"]]
     for sink in sorted(stuck, key=lambda sink: sink["health"] != "critical"):
-        why = ": ".join(filter(None, (sink["reasonCode"], sink["message"])))
-        words = f"{sink['id']} is failing ({why}), {plural(sink['lagCount'], 'delivery')} waiting"
+        waiting = plural(sink["lagCount"], "delivery")
+        words = f"{sink['id']} is failing ({why_it_failed(sink)}), {waiting} waiting"
         advice = advise(sink["reasonCode"], sink["httpStatus"], sink["message"])
+        if sink["pendingLine"] and (sink["httpStatus"] or 0) >= 500:
+            given_up = command_line("skip", job, "--sink", sink["id"], "--to-line", str(sink["pendingLine"]))
+            advice += (
+                f"; where others get through to it, it is line {sink['pendingLine']} that it fails on, "
+                f"which `{given_up}` gives up"
+            )
+        elif sink["nextAttemptAt"]:
+            at_once = command_line("dispatch", job, "--now")
+            advice += f"; the next attempt is at {sink['nextAttemptAt']}, or at once with `{at_once}`"
         named = f"{sink['id']}: " if len(stuck) > 1 else ""
         yield Finding(sink["health"], words, named + advice)
     if lagging := [sink for sink in active if sink["lagCount"] and sink not in stuck]:
@@ -7504,8 +7562,7 @@ def find_troubles(job: Job, status: JsonObject, ran: bool, *, was_invalid: bool)
         yield Finding("warning", words, f"the next pass goes on with them; {dispatch} does so now")
     for sink in active:
         for behind in sink["laggingPeers"]:
-            why = ": ".join(filter(None, (behind["reasonCode"], behind["message"])))
-            why = f" ({why})" if why else ""
+            why = f" ({why_it_failed(behind)})" if behind["reasonCode"] else ""
             words = (
                 f"{behind['peer']} of {sink['id']} misses what its peers have, since {behind['since']}{why}"
             )
@@ -7520,9 +7577,28 @@ def find_troubles(job: Job, status: JsonObject, ran: bool, *, was_invalid: bool)
         words = f"{plural(status['untakenCount'], 'escalation')} not taken up yet"
         yield Finding("warning", words, f"run {dispatch}")
     if status["sinks"] and not active:
-        yield Finding(
-            "ok", "no sink is enabled: nothing is sent", 'set "enabled": true on a sink in the config'
-        )
+        words = "no sink is enabled: nothing is sent"
+        yield Finding("warning", words, 'set "enabled": true on a sink in the config')
+
+
+def is_silent(
+    job: Job,
+    document: JsonObject | None,
+    sinks: Sequence[JsonObject],
+    new: int,
+    critical_after: float,
+    now: float,
+) -> bool:
+    """Tell whether no pass runs any more, though something has waited for one for too long."""
+    worked = parse_time((document or {}).get("updatedAt"))
+    lagging = [sink for sink in sinks if sink["lagCount"] and sink["health"] != "disabled"]
+    if worked is None or now - worked <= critical_after or not (new or lagging):
+        return False
+    written = [at for sink in lagging if (at := parse_time(sink["oldestPendingAt"])) is not None]
+    if not written:
+        found = stat_of(job.escalations_file)
+        written = [found.st_mtime] if found else []
+    return bool(written) and now - min(written) > critical_after
 
 
 def find_lost(job: Job, state: State, now: float) -> Iterator[Finding]:
@@ -7652,8 +7728,8 @@ def status_text(status: JsonObject) -> str:
         lines += ["", table((*headings, "NEXT ATTEMPT", "DEAD"), rows), ""]
     for sink in status["sinks"]:
         if sink["reasonCode"]:
-            why = ": ".join(filter(None, (sink["reasonCode"], sink["message"])))
-            lines.append(printable(f"{sink['id']}: last failure at {sink['lastFailureAt']}: {cut(why, 200)}"))
+            why = cut(why_it_failed(sink), 200)
+            lines.append(printable(f"{sink['id']}: last failure at {sink['lastFailureAt']}: {why}"))
     if status["failureReasons"]:
         reasons = (
             f"{r['reasonCode']} {r['count']} (last {r['lastSeenAt']})" for r in status["failureReasons"]
@@ -7795,7 +7871,8 @@ def unknown_to_a_monitor(*, check: bool) -> Iterator[None]:
     type=click.FloatRange(min=0),
     default=900.0,
     metavar="SECONDS",
-    help="A sink that has been failing for longer is critical.",
+    help="A sink that has been failing for longer is critical, and so is it when no pass has run for longer "
+    "though something waits for one.",
 )
 @click.option(
     "--format",
@@ -7857,6 +7934,7 @@ def status(
     elif form == "json" or pretty or (form == "auto" and not is_terminal(sys.stdout)):
         print_json(statuses[0] if loop_id else {"loops": statuses}, pretty)
     elif statuses or errors:
+        statuses.sort(key=lambda known: HEALTH_ORDER.index(known["health"]), reverse=True)
         click.echo("\n\n".join(map(status_text, statuses)))
     else:
         click.echo(NO_LOOPS)
@@ -7930,8 +8008,7 @@ def outcome_text(what: str, verdict: Verdict, seconds: float) -> str:
         said = click.style(f"delivered ({verdict.http_status})", fg="green")
         said += f" {verdict.message}" if verdict.message else ""
         return f"{printable(what)}: {said}, {duration}"
-    answer = f" {verdict.http_status}" if verdict.http_status is not None else ""
-    why = f"{verdict.reason_code}{answer}" + (f": {verdict.message}" if verdict.message else "")
+    why = why_it_failed(outcome_json(verdict, seconds))
     advice = advise(verdict.reason_code, verdict.http_status, verdict.message, waits=False)
     return f"{printable(what)}: {click.style(printable(why), fg='red')}, {duration}\n  what to do: {advice}"
 

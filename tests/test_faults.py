@@ -455,6 +455,22 @@ def test_what_an_operator_mended_is_tried_at_once(repo: Repo, server: SinkServer
     check_promise(repo)
 
 
+def test_an_operator_need_not_wait_for_a_sink_that_is_back(repo: Repo, server: SinkServer) -> None:
+    repo.write_config(everywhere())
+    server.answer("/hook", rate_limited(3000))
+    repo.append(*records("one", "two"))
+    repo.dispatch()
+    server.answer("/hook", ok())
+    server.forget()
+    assert repo.dispatch().json["waitingCount"] == 2
+    [first, _] = repo.dispatch("--now", "--dry-run").json["escalations"]
+    assert [sink["decision"] for sink in first["sinks"]] == ["send"]
+    assert server.requests == []
+    assert repo.dispatch("--now").json["waitingCount"] == 0
+    assert len(server.received("/hook")) == 2
+    check_promise(repo)
+
+
 def test_a_mended_sink_does_not_end_the_wait_of_another(repo: Repo, server: SinkServer) -> None:
     config = everywhere(backoffSeconds={"initial": 900, "max": 900})
     repo.write_config(config)

@@ -8,12 +8,23 @@ import re
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Repo
-from escalations import CHAT, HOOK, PAGER, PATHS, batch, health_critical, health_degraded, sink_config
+from escalations import (
+    CHAT,
+    HOOK,
+    PAGER,
+    PATHS,
+    batch,
+    health_critical,
+    health_degraded,
+    sink_config,
+    timestamp,
+)
 from loopback import SinkServer, closed_port, error, hang, ok
 from operate import check, make_backlog, make_dead_letter, sink_of, to_all
 from tools import needs_tool
@@ -165,14 +176,84 @@ def test_every_failing_sink_is_named_with_its_own_advice(repo: Repo, server: Sin
     repo.append(health_critical())
     repo.dispatch()
     found = look(repo)
-    assert f"{CHAT} is failing (http_error: invalid_token), 1 delivery waiting" in found["verdict"]
-    assert f"{PAGER} is failing (http_error: down), 1 delivery waiting" in found["verdict"]
+    assert f"{CHAT} is failing (http_error 403: invalid_token), 1 delivery waiting" in found["verdict"]
+    assert f"{PAGER} is failing (http_error 503: down), 1 delivery waiting" in found["verdict"]
     [pager, chat] = found["advice"]
     assert pager.startswith(f"{PAGER}: the sink has trouble of its own")
     assert chat.startswith(f"{CHAT}: the credential is wrong")
     text = repo.run("status", *repo.target, "--format", "text").stdout
     assert re.findall("^What to do: (.*)$", text, re.MULTILINE) == found["advice"]
     assert check(repo)[1].endswith(found["verdict"])
+
+
+def test_the_one_line_that_a_sink_chokes_on_is_named_with_what_gives_it_up(
+    repo: Repo, server: SinkServer
+) -> None:
+    """The sink answers it with 500, and would take what waits behind it."""
+    server.answer("/hook", lambda sent: error(500) if sent.json["escalation"]["traceId"] == "bad" else ok())
+    repo.append(health_critical(), health_critical(traceId="bad"), *batch(3))
+    for _ in range(9):
+        repo.dispatch()
+    assert sink_of(look(repo), HOOK)["pendingLine"] is None
+    repo.dispatch()
+    found = look(repo)
+    assert sink_of(found, HOOK)["pendingLine"] == 2
+    [command] = re.findall("`ops-alert-dispatch (skip [^`]+)`", " ".join(found["advice"]))
+    assert repo.run(*command.split(), "--yes").json["skippedCount"] == 1
+    assert repo.dispatch().json["waitingCount"] == 0
+    assert check(repo)[0] == 0
+
+
+def backdate(repo: Repo, seconds: float) -> None:
+    """As if the last pass had been so many seconds ago."""
+    state = repo.state()
+    state["updatedAt"] = timestamp(seconds)
+    repo.state_file.write_text(json.dumps(state))
+
+
+def test_that_no_pass_runs_any_more_is_critical_once_something_waits_for_one(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.append(*batch(2))
+    repo.dispatch()
+    backdate(repo, 90_000)
+    assert check(repo)[0] == 0  # nothing to do
+    repo.append(health_critical())
+    assert check(repo)[0] == 1  # it has just been written
+    assert check(repo, "--critical-after", "0")[0] == 2
+    repo.dispatch()
+    backdate(repo, 90_000)
+    repo.append(health_critical(seconds_ago=3600))
+    code, line = check(repo)
+    assert (code, "no pass has run since" in line) == (2, True)
+    assert any("reconcile" in advice and "dispatch" in advice for advice in look(repo)["advice"])
+    repo.dispatch()
+    assert check(repo)[0] == 0
+
+
+def test_that_no_pass_runs_any_more_is_seen_where_no_record_has_a_time_and_no_config_is_at_hand(
+    repo: Repo,
+) -> None:
+    repo.append(*batch(2))
+    repo.dispatch()
+    backdate(repo, 90_000)
+    repo.append({"category": "health_critical", "traceId": "timeless"})
+    assert check(repo)[0] == 1
+    os.utime(repo.source, (time.time() - 3600, time.time() - 3600))
+    assert check(repo)[0] == 2
+    repo.config_file.unlink()
+    assert check(repo)[0] == 2
+
+
+def test_the_worst_loop_is_on_top_for_people(repo: Repo, server: SinkServer) -> None:
+    for name in ("a-calm", "z-broken"):
+        replace(repo, loop=name).append(*batch(1))
+    repo.run("dispatch", "--repo", str(repo.root), "--all-loops")
+    server.answer(PATHS[CHAT], error(503))
+    replace(repo, loop="z-broken").append(*batch(1))
+    repo.run("dispatch", "--repo", str(repo.root), "--all-loops")
+    text = repo.run("status", "--repo", str(repo.root), "--format", "text").stdout
+    assert re.findall("loop ([a-z-]+):", text) == ["z-broken", "a-calm"]
 
 
 def test_a_dead_letter_is_told_with_its_reason_after_the_sink_took_others(
