@@ -2616,15 +2616,29 @@ ROUTING_KEY = r"(?i)(routing|service|integration)[ _-]?key"
 def pagerduty_complaints(answer: Answer) -> list[str]:
     """What an error answer complains of, without what it only quotes of the request.
 
-    PagerDuty, "Send an alert event", 400: `{"status": "…", "message": "…", "errors": ["…"]}`.
+    PagerDuty, "Send an alert event", 400: `{"status": "…", "message": "…", "errors": ["…"]}`. What stands
+    before it may put the same in other words: in `error`, in objects that name the field, or as plain text.
     """
     try:
-        said = mapping(decode_json(answer.text))
+        said = decode_json(answer.text)
     except ValueError:
-        return []
-    errors = said.get("errors")
-    words = [said.get("message"), *(errors if isinstance(errors, list) else [errors])]
-    return [word.partition("{")[0] for word in words if isinstance(word, str)]
+        said = answer.text
+    told = mapping(said)
+    waiting = [
+        said if isinstance(said, str) else None,
+        *(told.get(key) for key in ("message", "errors", "error")),
+    ]
+    complaints: list[str] = []
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            complaints.append(re.sub(r"\S*custom_details\S*", "", item.partition("{")[0]))
+        elif isinstance(item, dict):  # of fields that complaints are listed for, or that say one
+            waiting += [key for key, listed in item.items() if isinstance(listed, list)]
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
+    return complaints
 
 
 def dedup_key(escalation: Escalation, by: str) -> str:
@@ -4229,18 +4243,18 @@ def load_state(job: Job, *, read_only: bool = False) -> State:
     """
     damaged = False
     try:
-        state = read_state(job) or State()
+        found = read_state(job)
     except ValueError:
-        damaged = True
-        state = State()
+        damaged, found = True, None
+    state = found or State()
     if state.taken_up is not None or state.legacy_lines:
         catch_up(state, job)
         return state
     rebuilt = rebuild_state(job)
     rebuilt.published = state.published
-    if damaged and rebuilt.taken_up is None:
+    if found is None and rebuilt.taken_up is None:
         # Where this fails the damaged file stays: without it the next pass would send everything.
-        adopt_shell_telemetry(rebuilt, job)
+        adopt_shell_telemetry(rebuilt, job, damaged=damaged)
     if damaged and not read_only:
         keep_damaged(job.state_file)
     return rebuilt
@@ -4399,10 +4413,10 @@ def rebuild_state(job: Job) -> State:
     return state
 
 
-def adopt_shell_telemetry(state: State, job: Job) -> None:
-    """Find the last record that the shell dispatcher took up, whose state is damaged, in the source.
+def adopt_shell_telemetry(state: State, job: Job, *, damaged: bool) -> None:
+    """Find the last record that the shell dispatcher took up, whose state is damaged or gone, in the source.
 
-    Raises StateError where there is telemetry of its, but that record cannot be found.
+    Raises StateError where there is telemetry of its to a damaged state, but that record cannot be found.
     """
     last: JsonObject | None = None
     for row in iterate_rows(job.telemetry_file) if os.path.exists(job.telemetry_file) else ():
@@ -4417,7 +4431,7 @@ def adopt_shell_telemetry(state: State, job: Job) -> None:
                 isinstance(line, Unusable) and line.body is None and line.raw_line == last.get("rawLine")
             ):
                 state.legacy_lines = record.end.line
-    if not state.legacy_lines:
+    if not state.legacy_lines and damaged:
         raise StateError(
             f"the state file {job.state_file} is damaged, and what was sent cannot be told from telemetry",
             [
@@ -6108,14 +6122,16 @@ def load_known_config(job: Job, environ: Mapping[str, str]) -> Config:
     return load_config(job.config_file, environ, known_digest=known)
 
 
+LINE_COUNTS = ("escalationsLineOffset", "escalationsLineCount")
+
+
 def locked_summary(job: Job) -> JsonObject:
     """The summary of a pass that found another one at work: it did nothing and left the state alone."""
     state = State()
     with contextlib.suppress(ValueError, StateError):
         state = read_state(job) or state
     summary = summarise(job, state, None, Counts(), "locked")
-    offsets = ("escalationsLineOffset", "escalationsLineCount")
-    return {**summary, **{key: state.published[key] for key in offsets if key in state.published}}
+    return {**summary, **{key: state.published[key] for key in LINE_COUNTS if key in state.published}}
 
 
 def note_invalid_config(job: Job, error: ConfigError, wait: float) -> None:
@@ -6125,9 +6141,10 @@ def note_invalid_config(job: Job, error: ConfigError, wait: float) -> None:
     with contextlib.suppress(ValueError, StateError, StorageError), loop_lock(job.lock_file, wait) as held:
         if not held:
             return
-        document = read_state_document(job.state_file) or summarise(
-            job, State(), None, Counts(), "config_invalid"
-        )
+        state = read_state(job) or State()
+        with Source(job.escalations_file, state.segments) as source:
+            seen = summarise(job, state, source, Counts(), "config_invalid")
+        document = {**(state.published or seen), **{key: seen[key] for key in LINE_COUNTS}}
         zero = dict.fromkeys(("processedCount", "dispatchedCount", "skippedCount", "failedCount"), 0)
         document |= zero | {
             "updatedAt": iso(time.time()),

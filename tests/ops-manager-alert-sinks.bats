@@ -683,7 +683,7 @@ operate() {
 
   # Down: the monitor says so, and how long it has been.
   run -1 operate status --check
-  [[ "$(<said)" == "ALERT DISPATCH WARNING: $LOOP: chat is failing (http_error: invalid_token), 3 deliveries waiting" ]]
+  [[ "$(<said)" == "ALERT DISPATCH WARNING: $LOOP: chat is failing (http_error 403: invalid_token), 3 deliveries waiting" ]]
   sleep 1.1
   run -2 operate status --check --critical-after 1
   [[ "$(<said)" == "ALERT DISPATCH CRITICAL: "* ]]

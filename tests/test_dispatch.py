@@ -828,9 +828,16 @@ def test_a_bad_config_sends_nothing_consumes_nothing_and_after_the_fix_all_goes_
     assert (state["status"], state["failureReasonCodes"]) == ("config_invalid", ["config_invalid"])
     assert "nobody" in state["message"]
     assert (state["escalationsLineOffset"], *counts(state)) == (0, 0, 0, 0, 0)
+    assert state["escalationsLineCount"] == 6, "what waits is to be seen"
+    repo.append("half a li")
+    repo.dispatch()
+    assert repo.state()["escalationsLineCount"] == 6
+    repo.append("ne\n")
+    repo.dispatch()
+    assert repo.state()["escalationsLineCount"] == 7
 
     repo.write_config(sink_config())
-    assert counts(repo.dispatch().json) == (6, 6, 0, 0)
+    assert counts(repo.dispatch().json) == (7, 6, 0, 1)
     assert "message" not in repo.state()
 
 

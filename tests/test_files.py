@@ -717,6 +717,25 @@ def test_a_damaged_shell_state_is_rebuilt_from_the_shell_dispatchers_telemetry(
     every_sink_got(server, "three")
 
 
+def test_a_shell_state_that_is_gone_is_rebuilt_from_the_shell_dispatchers_telemetry_too(
+    repo: Repo, server: SinkServer
+) -> None:
+    """Where the telemetry tells nothing of what is there, all of it is new: better told twice than never."""
+    one = record("one")
+    repo.append(one, record("two"))
+    row = {"loopId": repo.loop, "category": "alert_dispatch", "status": "dispatched", "escalation": one}
+    repo.telemetry_file.parent.mkdir()
+    repo.telemetry_file.write_text(line(row))
+    repo.dispatch()
+    every_sink_got(server, "two")
+    other = replace(repo, loop="another")
+    other.append(record("three"))
+    other.telemetry_file.parent.mkdir()
+    other.telemetry_file.write_text(line(row))
+    other.dispatch()
+    every_sink_got(server, "two", "three")
+
+
 @pytest.mark.parametrize("first", ["a command that cannot go on", "a pass on a full disk"])
 def test_a_damaged_shell_state_stays_until_a_new_one_is_written(
     repo: Repo, server: SinkServer, first: str

@@ -504,6 +504,12 @@ def test_a_dedup_key_too_long_or_not_plain_is_shortened_and_stays_unique_and_sta
         ({"errors": ['\'severity\' is invalid in {"routing_key":"k"}']}, "dead_letter"),
         ({"errors": [{"routing_key": "k"}, 7, None], "message": None}, "dead_letter"),
         (["routing_key"], "dead_letter"),
+        ("Invalid Routing Key", "misconfigured"),
+        ('"Invalid Routing Key"', "misconfigured"),
+        ({"error": {"message": "Invalid Routing Key", "code": 2001}}, "misconfigured"),
+        ({"errors": [{"field": "routing_key", "message": "is invalid"}]}, "misconfigured"),
+        ({"errors": {"routing_key": ["is invalid"]}}, "misconfigured"),
+        ({"errors": ["payload.custom_details.routing_key is too long"]}, "dead_letter"),
         (f'POST /v2/enqueue\n\n{{"routing_key":"{PAGER_KEY}"}}', "dead_letter"),
     ],
 )
