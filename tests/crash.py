@@ -4,8 +4,8 @@
     python tests/crash.py --kills 1000000 --seconds 3600 --seed 7
     python tests/crash.py --kills 500 --quiet
 
-A real receiver with up to three sinks, real processes of the program, SIGKILL. Escalations are appended all
-the while, some lines in two halves; the source is rotated now and then; a sink is out of order now and then.
+A real receiver with up to three sinks, real processes of the program, SIGKILL. All the while escalations are
+appended, some lines in two halves, and the source is rotated; a sink is out of order now and then.
 After the last kill, passes run undisturbed until nothing waits. Then what arrived is compared with what was
 written. Exit 1 when anything was lost, or repeated beyond what was in flight at a kill. `--quiet` has repeats
 held back and digests sent; then how many were held back must be told exactly, too.
@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -128,14 +130,20 @@ class Writer:
                 self._repo.append(text[half:])
 
     def rotate(self) -> None:
-        """As logrotate does it: `.1` is the newest."""
+        """As logrotate does it, by rename or with copytruncate, whatever a dispatcher does meanwhile: `.1` is
+        the newest."""
         with self._lock:
             source = self._repo.source
+            newest = source.with_name(f"{source.name}.1")
             # None is ever removed: what is gone before it was read is beyond any promise.
             for number in range(self.rotations, 0, -1):
                 older = source.with_name(f"{source.name}.{number}")
                 older.rename(source.with_name(f"{source.name}.{number + 1}"))
-            source.rename(source.with_name(f"{source.name}.1"))
+            if self._chance.random() < 0.5:
+                source.rename(newest)
+            else:
+                shutil.copyfile(source, newest)
+                os.truncate(source, 0)
             self.rotations += 1
             # The host never leaves its file missing for long: the next append makes a new one.
             self._repo.append(f"rotated {self.rotations}\n")
@@ -144,6 +152,9 @@ class Writer:
     def _append_until_ended(self) -> None:
         while not self._ended.wait(self._chance.uniform(0.01, 0.12)):
             self.append(1)
+            # A dispatcher that never ran knows of no file but the current one.
+            if self._repo.state_file.exists() and self._chance.random() < 0.15:
+                self.rotate()
 
     def __enter__(self) -> Writer:
         self._thread.start()
@@ -217,8 +228,6 @@ def crash(
             while result.kills < kills and time.monotonic() - began < seconds:
                 trace = f"pass-{result.passes}"
                 writer.append(chance.choice((0, 1, 2, 8)))
-                if repo.state_file.exists() and chance.random() < 0.05:
-                    writer.rotate()
                 receiver.down = {chance.choice(used)} if chance.random() < 0.15 else set()
                 if run_and_kill(repo, receiver, trace, chance, result.faults):
                     result.kills += 1
@@ -398,6 +407,9 @@ def judge_records(
     for row in rows:
         if "rawLine" in row:
             bad[row["rawLine"]] += 1
+            continue
+        if "escalation" not in row:
+            faults.append(f"the telemetry tells of {row['reasonCode']}: {row['message']}")
             continue
         serial = row["escalation"]["serial"]
         told[serial] += not row.get("late")
