@@ -38,7 +38,7 @@ import sys
 import threading
 import time
 import uuid
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, Self, TextIO, cast
@@ -1534,12 +1534,15 @@ def parse_segment_name(name: str) -> tuple[int, str]:
     return int(number), mark
 
 
-class Found(NamedTuple):
-    """An open file in which a segment may be; `key` orders those that a rotation has named."""
+class Neighbour(NamedTuple):
+    """A file in which a segment may be: device and inode, size in bytes, when it was last written to in
+    seconds since the epoch. `key` orders those that a rotation has named."""
 
-    descriptor: int
     path: str
     key: tuple[int, str] | None
+    identity: tuple[int, int]
+    size: int
+    written: float
 
 
 class Source:
@@ -1582,14 +1585,7 @@ class Source:
         last = self.segments[-1] if self.segments else None
         if descriptor is not None and last is not None and file_identity(descriptor) == last.identity:
             last.attach(descriptor)
-        newer: list[int] = []
-        for _ in range(FIND_TRIES):
-            if all(segment.descriptor is not None for segment in self.segments):
-                break
-            close_all(newer)
-            newer = self._find_rotated(descriptor)
-            if all(segment.descriptor is not None or segment.lost for segment in self.segments):
-                break
+        newer = self._find_rotated(descriptor) if self._missing() else []
         if last is not None and last.descriptor is not None and last.descriptor == descriptor:
             self.current = last
         for found in newer:
@@ -1621,76 +1617,97 @@ class Source:
         self.segments.append(segment)
         return segment
 
+    def _missing(self) -> list[Segment]:
+        """The segments that are not at hand."""
+        return [segment for segment in self.segments if segment.descriptor is None]
+
     def _find_rotated(self, current: int | None) -> list[int]:
-        """Find known segments that are not at hand under whatever name they have now.
+        """Find the segments that are not at hand under whatever names they have now.
 
-        Returns the open files that were rotated after the last known one, oldest first.
+        Returns the files that were rotated after the last known one, open, oldest first. Raises OSError.
         """
-        files = self._open_neighbours(current)
-        candidates = [*files, *([Found(current, self.path, None)] if current is not None else [])]
-        missing = [segment for segment in self.segments if segment.descriptor is None]
         newest = self.segments[-1]
+        for _ in range(FIND_TRIES):
+            files = self._look_around(current)
+            self._match(files, current)
+            newer: list[int] = []
+            if newest.descriptor is not None and newest.descriptor != current:
+                since = self._rotated_since(newest, files)
+                newer = [found for file in since if (found := self._open_as(file)) is not None]
+            # A rotation that comes in between moves what was looked at.
+            if [file[:3] for file in self._look_around(current)] == [file[:3] for file in files]:
+                return newer
+            close_all(newer)
+        raise OSError(errno.EBUSY, "it is being rotated, again and again")
 
-        def likeness(pair: tuple[Segment, Found]) -> int:
-            """A file that was renamed is the same file; one that was replaced or copied holds the same. A
-            copy that somebody made is not taken for the rotated file, which holds more."""
-            segment, found = pair
-            same_file = file_identity(found.descriptor) == segment.identity
-            if found.descriptor == current:
+    def _match(self, files: Sequence[Neighbour], current: int | None) -> None:
+        """Read segments that are not at hand from the files that hold them, in the order of likeness: a file
+        that was renamed is the same file; one that was replaced or copied holds the same. A copy that
+        somebody made is not taken for the rotated file, which holds more."""
+        here = [] if current is None else [Neighbour(self.path, None, file_identity(current), 0, 0.0)]
+
+        def likeness(pair: tuple[Segment, Neighbour]) -> int:
+            segment, file = pair
+            if file in here:
                 return 1
-            return (0 if same_file else 3) if found.key else (2 if same_file else 4)
+            return (0 if file.key else 2) if file.identity == segment.identity else (3 if file.key else 4)
 
-        taken: set[int] = set()
-        for segment, found in sorted(itertools.product(missing, candidates), key=likeness):
-            if segment.descriptor is not None or found.descriptor in taken:
+        taken = {segment.identity for segment in self.segments if segment.descriptor is not None}
+        for segment, file in sorted(
+            itertools.product(self._missing(), [*here, *reversed(files)]), key=likeness
+        ):
+            if segment.descriptor is not None or file.identity in taken:
                 continue
-            may_be = found.descriptor != current or segment is newest
-            if may_be and segment.is_in(found.descriptor) and segment.attach(found.descriptor):
-                taken.add(found.descriptor)
-        newer: list[int] = []
-        if newest.descriptor is not None and newest.descriptor != current:
-            newer = self._rotated_since(newest, newest.descriptor, files)
-        close_all({found.descriptor for found in files} - taken - {*newer})
-        return newer
+            if file in here and segment is not self.segments[-1]:
+                continue
+            descriptor = current if file in here else self._open_as(file)
+            if descriptor is not None and segment.is_in(descriptor) and segment.attach(descriptor):
+                taken.add(file.identity)
+            elif descriptor is not None and descriptor != current:
+                os.close(descriptor)
 
-    def _rotated_since(self, newest: Segment, descriptor: int, files: Sequence[Found]) -> list[int]:
+    def _rotated_since(self, newest: Segment, files: Sequence[Neighbour]) -> list[Neighbour]:
         """The files that were rotated after the last known one, oldest first: those of a logrotate numbering
         (`.1` is newer than `.2`) or dating (`-20260131`) scheme, and no other neighbour. Where the numbers go
         up with time, an older file has the smaller one: it was not written to later, either."""
-        since = os.fstat(descriptor).st_mtime
-        last = next((found for found in files if file_identity(found.descriptor) == newest.identity), None)
+        last = next((file for file in files if file.identity == newest.identity), None)
         held = {segment.identity for segment in self.segments if segment.descriptor is not None}
-        newer: list[int] = []
+        newer: list[Neighbour] = []
         self.unread = []
-        for found in files:
-            status = os.fstat(found.descriptor)
-            if last is None or not status.st_size or (status.st_dev, status.st_ino) in held:
+        for file in files:
+            if last is None or not file.size or file.identity in held:
                 continue
-            follows = found.key is not None and last.key is not None and found.key > last.key
-            is_numbered = found.key is not None and found.key[0] > 0
-            if follows and (status.st_mtime >= since or not is_numbered):
-                newer.append(found.descriptor)
-            elif found.path.startswith(f"{last.path}."):  # the same, which is just being compressed
+            follows = file.key is not None and last.key is not None and file.key > last.key
+            is_numbered = file.key is not None and file.key[0] > 0
+            if follows and (file.written >= last.written or not is_numbered):
+                newer.append(file)
+            elif file.path.startswith(f"{last.path}."):  # the same, which is just being compressed
                 continue
-            elif status.st_mtime > since or (found.key is None and status.st_mtime == since):
-                self.unread.append(os.path.basename(found.path))
+            elif file.written > last.written or (file.key is None and file.written == last.written):
+                self.unread.append(os.path.basename(file.path))
         return newer
 
-    def _open_neighbours(self, current: int | None) -> list[Found]:
-        """Open the neighbours of the source, and of the file that it is a link to, each file once."""
-        found: list[Found] = []
-        # A rotation may come between: no file counts twice.
+    def _look_around(self, current: int | None) -> list[Neighbour]:
+        """The neighbours of the source, and of the file that it is a link to, each file once."""
+        files: list[Neighbour] = []
         seen = set() if current is None else {file_identity(current)}
         for path, key in neighbours(self.path, os.path.realpath(self.path)).items():
-            descriptor = self._open(path)
-            if descriptor is None:
-                continue
-            if file_identity(descriptor) in seen:
-                os.close(descriptor)
-            else:
-                seen.add(file_identity(descriptor))
-                found.append(Found(descriptor, path, key))
-        return found
+            found = None
+            with contextlib.suppress(OSError):
+                found = os.stat(path)
+            if found is not None and stat.S_ISREG(found.st_mode) and (found.st_dev, found.st_ino) not in seen:
+                identity = found.st_dev, found.st_ino
+                seen.add(identity)
+                files.append(Neighbour(path, key, identity, found.st_size, found.st_mtime))
+        return files
+
+    def _open_as(self, file: Neighbour) -> int | None:
+        """Open a neighbour; None where another file has its name by now, or it may not be read."""
+        descriptor = self._open(file.path)
+        if descriptor is not None and file_identity(descriptor) != file.identity:
+            os.close(descriptor)
+            return None
+        return descriptor
 
     def _open(self, path: str) -> int | None:
         try:
@@ -1760,14 +1777,18 @@ class Source:
 
     def _take_copy(self, segment: Segment, descriptor: int) -> None:
         """Let the descriptor of a segment that was truncated refer to a copy of it. Raises OSError."""
-        files = self._open_neighbours(descriptor)
-        copy = next((found for found in files if segment.is_whole_in(found.descriptor)), None)
-        if copy is not None:
-            os.dup2(copy.descriptor, descriptor, inheritable=False)
-            segment.device, segment.inode = file_identity(descriptor)
-        close_all(found.descriptor for found in files)
-        if copy is None:
-            raise OSError(errno.ESTALE, "it was truncated while it was read, and no copy of it is beside it")
+        for file in reversed(self._look_around(descriptor)):
+            copy = self._open_as(file)
+            if copy is None:
+                continue
+            is_it = segment.is_whole_in(copy)
+            if is_it:
+                os.dup2(copy, descriptor, inheritable=False)
+                segment.device, segment.inode = file.identity
+            os.close(copy)
+            if is_it:
+                return
+        raise OSError(errno.ESTALE, "it was truncated while it was read, and no copy of it is beside it")
 
     def count_lines(self, start: Position, stop: Position | None = None) -> int:
         """Count the complete lines between two places, at the speed of the disk."""
@@ -4110,7 +4131,7 @@ class State:
             "stateVersion": STATE_VERSION,
             "source": {
                 "takenUp": position_to_json(self.taken_up, source),
-                "segments": [segment.to_json() for segment in source.segments],
+                "segments": [segment.to_json() for segment in self.segments],
             },
             "lanes": {name: lane.to_json(source) for name, lane in sorted(self.lanes.items())},
             "checkpoint": {"attempts": list(self.attempts), "telemetry": list(self.telemetry)},
@@ -4246,18 +4267,18 @@ def load_state(job: Job, *, read_only: bool = False) -> State:
         found = read_state(job)
     except ValueError:
         damaged, found = True, None
-    state = found or State()
-    if state.taken_up is not None or state.legacy_lines:
-        catch_up(state, job)
-        return state
-    rebuilt = rebuild_state(job)
-    rebuilt.published = state.published
-    if found is None and rebuilt.taken_up is None:
-        # Where this fails the damaged file stays: without it the next pass would send everything.
-        adopt_shell_telemetry(rebuilt, job, damaged=damaged)
+    if found is not None and (found.taken_up is not None or found.legacy_lines):
+        catch_up(found, job)
+        return found
+    # Where this fails a damaged file stays: without it the next pass would send everything.
+    state = rebuild_state(job)
+    if found is not None:
+        state.published = found.published
+    elif state.taken_up is None:
+        adopt_shell_telemetry(state, job, damaged=damaged)
     if damaged and not read_only:
         keep_damaged(job.state_file)
-    return rebuilt
+    return state
 
 
 def keep_damaged(path: str) -> None:
@@ -4328,81 +4349,107 @@ def catch_up(state: State, job: Job) -> None:
     state.remember(state.unrecorded, told)
 
 
+def note_dead_letter(dead: set[Key], row: JsonObject) -> None:
+    """Keep account of the dead letters that nobody has delivered or dismissed since, from rows of the
+    attempts in order. Raises one of MALFORMED."""
+    if "peer" in row:
+        return
+    key = key_of_row(row, str(row["sinkId"]))
+    if row["outcome"] == "dead_letter" and "byOperator" not in row:
+        dead.add(key)
+    elif row["outcome"] in ("delivered", "skipped"):
+        dead.discard(key)
+
+
 def find_dead_letters(job: Job) -> set[Key]:
     """The dead letters of a loop that nobody has delivered or dismissed since."""
     dead: set[Key] = set()
     rows, _ = loop_rows(job, job.attempts_file, Checkpoint(), operator=True)
     for row in rows:
         with contextlib.suppress(*MALFORMED):
-            key = key_of_row(row, str(row["sinkId"]))
-            if "peer" in row:
-                continue
-            if row["outcome"] == "dead_letter" and "byOperator" not in row:
-                dead.add(key)
-            elif row["outcome"] in ("delivered", "skipped"):
-                dead.discard(key)
+            note_dead_letter(dead, row)
     return dead
 
 
-def rebuild_state(job: Job) -> State:
-    """Rebuild a state from all the telemetry there is. Nothing there: a state without a past.
+class Past:
+    """What all the telemetry of a loop says of one sink."""
 
-    Lanes deliver in order, so a lane is after the last record that it has settled.
-    """
+    def __init__(self) -> None:
+        # Up to where it has settled what was its own; from where, and up to where, something was put off.
+        self.settled: Position | None = None
+        self.first_put_off: Position | None = None
+        self.last_put_off: Position | None = None
+        self.waiting = 0
+
+    def note_settled(self, end: Position) -> None:
+        self.settled = max(self.settled or end, end)
+
+    def note_put_off(self, row: JsonObject) -> None:
+        start = start_of_row(row)
+        self.first_put_off = self.first_put_off or start
+        self.last_put_off = start
+        self.waiting += 1
+
+    def place(self, taken_up: Position) -> Position:
+        """Where the lane is: after what it has settled, since it delivers in order; at the end where nothing
+        was put off after that."""
+        if self.last_put_off is None or (self.settled and self.last_put_off < self.settled):
+            return max(self.settled or taken_up, taken_up)
+        return max(filter(None, (self.settled, self.first_put_off)))
+
+
+def rebuild_state(job: Job) -> State:
+    """Rebuild a state from all the telemetry there is. Nothing there: a state without a past."""
     state = State()
     state.recount = True
-    settled: dict[str, Position] = {}
-    first_put_off: dict[str, Position] = {}
-    waiting: dict[str, int] = {}
+    past: defaultdict[str, Past] = defaultdict(Past)
     names: dict[int, str] = {}
     told: set[Key] = set()
-    unrecorded: list[JsonObject] = []
     rows, state.telemetry = loop_rows(job, job.telemetry_file, Checkpoint())
     for row in rows:
         state.note_lost(row)
         with contextlib.suppress(*MALFORMED):
-            end, place = end_of_row(row), row["position"]
-            names[end.segment] = place["segment"]
+            end = end_of_row(row)
+            names[end.segment] = row["position"]["segment"]
             for entry in row["sinks"]:
-                sink_id = entry["id"]
-                if not is_put_off(entry):
-                    settled[sink_id] = max(settled.get(sink_id, end), end)
-                    waiting[sink_id] = waiting.get(sink_id, 0) - ("late" in row and "rerouted" not in row)
+                if is_put_off(entry):
+                    past[entry["id"]].note_put_off(row)
                 else:
-                    first_put_off.setdefault(sink_id, start_of_row(row))
-                    waiting[sink_id] = waiting.get(sink_id, 0) + 1
+                    past[entry["id"]].note_settled(end)
+                    past[entry["id"]].waiting -= "late" in row and "rerouted" not in row
             if "late" in row:
                 told.add(key_of_row(row, row["sinks"][0]["id"]))
             else:
                 state.taken_up = max(state.taken_up or end, end)
-    rows, state.attempts = loop_rows(job, job.attempts_file, Checkpoint())
+    dead: set[Key] = set()
+    unrecorded: list[JsonObject] = []
+    lanes: dict[str, Lane] = {}
+    rows, state.attempts = loop_rows(job, job.attempts_file, Checkpoint(), operator=True)
     for row in rows:
         with contextlib.suppress(*MALFORMED):
-            end, sink_id = end_of_row(row), row["sinkId"]
+            end, sink_id = end_of_row(row), str(row["sinkId"])
+            note_dead_letter(dead, row)
+            if "byOperator" in row:
+                lanes[sink_id].apply_operator(row)
+                continue
             names[end.segment] = row["position"]["segment"]
             if row["outcome"] in SETTLED and "peer" not in row:
                 if row.get("late") or state.taken_up is None or end > state.taken_up:
                     unrecorded.append(row)
-                settled[sink_id] = max(settled.get(sink_id, end), end)
+                past[sink_id].note_settled(end)
+            lanes.setdefault(sink_id, Lane(start_of_row(row))).apply(row)
     state.remember(unrecorded, told)
     if state.taken_up is None:
+        settled = [known.settled for known in past.values() if known.settled]
         if not settled:
             return state
-        state.taken_up = Position(min(end.segment for end in settled.values()), 0, 0)
-    dead = [sink_id for _, _, sink_id in find_dead_letters(job)]
-    for sink_id in {*settled, *first_put_off}:
-        state.lanes[sink_id] = Lane(settled.get(sink_id) or first_put_off[sink_id])
-    rows, _ = loop_rows(job, job.attempts_file, Checkpoint(), operator=True)
-    for row in rows:
-        with contextlib.suppress(*MALFORMED):
-            if "byOperator" in row:
-                state.lanes[row["sinkId"]].apply_operator(row)
-            else:
-                state.lanes[row["sinkId"]].apply(row)
-    for sink_id, lane in state.lanes.items():
-        lane.dead_letter_count = dead.count(sink_id)
+        state.taken_up = Position(min(end.segment for end in settled), 0, 0)
+    for sink_id, known in past.items():
+        lane = state.lanes[sink_id] = lanes.get(sink_id) or Lane(state.taken_up)
+        lane.position = known.place(state.taken_up)
+        lane.dead_letter_count = sum(key[2] == sink_id for key in dead)
         owed = sum(1 for row in state.unrecorded if row.get("late") and row["sinkId"] == sink_id)
-        lane.waiting_count = max(0, waiting.get(sink_id, 0) - owed)
+        lane.waiting_count = max(0, known.waiting - owed)
         # Whether its sink was mended meanwhile cannot be told: the next pass tries at once.
         lane.waiting_since = lane.next_attempt_at = None
     needed = min([state.taken_up, *(lane.position for lane in state.lanes.values())]).segment
@@ -4771,6 +4818,12 @@ class Ledger:
         self.state.telemetry = self._telemetry.close() or self.state.telemetry
         self.wrote = before != (self.state.attempts, self.state.telemetry)
         self.check_lock()
+
+    def close(self) -> None:
+        """Close the files of a pass that has failed; one that has not has flushed them."""
+        for file in (self._attempts, self._telemetry):
+            with contextlib.suppress(StorageError):
+                file.close()
 
 
 def judge_row(resolution: Resolution, entries: Sequence[JsonObject]) -> tuple[str, str | None]:
@@ -5362,9 +5415,8 @@ class SinkWorker:
             if self._clock.left > 0 and self._catch_up(run, peer):
                 verdicts |= self._ask_peers(batch.deliveries, [peer])
         # Where all of them have failed before, only asking again can tell whether that is over.
-        verdicts = verdicts or self._ask_peers(
-            batch.deliveries, [peer for peer in peers if peer not in behind]
-        )
+        if not verdicts and self._clock.left > 0:
+            verdicts = self._ask_peers(batch.deliveries, [peer for peer in peers if peer not in behind])
         return verdicts or dict.fromkeys(peers, CATCHING_UP)
 
     def _ask_peers(self, deliveries: Sequence[Delivery], peers: Sequence[str]) -> dict[str, Verdict]:
@@ -5394,6 +5446,8 @@ class SinkWorker:
             if peer not in self._connections.peers:
                 del run.lane.peers[peer]
             elif self._clock.left > 0 and peer not in self._peers_down and lag.due(time.time()):
+                if not self._keep_pace(run):
+                    return False
                 self._catch_up_once(run, peer)
                 return True
         return False
@@ -5401,7 +5455,7 @@ class SinkWorker:
     def _catch_up(self, run: LaneRun, peer: str) -> bool:
         """Send a peer all that it has missed; tells whether it has everything then."""
         while peer in run.lane.peers and self._clock.left > 0 and run.ending is None:
-            if not self._catch_up_once(run, peer):
+            if not self._keep_pace(run) or not self._catch_up_once(run, peer):
                 return False
         return peer not in run.lane.peers
 
@@ -5954,7 +6008,9 @@ class Run:
                 self._worker(sink).note_paid(lane.paced_until or 0.0)
         if any(secret in job.trace_id for secret in self.router.config.hidden):
             job = job._replace(trace_id=self.redactor.mask_value(job.trace_id))
-        return Pass(job, self.router, state, source, self.redactor, self.changed, self.clock, progress)
+        found = Pass(job, self.router, state, source, self.redactor, self.changed, self.clock, progress)
+        files.callback(found.ledger.close)
+        return found
 
     def drive(self, passes: Sequence[Pass], clock: Clock) -> Iterator[tuple[Pass, Result]]:
         """Take passes that have begun to their ends, side by side. Yields each with its summary or error."""
@@ -6142,6 +6198,9 @@ def note_invalid_config(job: Job, error: ConfigError, wait: float) -> None:
         if not held:
             return
         state = read_state(job) or State()
+        if not state.published and rebuild_state(job).taken_up is None:
+            # What is written now must not hide what the shell dispatcher has sent.
+            adopt_shell_telemetry(state, job, damaged=False)
         with Source(job.escalations_file, state.segments) as source:
             seen = summarise(job, state, source, Counts(), "config_invalid")
         document = {**(state.published or seen), **{key: seen[key] for key in LINE_COUNTS}}
@@ -8263,13 +8322,15 @@ def redeliver_all(
                     if stop.is_set() or item.sink.id in failing:
                         tell(left.popleft(), None, 0.0)
                         continue
-                    if (pace := paces[item.sink.id]) and lane:
-                        pace.take_over(lane.paced_until or 0.0, time.time())
+                    if pace := paces[item.sink.id]:
+                        if lane:
+                            pace.take_over(lane.paced_until or 0.0, time.time())
                         if wait := pace.wait(time.time()):
                             pause = max(pause, wait)
                             break
                         pace.spend(time.time())
-                        lane.paced_until = pace.until
+                        if lane:
+                            lane.paced_until = pace.until
                     verdict, seconds = redeliver_one(item, ledger, connections[item.sink.id], redactor)
                     if verdict.outcome not in SETTLED:
                         failing.add(item.sink.id)
@@ -8316,8 +8377,8 @@ def settled_by_operator(job: Job, since: Checkpoint) -> set[Key]:
 
 
 def save_lanes(job: Job, state: State, source: Source) -> None:
-    """Write the lanes as an operator's command has left them; what the last pass published stays."""
-    state.segments = source.segments
+    """Write the lanes as an operator's command has left them. What the last pass published stays, and what
+    has become of the source since then is left to the next one."""
     document = {**state.published, **state.to_json(source), **count_lanes(state)}
     replace_file(job.state_file, encode_json(document) + b"\n", durable=True)
 

@@ -555,6 +555,50 @@ def test_what_an_operator_gave_up_is_not_sent_to_a_peer_later(
     assert told(other)[-1] == "new"
 
 
+def test_a_lost_state_costs_no_peer_what_it_missed_after_an_operator_gave_something_up(
+    pair: Repo, peers: tuple[SinkServer, SinkServer]
+) -> None:
+    one, other = peers
+    other.answer(ALERTS, error(503))
+    pair.append(alert("sent"))
+    pair.dispatch()
+    one.answer(ALERTS, error(503))
+    pair.append(alert("given up"))
+    pair.dispatch()
+    assert pair.run("skip", *pair.target, "--sink", SINK, "--yes").exit_code == 0
+    one.answer(ALERTS, ok())
+    pair.append(alert("missed"))
+    pair.dispatch()
+    pair.state_file.unlink()
+    other.answer(ALERTS, ok())
+    other.forget()
+    pair.dispatch()
+    assert told(other) == ["missed"]
+
+
+def test_a_peer_that_is_down_is_not_asked_again_after_the_time_budget(
+    pair: Repo, peers: tuple[SinkServer, SinkServer]
+) -> None:
+    """One loop has found it down; in another one the only other peer has to catch up first, slowly."""
+    slow, down = peers
+    pair.write_config({**fleet_config(timeoutSeconds=5), "delivery": {"maxAttemptsPerPass": 1}})
+    other = replace(pair, loop="lagging")
+    slow.answer(ALERTS, error(503))
+    other.append(alert("missed"))
+    other.dispatch()
+    state = other.state()
+    del state["lanes"][SINK]["peers"][slow.url[7:]]["nextAttemptAt"]
+    other.state_file.write_text(json.dumps(state))
+    slow.answer(ALERTS, ok().after(1.5))
+    down.answer(ALERTS, error(503))
+    down.forget()
+    pair.append(alert("first"))
+    other.append(alert("second"))
+    pair.run("dispatch", "--repo", str(pair.root), "--all-loops", "--time-budget", "2.5")
+    assert told(slow)[-2:] == ["first", "missed"]
+    assert told(down) == ["first"]
+
+
 def test_an_operator_who_sends_again_learns_which_peer_did_not_take_it(
     pair: Repo, peers: tuple[SinkServer, SinkServer]
 ) -> None:

@@ -623,6 +623,31 @@ def with_sink(config: dict[str, Any], name: str) -> dict[str, Any]:
     return config
 
 
+@pytest.mark.parametrize("why", ["it was routed elsewhere then", "it was disabled then"])
+def test_a_lost_state_brings_a_sink_no_history_that_was_never_meant_for_it(
+    repo: Repo, server: SinkServer, why: str
+) -> None:
+    config = everywhere()
+    repo.write_config(config)
+    repo.append(*records("one"))
+    repo.dispatch()
+    if why == "it was disabled then":
+        config["sinks"][CHAT]["enabled"] = False
+    else:
+        config["routing"]["routes"] = [{"category": "health_critical", "sinks": [HOOK, PAGER]}]
+    repo.write_config(config)
+    repo.append(*records("two", "three"))
+    repo.dispatch()
+    repo.write_config(everywhere())
+    repo.dispatch()
+    repo.state_file.unlink()
+    repo.append(*records("four"))
+    assert repo.dispatch().json["processedCount"] == 1
+    first, _, _, last = row_ids(repo)
+    assert ids(server, CHAT) == [first, last]
+    check_promise(repo)
+
+
 def test_a_new_sink_is_not_flooded_with_history(repo: Repo, server: SinkServer) -> None:
     repo.env["ALERT_EXTRA_URL"] = server.url + "/extra/"
     config = everywhere()

@@ -173,6 +173,36 @@ def test_a_rotation_that_nobody_can_follow_is_on_record(repo: Repo, server: Sink
     assert sum(row.get("reasonCode") == "source_replaced" for row in repo.telemetry()) == 1
 
 
+def test_an_operators_command_does_not_hide_a_rotation_that_nobody_can_follow(
+    repo: Repo, server: SinkServer
+) -> None:
+    server.answer("/hook", error(503))
+    repo.append(record("one"))
+    repo.dispatch()
+    for name in ("two", "three"):
+        repo.append(record(name))
+        repo.source.rename(repo.folder / f"escalations.jsonl.until-{name}")
+    repo.append(record("four"))
+    assert repo.run("skip", *repo.target, "--sink", HOOK, "--yes").json["skippedCount"] == 1
+    repo.dispatch()
+    assert [row["reasonCode"] for row in repo.telemetry() if "position" not in row] == ["source_replaced"]
+    assert names(server, PAGER) == ["one", "two", "four"]
+
+
+def test_however_many_files_were_rotated_the_right_one_is_found(repo: Repo, server: SinkServer) -> None:
+    repo.append(record("one"))
+    repo.dispatch()
+    repo.append(record("two"))
+    for number in range(2, 302):
+        (repo.folder / f"escalations.jsonl.{number}").write_text(line(record(f"old-{number}", seconds_ago=9)))
+        os.utime(repo.folder / f"escalations.jsonl.{number}", (1.0, 1.0))
+    repo.source.rename(repo.folder / "escalations.jsonl.1")
+    repo.append(record("three"))
+    limited = replace(repo, command=["sh", "-c", 'ulimit -n 64; exec "$@"', "sh", *repo.command])
+    assert limited.dispatch().json["processedCount"] == 2
+    every_sink_got(server, "one", "two", "three")
+
+
 def test_a_rotation_with_no_new_file_yet_loses_nothing(repo: Repo, server: SinkServer) -> None:
     repo.append(record("one"))
     repo.dispatch()
@@ -717,6 +747,21 @@ def test_a_lost_shell_state_is_rebuilt_from_the_shell_dispatchers_telemetry(
         repo.state_file.write_text(left)
     repo.dispatch()
     every_sink_got(server, "three")
+
+
+def test_an_invalid_config_does_not_hide_what_the_shell_dispatcher_has_sent(
+    repo: Repo, server: SinkServer
+) -> None:
+    one = record("one")
+    repo.append(one, record("two"))
+    repo.telemetry_file.parent.mkdir()
+    repo.telemetry_file.write_text(shell_row(repo, one))
+    repo.write_config("{")
+    assert repo.dispatch().exit_code == 3
+    assert (repo.state()["status"], repo.state()["escalationsLineOffset"]) == ("config_invalid", 1)
+    repo.write_config(everywhere())
+    repo.dispatch()
+    every_sink_got(server, "two")
 
 
 def test_where_a_shell_state_is_gone_and_its_telemetry_tells_nothing_all_is_new(

@@ -409,6 +409,25 @@ def test_a_low_limit_of_open_files_costs_no_loop_its_alerts(
     assert Counter(arrived(server)) == Counter((loop.loop, 0) for loop in loops)
 
 
+def test_loops_that_fail_leave_no_file_open_for_those_that_come_after(repo: Repo, server: SinkServer) -> None:
+    repo.write_config(everywhere(HOOK))
+    loops = loops_of(repo, "east", "north", "west")
+    for loop in loops:
+        loop.append(*(health_critical(filler="x" * 4000) for _ in range(100)))
+
+    def take_away(_: Received) -> Answer:
+        for loop in loops:
+            os.truncate(loop.source, 0)
+        return ok()
+
+    server.answer("/hook", take_away)
+    jobs = [program.make_job(str(repo.root), loop.loop) for loop in loops]
+    outcomes = program.run_loops(jobs, {**os.environ, **repo.env})
+    assert all(isinstance(outcome, program.StorageError) for outcome in outcomes.values())
+    files = [str(entry.readlink()) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+    assert [file for file in files if file.startswith(str(repo.root))] == []
+
+
 def test_passes_that_reach_few_loops_reach_each_in_its_turn(repo: Repo, server: SinkServer) -> None:
     """A paced sink allows one request a pass."""
     config = everywhere(HOOK)

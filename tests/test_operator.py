@@ -798,6 +798,26 @@ def test_a_long_redelivery_keeps_the_rate_and_holds_up_no_alert(repo: Repo, serv
     assert [row["escalationId"] for row in repo.attempts() if row.get("byOperator")] == sent
 
 
+def test_a_sink_that_was_put_back_is_sent_what_it_missed_at_its_rate(repo: Repo, server: SinkServer) -> None:
+    config = to_all()
+    config["sinks"][CHAT]["maxPerMinute"] = 60  # ten at once, then one in 1.2 s
+    repo.write_config(config)
+    repo.append(health_critical(traceId="first"))
+    repo.dispatch()
+    without = json.loads(json.dumps(config))
+    del without["sinks"][CHAT]
+    without["routing"] |= {"defaultSinks": [HOOK, PAGER], "routes": []}
+    repo.write_config(without)
+    repo.append(*(health_critical(traceId=str(number)) for number in range(11)))
+    repo.dispatch("--time-budget", "60")
+    repo.write_config(config)
+    server.forget()
+    done = repo.run("redeliver", *repo.target, "--from-line", "2", "--sink", CHAT, "--yes").json
+    assert done["deliveredCount"] == 11
+    requests = server.received(PATHS[CHAT])
+    assert requests[-1].at - requests[0].at > 1.0
+
+
 def test_a_disabled_sink_is_sent_nothing_again_unless_it_is_named_and_then_only_with_its_credentials(
     repo: Repo, server: SinkServer
 ) -> None:
