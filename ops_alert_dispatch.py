@@ -2366,8 +2366,9 @@ SLACK_RECORD_ERRORS = {
     *("too_many_attachments", "msg_too_long", "msg_blocks_too_long"),
     *("missing_text_or_fallback_or_attachments", "attachment_payload_limit_exceeded"),
 }
+SLACK_RATE_ERRORS = {"rollup_error", "ratelimited", "rate_limited", "message_limit_exceeded"}
 SLACK_WAIT_ERRORS = {
-    *("rollup_error", "ratelimited", "rate_limited", "message_limit_exceeded"),
+    *SLACK_RATE_ERRORS,
     *("internal_error", "fatal_error", "service_unavailable", "request_timeout"),
 }
 # By Slack's own words, what was asked for may have been done before these.
@@ -7316,45 +7317,54 @@ class Finding(NamedTuple):
 
 
 def advise(
-    reason_code: str | None, http_status: int | None, message: str | None, *, waits: bool = True
+    reason_code: str | None,
+    http_status: int | None,
+    message: str | None,
+    *,
+    waits: bool = True,
+    refused: bool = False,
 ) -> str:
-    """Say what to do about a failure. `waits`: what failed waits in a lane, and is tried again by itself."""
+    """Say what to do about a failure. `waits`: what failed waits in a lane, and is tried again by itself.
+    `refused`: it is a dead letter."""
     text = (message or "").lower()
     time_will_tell = "nothing to do, what waits goes out by itself" if waits else "try again later"
     if reason_code == "missing_secret":
         return "set the variable in the environment that reconcile runs in"
     if reason_code == "request_failed":
-        if "the proxy" in text:
+        # The phrases of `Client`: none is a part of a host's name.
+        if "the proxy " in text:
             return "check the proxy that the environment names, or name the sink's host in no_proxy"
-        if "no such host" in text:
+        if "no such host: " in text:
             return "check the host name in the sink's URL, and this machine's DNS"
-        if "certificate" in text:
+        if "tls: the certificate of " in text:
             return "check the sink's certificate; name the file of a private CA with caFileEnv"
-        if "refused" in text or "no connection" in text:
+        if "connection refused by " in text or "no connection to " in text:
             return "check that the sink is up and reachable from here (firewall, proxy)"
         return "check that the sink is up; where it is only slow, raise its timeoutSeconds"
-    if http_status in (401, 403) or any(
-        word in text for word in ("invalid_token", "routing key", "routing_key")
+    if refused:
+        return "the sink does not take this record: read its answer, then redeliver or skip"
+    if (
+        http_status in (401, 403)
+        or text == "invalid_token"
+        or (http_status == 400 and re.search(ROUTING_KEY, text))
     ):
         return "the credential is wrong or was revoked: make a new one and set its variable"
     if text in SLACK_SINK_ERRORS and ("channel" in text or "archived" in text):
         return "Slack does not let this webhook post to its channel: unarchive it, or set another one"
     if http_status == 407:
         return "the proxy wants a user name and a password: set them in its URL in the environment"
-    if http_status in (404, 405, 410) or text in SLACK_SINK_ERRORS or "web page" in text:
+    if http_status in (404, 405, 410) or text in SLACK_SINK_ERRORS or text == WEB_PAGE.lower():
         return "the URL is wrong or was deleted: make a new one and set its variable"
     if http_status is not None and 300 <= http_status < 400:
         return "set the URL that the redirect leads to"
-    if http_status == 429 or text in SLACK_WAIT_ERRORS:
+    if http_status == 429 or text in SLACK_RATE_ERRORS:
         return f"the sink limits the rate: {time_will_tell}"
-    if http_status is not None and http_status >= 500:
+    if text in SLACK_WAIT_ERRORS or (
+        http_status is not None and (http_status >= 500 or http_status in SINK_UNWELL)
+    ):
         return f"the sink has trouble of its own: {time_will_tell}"
     if text.startswith(NO_ALERTMANAGER.lower()):
         return "check the sink's URLs: https:// where TLS is spoken, and what a proxy before it wants"
-    if http_status in RECORD_REFUSED:
-        return "the sink does not take this record: read its answer, then redeliver or skip"
-    if http_status in SINK_UNWELL:
-        return f"the sink has trouble of its own: {time_will_tell}"
     if http_status is not None:
         return "the sink takes nothing as it is set up: read its answer, mend its URL, headers or settings"
     return "see the last rows of telemetry/alert-attempts.jsonl"
@@ -8073,7 +8083,8 @@ def outcome_json(verdict: Verdict, seconds: float) -> JsonObject:
         "durationMs": round(seconds * 1000),
     }
     if not delivered:
-        result["advice"] = advise(verdict.reason_code, verdict.http_status, verdict.message, waits=False)
+        said = verdict.reason_code, verdict.http_status, verdict.message
+        result["advice"] = advise(*said, waits=False, refused=verdict.outcome == "dead_letter")
     return result
 
 
@@ -8084,9 +8095,9 @@ def outcome_text(what: str, verdict: Verdict, seconds: float) -> str:
         said = click.style(f"delivered ({verdict.http_status})", fg="green")
         said += f" {verdict.message}" if verdict.message else ""
         return f"{printable(what)}: {said}, {duration}"
-    why = why_it_failed(outcome_json(verdict, seconds))
-    advice = advise(verdict.reason_code, verdict.http_status, verdict.message, waits=False)
-    return f"{printable(what)}: {click.style(printable(why), fg='red')}, {duration}\n  what to do: {advice}"
+    failure = outcome_json(verdict, seconds)
+    why = click.style(printable(why_it_failed(failure)), fg="red")
+    return f"{printable(what)}: {why}, {duration}\n  what to do: {failure['advice']}"
 
 
 @cli.command("test", epilog=EXIT_CODES_HELP)

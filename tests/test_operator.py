@@ -223,7 +223,9 @@ ADVICE: list[tuple[str, Answer, str, str]] = [
     ("a moved webhook", error(302), "http_error 302", "the URL that the redirect leads to"),
     ("a refused record", error(422, "bad field"), "http_error 422", "read its answer"),
     ("a proxy's page", error(200, "<html>Log in"), "http_error 200", "URL is wrong or was deleted"),
-    ("words of refusal", error(200, '{"ok":false,"error":"no_text"}'), "http_error 200", "read its answer"),
+    ("words of refusal", error(200, '{"ok":false,"error":"no_text"}'), "http_error 200", "this record"),
+    ("a failing queue", error(500, "no routing key is bound"), "http_error 500", "trouble of its own"),
+    ("words of trouble", error(200, '{"ok":false,"error":"internal_error"}'), "http_error 200", "its own"),
     ("words of haste", error(200, '{"ok":false,"error":"ratelimited"}'), "http_error 200", "limits the rate"),
 ]
 
@@ -249,6 +251,12 @@ def test_a_failed_test_alert_says_what_to_do(repo: Repo, server: SinkServer) -> 
         assert said[2 * number].startswith(f"sink-{number}: {what}"), name
         assert said[2 * number + 1].startswith("  what to do: "), name
         assert advice in said[2 * number + 1], name
+
+
+@pytest.mark.parametrize("host", ["certificate.example.org", "the-proxy.example.org", "refused.example.org"])
+def test_no_name_of_a_host_leads_an_operator_astray(host: str) -> None:
+    slow = ops_alert_dispatch.advise("request_failed", None, f"no complete answer from {host} within 5 s")
+    assert "timeoutSeconds" in slow
 
 
 def test_status_says_the_verdict_and_the_advice_first(repo: Repo, server: SinkServer) -> None:
