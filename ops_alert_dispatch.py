@@ -567,7 +567,7 @@ def decode_layer(text: str, places: list[tuple[int, int]]) -> tuple[str, list[tu
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Config and routing
+# Config
 # ---------------------------------------------------------------------------------------------------------
 
 SCHEMA_FILE = os.path.join(os.path.dirname(os.path.realpath(__file__)), "alert-sinks.schema.json")
@@ -1222,72 +1222,6 @@ def is_loopback(host: str | None) -> bool:
     return name in ("localhost", "::1", "0:0:0:0:0:0:0:1")
 
 
-class Resolution(NamedTuple):
-    """Where a record of one category and severity goes, and why."""
-
-    category: str
-    event_severity: str
-    mapped_severity: str | None
-    min_severity: str
-    should_dispatch: bool
-    route: JsonObject
-    selected: tuple[Sink, ...]
-    dispatchable: tuple[Sink, ...]
-
-
-class Router:
-    """Resolves records to sinks by the rules of the config. Pure: the same question has the same answer."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        # A record's category is anybody's text: the memory of answers is bounded.
-        self.resolve = functools.lru_cache(maxsize=1024)(self._resolve)
-
-    def _resolve(self, category: str, severity: str | None) -> Resolution:
-        """Resolve a category and the record's own severity (None: it has none, or an unknown word)."""
-        routing = self.config.routing
-        match = next(
-            (
-                route
-                for route in routing.get("routes", [])
-                if route["category"] == category and route.get("enabled", True)
-            ),
-            None,
-        )
-        chosen = match or {}
-        sink_ids = list(dict.fromkeys(chosen.get("sinks") or routing["defaultSinks"]))
-        minimum = chosen.get("minSeverity", self.config.default_min_severity)
-        mapped = routing.get("categorySeverity", {}).get(category)
-        event = severity or mapped or minimum
-        selected = tuple(self.config.sinks[sink_id] for sink_id in sink_ids)
-        should_dispatch = at_least(event, minimum)
-        return Resolution(
-            category=category,
-            event_severity=event,
-            mapped_severity=mapped,
-            min_severity=minimum,
-            should_dispatch=should_dispatch,
-            route={
-                "matched": match is not None,
-                "category": category,
-                "sinks": sink_ids,
-                "minSeverity": minimum,
-                "enabled": True,
-            },
-            selected=selected,
-            dispatchable=tuple(
-                sink
-                for sink in selected
-                if should_dispatch and sink.enabled and at_least(event, sink.min_severity or minimum)
-            ),
-        )
-
-
-def at_least(severity: str, minimum: str) -> bool:
-    """Tell whether a severity reaches a minimum."""
-    return SEVERITIES.index(severity) >= SEVERITIES.index(minimum)
-
-
 def config_warnings(config: Config) -> list[str]:
     """What is valid in a config and hardly meant, with its place: sinks and routes that lead nowhere."""
     routing = config.routing
@@ -1914,6 +1848,10 @@ class Escalation(NamedTuple):
         return self.timestamp if parse_time(self.timestamp) is not None else None
 
 
+# Why a line is no escalation; a blank one is none, either, and nothing is amiss with it.
+UNUSABLE = {"invalid_escalation_json", "missing_escalation_category", "escalation_too_large"}
+
+
 class Unusable(NamedTuple):
     """A line that cannot be routed, why, and the line as text, or the record that has no category."""
 
@@ -2092,14 +2030,23 @@ REASON_KEYS = ("code", "metric", "observed", "threshold", "severity")
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Adapters: an escalation in, a request out; an answer in, a verdict out. Pure, no I/O
+# Routing: where an escalation goes
 # ---------------------------------------------------------------------------------------------------------
 
-MESSAGE_CHARACTERS = 300
-# RFC 9110, "Retry-After": a delay in seconds, or a date. Nobody is believed for longer than this.
-RETRY_AFTER_MAX = 3600.0
 
-Outcome = Literal["delivered", "retry", "misconfigured", "dead_letter", "skipped"]
+class Resolution(NamedTuple):
+    """Where a record of one category and severity goes, and why."""
+
+    category: str
+    event_severity: str
+    mapped_severity: str | None
+    min_severity: str
+    should_dispatch: bool
+    route: JsonObject
+    # The route's sinks; of these the ones whose minimum the severity reaches; and of those the enabled ones.
+    selected: tuple[Sink, ...]
+    reached: tuple[Sink, ...]
+    dispatchable: tuple[Sink, ...]
 
 
 class Subject(NamedTuple):
@@ -2126,6 +2073,77 @@ class Delivery(NamedTuple):
     # Where repeats are held back: what would be a repeat of this, and the repeats that this speaks for.
     subject: Subject | None = None
     held_back: HeldBack | None = None
+
+
+class Router:
+    """Resolves records to sinks by the rules of the config. Pure: the same question has the same answer."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        # A record's category is anybody's text: the memory of answers is bounded.
+        self.resolve = functools.lru_cache(maxsize=1024)(self._resolve)
+
+    def _resolve(self, category: str, severity: str | None) -> Resolution:
+        """Resolve a category and the record's own severity (None: it has none, or an unknown word)."""
+        routing = self.config.routing
+        match = next(
+            (
+                route
+                for route in routing.get("routes", [])
+                if route["category"] == category and route.get("enabled", True)
+            ),
+            None,
+        )
+        chosen = match or {}
+        sink_ids = list(dict.fromkeys(chosen.get("sinks") or routing["defaultSinks"]))
+        minimum = chosen.get("minSeverity", self.config.default_min_severity)
+        mapped = routing.get("categorySeverity", {}).get(category)
+        event = severity or mapped or minimum
+        selected = tuple(self.config.sinks[sink_id] for sink_id in sink_ids)
+        should_dispatch = at_least(event, minimum)
+        reached = tuple(
+            sink for sink in selected if should_dispatch and at_least(event, sink.min_severity or minimum)
+        )
+        return Resolution(
+            category=category,
+            event_severity=event,
+            mapped_severity=mapped,
+            min_severity=minimum,
+            should_dispatch=should_dispatch,
+            route={
+                "matched": match is not None,
+                "category": category,
+                "sinks": sink_ids,
+                "minSeverity": minimum,
+                "enabled": True,
+            },
+            selected=selected,
+            reached=reached,
+            dispatchable=tuple(sink for sink in reached if sink.enabled),
+        )
+
+    def route(self, record: Record, loop_id: str, *, late: bool) -> Delivery | Unusable:
+        """Read a record of a loop and resolve it. `late`: it was put off in an earlier row."""
+        line = parse_escalation(record, loop_id)
+        if isinstance(line, Unusable):
+            return line
+        return Delivery(record, line, self.resolve(line.category, line.severity), late)
+
+
+def at_least(severity: str, minimum: str) -> bool:
+    """Tell whether a severity reaches a minimum."""
+    return SEVERITIES.index(severity) >= SEVERITIES.index(minimum)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Adapters: an escalation in, a request out; an answer in, a verdict out. Pure, no I/O
+# ---------------------------------------------------------------------------------------------------------
+
+MESSAGE_CHARACTERS = 300
+# RFC 9110, "Retry-After": a delay in seconds, or a date. Nobody is believed for longer than this.
+RETRY_AFTER_MAX = 3600.0
+
+Outcome = Literal["delivered", "retry", "misconfigured", "dead_letter", "skipped"]
 
 
 class Origin(NamedTuple):
@@ -3659,10 +3677,7 @@ MAX_STATE_BYTES = 32 << 20
 
 # Of escalations that reached no sink and never will by themselves. How many they were is told for so many
 # seconds: until whoever is on duty has seen it.
-LOST = {
-    *("invalid_escalation_json", "missing_escalation_category", "escalation_too_large", "source_lost"),
-    "source_replaced",
-}
+LOST = {*UNUSABLE, "source_lost", "source_replaced"}
 LOSS_SHOWN = 86400.0
 
 # So many different things does a lane remember to have told: enough for what lasts, little for the state.
@@ -4688,7 +4703,7 @@ class Ledger:
             elif entry["status"] == "failed":
                 self.counts.late_failed += 1
                 self.counts.reason_codes.add(entry["reasonCode"])
-            row = self._row(delivery.record, delivery.escalation, delivery.resolution, [entry])
+            row = self._row(delivery, [entry])
             rows.append({**row, "late": True, **({"rerouted": True} if rerouted else {})})
         self._telemetry.append(rows)
 
@@ -4719,7 +4734,7 @@ class Ledger:
         lane = self.state.lanes.get(sink.id)
         if lane is not None:
             lane.apply_operator(row)
-        written = self._row(delivery.record, delivery.escalation, delivery.resolution, [sink_entry(row)])
+        written = self._row(delivery, [sink_entry(row)])
         self._telemetry.append([{**written, "position": place, "late": True, "byOperator": True}])
 
     def write_unusable(self, record: Record, line: Unusable) -> None:
@@ -4735,13 +4750,11 @@ class Ledger:
         }
         self._take_up(record, row)
 
-    def write_row(
-        self, record: Record, escalation: Escalation, resolution: Resolution, entries: list[JsonObject]
-    ) -> None:
+    def write_row(self, delivery: Delivery, entries: list[JsonObject]) -> None:
         """Write the row of an escalation: from then on it is taken up."""
         for sink_id in put_off(entries):
-            self.state.lanes[sink_id].note_put_off(escalation.timestamp)
-        self._take_up(record, self._row(record, escalation, resolution, entries))
+            self.state.lanes[sink_id].note_put_off(delivery.escalation.timestamp)
+        self._take_up(delivery.record, self._row(delivery, entries))
 
     def _take_up(self, record: Record, row: JsonObject) -> None:
         self._telemetry.append([row])
@@ -4771,10 +4784,9 @@ class Ledger:
         }
         return {key: value for key, value in row.items() if value is not None}
 
-    def _row(
-        self, record: Record, escalation: Escalation, resolution: Resolution, entries: list[JsonObject]
-    ) -> JsonObject:
-        row = self._base_row(record, escalation.id, escalation.body)
+    def _row(self, delivery: Delivery, entries: list[JsonObject]) -> JsonObject:
+        escalation, resolution = delivery.escalation, delivery.resolution
+        row = self._base_row(delivery.record, escalation.id, escalation.body)
         status, reason = judge_row(resolution, entries)
         row |= {"eventSeverity": resolution.event_severity, "status": status}
         if reason:
@@ -4989,15 +5001,10 @@ class Memory:
 
 def waiting_delivery(record: Record, lane: Lane, sink: Sink, router: Router, loop_id: str) -> Delivery | None:
     """A record that waits in a sink's lane, enabled or not; None where it is not for that sink."""
-    line = parse_escalation(record, loop_id)
-    if isinstance(line, Unusable) or not lane.takes(record.start, line.kind):
+    delivery = router.route(record, loop_id, late=True)
+    if isinstance(delivery, Unusable) or all(other.id != sink.id for other in delivery.resolution.reached):
         return None
-    resolution = router.resolve(line.category, line.severity)
-    if not resolution.should_dispatch or all(other.id != sink.id for other in resolution.selected):
-        return None
-    if not at_least(resolution.event_severity, sink.min_severity or resolution.min_severity):
-        return None
-    return Delivery(record, line, resolution, late=True)
+    return delivery if lane.takes(record.start, delivery.escalation.kind) else None
 
 
 def count_backlog(
@@ -5049,18 +5056,18 @@ def find_rerouted(
     if taken_up is None or not waiting:
         return found
     for record in source.read(min(lane.position for lane in waiting.values()), taken_up):
-        held = any(
-            any(start <= record.start < stop for start, stop in lane.ranges(taken_up))
-            and waiting_delivery(record, lane, sinks[name], before, loop_id)
+        held = (
+            waiting_delivery(record, lane, sinks[name], before, loop_id)
             for name, lane in waiting.items()
+            if any(start <= record.start < stop for start, stop in lane.ranges(taken_up))
         )
-        line = parse_escalation(record, loop_id) if held else None
-        if line is None or isinstance(line, Unusable):
+        delivery = next(filter(None, held), None)
+        if delivery is None:
             continue
-        known = {sink.id for sink in before.resolve(line.category, line.severity).selected}
-        for sink in router.resolve(line.category, line.severity).dispatchable:
+        kind, known = delivery.escalation.kind, {sink.id for sink in delivery.resolution.selected}
+        for sink in router.resolve(*kind).dispatchable:
             if sink.id not in known and sink.id in sinks and sink.id in state.lanes:
-                found.setdefault(sink.id, []).append((record.start, line.kind))
+                found.setdefault(sink.id, []).append((record.start, kind))
     return found
 
 
@@ -5190,15 +5197,12 @@ class LaneRun:
         return missed
 
     def _route(self, record: Record) -> Delivery | None:
-        escalation = parse_escalation(record, self.ledger.job.loop_id)
-        if isinstance(escalation, Unusable):
+        delivery = self._router.route(record, self.ledger.job.loop_id, late=record.start < self._began)
+        if isinstance(delivery, Unusable):
             return None
-        resolution = self._router.resolve(escalation.category, escalation.severity)
-        if all(sink.id != self.sink.id for sink in resolution.dispatchable):
+        if all(sink.id != self.sink.id for sink in delivery.resolution.dispatchable):
             return None
-        if not self.lane.takes(record.start, escalation.kind):
-            return None
-        return Delivery(record, escalation, resolution, late=record.start < self._began)
+        return delivery if self.lane.takes(record.start, delivery.escalation.kind) else None
 
     def _settle(self, deliveries: Sequence[Delivery], verdict: Verdict) -> None:
         """Settle deliveries that are sent no request."""
@@ -5757,10 +5761,8 @@ class Pass:
         """Write the late rows that a kill between attempt and row has cost."""
         for attempt in [attempt for attempt in self.state.unrecorded if attempt.get("late")]:
             for record in self.source.read(start_of_row(attempt), end_of_row(attempt)):
-                escalation = parse_escalation(record, self.job.loop_id)
-                if not isinstance(escalation, Unusable):
-                    resolution = self.router.resolve(escalation.category, escalation.severity)
-                    delivery = Delivery(record, escalation, resolution, late=True)
+                delivery = self.router.route(record, self.job.loop_id, late=True)
+                if not isinstance(delivery, Unusable):
                     self.ledger.write_late_rows([(delivery, sink_entry(attempt))])
                 self.state.unrecorded.remove(attempt)
 
@@ -5793,20 +5795,19 @@ class Pass:
         for record in self.source.read(self.ledger.taken_up):
             if self.clock.left <= 0 and not self._answered_beyond(record):
                 return
-            line = parse_escalation(record, self.job.loop_id)
-            if isinstance(line, Unusable):
+            delivery = self.router.route(record, self.job.loop_id, late=False)
+            if isinstance(delivery, Unusable):
                 with self.ledger.changed:
-                    self.ledger.write_unusable(record, line)
+                    self.ledger.write_unusable(record, delivery)
                 self._progress(1)
                 continue
-            resolution = self.router.resolve(line.category, line.severity)
             while True:
                 with self.ledger.changed:  # held until the row is written: what comes later is late
-                    if not self._must_wait(record, resolution):
-                        entries = self._answers(record, resolution)
+                    if not self._must_wait(record, delivery.resolution):
+                        entries = self._answers(record, delivery.resolution)
                         if entries is None:
                             return
-                        self.ledger.write_row(record, line, resolution, entries)
+                        self.ledger.write_row(delivery, entries)
                         break
                 yield
                 self._raise_errors()
@@ -6306,14 +6307,14 @@ class Plan:
             new += not late
             if self._job.max_escalations and new > self._job.max_escalations:
                 return
-            line = parse_escalation(record, self._job.loop_id)
-            if not isinstance(line, Unusable):
-                resolution = self._router.resolve(line.category, line.severity)
-                plan = self._of_escalation(Delivery(record, line, resolution, late))
+            delivery = self._router.route(record, self._job.loop_id, late=late)
+            if not isinstance(delivery, Unusable):
+                plan = self._of_escalation(delivery)
                 if plan is not None:
                     yield plan
             elif not late:
-                yield {"line": record.end.line, "escalationId": line.id, "decision": line.reason_code}
+                decision = {"escalationId": delivery.id, "decision": delivery.reason_code}
+                yield {"line": record.end.line, **decision}
 
     def _of_escalation(self, delivery: Delivery) -> JsonObject | None:
         """The plan of one escalation; None where no sink waits for it any more."""
@@ -7510,13 +7511,13 @@ def count_new(
     start = state.taken_up or after_lines(source, state.legacy_lines)
     for record in source.read(source.readable_from(start) or start):
         new += 1
-        line = parse_escalation(record, job.loop_id)
-        if router is None or isinstance(line, Unusable):
+        delivery = router.route(record, job.loop_id, late=False) if router else None
+        if delivery is None or isinstance(delivery, Unusable):
             continue
-        for sink in router.resolve(line.category, line.severity).dispatchable:
+        for sink in delivery.resolution.dispatchable:
             lane = state.lanes.get(sink.id)
             if lane is None or lane.position <= record.start:  # else it has been sent, its row is to come
-                count, oldest = pending.get(sink.id, (0, line.written_at))
+                count, oldest = pending.get(sink.id, (0, delivery.escalation.written_at))
                 pending[sink.id] = (count + 1, oldest)
     return new, pending
 
@@ -8164,10 +8165,10 @@ def delivery_of(line: bytes, router: Router, loop_id: str, place: Position) -> D
     record = Record(
         place, place._replace(offset=place.offset + len(line) + 1, line=place.line + 1), line, len(line)
     )
-    escalation = parse_escalation(record, loop_id)
-    if isinstance(escalation, Unusable):
-        raise ValueError(escalation.reason_code)
-    return Delivery(record, escalation, router.resolve(escalation.category, escalation.severity), late=True)
+    delivery = router.route(record, loop_id, late=True)
+    if isinstance(delivery, Unusable):
+        raise ValueError(delivery.reason_code)
+    return delivery
 
 
 class Redelivery(NamedTuple):
@@ -8212,9 +8213,15 @@ def find_settled(job: Job, config: Config, state: State, wanted: Wanted) -> list
     router = Router(config)
     dead = find_dead_letters(job)
     found: dict[Key | tuple[str, str], Redelivery] = {}
-
-    def add(delivery: Delivery, place: JsonObject, sink_ids: Iterable[str]) -> None:
-        for name in sink_ids:
+    if wanted.lines is not None:
+        candidates = settled_in_source(job, router, state, *wanted.lines)
+    else:
+        candidates = settled_on_record(job, router, wanted.escalation, {key[:2] for key in dead})
+    for delivery, place, sinks in candidates:
+        resolution = delivery.resolution
+        # A disabled sink is meant where it is named.
+        routed = resolution.reached if wanted.sink_id else resolution.dispatchable
+        for name in [*sinks, *(sink.id for sink in routed)]:
             sink, lane = config.sinks.get(name), state.lanes.get(name)
             key = (*delivery.record.start[:2], name)
             waits = lane is not None and lane.position <= delivery.record.start and key not in dead
@@ -8224,50 +8231,65 @@ def find_settled(job: Job, config: Config, state: State, wanted: Wanted) -> list
             found_by = key if wanted.escalation is None else (delivery.escalation.id, name)
             if key in dead or (not wanted.dead_letters and found_by not in found):
                 found[found_by] = Redelivery(sink, delivery, place, key in dead)
+    if wanted.escalation is not None and not found:
+        check_on_record(job, wanted.escalation)
+    return list(found.values())
 
-    if wanted.lines is not None:
-        first, last = wanted.lines
-        line = 0
-        with Source(job.escalations_file, state.segments) as source:
-            for record in source.read(Position(source.current.number, 0, 0)) if source.current else ():
-                line = record.end.line
-                if line < first or (last is not None and line > last):
-                    continue
-                escalation = parse_escalation(record, job.loop_id)
-                if isinstance(escalation, Unusable):
-                    continue
-                resolution = router.resolve(escalation.category, escalation.severity)
-                delivery = Delivery(record, escalation, resolution, late=True)
-                add(delivery, record_place(record, source), [sink.id for sink in resolution.dispatchable])
-        if line < first:
-            said = f"{first} is beyond the end: {job.escalations_file} has {plural(line, 'line')}"
-            raise click.BadParameter(said, param_hint="--from-line")
-        return list(found.values())
-    dead_places = {key[:2] for key in dead}
-    on_record: set[str] = set()
+
+# A delivery, its place, and the sinks that are known to have been meant.
+Candidate = tuple[Delivery, JsonObject, Sequence[str]]
+
+
+def settled_in_source(
+    job: Job, router: Router, state: State, first: int, last: int | None
+) -> Iterator[Candidate]:
+    """The escalations of these lines of the current file. Raises BadParameter where it has fewer."""
+    line = 0
+    with Source(job.escalations_file, state.segments) as source:
+        for record in source.read(Position(source.current.number, 0, 0)) if source.current else ():
+            line = record.end.line
+            if line < first or (last is not None and line > last):
+                continue
+            delivery = router.route(record, job.loop_id, late=True)
+            if not isinstance(delivery, Unusable):
+                yield delivery, record_place(record, source), ()
+    if line < first:
+        said = f"{first} is beyond the end: {job.escalations_file} has {plural(line, 'line')}"
+        raise click.BadParameter(said, param_hint="--from-line")
+
+
+def settled_on_record(
+    job: Job, router: Router, escalation: str | None, places: Collection[tuple[int, int]]
+) -> Iterator[Candidate]:
+    """What the telemetry has of one escalation, or of the records at these places."""
     rows, _ = loop_rows(job, job.telemetry_file, Checkpoint())
     for row in rows:
         identity = row.get("escalationId")
-        if identity != wanted.escalation if wanted.escalation is not None else not is_at(row, dead_places):
-            continue
-        on_record.add(str(row.get("reasonCode")))
-        if not isinstance(row.get("escalation"), dict):
+        if identity != escalation if escalation is not None else not is_at(row, places):
             continue
         with contextlib.suppress(*MALFORMED):
-            place = row["position"]
-            delivery = delivery_of(encode_json(row["escalation"]), router, job.loop_id, start_of_row(row))
-            delivery = delivery._replace(escalation=delivery.escalation._replace(id=str(identity)))
+            body, place = row["escalation"], row["position"]
             sinks = [str(entry["id"]) for entry in row["sinks"]]
-            add(delivery, place, [*sinks, *(sink.id for sink in delivery.resolution.dispatchable)])
-    if wanted.escalation is not None and not found:
-        if not on_record:
-            where = f"see escalationId in {job.telemetry_file}"
-            said = f"no escalation {printable(wanted.escalation)!r} is on record; {where}"
-            raise click.BadParameter(said, param_hint="--id")
-        if unusable := on_record & UNUSABLE:
-            said = f"its line is no escalation ({unusable.pop()}): append a mended one to the source"
-            raise click.BadParameter(said, param_hint="--id")
-    return list(found.values())
+            if isinstance(body, dict):
+                delivery = delivery_of(encode_json(body), router, job.loop_id, start_of_row(row))
+                named = delivery.escalation._replace(id=str(identity))
+                yield delivery._replace(escalation=named), place, sinks
+
+
+def check_on_record(job: Job, escalation: str) -> None:
+    """Say why an escalation cannot be sent again, where that is so: it is not on record, or it is none.
+
+    Raises BadParameter.
+    """
+    rows, _ = loop_rows(job, job.telemetry_file, Checkpoint())
+    codes = {str(row.get("reasonCode")) for row in rows if row.get("escalationId") == escalation}
+    if not codes:
+        where = f"see escalationId in {job.telemetry_file}"
+        said = f"no escalation {printable(escalation)!r} is on record; {where}"
+        raise click.BadParameter(said, param_hint="--id")
+    if unusable := codes & {*UNUSABLE, "blank_line"}:
+        said = f"its line is no escalation ({unusable.pop()}): append a mended one to the source"
+        raise click.BadParameter(said, param_hint="--id")
 
 
 def is_at(row: JsonObject, places: Collection[tuple[int, int]]) -> bool:
@@ -8277,11 +8299,6 @@ def is_at(row: JsonObject, places: Collection[tuple[int, int]]) -> bool:
     except MALFORMED:
         return False
 
-
-# What a line is that cannot be sent to anybody.
-UNUSABLE = {
-    *("invalid_escalation_json", "missing_escalation_category", "escalation_too_large", "blank_line"),
-}
 
 # A sink that has failed is not asked again for the rest of a command.
 NOT_TRIED = "not_tried"

@@ -53,7 +53,7 @@ def delivery(record: Record, severity: str = "warning") -> program.Delivery:
     read = program.Record(start, end, line, len(line))
     escalation = program.parse_escalation(read, LOOP)
     assert isinstance(escalation, program.Escalation)
-    resolution = program.Resolution(escalation.category, severity, None, "info", True, {}, (), ())
+    resolution = program.Resolution(escalation.category, severity, None, "info", True, {}, (), (), ())
     return program.Delivery(read, escalation, resolution, late=False)
 
 

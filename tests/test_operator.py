@@ -806,6 +806,20 @@ def test_a_long_redelivery_keeps_the_rate_and_holds_up_no_alert(repo: Repo, serv
     assert [row["escalationId"] for row in repo.attempts() if row.get("byOperator")] == sent
 
 
+def test_lines_are_redelivered_to_a_disabled_sink_that_is_named(repo: Repo, server: SinkServer) -> None:
+    repo.append(*batch(3))
+    repo.dispatch()
+    config = to_all()
+    config["sinks"][CHAT]["enabled"] = False
+    repo.write_config(config)
+    server.forget()
+    lines_2_and_3 = ("redeliver", *repo.target, "--from-line", "2", "--yes")
+    assert repo.run(*lines_2_and_3, "--sink", CHAT).json["deliveredCount"] == 2
+    assert {request.path for request in server.requests} == {PATHS[CHAT]}
+    assert repo.run(*lines_2_and_3).json["deliveredCount"] == 4
+    assert len(server.received(PATHS[CHAT])) == 2
+
+
 def test_a_sink_that_was_put_back_is_sent_what_it_missed_at_its_rate(repo: Repo, server: SinkServer) -> None:
     config = to_all()
     config["sinks"][CHAT]["maxPerMinute"] = 60  # ten at once, then one in 1.2 s

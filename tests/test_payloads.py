@@ -475,6 +475,7 @@ def build(kind: str, line: bytes) -> ops_alert_dispatch.HttpRequest:
         should_dispatch=True,
         route={},
         selected=(sink,),
+        reached=(sink,),
         dispatchable=(sink,),
     )
     start, end = ops_alert_dispatch.Position(1, 0, 0), ops_alert_dispatch.Position(1, len(line) + 1, 1)

@@ -85,7 +85,7 @@ def delivery_of(record: dict[str, Any], severity: str = "warning", held: HeldBac
     escalation = program.parse_escalation(place, LOOP)
     assert isinstance(escalation, program.Escalation)
     severity = escalation.severity or severity
-    resolution = program.Resolution(escalation.category, severity, None, "info", True, {}, (), ())
+    resolution = program.Resolution(escalation.category, severity, None, "info", True, {}, (), (), ())
     return Delivery(place, escalation, resolution, late=False, held_back=held)
 
 
