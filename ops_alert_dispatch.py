@@ -1486,9 +1486,12 @@ class Source:
     complete lines end that were there when the pass began.
     """
 
-    def __init__(self, path: str, segments: Iterable[Segment] = ()) -> None:
+    def __init__(self, path: str, segments: Iterable[Segment] = (), seen_at: float | None = None) -> None:
         self.path = path
         self.segments = list(segments)
+        # When a pass has last accounted for what was there, and when this one looks: seconds since the epoch.
+        self._seen_at = seen_at
+        self.opened_at = 0.0
         self.present = False
         self.change: str | None = None
         self.stop = Position(0, 0, 0)
@@ -1500,6 +1503,7 @@ class Source:
         self._reading = threading.Lock()
 
     def __enter__(self) -> Self:
+        self.opened_at = time.time()
         try:
             self._locate()
         except OSError as error:
@@ -1519,7 +1523,8 @@ class Source:
         last = self.segments[-1] if self.segments else None
         if descriptor is not None and last is not None and file_identity(descriptor) == last.identity:
             last.attach(descriptor)
-        newer = self._find_rotated(descriptor) if self._missing() else []
+        may_have_moved = self._missing() or (last is None and self._seen_at is not None)
+        newer = self._find_rotated(descriptor) if may_have_moved else []
         if last is not None and last.descriptor is not None and last.descriptor == descriptor:
             self.current = last
         for found in newer:
@@ -1560,14 +1565,16 @@ class Source:
 
         Returns the files that were rotated after the last known one, open, oldest first. Raises OSError.
         """
-        newest = self.segments[-1]
+        newest = self.segments[-1] if self.segments else None
         for _ in range(FIND_TRIES):
             files = self._look_around(current)
             self._match(files, current)
-            newer: list[int] = []
-            if newest.descriptor is not None and newest.descriptor != current:
+            since: list[Neighbour] = []
+            if newest is None or newest.descriptor is None:
+                since = self._written_since(newest, files)
+            elif newest.descriptor != current:
                 since = self._rotated_since(newest, files)
-                newer = [found for file in since if (found := self._open_as(file)) is not None]
+            newer = [found for file in since if (found := self._open_as(file)) is not None]
             # A rotation that comes in between moves what was looked at.
             if [file[:3] for file in self._look_around(current)] == [file[:3] for file in files]:
                 return newer
@@ -1599,6 +1606,22 @@ class Source:
                 taken.add(file.identity)
             elif descriptor is not None and descriptor != current:
                 os.close(descriptor)
+
+    def _written_since(self, newest: Segment | None, files: Sequence[Neighbour]) -> list[Neighbour]:
+        """The rotated files, oldest first, that no pass can have seen, where the last known file is not to be
+        found, or there was none: they were written to since, and are no copies of it."""
+        held = {segment.identity for segment in self.segments if segment.descriptor is not None}
+        unseen: list[Neighbour] = []
+        for file in files:
+            is_new = self._seen_at is not None and file.written >= self._seen_at
+            if not file.key or not file.size or not is_new or file.identity in held:
+                continue
+            descriptor = self._open_as(file)
+            if descriptor is not None:
+                if newest is None or fingerprint(descriptor) != newest.fingerprint:
+                    unseen.append(file)
+                os.close(descriptor)
+        return unseen
 
     def _rotated_since(self, newest: Segment, files: Sequence[Neighbour]) -> list[Neighbour]:
         """The files that were rotated after the last known one, oldest first: those of a logrotate numbering
@@ -1799,7 +1822,7 @@ def neighbours(*paths: str) -> dict[str, tuple[int, str] | None]:
     keys: dict[str, tuple[int, str] | None] = {}
     for path in dict.fromkeys(paths):
         folder, base = os.path.split(path)
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             for name in os.listdir(folder):
                 key = rotation_key(base, name)
                 if name != base and (key or name.startswith(base)):
@@ -3586,8 +3609,9 @@ def check_room(folder: str, *files: str) -> None:
 
 
 @contextlib.contextmanager
-def loop_lock(path: str, wait: float = LOCK_WAIT_SECONDS) -> Iterator[bool]:
-    """Hold the loop's lock; yields whether it was to be had within `wait` seconds.
+def loop_lock(path: str, wait: float = LOCK_WAIT_SECONDS) -> Iterator[tuple[int, int] | None]:
+    """Hold the loop's lock; yields device and inode of the locked file, None where it was not to be had
+    within `wait` seconds.
 
     The kernel drops the lock with its process, so none is ever left behind. Raises StorageError.
     """
@@ -3603,7 +3627,7 @@ def loop_lock(path: str, wait: float = LOCK_WAIT_SECONDS) -> Iterator[bool]:
                     break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    yield False
+                    yield None
                     return
                 time.sleep(0.05)
             except OSError as error:
@@ -3611,7 +3635,7 @@ def loop_lock(path: str, wait: float = LOCK_WAIT_SECONDS) -> Iterator[bool]:
             # Whoever had it may have been told to go on without that file: the one that is there counts.
             os.close(cast("int", descriptor))
             descriptor = None
-        yield True
+        yield file_identity(descriptor)
     finally:
         if descriptor is not None:
             os.close(descriptor)
@@ -4094,6 +4118,8 @@ class State:
         self.taken_up: Position | None = None
         self.legacy_lines = 0
         self.segments: list[Segment] = []
+        # When a pass has last accounted for what the source held.
+        self.seen_at: float | None = None
         self.lanes: dict[str, Lane] = {}
         self.attempts = Checkpoint()
         self.telemetry = Checkpoint()
@@ -4118,6 +4144,7 @@ class State:
         if len(bytes.fromhex(state.salt)) > 64:  # what it keys takes no longer one
             raise ValueError("no salt")
         state.published = document
+        state.seen_at = parse_time(document.get("sourceSeenAt"))
         if "source" not in document:
             state.legacy_lines = count_from_json(document.get("escalationsLineOffset") or 0)
             return state
@@ -4141,10 +4168,12 @@ class State:
 
     def to_json(self, source: Source) -> JsonObject:
         """The fields that are added to those which the host reads."""
+        seen = {} if self.seen_at is None else {"sourceSeenAt": iso(self.seen_at)}
         if self.taken_up is None:  # a config that was found valid is, even where nothing was escalated yet
-            return {"configDigest": self.config_digest}
+            return {"configDigest": self.config_digest, **seen}
         return {
             "stateVersion": STATE_VERSION,
+            **seen,
             "source": {
                 "takenUp": position_to_json(self.taken_up, source),
                 "segments": [segment.to_json() for segment in self.segments],
@@ -4161,6 +4190,10 @@ class State:
 
     def _lost_to_json(self) -> JsonObject:
         return {code: {"count": count, "lastSeenAt": iso(at)} for code, (count, at) in self.lost.items()}
+
+    def open_source(self, path: str) -> Source:
+        """The source as it is now, to be entered."""
+        return Source(path, self.segments, self.seen_at)
 
     def note_lost(self, row: JsonObject) -> None:
         """Count what a row of the telemetry says is lost, if it says so."""
@@ -4289,8 +4322,9 @@ def load_state(job: Job, *, read_only: bool = False) -> State:
     # Where this fails a damaged file stays: without it the next pass would send everything.
     state = rebuild_state(job)
     if found is not None:
-        state.published = found.published
-    elif state.taken_up is None:
+        state.published, state.seen_at = found.published, found.seen_at
+    # One that an operator wrote, to begin at some line, holds no more than that.
+    if state.taken_up is None and (found is None or "updatedAt" in found.published):
         adopt_shell_telemetry(state, job, damaged=damaged)
     if damaged and not read_only:
         keep_damaged(job.state_file)
@@ -4539,6 +4573,7 @@ class Ledger:
         source: Source,
         redactor: Redactor,
         changed: threading.Condition | None = None,
+        lock: tuple[int, int] | None = None,
     ) -> None:
         self.job = job
         self.state = state
@@ -4546,7 +4581,7 @@ class Ledger:
         self.counts = Counts()
         self.changed = changed or threading.Condition()
         self.results: dict[Key, JsonObject] = state.remembered
-        self._lock = lock_identity(job.lock_file)
+        self._lock = lock or lock_identity(job.lock_file)
         self._attempts = JsonlFile(job.attempts_file, redactor)
         self._telemetry = JsonlFile(job.telemetry_file, redactor)
 
@@ -5380,7 +5415,12 @@ class SinkWorker:
         if missing:
             verdict = Verdict("misconfigured", "missing_secret", message=f"unset: {' '.join(missing)}")
         else:
-            verdicts = self._ask(run, batch)
+            try:
+                verdicts = self._ask(run, batch)
+            except BaseException:
+                with self._changed:
+                    self._in_flight = None
+                raise
             verdict = best_verdict(verdicts)
         with self._changed:
             self._in_flight = None
@@ -5597,6 +5637,7 @@ class Pass:
         source: Source,
         redactor: Redactor,
         changed: threading.Condition,
+        lock: tuple[int, int],
         clock: Clock,
         progress: Callable[[int], None],
     ) -> None:
@@ -5608,12 +5649,14 @@ class Pass:
         # Whoever drives it may give it a share of this.
         self.clock = clock
         self._progress = progress
-        self.ledger = Ledger(job, state, source, redactor, changed)
+        self.ledger = Ledger(job, state, source, redactor, changed, lock)
         # The lanes that may try, and those that wait.
         self.runs: dict[str, LaneRun] = {}
         self.held: dict[str, LaneRun] = {}
         # What it has failed for.
         self.error: DispatchError | None = None
+        # Whether the state does not know the source, the lanes or the config as they are now.
+        self._changed = False
 
     # -- before anything is sent
 
@@ -5629,10 +5672,10 @@ class Pass:
         self._open_lanes()
         busy = bool(self.runs or self.ledger.taken_up < self.source.stop or self.state.unrecorded)
         if busy:
-            self.ledger.prepare()
             # Rows name segments and lanes: the state must know them before the first row does.
             if self._changed or not self.state.published.get("source"):
                 self._save(self.state.published or self._summary("no_new_escalations"), durable=False)
+            self.ledger.prepare()
             self._write_owed_rows()
         return busy
 
@@ -5673,7 +5716,7 @@ class Pass:
                     self._apply_routes(sink_id, lane)
         state.config_digest, state.recount = self.config.digest, False
         state.rules = self.config.rules()
-        self._changed = changed or bool(lost) or bool(source.change)
+        self._changed |= changed or bool(lost or source.change) or len(source.segments) != len(state.segments)
 
     def _align_lanes(self) -> None:
         """Open lanes for new sinks, hold those of disabled ones, drop those of removed ones, on record."""
@@ -5706,6 +5749,7 @@ class Pass:
         changed = [
             s for s in source.segments[:-1] if s.number < newest and s.lost is not (s.descriptor is None)
         ]
+        self._changed |= bool(changed)
         for segment in changed:
             segment.lost = not segment.lost
         for sink_id, lane in lanes.items() if changed else ():
@@ -5913,7 +5957,7 @@ class Pass:
         return summarise(self.job, self.state, self.source, self.ledger.counts, status)
 
     def _save(self, summary: JsonObject, *, durable: bool) -> None:
-        self.state.segments = self.source.segments
+        self.state.segments, self.state.seen_at = self.source.segments, self.source.opened_at
         self.state.published = {**summary, **self.state.to_json(self.source)}
         replace_file(self.job.state_file, encode_json(self.state.published) + b"\n", durable=durable)
 
@@ -5997,20 +6041,27 @@ class Run:
         self._origin = Origin(first.repo, first.trace_id, time.time())
         self._workers: dict[str, SinkWorker] = {}
 
-    def open(self, job: Job, files: contextlib.ExitStack, progress: Callable[[int], None]) -> Pass:
-        """Open a pass over a loop whose lock is held; `files` closes what it reads.
+    def open(
+        self,
+        job: Job,
+        lock: tuple[int, int],
+        files: contextlib.ExitStack,
+        progress: Callable[[int], None],
+    ) -> Pass:
+        """Open a pass over a loop whose lock is held; `files` closes what it reads and writes.
 
         Raises StateError or StorageError.
         """
         state = load_state(job)
-        source = files.enter_context(Source(job.escalations_file, state.segments))
+        source = files.enter_context(state.open_source(job.escalations_file))
         for sink_id, lane in state.lanes.items():  # a sink's rate holds over all loops
             sink = self.router.config.sinks.get(sink_id)
             if sink is not None and sink.enabled and (lane.paced_until or 0.0) > time.time():
                 self._worker(sink).note_paid(lane.paced_until or 0.0)
         if any(secret in job.trace_id for secret in self.router.config.hidden):
             job = job._replace(trace_id=self.redactor.mask_value(job.trace_id))
-        found = Pass(job, self.router, state, source, self.redactor, self.changed, self.clock, progress)
+        shared = self.redactor, self.changed
+        found = Pass(job, self.router, state, source, *shared, lock, self.clock, progress)
         files.callback(found.ledger.close)
         return found
 
@@ -6130,11 +6181,12 @@ def run_loops(
             begun += 1
             files = everything.enter_context(contextlib.ExitStack())
             try:
-                if not files.enter_context(loop_lock(job.lock_file, wait)):
+                lock = files.enter_context(loop_lock(job.lock_file, wait))
+                if lock is None:
                     outcomes[job.loop_id] = locked_summary(job)
                     continue
                 run = run or Run(load_known_config(job, environ), job, stop)
-                found = run.open(job, files, progress)
+                found = run.open(job, lock, files, progress)
                 if found.begin():
                     busy.append((found, files))
                 else:
@@ -6199,13 +6251,15 @@ def note_invalid_config(job: Job, error: ConfigError, wait: float) -> None:
     with contextlib.suppress(ValueError, StateError, StorageError), loop_lock(job.lock_file, wait) as held:
         if not held:
             return
-        state = read_state(job) or State()
-        if not state.published and rebuild_state(job).taken_up is None:
-            # What is written now must not hide what the shell dispatcher has sent.
-            adopt_shell_telemetry(state, job, damaged=False)
-        with Source(job.escalations_file, state.segments) as source:
+        state = load_state(job)
+        with state.open_source(job.escalations_file) as source:
+            if state.taken_up is None and source.segments:
+                # Whatever becomes of the file until the config is mended: it goes out from here.
+                state.taken_up = after_lines(source, state.legacy_lines)
+                state.segments, state.seen_at = source.segments, source.opened_at
             seen = summarise(job, state, source, Counts(), "config_invalid")
-        document = {**(state.published or seen), **{key: seen[key] for key in LINE_COUNTS}}
+            known = {**(state.published or seen), **state.to_json(source)}
+        document = {**known, **{key: seen[key] for key in LINE_COUNTS}}
         zero = dict.fromkeys(("processedCount", "dispatchedCount", "skippedCount", "failedCount"), 0)
         document |= zero | {
             "updatedAt": iso(time.time()),
@@ -6247,7 +6301,7 @@ def plan_pass(job: Job, config: Config, *, show_payload: bool) -> JsonObject:
     state = load_state(job, read_only=True)
     plans: list[JsonObject] = []
     notes = config_warnings(config)
-    with Source(job.escalations_file, state.segments) as source:
+    with state.open_source(job.escalations_file) as source:
         if source.segments:
             plan = Plan(job, config, state, source, show_payload=show_payload)
             plans = list(plan.escalations())
@@ -7001,7 +7055,7 @@ def progress_bar(jobs: Sequence[Job]) -> Iterator[Callable[[int], None]]:
         state = State()
         with contextlib.suppress(ValueError, StateError):
             state = read_state(job) or state
-        with contextlib.suppress(DispatchError), Source(job.escalations_file, state.segments) as source:
+        with contextlib.suppress(DispatchError), state.open_source(job.escalations_file) as source:
             count = source.count_lines(state.taken_up or source.first())
             new += min(count, job.max_escalations) if job.max_escalations else count
     if not new:
@@ -7414,7 +7468,7 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
         told = (f"config not read: {job.config_file} is not there",)
         notes += told if config_valid is None else (error.headline, *error.faults)
     try:
-        with Source(job.escalations_file, state.segments) as source:
+        with state.open_source(job.escalations_file) as source:
             new, pending = count_new(job, state, config, source)
             if state.recount and state.taken_up is not None and config is not None:
                 router = Router(config)
@@ -8245,7 +8299,7 @@ def settled_in_source(
 ) -> Iterator[Candidate]:
     """The escalations of these lines of the current file. Raises BadParameter where it has fewer."""
     line = 0
-    with Source(job.escalations_file, state.segments) as source:
+    with state.open_source(job.escalations_file) as source:
         for record in source.read(Position(source.current.number, 0, 0)) if source.current else ():
             line = record.end.line
             if line < first or (last is not None and line > last):
@@ -8337,7 +8391,7 @@ def redeliver_all(
         stop.wait(pause)
         with (
             operator_session(job, wait=LONGEST_PASS) as state,
-            Source(job.escalations_file, state.segments) as source,
+            state.open_source(job.escalations_file) as source,
         ):
             settled = settled_by_operator(job, since)
             left = deque(item for item in left if item.key not in settled)
@@ -8637,7 +8691,7 @@ def skip(
         ]
 
     loaded = load_config(job.config_file, os.environ)
-    with operator_session(job) as state, Source(job.escalations_file, state.segments) as source:
+    with operator_session(job) as state, state.open_source(job.escalations_file) as source:
         if dead_letters:
             check_sink(loaded, sink_id)
         shown = find(state, source)
@@ -8652,7 +8706,7 @@ def skip(
             ask(f"Give up {plural(len(shown) + faded.total(), noun)}?", what, err=as_json)
         # No lock was held while a person thought: what a pass has delivered since then is not skipped.
         keys = {item.key for item in shown}
-        with operator_session(job) as state, Source(job.escalations_file, state.segments) as source:
+        with operator_session(job) as state, state.open_source(job.escalations_file) as source:
             found = find(state, source)
             ledger = Ledger(job, state, source, loaded.redactor())
             ledger.prepare()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import time
@@ -15,7 +16,7 @@ import pytest
 from alertmanager import Node, new_node, running_cluster, start_cluster, wait_until
 from conftest import MODULE_FILE, Repo, clean_env
 from escalations import LOOP, MAKERS, Record, health_critical, health_degraded, timestamp
-from loopback import HOST, TLS_PEM, SinkServer, accepted, error, hang, ok
+from loopback import HOST, TLS_PEM, Answer, Received, SinkServer, accepted, error, hang, ok
 from tools import needs_tool
 
 import ops_alert_dispatch as program
@@ -574,6 +575,28 @@ def test_a_lost_state_costs_no_peer_what_it_missed_after_an_operator_gave_someth
     other.forget()
     pair.dispatch()
     assert told(other) == ["missed"]
+
+
+def test_a_loop_that_fails_between_two_requests_waits_for_no_answer(
+    pair: Repo, peers: tuple[SinkServer, SinkServer]
+) -> None:
+    """What one peer has missed cannot be read any more, as the other one fails."""
+    one, behind = peers
+    config = fleet_config(timeoutSeconds=60)
+    pair.write_config(config)
+    behind.answer(ALERTS, error(503))
+    pair.append(alert("missed"))
+    pair.dispatch()
+
+    def fail(_: Received) -> Answer:
+        os.truncate(pair.source, 0)
+        return error(503)
+
+    one.answer(ALERTS, fail)
+    pair.append(alert("new"))
+    began = time.monotonic()
+    assert pair.dispatch().exit_code == 5
+    assert time.monotonic() - began < 30
 
 
 def test_a_peer_that_is_down_is_not_asked_again_after_the_time_budget(

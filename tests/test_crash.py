@@ -18,6 +18,8 @@ from crash import PER_MESSAGE, crash
 from escalations import CHAT, HOOK, PAGER, PATHS, escalation_id, health_critical, health_degraded, sink_config
 from loopback import Answer, SinkServer, accepted, error, ok
 
+import ops_alert_dispatch
+
 pytestmark = pytest.mark.slow
 
 # A pass leaves within two seconds of finding the lock held; the rest is for starting Python on a machine
@@ -309,6 +311,23 @@ def test_a_pass_that_found_the_lock_held_has_touched_nothing(repo: Repo, server:
     assert second["status"] == "locked"
     assert second["processedCount"] == 0
     assert after == before
+
+
+def test_a_lock_file_that_is_removed_as_a_pass_begins_does_not_look_like_its_own(repo: Repo) -> None:
+    repo.append(health_critical())
+    job = ops_alert_dispatch.make_job(str(repo.root), repo.loop)
+    with ops_alert_dispatch.loop_lock(job.lock_file) as lock:
+        Path(job.lock_file).unlink()
+        with ops_alert_dispatch.loop_lock(job.lock_file) as other:
+            assert lock != other
+            state = ops_alert_dispatch.State()
+            source = state.open_source(job.escalations_file)
+            redactor = ops_alert_dispatch.Redactor()
+            first = ops_alert_dispatch.Ledger(job, state, source, redactor, lock=lock)
+            second = ops_alert_dispatch.Ledger(job, state, source, redactor, lock=other)
+            with pytest.raises(ops_alert_dispatch.StorageError):
+                first.check_lock()
+            second.check_lock()
 
 
 def test_a_lock_left_by_a_killed_pass_does_not_count(repo: Repo, server: SinkServer) -> None:

@@ -1412,3 +1412,133 @@ def test_a_pass_whose_lock_file_is_removed_stops_before_another_one_repeats_it(
         assert len(counted) == 40
         # Only what was on its way as the second one began.
         assert counted.total() <= 41
+
+
+# --- The source: what no pass has seen before it was rotated
+
+
+def an_invalid_config(repo: Repo) -> None:
+    repo.append(*[record(f"r{number}") for number in range(3)])
+    repo.write_config("{")
+    assert repo.dispatch().exit_code == 3
+    repo.write_config(everywhere())
+
+
+def a_telemetry_that_cannot_be_written(repo: Repo) -> None:
+    repo.append(*[record(f"r{number}") for number in range(3)])
+    repo.telemetry_file.parent.write_text("in the way")
+    assert repo.dispatch().exit_code == 5
+    repo.telemetry_file.parent.unlink()
+
+
+def no_source_yet(repo: Repo) -> None:
+    assert repo.dispatch().json["status"] == "no_source"
+    repo.append(*[record(f"r{number}") for number in range(3)])
+
+
+def an_empty_source(repo: Repo) -> None:
+    repo.append("")
+    repo.dispatch()
+    repo.append(*[record(f"r{number}") for number in range(3)])
+
+
+def quiet_nights(repo: Repo) -> None:
+    repo.append(record("before"))
+    repo.dispatch()
+    for _ in range(2):
+        rotate(repo)
+        repo.source.touch()
+    repo.dispatch()
+    for old in repo.folder.glob("escalations.jsonl.*"):
+        old.unlink()
+    repo.append(*[record(f"r{number}") for number in range(3)])
+
+
+def the_last_known_file_compressed(repo: Repo) -> None:
+    repo.append(record("before"))
+    repo.dispatch()
+    rotated = rotate(repo)
+    with gzip.open(repo.folder / "escalations.jsonl.2.gz", "wb") as packed:
+        packed.write(rotated.read_bytes())
+    rotated.unlink()
+    repo.append(*[record(f"r{number}") for number in range(3)])
+
+
+@pytest.mark.parametrize("how", ["renamed", "copied"])
+@pytest.mark.parametrize(
+    "before",
+    [
+        an_invalid_config,
+        a_telemetry_that_cannot_be_written,
+        no_source_yet,
+        an_empty_source,
+        quiet_nights,
+        the_last_known_file_compressed,
+    ],
+)
+def test_what_was_rotated_before_any_pass_took_it_up_goes_out(
+    repo: Repo, server: SinkServer, before: Callable[[Repo], None], how: str
+) -> None:
+    # What was there before the first pass of all is history.
+    repo.folder.mkdir(parents=True)
+    history = repo.folder / "escalations.jsonl.7"
+    history.write_text(line(record("history")))
+    os.utime(history, (time.time() - 3600, time.time() - 3600))
+    before(repo)
+    if how == "renamed":
+        rotate(repo)
+    else:
+        shutil.copy(repo.source, repo.source.with_name(repo.source.name + ".1"))
+        os.truncate(repo.source, 0)
+    repo.append(record("new"))
+    for _ in range(2):
+        assert repo.dispatch().exit_code == 0
+    assert [name for name in names(server) if name != "before"] == ["r0", "r1", "r2", "new"]
+
+
+def test_a_file_that_was_taken_up_while_the_source_was_away_is_known_after_a_kill(
+    repo: Repo, server: SinkServer
+) -> None:
+    """Two rotations, and no new file yet; the pass over the second one is killed."""
+    repo.append(record("one"))
+    repo.dispatch()
+    rotate(repo)
+    repo.append(*[record(f"b{number}") for number in range(6)])
+    rotate(repo)
+    server.answer(PATHS[HOOK], ok().after(0.3))
+    process = repo.start("dispatch", *repo.target)
+    server.wait_for(4, PATHS[HOOK])
+    process.kill()
+    process.communicate()
+    (repo.folder / "escalations.jsonl.2").unlink()
+    rotate_on = repo.folder / "escalations.jsonl.1"
+    rotate_on.rename(repo.folder / "escalations.jsonl.2")
+    repo.append(*[record(f"c{number}") for number in range(9)])
+    server.answer(PATHS[HOOK], ok())
+    repo.dispatch()
+    sent = list(dict.fromkeys(names(server)))
+    assert sent == ["one", *(f"b{number}" for number in range(6)), *(f"c{number}" for number in range(9))]
+    assert all("rawLine" not in row for row in repo.telemetry())
+
+
+def test_a_link_into_a_folder_that_may_not_be_listed_stops_no_alert(
+    repo: Repo, server: SinkServer, tmp_path: Path
+) -> None:
+    real = tmp_path / "closed" / "log.jsonl"
+    real.parent.mkdir()
+    real.write_text(line(record("one")))
+    repo.folder.mkdir(parents=True)
+    repo.source.symlink_to(real)
+    repo.dispatch()
+    real.rename(real.with_name("log.jsonl.1"))
+    real.write_text(line(record("two")))
+    real.parent.chmod(0o311)
+    command = repo.command
+    if os.geteuid() == 0:
+        command = [needs_tool("setpriv"), "--bounding-set=-dac_override,-dac_read_search", *command]
+    try:
+        assert replace(repo, command=command).dispatch().json["processedCount"] == 1
+    finally:
+        real.parent.chmod(0o755)
+    every_sink_got(server, "one", "two")
+    assert "source_replaced" in {row.get("reasonCode") for row in repo.telemetry()}
