@@ -3699,9 +3699,9 @@ STATE_VERSION = 1
 # Far more than any state has; beyond it a file is none of ours.
 MAX_STATE_BYTES = 32 << 20
 
-# Of escalations that reached no sink and never will by themselves. How many they were is told for so many
-# seconds: until whoever is on duty has seen it.
-LOST = {*UNUSABLE, "source_lost", "source_replaced"}
+# Of escalations that did not reach a sink, or any, and never will by themselves. How many they were is told
+# for so many seconds: until whoever is on duty has seen it.
+LOST = {*UNUSABLE, "no_dispatchable_sinks", "sink_removed", "source_lost", "source_replaced"}
 LOSS_SHOWN = 86400.0
 
 # So many different things does a lane remember to have told: enough for what lasts, little for the state.
@@ -4204,6 +4204,14 @@ class State:
         dropped = row.get("droppedCount")
         count = count if at - last < LOSS_SHOWN else 0
         self.lost[code] = (count + (dropped if isinstance(dropped, int) else 1), max(last, at))
+
+    def note_found(self, count: int) -> None:
+        """Take back that so many deliveries were lost with a file: it is there again."""
+        lost, at = self.lost.get("source_lost", (0, 0.0))
+        if lost > count:
+            self.lost["source_lost"] = lost - count, at
+        else:
+            self.lost.pop("source_lost", None)
 
     def remember(self, attempts: Iterable[JsonObject], told: Collection[Key]) -> None:
         """Keep what settled a delivery whose row was not written before a crash.
@@ -4907,6 +4915,9 @@ QUICK_RETRY_SECONDS = 0.25
 TURN_RECORDS = 1000
 TURN_BYTES = 1 << 20
 
+# After so many attempts of one record, it may be the record that its sink cannot take.
+SAME_RECORD_ATTEMPTS = 10
+
 # As seconds until the next attempt.
 NOT_IN_THIS_PASS = float("inf")
 
@@ -5042,12 +5053,10 @@ def waiting_delivery(record: Record, lane: Lane, sink: Sink, router: Router, loo
     return delivery if lane.takes(record.start, delivery.escalation.kind) else None
 
 
-def count_backlog(
-    lane: Lane, sink: Sink, router: Router, source: Source, taken_up: Position, loop_id: str
-) -> None:
+def count_backlog(lane: Lane, waiting: Iterable[Delivery]) -> None:
     """Count anew what waits in a lane, and find the timestamp of the first that has one."""
     lane.waiting_count, lane.oldest_pending_at = 0, None
-    for delivery in backlog(lane, sink, router, source, taken_up, loop_id):
+    for delivery in waiting:
         lane.note_put_off(delivery.escalation.timestamp)
 
 
@@ -5126,7 +5135,8 @@ class LaneRun:
         self._records = self._read()
         # What was read and not settled, in order; and how many of these go out one by one.
         self._put_back: deque[tuple[Record, Delivery | None]] = deque()
-        self._single = 0
+        # What fails together again and again is sent one by one: it may be one record of it.
+        self._single = self._batch_size if self.lane.attempts >= SAME_RECORD_ATTEMPTS else 0
 
     def behind(self, record: Record) -> bool:
         """Tell whether the lane is still to come to a record in this pass. The ledger's lock is held."""
@@ -5712,7 +5722,7 @@ class Pass:
             if changed and before is not None:
                 self._reroute(before)
             for sink_id, lane in state.lanes.items():
-                if lane.waiting_count or state.recount:
+                if lane.waiting_count or lane.position < self.ledger.taken_up:
                     self._apply_routes(sink_id, lane)
         state.config_digest, state.recount = self.config.digest, False
         state.rules = self.config.rules()
@@ -5752,12 +5762,18 @@ class Pass:
         self._changed |= bool(changed)
         for segment in changed:
             segment.lost = not segment.lost
+        back = {segment.number for segment in changed if not segment.lost}
         for sink_id, lane in lanes.items() if changed else ():
             if lane.position.segment > changed[-1].number:
                 continue
             before = lane.waiting_count
             self._recount(sink_id, lane)
-            if (dropped := before - lane.waiting_count) > 0:
+            returned = 0
+            if back:
+                found = self._backlog(sink_id, lane)
+                returned = sum(delivery.record.start.segment in back for delivery in found)
+                self.state.note_found(returned)
+            if (dropped := before + returned - lane.waiting_count) > 0:
                 message = (
                     f"{plural(dropped, 'delivery')} to {sink_id} lost: the file that held the records "
                     f"was removed, compressed or truncated before they were sent"
@@ -5775,17 +5791,27 @@ class Pass:
                 self.ledger.write_event(sink_id, "skipped", "route_changed", None, message, rerouted=count)
 
     def _apply_routes(self, sink_id: str, lane: Lane) -> None:
-        """Count what waits in a lane under the routes of a changed config; what they drop is on record."""
+        """Count what waits in a lane under the routes of a changed config; what they drop, and what they add
+        to what the lane has yet to come to, is on record."""
         waited = lane.waiting_count
         self._recount(sink_id, lane)
-        # What was rebuilt from telemetry is counted for the first time.
-        if not self.state.recount and (dropped := waited - lane.waiting_count) > 0:
+        if self.state.recount:  # what was rebuilt from telemetry is counted for the first time
+            return
+        if (dropped := waited - lane.waiting_count) > 0:
             message = f"{plural(dropped, 'delivery')} waited for {sink_id}, where no route leads any more"
             self.ledger.write_event(sink_id, "skipped", "route_changed", dropped, message)
+        elif dropped < 0:
+            message = (
+                f"{plural(-dropped, 'delivery')} that {sink_id} has yet to come to, and a route leads to now"
+            )
+            self.ledger.write_event(sink_id, "skipped", "route_changed", None, message, rerouted=-dropped)
+
+    def _backlog(self, sink_id: str, lane: Lane) -> Iterator[Delivery]:
+        sink, taken_up = self.config.sinks[sink_id], self.ledger.taken_up
+        return backlog(lane, sink, self.router, self.source, taken_up, self.job.loop_id)
 
     def _recount(self, sink_id: str, lane: Lane) -> None:
-        sink, taken_up = self.config.sinks[sink_id], self.ledger.taken_up
-        count_backlog(lane, sink, self.router, self.source, taken_up, self.job.loop_id)
+        count_backlog(lane, self._backlog(sink_id, lane))
 
     def _open_lanes(self) -> None:
         """Find the lanes that have something to go through, and which of them may try."""
@@ -7327,8 +7353,6 @@ def resolution_text(resolution: Resolution) -> str:
 
 # Failure reasons are counted over this much of the end of the telemetry.
 RECENT_BYTES = 1 << 20
-# After so many attempts of one record, it may be the record that its sink cannot take.
-SAME_RECORD_ATTEMPTS = 10
 # An unfinished line whose writer has been silent for so many seconds is told of.
 WRITER_GRACE = 60.0
 Health = Literal["ok", "warning", "critical", "disabled", "unknown"]
@@ -7469,12 +7493,13 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
         notes += told if config_valid is None else (error.headline, *error.faults)
     try:
         with state.open_source(job.escalations_file) as source:
-            new, pending = count_new(job, state, config, source)
+            new, oldest_new, pending = count_new(job, state, config, source)
             if state.recount and state.taken_up is not None and config is not None:
                 router = Router(config)
                 for sink_id, lane in state.lanes.items():
                     if sink := config.sinks.get(sink_id):
-                        count_backlog(lane, sink, router, source, state.taken_up, job.loop_id)
+                        waiting = backlog(lane, sink, router, source, state.taken_up, job.loop_id)
+                        count_backlog(lane, waiting)
             pending_lines = find_pending_lines(job, state, config, source)
     except OSError as error:
         raise storage_error("read", job.escalations_file, error) from None
@@ -7531,7 +7556,7 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
         "failureReasons": count_failures(rows),
         "untakenCount": new,
         "configValid": config_valid,
-        "silent": is_silent(job, document, sinks, new, critical_after, now),
+        "silent": is_silent(document, last, sinks, new, oldest_new, critical_after, now),
     }
     findings = list(find_troubles(job, found, known or document is not None, was_invalid=was_invalid))
     if not (config_valid is False or not (known or document)):
@@ -7555,25 +7580,26 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
 
 def count_new(
     job: Job, state: State, config: Config | None, source: Source
-) -> tuple[int, dict[str, tuple[int, str | None]]]:
-    """Count what no pass has taken up yet: in all, and for each sink with the oldest one's timestamp."""
+) -> tuple[int, str | None, dict[str, tuple[int, str | None]]]:
+    """Count what no pass has taken up yet: in all, and for each sink; with the timestamp of the oldest."""
     router = Router(config) if config else None
-    new = 0
+    new, oldest_new = 0, None
     pending: dict[str, tuple[int, str | None]] = {}
     if not source.segments:
-        return 0, {}
+        return 0, None, {}
     start = state.taken_up or after_lines(source, state.legacy_lines)
     for record in source.read(source.readable_from(start) or start):
         new += 1
-        delivery = router.route(record, job.loop_id, late=False) if router else None
-        if delivery is None or isinstance(delivery, Unusable):
+        line = parse_escalation(record, job.loop_id)
+        if isinstance(line, Unusable):
             continue
-        for sink in delivery.resolution.dispatchable:
+        oldest_new = oldest_new or line.written_at
+        for sink in router.resolve(line.category, line.severity).dispatchable if router else ():
             lane = state.lanes.get(sink.id)
             if lane is None or lane.position <= record.start:  # else it has been sent, its row is to come
-                count, oldest = pending.get(sink.id, (0, delivery.escalation.written_at))
+                count, oldest = pending.get(sink.id, (0, line.written_at))
                 pending[sink.id] = (count + 1, oldest)
-    return new, pending
+    return new, oldest_new, pending
 
 
 def find_pending_lines(job: Job, state: State, config: Config | None, source: Source) -> dict[str, int]:
@@ -7581,7 +7607,7 @@ def find_pending_lines(job: Job, state: State, config: Config | None, source: So
     found: dict[str, int] = {}
     for sink_id, lane in state.lanes.items():
         sink = config.sinks.get(sink_id) if config else None
-        if config and sink and state.taken_up and source.current and lane.attempts >= SAME_RECORD_ATTEMPTS:
+        if config and sink and state.taken_up and source.current and lane.attempts > SAME_RECORD_ATTEMPTS:
             waiting = backlog(lane, sink, Router(config), source, state.taken_up, job.loop_id)
             first = next(waiting, None)
             if first is not None and first.record.start.segment == source.current.number:
@@ -7674,9 +7700,8 @@ def find_troubles(job: Job, status: JsonObject, ran: bool, *, was_invalid: bool)
         yield Finding("unknown", "no pass has run yet", f"run {dispatch}, or hook it into reconcile")
         return
     if status["silent"]:
-        words = (
-            f"no pass has run since {status['alerts']['dispatch']['updatedAt']}, and something waits for one"
-        )
+        last = (status["alerts"]["dispatch"] or {}).get("updatedAt") or "who knows when"
+        words = f"no pass has run since {last}, and something waits for one"
         yield Finding(
             "critical", words, f"see why reconcile, or the timer, runs none; {dispatch} runs one now"
         )
@@ -7722,24 +7747,40 @@ def find_troubles(job: Job, status: JsonObject, ran: bool, *, was_invalid: bool)
         yield Finding("warning", words, 'set "enabled": true on a sink in the config')
 
 
+def where_it_worked(job: Job) -> Job:
+    """A job on the source and the telemetry of the last pass, where there are none at the places that this
+    one names."""
+    document: JsonObject = {}
+    files: dict[str, Any] = {}
+    with contextlib.suppress(ValueError, StateError):
+        document = read_state_document(job.state_file) or {}
+    for key, name in (("escalationsFile", "escalations_file"), ("dispatchTelemetryFile", "telemetry_file")):
+        path = document.get(key)
+        if isinstance(path, str) and os.path.isfile(path) and not os.path.lexists(getattr(job, name)):
+            files[name] = path
+    return job._replace(**files)
+
+
 def is_silent(
-    job: Job,
     document: JsonObject | None,
+    last: JsonObject | None,
     sinks: Sequence[JsonObject],
     new: int,
+    oldest_new: str | None,
     critical_after: float,
     now: float,
 ) -> bool:
-    """Tell whether no pass runs any more, though something has waited for one for too long."""
-    worked = parse_time((document or {}).get("updatedAt"))
-    lagging = [sink for sink in sinks if sink["lagCount"] and sink["health"] != "disabled"]
-    if worked is None or now - worked <= critical_after or not (new or lagging):
-        return False
-    written = [at for sink in lagging if (at := parse_time(sink["oldestPendingAt"])) is not None]
-    if not written:
-        found = stat_of(job.escalations_file)
-        written = [found.st_mtime] if found else []
-    return bool(written) and now - min(written) > critical_after
+    """Tell whether no pass runs any more, though something has waited for one for too long.
+
+    `last`: the last row of the telemetry, for when the state does not say when a pass has run. Of what has no
+    timestamp it is not known since when it waits: for long, that is.
+    """
+    waiting = [sink["oldestPendingAt"] for sink in sinks if sink["lagCount"] and sink["health"] != "disabled"]
+    waiting += [oldest_new] if new else []
+    times = (parse_time((row or {}).get(key)) for row, key in ((document, "updatedAt"), (last, "timestamp")))
+    worked = next((at for at in times if at is not None and at <= now + WRITER_GRACE), 0.0)
+    since = min((parse_time(at) or 0.0 for at in waiting), default=now)
+    return now - max(worked, 0.0) > critical_after and now - since > critical_after
 
 
 def find_lost(job: Job, state: State, now: float) -> Iterator[Finding]:
@@ -7754,6 +7795,15 @@ def find_lost(job: Job, state: State, now: float) -> Iterator[Finding]:
         elif code == "source_lost":
             words = f"{plural(count, 'delivery')} lost ({code}, at {last})"
             advice = "keep a few rotations of the source, uncompressed, for as long as a sink may be down"
+        elif code == "sink_removed":
+            words = f"{plural(count, 'delivery')} given up with a sink that was removed ({code}, at {last})"
+            advice = "where that was not wanted, put the sink back under its id, then `redeliver` to it"
+        elif code == "no_dispatchable_sinks":
+            words = f"{plural(count, 'escalation')} reached nobody: no sink enabled ({code}, last at {last})"
+            advice = (
+                "enable a sink of their route, then `redeliver` what was missed; where nobody is to be told, "
+                "raise the route's minSeverity"
+            )
         else:
             words = f"{plural(count, 'line')} of the source sent to nobody ({code}, last at {last})"
             select = shell_line("jq", "-c", f'select(.reasonCode == "{code}")', job.telemetry_file)
@@ -8052,7 +8102,7 @@ def status(
     errors += odd.items()
     for name in found:
         try:
-            job = make_job(repo, name, alert_config_file, *files)
+            job = where_it_worked(make_job(repo, name, alert_config_file, *files))
             statuses.append(loop_status(job, critical_after))
         except DispatchError as error:  # it does not hide the other loops
             errors.append((name, error))

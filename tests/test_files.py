@@ -1335,10 +1335,29 @@ def test_a_file_that_is_back_before_its_turn_is_sent_after_all(
     assert repo.dispatch().json["waitingCount"] == 2
     shutil.copy(away, oldest)
     assert repo.dispatch().json["waitingCount"] == 3
+    assert "source_lost" not in repo.state().get("lost", {}), "it is not lost any more"
     server.answer("/hook", ok())
     server.forget()
     assert repo.dispatch().json["waitingCount"] == 0
     assert names(server) == ["one", "two", "three"]
+
+
+def test_a_file_that_goes_is_on_record_though_another_one_comes_back(
+    repo: Repo, server: SinkServer, tmp_path: Path
+) -> None:
+    server.answer("/hook", error(503))
+    for name in ("one", "two"):
+        repo.append(record(name))
+        repo.dispatch()
+        rotate(repo)
+    first, second = (repo.source.with_name(f"{repo.source.name}.{number}") for number in (2, 1))
+    repo.append(record("three"))
+    first.rename(tmp_path / "first")
+    assert repo.dispatch().json["waitingCount"] == 2
+    second.unlink()
+    (tmp_path / "first").rename(first)
+    assert repo.dispatch().json["waitingCount"] == 2
+    assert [row["droppedCount"] for row in repo.telemetry() if "droppedCount" in row] == [1, 1]
 
 
 def test_a_line_that_a_rotated_file_began_with_too_is_sent_again_from_the_new_one(

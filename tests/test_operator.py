@@ -1084,7 +1084,7 @@ def test_a_state_of_a_config_without_an_enabled_sink_is_rebuilt_too(repo: Repo) 
     repo.dispatch()
     assert repo.state()["lanes"] == {}
     repo.state_file.unlink()
-    assert status(repo)["verdict"] == "no sink is enabled: nothing is sent"
+    assert status(repo)["verdict"].startswith("no sink is enabled: nothing is sent")
     assert repo.dispatch().json["processedCount"] == 0
     assert repo.state()["escalationsLineOffset"] == 2
 

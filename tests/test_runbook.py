@@ -269,9 +269,10 @@ def test_replay_after_an_outage(recipe: Recipe, host: Repo, server: SinkServer) 
     host.dispatch()
     server.forget()
     lines = [row.split("\t") for row in recipe.run(0).stdout.splitlines()]
-    assert [(row[0], row[2], row[3]) for row in lines] == [
+    assert [(row[1], row[3], row[4]) for row in lines] == [
         (str(number), "health_degraded", "dispatched") for number in range(1, 5)
     ]
+    assert [row[5] for row in lines] == ids(host)
     recipe.run(1)
     first, second, third, _ = ids(host)
     assert told_to_slack(server) == [second, third, first]

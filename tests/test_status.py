@@ -20,13 +20,15 @@ from escalations import (
     PAGER,
     PATHS,
     batch,
+    escalation_ids,
     health_critical,
     health_degraded,
     sink_config,
     timestamp,
 )
-from loopback import SinkServer, closed_port, error, hang, ok
+from loopback import SinkServer, closed_port, error, hang, ok, rate_limited
 from operate import check, make_backlog, make_dead_letter, sink_of, to_all
+from promise import check_promise
 from tools import needs_tool
 
 import ops_alert_dispatch
@@ -192,7 +194,7 @@ def test_the_one_line_that_a_sink_chokes_on_is_named_with_what_gives_it_up(
     """The sink answers it with 500, and would take what waits behind it."""
     server.answer("/hook", lambda sent: error(500) if sent.json["escalation"]["traceId"] == "bad" else ok())
     repo.append(health_critical(), health_critical(traceId="bad"), *batch(3))
-    for _ in range(9):
+    for _ in range(10):
         repo.dispatch()
     assert sink_of(look(repo), HOOK)["pendingLine"] is None
     repo.dispatch()
@@ -202,6 +204,28 @@ def test_the_one_line_that_a_sink_chokes_on_is_named_with_what_gives_it_up(
     assert repo.run(*command.split(), "--yes").json["skippedCount"] == 1
     assert repo.dispatch().json["waitingCount"] == 0
     assert check(repo)[0] == 0
+
+
+def test_the_one_record_that_a_sink_chokes_on_does_not_hold_up_those_it_is_sent_with(
+    repo: Repo, server: SinkServer
+) -> None:
+    config = to_all()
+    config["sinks"][CHAT]["maxPerMessage"] = 3
+    repo.write_config(config)
+    records = [health_critical(traceId=str(number)) for number in range(5)]
+    repo.append(*records)
+    bad = ops_alert_dispatch.escalation_id(repo.loop, json.dumps(records[2], separators=(",", ":")).encode())
+    server.answer(PATHS[CHAT], lambda sent: error(500) if bad in escalation_ids(sent) else ok())
+    repo.dispatch()
+    assert bad in {row["escalationId"] for row in repo.telemetry()}
+    for _ in range(10):
+        repo.dispatch()
+    assert repo.state()["waitingCount"] == 3
+    for _ in range(11):
+        repo.dispatch()
+    assert sink_of(look(repo), CHAT)["pendingLine"] == 3
+    assert repo.run("skip", *repo.target, "--sink", CHAT, "--to-line", "3", "--yes").json["skippedCount"] == 1
+    assert repo.dispatch().json["waitingCount"] == 0
 
 
 def backdate(repo: Repo, seconds: float) -> None:
@@ -237,12 +261,93 @@ def test_that_no_pass_runs_any_more_is_seen_where_no_record_has_a_time_and_no_co
     repo.append(*batch(2))
     repo.dispatch()
     backdate(repo, 90_000)
+    repo.config_file.rename(repo.root / "elsewhere")
+    repo.append(health_critical())
+    assert check(repo)[0] == 1  # it has just been written
     repo.append({"category": "health_critical", "traceId": "timeless"})
+    (repo.root / "elsewhere").rename(repo.config_file)
+    repo.dispatch()
+    backdate(repo, 90_000)
+    repo.append({"category": "health_critical", "traceId": "timeless, too"})
+    assert check(repo)[0] == 2
+
+
+@pytest.mark.parametrize("said", ["2099-01-01T00:00:00Z", "yesterday", None])
+def test_that_no_pass_runs_any_more_is_seen_whatever_the_state_says_of_the_last_one(
+    repo: Repo, said: str | None
+) -> None:
+    repo.append(*batch(2))
+    repo.dispatch()
+    rows = [{**row, "timestamp": timestamp(90_000)} for row in repo.telemetry()]
+    repo.telemetry_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if said is None:
+        repo.state_file.unlink()
+    else:
+        repo.state_file.write_text(json.dumps({**repo.state(), "updatedAt": said}))
+    repo.append(health_critical(seconds_ago=3600))
+    assert check(repo)[0] == 2
+
+
+def test_a_monitor_sees_what_waits_in_files_that_are_elsewhere(repo: Repo, tmp_path: Path) -> None:
+    source = tmp_path / "elsewhere.jsonl"
+    source.write_text(json.dumps(health_critical()) + "\n")
+    elsewhere = (
+        "--escalations-file",
+        str(source),
+        "--dispatch-telemetry-file",
+        str(tmp_path / "alerts.jsonl"),
+    )
+    repo.dispatch(*elsewhere)
+    assert check(repo)[0] == 0
+    with source.open("a") as file:
+        file.write(json.dumps(health_critical()) + "\n")
     assert check(repo)[0] == 1
-    os.utime(repo.source, (time.time() - 3600, time.time() - 3600))
-    assert check(repo)[0] == 2
-    repo.config_file.unlink()
-    assert check(repo)[0] == 2
+    assert "1 delivery waiting" not in check(repo, "--loop", repo.loop, "--escalations-file", "/none")[1]
+
+
+def test_what_reached_nobody_is_a_warning_for_a_day(repo: Repo, server: SinkServer) -> None:
+    config = to_all()
+    config["sinks"][CHAT]["enabled"] = False
+    config["routing"]["routes"] = [{"category": "health_critical", "sinks": [CHAT]}]
+    repo.write_config(config)
+    repo.append(health_critical(), health_degraded())
+    assert repo.dispatch().json["status"] == "success"
+    code, line = check(repo)
+    assert (code, "1 escalation reached nobody: no sink enabled" in line) == (1, True)
+
+
+def test_what_was_given_up_with_a_removed_sink_is_a_warning_for_a_day(repo: Repo, server: SinkServer) -> None:
+    """A sink that was renamed, say: what waited for it is not sent to the new one."""
+    make_backlog(repo, server, 3)
+    config = to_all()
+    config["sinks"]["renamed"] = config["sinks"].pop(CHAT)
+    config["routing"]["defaultSinks"] = [HOOK, PAGER, "renamed"]
+    repo.write_config(config)
+    repo.dispatch()
+    code, line = check(repo)
+    assert (code, "3 deliveries given up with a sink that was removed" in line) == (1, True)
+
+
+def test_what_a_route_leads_to_again_is_not_taken_for_delivered(repo: Repo, server: SinkServer) -> None:
+    """A sink waits out its failure while a route is changed, and changed back."""
+    config = to_all(backoffSeconds={"initial": 0, "max": 0})
+    repo.write_config(config)
+    server.answer(PATHS[CHAT], rate_limited(3000))
+    repo.append(*(health_critical(traceId=str(number)) for number in range(5)))
+    repo.dispatch()
+    changed = json.loads(json.dumps(config))
+    changed["routing"]["routes"] = [{"category": "health_critical", "sinks": [HOOK]}]
+    repo.write_config(changed)
+    assert repo.dispatch().json["waitingCount"] == 0
+    repo.write_config(config)
+    assert repo.dispatch().json["waitingCount"] == 5
+    assert check(repo)[0] == 1
+    server.answer(PATHS[CHAT], ok())
+    server.forget()
+    assert repo.dispatch("--now").json["waitingCount"] == 0
+    assert len(server.received(PATHS[CHAT])) == 5
+    assert check(repo)[0] == 0
+    check_promise(repo)
 
 
 def test_the_worst_loop_is_on_top_for_people(repo: Repo, server: SinkServer) -> None:
