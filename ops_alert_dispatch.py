@@ -1707,12 +1707,8 @@ class Source:
 
         Raises StorageError when the disk fails, or where a file was truncated and no copy is to be found.
         """
-        stop = stop or self.stop
-        for segment in self.segments:
-            if not start.segment <= segment.number <= stop.segment or segment.descriptor is None:
-                continue
-            at = start if segment.number == start.segment else Position(segment.number, 0, 0)
-            limit = stop.offset if segment.number == stop.segment else segment.stop
+        for segment, begin, limit in self._stretches(start, stop):
+            at = begin
             for line, size, offset in read_lines(functools.partial(self._pread, segment), at.offset, limit):
                 end = Position(segment.number, offset, at.line + 1)
                 yield Record(at, end, line, size)
@@ -1749,20 +1745,24 @@ class Source:
 
     def count_lines(self, start: Position, stop: Position | None = None) -> int:
         """Count the complete lines between two places, at the speed of the disk."""
-        stop = stop or self.stop
         count = 0
-        for segment in self.segments:
-            if not start.segment <= segment.number <= stop.segment or segment.descriptor is None:
-                continue
-            at = start.offset if segment.number == start.segment else 0
-            limit = stop.offset if segment.number == stop.segment else segment.stop
-            while at < limit:
-                chunk = os.pread(segment.descriptor, min(1 << 20, limit - at), at)
+        for segment, at, limit in self._stretches(start, stop):
+            offset = at.offset
+            while offset < limit:
+                chunk = os.pread(cast("int", segment.descriptor), min(1 << 20, limit - offset), offset)
                 if not chunk:
                     break
                 count += chunk.count(b"\n")
-                at += len(chunk)
+                offset += len(chunk)
         return count
+
+    def _stretches(self, start: Position, stop: Position | None) -> Iterator[tuple[Segment, Position, int]]:
+        """The segments between two places that are at hand, and of each from where to which offset."""
+        stop = stop or self.stop
+        for segment in self.segments:
+            if start.segment <= segment.number <= stop.segment and segment.descriptor is not None:
+                at = start if segment.number == start.segment else Position(segment.number, 0, 0)
+                yield segment, at, stop.offset if segment.number == stop.segment else segment.stop
 
     def mark_taken_up(self, position: Position) -> None:
         """Note in the segments up to where they were taken up, and what stands before those places."""
@@ -2923,6 +2923,11 @@ class Client:
         # The same of the proxy that the environment names for it.
         self.proxy: str | None = None
         self._verify: str | bool = True
+        # What each request has in common, known with the first one.
+        self._target = ""
+        self._headers: Mapping[str, str] = {}
+        self._retries: Any = None
+        self._deadline: Any = None
         self._pool: HTTPConnectionPool | None = None
         # A connection whose last answer was read to its end, and when; how often the sink hung up on one.
         self._kept: HTTPConnection | None = None
@@ -2958,10 +2963,10 @@ class Client:
         adapter.cert_verify(pool, url, self._verify, None)
         careful, _ = response_classes()
         pool.ConnectionCls = type("Connection", (pool.ConnectionCls,), {"response_class": careful})
-        self._target: str = adapter.request_url(prepared, proxies)
+        self._target = adapter.request_url(prepared, proxies)
         self._headers = {"User-Agent": f"{PROGRAM}/{__version__}", **prepared.headers}
         if not self._target.startswith("/"):  # a proxy is asked for the whole URL, and wants its own headers
-            self._headers |= pool.proxy_headers
+            self._headers = {**self._headers, **pool.proxy_headers}
         self._retries = adapter.max_retries
         self._deadline = urllib3.Timeout(total=self.timeout)
         return cast("HTTPConnectionPool", pool)
@@ -3322,8 +3327,7 @@ class Connections:
         waited_for.clear()
         for name in late:
             self._clients.pop(name, None)
-            message = f"no complete answer from {name} within {self.sink.timeout_seconds:g} s"
-            verdicts.setdefault(name, Verdict("retry", "request_failed", message=message))
+            verdicts.setdefault(name, timed_out(self.sink, name))
         return {name: verdicts[name] for name in peers}
 
     def _attempt(self, name: str, request: HttpRequest, redactor: Redactor) -> Verdict:
@@ -3355,6 +3359,12 @@ def host_of(url: str) -> str:
     host = f"[{host}]" if ":" in host else host
     usual = {"http": 80, "https": 443}.get(parts.scheme)
     return f"{host}:{parts.port}" if parts.port not in (None, usual) else host
+
+
+def timed_out(sink: Sink, *places: str) -> Verdict:
+    """A sink, or some peers of it, have not answered in time."""
+    message = f"no complete answer from {', '.join(places)} within {sink.timeout_seconds:g} s"
+    return Verdict("retry", "request_failed", message=message)
 
 
 def best_verdict(verdicts: Mapping[str, Verdict]) -> Verdict:
@@ -4589,6 +4599,8 @@ class Ledger:
         self.counts = Counts()
         self.changed = changed or threading.Condition()
         self.results: dict[Key, JsonObject] = state.remembered
+        # Whether there was anything to flush.
+        self.wrote = False
         self._lock = lock or lock_identity(job.lock_file)
         self._attempts = JsonlFile(job.attempts_file, redactor)
         self._telemetry = JsonlFile(job.telemetry_file, redactor)
@@ -5600,9 +5612,7 @@ class SinkWorker:
             return left
         (run, batch), self._in_flight = self._in_flight, None
         self._abandoned, self._down = True, run
-        places = ", ".join(self._connections.peers)
-        message = f"no complete answer from {places} within {self.sink.timeout_seconds:g} s"
-        verdict = Verdict("retry", "request_failed", message=message)
+        verdict = timed_out(self.sink, *self._connections.peers)
         if not run.ending:
             try:
                 self._settle(run, batch, verdict, self._policy.max_attempts_per_pass)
@@ -6547,7 +6557,7 @@ def is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty()
 
 
-def wants_json(form: Format, pretty: bool) -> bool:
+def wants_json(form: str, pretty: bool) -> bool:
     return form == "json" or pretty or (form == "auto" and not is_terminal(sys.stdout))
 
 
@@ -6743,19 +6753,12 @@ def dispatch(
     if all_loops and any(files):
         raise click.UsageError("--all-loops works on each loop's own files: name none")
     trace = printable(trace_id) if trace_id else new_trace_id()
-    jobs: list[Job] = []
-    found, odd = ([loop_id], {}) if loop_id is not None else find_loops(absolute(repo))
-    unusable: dict[str, Result] = dict(odd)
-    for name in longest_ago(absolute(repo), found):
-        try:
-            job = make_job(repo, name, alert_config_file, *files, trace_id=trace)
-        except (click.UsageError, DispatchError) as fault:
-            if not all_loops:
-                raise
-            stopped = fault if isinstance(fault, DispatchError) else StorageError(fault.format_message())
-            unusable[name] = stopped
-            continue
-        jobs.append(job._replace(max_escalations=max_escalations, time_budget=time_budget, now=at_once))
+    found, unusable = make_jobs(repo, loop_id, alert_config_file, *files, trace_id=trace)
+    # Those first that were served longest ago: so none is left out for ever.
+    jobs = [
+        job._replace(max_escalations=max_escalations, time_budget=time_budget, now=at_once)
+        for job in sorted(found, key=last_served)
+    ]
     if dry_run:
         outcomes = plan_loops(jobs, os.environ, show_payload=show_payload)
     else:
@@ -6841,15 +6844,11 @@ def is_loop(folder: str) -> bool:
     return False
 
 
-def longest_ago(repo: str, loops: Iterable[str]) -> list[str]:
-    """Loops, those first that were served longest ago: so none is left out for ever."""
-
-    def served(name: str) -> float:
-        with contextlib.suppress(OSError):
-            return os.stat(os.path.join(loop_folder(repo, name), STATE_FILE)).st_mtime
-        return 0.0
-
-    return sorted(loops, key=lambda name: (served(name), name))
+def last_served(job: Job) -> tuple[float, str]:
+    """When a loop was served last, in seconds since the epoch, and its id."""
+    with contextlib.suppress(OSError):
+        return os.stat(job.state_file).st_mtime, job.loop_id
+    return 0.0, job.loop_id
 
 
 # What the summary of a loop holds that adds up over loops, and what a column of it is called.
@@ -7031,6 +7030,28 @@ def make_job(
     job = usual_job(repo, loop_id, trace_id)._replace(**named)
     check_files(job, named=bool(named))
     return job
+
+
+def make_jobs(
+    repo: str, loop_id: str | None, config_file: str | None, *files: str | None, trace_id: str | None = None
+) -> tuple[list[Job], dict[str, DispatchError]]:
+    """The jobs of one loop or, where none is named, of all; and of those that cannot be served what is wrong.
+
+    Raises UsageError, StateError or StorageError where one is named, StorageError where there is no looking.
+    """
+    if loop_id is not None:
+        return [make_job(repo, loop_id, config_file, *files, trace_id=trace_id)], {}
+    names, odd = find_loops(absolute(repo))
+    jobs: list[Job] = []
+    faults: dict[str, DispatchError] = dict(odd)
+    for name in names:
+        try:
+            jobs.append(make_job(repo, name, config_file, trace_id=trace_id))
+        except DispatchError as error:
+            faults[name] = error
+        except click.UsageError as fault:
+            faults[name] = StorageError(fault.format_message())
+    return jobs, faults
 
 
 def shell_line(*words: str) -> str:
@@ -8093,47 +8114,40 @@ def status(
     """
     files = (escalations_file, dispatch_state_file, dispatch_telemetry_file)
     statuses: list[JsonObject] = []
-    errors: list[tuple[str, DispatchError]] = []
     if not critical_after >= 0:  # NaN is neither
         raise click.BadParameter(f"{critical_after:g} is no time", param_hint="--critical-after")
     if loop_id is None and any(files):
         raise click.UsageError("a loop's own files go with --loop")
-    found, odd = ([loop_id], {}) if loop_id else find_loops(absolute(repo))
-    errors += odd.items()
-    for name in found:
+    jobs, errors = make_jobs(repo, loop_id, alert_config_file, *files)
+    for job in jobs:
         try:
-            job = where_it_worked(make_job(repo, name, alert_config_file, *files))
-            statuses.append(loop_status(job, critical_after))
+            statuses.append(loop_status(where_it_worked(job), critical_after))
         except DispatchError as error:  # it does not hide the other loops
-            errors.append((name, error))
-        except click.UsageError as fault:
-            if loop_id:
-                raise
-            errors.append((name, StorageError(fault.format_message())))
+            errors[job.loop_id] = error
     if check:
         said_of = [(known["health"], known["loopId"], known["verdict"]) for known in statuses]
-        said_of += [("unknown", name, str(error).replace("\n", ";")) for name, error in errors]
+        said_of += [("unknown", name, str(error).replace("\n", ";")) for name, error in errors.items()]
         worst = max((health for health, _, _ in said_of), key=HEALTH_ORDER.index, default="unknown")
         words = [f"{name}: {verdict}" for health, name, verdict in said_of if health == worst]
         said = "; ".join(words) or "no loop has escalations or a state"
         click.echo(printable(f"ALERT DISPATCH {worst.upper()}: {said}"))
         raise click.exceptions.Exit(PLUGIN_CODES[worst])
     if loop_id and errors:
-        raise errors[0][1]
+        raise errors[loop_id]
     if form == "prometheus":
-        click.echo(prometheus_text(statuses, [name for name, _ in errors]))
-    elif form == "json" or pretty or (form == "auto" and not is_terminal(sys.stdout)):
+        click.echo(prometheus_text(statuses, list(errors)))
+    elif wants_json(form, pretty):
         print_json(statuses[0] if loop_id else {"loops": statuses}, pretty)
     elif statuses or errors:
         statuses.sort(key=lambda known: HEALTH_ORDER.index(known["health"]), reverse=True)
         click.echo("\n\n".join(map(status_text, statuses)))
     else:
         click.echo(NO_LOOPS)
-    for name, problem in errors:
+    for name, problem in errors.items():
         click.echo(f"error: loop {name}: {problem}", err=True)
     # The metrics of the other loops are to reach their collector; of these they say that nothing is known.
     if errors and form != "prometheus":
-        raise click.exceptions.Exit(errors[0][1].exit_code)
+        raise click.exceptions.Exit(max(error.exit_code for error in errors.values()))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -8172,9 +8186,7 @@ def attempt_once(
     )
     worker.start()
     worker.join(sink.timeout_seconds + TIMEOUT_GRACE)
-    message = f"no complete answer within {sink.timeout_seconds:g} s"
-    timed_out = Verdict("retry", "request_failed", message=message)
-    return verdicts or {sink.id: timed_out}, time.monotonic() - began
+    return verdicts or {sink.id: timed_out(sink, *connections.peers)}, time.monotonic() - began
 
 
 def outcome_json(verdict: Verdict, seconds: float) -> JsonObject:
