@@ -4324,28 +4324,44 @@ def read_state(job: Job) -> State | None:
         raise ValueError(f"not a state: {error}") from None
 
 
-def load_state(job: Job, *, read_only: bool = False) -> State:
+def read_sound_state(job: Job) -> tuple[State | None, bool]:
+    """The state as its file has it, None where there is none or a damaged one; and whether that is so.
+
+    Raises StateError for one that cannot be read or is newer.
+    """
+    try:
+        return read_state(job), False
+    except ValueError:
+        return None, True
+
+
+def load_state(job: Job) -> State:
     """Read the state, or rebuild it from telemetry where it is missing, damaged or foreign.
 
     A damaged file is kept under another name. Raises StateError or StorageError.
     """
-    damaged = False
-    try:
-        found = read_state(job)
-    except ValueError:
-        damaged, found = True, None
+    found, damaged = read_sound_state(job)
+    state = bring_up_to_date(job, found, damaged)
+    if damaged:
+        keep_damaged(job.state_file)
+    return state
+
+
+def bring_up_to_date(job: Job, found: State | None, damaged: bool) -> State:
+    """Add to a state what rows say that were written after it, or rebuild it where it knows nothing.
+
+    Raises StateError or StorageError; a damaged file stays then: without it the next pass would send
+    everything.
+    """
     if found is not None and (found.taken_up is not None or found.legacy_lines):
         catch_up(found, job)
         return found
-    # Where this fails a damaged file stays: without it the next pass would send everything.
     state = rebuild_state(job)
     if found is not None:
         state.published, state.seen_at = found.published, found.seen_at
     # One that an operator wrote, to begin at some line, holds no more than that.
     if state.taken_up is None and (found is None or "updatedAt" in found.published):
         adopt_shell_telemetry(state, job, damaged=damaged)
-    if damaged and not read_only:
-        keep_damaged(job.state_file)
     return state
 
 
@@ -6334,7 +6350,7 @@ def plan_pass(job: Job, config: Config, *, show_payload: bool) -> JsonObject:
 
     Raises StateError or StorageError.
     """
-    state = load_state(job, read_only=True)
+    state = bring_up_to_date(job, *read_sound_state(job))
     plans: list[JsonObject] = []
     notes = config_warnings(config)
     with state.open_source(job.escalations_file) as source:
@@ -7485,13 +7501,9 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
     """
     now = time.time()
     notes: list[str] = []
-    kept, damaged = None, False
-    try:
-        kept = read_state(job)
-    except ValueError:
-        damaged = True
+    kept, damaged = read_sound_state(job)
     document = kept.published if kept else None
-    state = load_state(job, read_only=True)
+    state = bring_up_to_date(job, kept, damaged)
     known = state.taken_up is not None or state.legacy_lines > 0
     if document is None and (damaged or known):
         notes.append(
@@ -7502,36 +7514,21 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
                 else "the next pass begins anew"
             )
         )
-    config: Config | None = None
-    config_valid: bool | None = True
-    pending_lines: dict[str, int] = {}
-    try:
-        config = load_config(job.config_file, {}, check_env=False, known_digest=state.config_digest)
-    except ConfigError as error:
-        # Not there is no fault where status is asked on another machine.
-        config_valid = False if os.path.exists(job.config_file) else None
-        told = (f"config not read: {job.config_file} is not there",)
-        notes += told if config_valid is None else (error.headline, *error.faults)
-    try:
-        with state.open_source(job.escalations_file) as source:
-            new, oldest_new, pending = count_new(job, state, config, source)
-            if state.recount and state.taken_up is not None and config is not None:
-                router = Router(config)
-                for sink_id, lane in state.lanes.items():
-                    if sink := config.sinks.get(sink_id):
-                        waiting = backlog(lane, sink, router, source, state.taken_up, job.loop_id)
-                        count_backlog(lane, waiting)
-            pending_lines = find_pending_lines(job, state, config, source)
-    except OSError as error:
-        raise storage_error("read", job.escalations_file, error) from None
+    config, config_valid, told = config_of_status(job, state)
+    notes += told
+    with state.open_source(job.escalations_file) as source:
+        new, oldest_new, pending = count_new(job, state, config, source)
+        if state.recount and state.taken_up is not None and config is not None:
+            router = Router(config)
+            for sink_id, lane in state.lanes.items():
+                if sink := config.sinks.get(sink_id):
+                    waiting = backlog(lane, sink, router, source, state.taken_up, job.loop_id)
+                    count_backlog(lane, waiting)
+        pending_lines = find_pending_lines(job, state, config, source)
     if new and config is None:
         notes.append(
             f"{plural(new, 'escalation')} not taken up yet, for which sinks is not known without a config"
         )
-    if config is not None:
-        if any(sink.enabled for sink in config.sinks.values()):
-            notes += config_warnings(config)
-        notes += dropped_notes(state, config)
     failures = last_failures(job)
     sinks = [
         sink_status(
@@ -7597,6 +7594,20 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
         "advice": list(dict.fromkeys(finding.advice for finding in findings if finding.advice)),
         "notes": notes,
     }
+
+
+def config_of_status(job: Job, state: State) -> tuple[Config | None, bool | None, list[str]]:
+    """The config, as far as it can be had; whether it is valid, None where there is none; and what is to be
+    said of it."""
+    try:
+        config = load_config(job.config_file, {}, check_env=False, known_digest=state.config_digest)
+    except ConfigError as error:
+        if os.path.exists(job.config_file):
+            return None, False, [error.headline, *error.faults]
+        # No fault where status is asked on another machine.
+        return None, None, [f"config not read: {job.config_file} is not there"]
+    enabled = any(sink.enabled for sink in config.sinks.values())
+    return config, True, [*(config_warnings(config) if enabled else ()), *dropped_notes(state, config)]
 
 
 def count_new(

@@ -152,7 +152,7 @@ def fuzz_state(data: bytes) -> None:
             telemetry_file=str(path.with_name("alerts.jsonl")),
         )
         with contextlib.suppress(program.StateError):
-            state = program.load_state(job, read_only=True)
+            state = program.bring_up_to_date(job, *program.read_sound_state(job))
             with program.Source(job.escalations_file, state.segments) as source:
                 strict_json(program.encode_json(state.to_json(source)))
             for sink in CONFIG.sinks.values():
