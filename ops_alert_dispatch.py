@@ -1263,6 +1263,8 @@ HEAD_BYTES = 4096
 TAIL_BYTES = 256
 # A writer that is still in a rotated file gets this long to finish its last line.
 ROTATED_TAIL_GRACE = 10.0
+# So many files that were read to their end are told from new ones, whatever time they bear.
+FORGOTTEN_MAX = 64
 # A file that a rotation moves while its folder is listed is looked for again.
 FIND_TRIES = 3
 
@@ -1479,6 +1481,11 @@ class Neighbour(NamedTuple):
     written: float
 
 
+def rotation_names(files: Iterable[Neighbour]) -> list[tuple[str, tuple[int, int]]]:
+    """Which file has which of the names that rotations give."""
+    return [(file.path, file.identity) for file in files if file.key]
+
+
 class Source:
     """The log that the host appends to: its current file, and rotated ones that are not read to their end.
 
@@ -1486,9 +1493,17 @@ class Source:
     complete lines end that were there when the pass began.
     """
 
-    def __init__(self, path: str, segments: Iterable[Segment] = (), seen_at: float | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        segments: Iterable[Segment] = (),
+        seen_at: float | None = None,
+        forgotten: Iterable[str] = (),
+    ) -> None:
         self.path = path
         self.segments = list(segments)
+        # The fingerprints of files that were read to their end; the latest comes last.
+        self.forgotten = list(forgotten)
         # When a pass has last accounted for what was there, and when this one looks: seconds since the epoch.
         self._seen_at = seen_at
         self.opened_at = 0.0
@@ -1571,12 +1586,12 @@ class Source:
             self._match(files, current)
             since: list[Neighbour] = []
             if newest is None or newest.descriptor is None:
-                since = self._written_since(newest, files)
+                since = self._written_since(files)
             elif newest.descriptor != current:
                 since = self._rotated_since(newest, files)
             newer = [found for file in since if (found := self._open_as(file)) is not None]
             # A rotation that comes in between moves what was looked at.
-            if [file[:3] for file in self._look_around(current)] == [file[:3] for file in files]:
+            if rotation_names(self._look_around(current)) == rotation_names(files):
                 return newer
             close_all(newer)
         raise OSError(errno.EBUSY, "it is being rotated, again and again")
@@ -1607,18 +1622,19 @@ class Source:
             elif descriptor is not None and descriptor != current:
                 os.close(descriptor)
 
-    def _written_since(self, newest: Segment | None, files: Sequence[Neighbour]) -> list[Neighbour]:
+    def _written_since(self, files: Sequence[Neighbour]) -> list[Neighbour]:
         """The rotated files, oldest first, that no pass can have seen, where the last known file is not to be
-        found, or there was none: they were written to since, and are no copies of it."""
+        found, or there was none: they were written to since, and are no copies of a known one."""
         held = {segment.identity for segment in self.segments if segment.descriptor is not None}
+        known = {*self.forgotten, *(segment.fingerprint for segment in self.segments)}
         unseen: list[Neighbour] = []
         for file in files:
-            is_new = self._seen_at is not None and file.written >= self._seen_at
+            is_new = self._seen_at is not None and file.written > self._seen_at
             if not file.key or not file.size or not is_new or file.identity in held:
                 continue
             descriptor = self._open_as(file)
             if descriptor is not None:
-                if newest is None or fingerprint(descriptor) != newest.fingerprint:
+                if fingerprint(descriptor) not in known:
                     unseen.append(file)
                 os.close(descriptor)
         return unseen
@@ -1702,6 +1718,14 @@ class Source:
                 return None if segment.number == position.segment else Position(segment.number, 0, 0)
         return None
 
+    def is_at_hand(self, start: Position) -> bool:
+        """Tell whether all that stands after a place can be read, but for what is on record as lost."""
+        return all(
+            segment.descriptor is not None or segment.lost
+            for segment in self.segments
+            if segment.number >= start.segment
+        )
+
     def read(self, start: Position, stop: Position | None = None) -> Iterator[Record]:
         """Stream the complete lines between two places.
 
@@ -1782,6 +1806,7 @@ class Source:
             if segment.descriptor is not None:
                 os.close(segment.descriptor)
             self.segments.remove(segment)
+            self.forgotten = [*self.forgotten, segment.fingerprint][-FORGOTTEN_MAX:]
 
 
 def unterminated(path: str) -> tuple[int, float]:
@@ -3500,6 +3525,10 @@ class JsonlFile:
         self._redactor = redactor
         self._descriptor: int | None = None
 
+    @property
+    def is_open(self) -> bool:
+        return self._descriptor is not None
+
     def open(self) -> int:
         """Open for appending, and close a line that a crash or a full disk has torn. Raises StorageError."""
         if self._descriptor is None:
@@ -4128,8 +4157,9 @@ class State:
         self.taken_up: Position | None = None
         self.legacy_lines = 0
         self.segments: list[Segment] = []
-        # When a pass has last accounted for what the source held.
+        # When a pass has last accounted for what the source held, and what it has read to its end before.
         self.seen_at: float | None = None
+        self.forgotten: list[str] = []
         self.lanes: dict[str, Lane] = {}
         self.attempts = Checkpoint()
         self.telemetry = Checkpoint()
@@ -4161,6 +4191,7 @@ class State:
         source = document["source"]
         state.taken_up = position_from_json(source["takenUp"])
         state.segments = [Segment.from_json(segment) for segment in source["segments"]]
+        state.forgotten = [str(mark) for mark in source.get("forgotten", [])]
         state.lanes = {name: Lane.from_json(lane) for name, lane in dict(document["lanes"]).items()}
         checkpoint = document["checkpoint"]
         state.attempts = Checkpoint.from_json(checkpoint["attempts"])
@@ -4178,7 +4209,7 @@ class State:
 
     def to_json(self, source: Source) -> JsonObject:
         """The fields that are added to those which the host reads."""
-        seen = {} if self.seen_at is None else {"sourceSeenAt": iso(self.seen_at)}
+        seen = {} if self.seen_at is None else {"sourceSeenAt": iso(self.seen_at, milliseconds=True)}
         if self.taken_up is None:  # a config that was found valid is, even where nothing was escalated yet
             return {"configDigest": self.config_digest, **seen}
         return {
@@ -4187,6 +4218,7 @@ class State:
             "source": {
                 "takenUp": position_to_json(self.taken_up, source),
                 "segments": [segment.to_json() for segment in self.segments],
+                **({"forgotten": self.forgotten} if self.forgotten else {}),
             },
             "lanes": {name: lane.to_json(source) for name, lane in sorted(self.lanes.items())},
             "checkpoint": {"attempts": list(self.attempts), "telemetry": list(self.telemetry)},
@@ -4203,7 +4235,7 @@ class State:
 
     def open_source(self, path: str) -> Source:
         """The source as it is now, to be entered."""
-        return Source(path, self.segments, self.seen_at)
+        return Source(path, self.segments, self.seen_at, self.forgotten)
 
     def note_lost(self, row: JsonObject) -> None:
         """Count what a row of the telemetry says is lost, if it says so."""
@@ -4894,6 +4926,11 @@ class Ledger:
         if status == "failed":
             self.counts.reason_codes.add(reason_code)
 
+    def account_for_events(self) -> None:
+        """Note in the state that it accounts for the events that were written so far. Raises StorageError."""
+        if self._telemetry.is_open:
+            self.state.telemetry = Checkpoint.at_end(self._telemetry.open())
+
     def flush(self) -> None:
         """Flush the rows to disk and note in the state, which is to be written next, that it accounts for
         them. Raises StorageError."""
@@ -5116,7 +5153,7 @@ def router_before(state: State) -> Router | None:
 
 
 def find_rerouted(
-    state: State, source: Source, before: Router, router: Router, loop_id: str
+    state: State, source: Source, before: Router, router: Router, job: Job
 ) -> dict[str, list[tuple[Position, Kind]]]:
     """Find what waits in some lane and is now, unlike before, routed to other ones, too.
 
@@ -5129,7 +5166,7 @@ def find_rerouted(
         return found
     for record in source.read(min(lane.position for lane in waiting.values()), taken_up):
         held = (
-            waiting_delivery(record, lane, sinks[name], before, loop_id)
+            waiting_delivery(record, lane, sinks[name], before, job.loop_id)
             for name, lane in waiting.items()
             if any(start <= record.start < stop for start, stop in lane.ranges(taken_up))
         )
@@ -5140,7 +5177,22 @@ def find_rerouted(
         for sink in router.resolve(*kind).dispatchable:
             if sink.id not in known and sink.id in sinks and sink.id in state.lanes:
                 found.setdefault(sink.id, []).append((record.start, kind))
+    if found:  # under routes before those, it may have been theirs
+        settled = find_settled_of(job, found)
+        for sink_id, missed in found.items():
+            found[sink_id] = [item for item in missed if (*item[0][:2], sink_id) not in settled]
     return found
+
+
+def find_settled_of(job: Job, sinks: Collection[str]) -> set[Key]:
+    """What these sinks have settled, by all the attempts there are."""
+    settled: set[Key] = set()
+    rows, _ = loop_rows(job, job.attempts_file, Checkpoint(), operator=True)
+    for row in rows:
+        with contextlib.suppress(*MALFORMED):
+            if row["sinkId"] in sinks and row["outcome"] in SETTLED and "peer" not in row:
+                settled.add(key_of_row(row, row["sinkId"]))
+    return settled
 
 
 class LaneRun:
@@ -5710,6 +5762,7 @@ class Pass:
         if busy:
             # Rows name segments and lanes: the state must know them before the first row does.
             if self._changed or not self.state.published.get("source"):
+                self.ledger.account_for_events()
                 self._save(self.state.published or self._summary("no_new_escalations"), durable=False)
             self.ledger.prepare()
             self._write_owed_rows()
@@ -5726,11 +5779,12 @@ class Pass:
         if state.taken_up is None:
             state.config_digest = self.config.digest
             return
-        lost = source.present and source.readable_from(state.taken_up)
+        last_read, lost = state.taken_up.segment, source.readable_from(state.taken_up)
         if lost:
+            what = source.change or "removed"
             message = (
-                f"the file that was taken up to line {state.taken_up.line} is gone ({source.change}): "
-                f"what was appended to it after that, if anything, was not read"
+                f"the file that was taken up to line {state.taken_up.line} is gone ({what}): what was "
+                "appended to it after that, if anything, was not read"
             )
             self.ledger.write_event(None, "skipped", "source_replaced", None, message)
             state.taken_up = lost
@@ -5742,7 +5796,11 @@ class Pass:
         changed = state.config_digest != self.config.digest or unknown
         if changed or state.recount:
             self._align_lanes()
-        self._note_lost_segments()
+        self._note_lost_segments(last_read)
+        waits = [lane.position for lane in state.lanes.values() if lane.waiting_count or state.recount]
+        self._changed |= changed or bool(lost or source.change) or len(source.segments) != len(state.segments)
+        if (changed or state.recount) and waits and not source.is_at_hand(min(waits)):
+            return  # what waits cannot be looked at: what becomes of it is for when it can be
         if changed or state.recount:
             before = router_before(state)
             if changed and before is not None:
@@ -5752,7 +5810,6 @@ class Pass:
                     self._apply_routes(sink_id, lane)
         state.config_digest, state.recount = self.config.digest, False
         state.rules = self.config.rules()
-        self._changed |= changed or bool(lost or source.change) or len(source.segments) != len(state.segments)
 
     def _align_lanes(self) -> None:
         """Open lanes for new sinks, hold those of disabled ones, drop those of removed ones, on record."""
@@ -5777,9 +5834,9 @@ class Pass:
                     held.gaps.append((held.disabled_at, taken_up))
                 held.disabled_at = None
 
-    def _note_lost_segments(self) -> None:
+    def _note_lost_segments(self, taken_up: int) -> None:
         """Put on record what is lost because files of the source are gone, while newer ones are there. Where
-        one is back, what waits in it is sent after all."""
+        one is back, what waits in it is sent after all. `taken_up`: the segment that was read last."""
         source, lanes = self.source, self.state.lanes
         newest = max((s.number for s in source.segments if s.descriptor is not None), default=0)
         changed = [
@@ -5788,6 +5845,9 @@ class Pass:
         self._changed |= bool(changed)
         for segment in changed:
             segment.lost = not segment.lost
+            if segment.lost and segment.number > taken_up:
+                message = "a file of the source is gone that was rotated before all of it was taken up"
+                self.ledger.write_event(None, "skipped", "source_replaced", None, message)
         back = {segment.number for segment in changed if not segment.lost}
         for sink_id, lane in lanes.items() if changed else ():
             if lane.position.segment > changed[-1].number:
@@ -5808,7 +5868,7 @@ class Pass:
 
     def _reroute(self, before: Router) -> None:
         """Take lanes back to what waits elsewhere and is now, unlike before, routed to them."""
-        found = find_rerouted(self.state, self.source, before, self.router, self.job.loop_id)
+        found = find_rerouted(self.state, self.source, before, self.router, self.job)
         for sink_id, missed in found.items():
             if count := self.state.lanes[sink_id].go_back(missed):
                 message = (
@@ -6010,6 +6070,7 @@ class Pass:
 
     def _save(self, summary: JsonObject, *, durable: bool) -> None:
         self.state.segments, self.state.seen_at = self.source.segments, self.source.opened_at
+        self.state.forgotten = self.source.forgotten
         self.state.published = {**summary, **self.state.to_json(self.source)}
         replace_file(self.job.state_file, encode_json(self.state.published) + b"\n", durable=durable)
 
@@ -6309,6 +6370,8 @@ def note_invalid_config(job: Job, error: ConfigError, wait: float) -> None:
                 # Whatever becomes of the file until the config is mended: it goes out from here.
                 state.taken_up = after_lines(source, state.legacy_lines)
                 state.segments, state.seen_at = source.segments, source.opened_at
+            elif state.taken_up is None and not state.legacy_lines:
+                state.seen_at = state.seen_at or source.opened_at
             seen = summarise(job, state, source, Counts(), "config_invalid")
             known = {**(state.published or seen), **state.to_json(source)}
         document = {**known, **{key: seen[key] for key in LINE_COUNTS}}
@@ -6398,7 +6461,7 @@ class Plan:
                 self.waiting[sink_id] = {delivery.record.start: None for delivery in found}
                 self.left[sink_id] = len(self.waiting[sink_id])
         before = router_before(state) if state.config_digest != config.digest else None
-        rerouted = find_rerouted(state, source, before, self._router, job.loop_id) if before else {}
+        rerouted = find_rerouted(state, source, before, self._router, job) if before else {}
         for sink_id, missed in rerouted.items():
             places = {*self.waiting.get(sink_id, ()), *(place for place, _ in missed)}
             self.waiting[sink_id] = dict.fromkeys(sorted(places))

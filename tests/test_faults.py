@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -770,6 +771,46 @@ def test_what_waits_for_one_sink_goes_to_the_one_that_a_changed_route_names(
     assert ids(server, CHAT) == [told[2], told[1], told[4], told[5]]
     assert ids(server, HOOK)[-2:] == [told[2], told[3]]
     assert [row.get("reroutedCount") for row in repo.telemetry() if row.get("sinkId") == CHAT] == [2]
+    check_promise(repo)
+
+
+def test_what_a_sink_has_settled_is_not_sent_again_by_a_route_that_leads_away_and_back(
+    repo: Repo, server: SinkServer
+) -> None:
+    both = everywhere()
+    away = everywhere()
+    away["routing"]["routes"] = [{"category": "health_critical", "sinks": [HOOK]}]
+    repo.write_config(both)
+    server.answer("/hook", error(503))
+    repo.append(*records("one", "two"))
+    repo.dispatch()
+    assert len(ids(server, CHAT)) == 2
+    for config in (away, both):
+        repo.write_config(config)
+        repo.dispatch()
+    assert len(ids(server, CHAT)) == 2
+    server.answer("/hook", ok())
+    assert repo.dispatch().json["waitingCount"] == 0
+    check_promise(repo)
+
+
+def test_a_config_that_changes_while_the_source_is_away_drops_nothing(
+    repo: Repo, server: SinkServer, tmp_path: Path
+) -> None:
+    repo.write_config(everywhere())
+    server.answer("/hook", error(503))
+    repo.append(*records("one", "two"))
+    repo.dispatch()
+    away = repo.source.rename(tmp_path / "away")
+    repo.write_config(everywhere(HOOK))
+    assert repo.dispatch().json["waitingCount"] == 2
+    repo.state_file.unlink()
+    assert repo.dispatch().json["waitingCount"] == 2
+    away.rename(repo.source)
+    assert repo.dispatch().json["waitingCount"] == 2
+    assert all("droppedCount" not in row for row in repo.telemetry())
+    server.answer("/hook", ok())
+    assert repo.dispatch().json["waitingCount"] == 0
     check_promise(repo)
 
 

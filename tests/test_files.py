@@ -1360,6 +1360,52 @@ def test_a_file_that_goes_is_on_record_though_another_one_comes_back(
     assert [row["droppedCount"] for row in repo.telemetry() if "droppedCount" in row] == [1, 1]
 
 
+def test_a_known_file_that_is_gone_before_its_turn_is_on_record(repo: Repo, server: SinkServer) -> None:
+    """A pass that stopped in the rotated file knows the new one, which is then emptied."""
+    repo.append(record("one"))
+    repo.dispatch()
+    repo.append(record("two"), record("three"))
+    rotate(repo)
+    repo.append(record("four"))
+    repo.dispatch("--max-escalations", "1")
+    os.truncate(repo.source, 0)
+    repo.append(record("five"))
+    repo.dispatch()
+    every_sink_got(server, "one", "two", "three", "five")
+    assert [row["reasonCode"] for row in repo.telemetry() if "position" not in row] == ["source_replaced"]
+
+
+def test_a_file_that_is_gone_is_on_record_while_the_source_is_away(repo: Repo, server: SinkServer) -> None:
+    repo.append(record("one"))
+    repo.dispatch()
+    repo.append(record("two"))
+    rotate(repo)
+    repo.append(record("three"))
+    rotate(repo)
+    (repo.folder / "escalations.jsonl.2").unlink()
+    repo.dispatch()
+    every_sink_got(server, "one", "three")
+    assert [row["reasonCode"] for row in repo.telemetry() if "position" not in row] == ["source_replaced"]
+
+
+@pytest.mark.parametrize("when", ["just now", "long after"])
+def test_a_rotated_file_that_was_read_is_not_sent_again_whatever_time_it_bears(
+    repo: Repo, server: SinkServer, when: str
+) -> None:
+    """Somebody restores it, touches it or unpacks it, and the source is emptied."""
+    repo.append(record("one"), record("two"))
+    repo.dispatch()
+    rotated = rotate(repo)
+    repo.append(record("three"))
+    repo.dispatch()
+    if when == "long after":
+        os.utime(rotated, (time.time() + 60, time.time() + 60))
+    os.truncate(repo.source, 0)
+    repo.append(record("four"))
+    repo.dispatch()
+    every_sink_got(server, "one", "two", "three", "four")
+
+
 def test_a_line_that_a_rotated_file_began_with_too_is_sent_again_from_the_new_one(
     repo: Repo, server: SinkServer
 ) -> None:
@@ -1450,6 +1496,13 @@ def a_telemetry_that_cannot_be_written(repo: Repo) -> None:
     repo.telemetry_file.parent.unlink()
 
 
+def neither_a_valid_config_nor_a_source(repo: Repo) -> None:
+    repo.write_config("{")
+    assert repo.dispatch().exit_code == 3
+    repo.write_config(everywhere())
+    repo.append(*[record(f"r{number}") for number in range(3)])
+
+
 def no_source_yet(repo: Repo) -> None:
     assert repo.dispatch().json["status"] == "no_source"
     repo.append(*[record(f"r{number}") for number in range(3)])
@@ -1490,6 +1543,7 @@ def the_last_known_file_compressed(repo: Repo) -> None:
         an_invalid_config,
         a_telemetry_that_cannot_be_written,
         no_source_yet,
+        neither_a_valid_config_nor_a_source,
         an_empty_source,
         quiet_nights,
         the_last_known_file_compressed,

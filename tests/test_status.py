@@ -328,6 +328,25 @@ def test_what_was_given_up_with_a_removed_sink_is_a_warning_for_a_day(repo: Repo
     assert (code, "3 deliveries given up with a sink that was removed" in line) == (1, True)
 
 
+def test_what_is_lost_is_counted_once_though_the_pass_that_noted_it_was_killed(
+    repo: Repo, server: SinkServer
+) -> None:
+    make_backlog(repo, server, 3)
+    config = to_all()
+    del config["sinks"][CHAT]
+    config["routing"] |= {"defaultSinks": [HOOK, PAGER], "routes": []}
+    repo.write_config(config)
+    server.answer(PATHS[HOOK], ok().after(5))
+    repo.append(health_critical())
+    process = repo.start("dispatch", *repo.target)
+    server.wait_for(1, PATHS[HOOK])
+    process.kill()
+    process.communicate()
+    server.answer(PATHS[HOOK], ok())
+    repo.dispatch()
+    assert repo.state()["lost"]["sink_removed"]["count"] == 3
+
+
 def test_what_a_route_leads_to_again_is_not_taken_for_delivered(repo: Repo, server: SinkServer) -> None:
     """A sink waits out its failure while a route is changed, and changed back."""
     config = to_all(backoffSeconds={"initial": 0, "max": 0})
