@@ -1263,6 +1263,8 @@ HEAD_BYTES = 4096
 TAIL_BYTES = 256
 # A writer that is still in a rotated file gets this long to finish its last line.
 ROTATED_TAIL_GRACE = 10.0
+# The clock by which a file system notes when a file was written to lags behind ours by no more than this.
+COARSE_SECONDS = 1.0
 # So many files that were read to their end are told from new ones, whatever time they bear.
 FORGOTTEN_MAX = 64
 # A file that a rotation moves while its folder is listed is looked for again.
@@ -1629,7 +1631,7 @@ class Source:
         known = {*self.forgotten, *(segment.fingerprint for segment in self.segments)}
         unseen: list[Neighbour] = []
         for file in files:
-            is_new = self._seen_at is not None and file.written > self._seen_at
+            is_new = self._seen_at is not None and file.written > self._seen_at - COARSE_SECONDS
             if not file.key or not file.size or not is_new or file.identity in held:
                 continue
             descriptor = self._open_as(file)
