@@ -1302,7 +1302,11 @@ def fingerprint(descriptor: int) -> str | None:
 
 def file_identity(descriptor: int) -> tuple[int, int]:
     """Device and inode of an open file."""
-    found = os.fstat(descriptor)
+    return identity_of(os.fstat(descriptor))
+
+
+def identity_of(found: os.stat_result) -> tuple[int, int]:
+    """Device and inode, from what the file system says of a file."""
     return found.st_dev, found.st_ino
 
 
@@ -1595,7 +1599,8 @@ class Source:
             # A rotation that comes in between moves what was looked at.
             if rotation_names(self._look_around(current)) == rotation_names(files):
                 return newer
-            close_all(newer)
+            for descriptor in newer:
+                os.close(descriptor)
         raise OSError(errno.EBUSY, "it is being rotated, again and again")
 
     def _match(self, files: Sequence[Neighbour], current: int | None) -> None:
@@ -1670,10 +1675,10 @@ class Source:
             found = None
             with contextlib.suppress(OSError):
                 found = os.stat(path)
-            if found is not None and stat.S_ISREG(found.st_mode) and (found.st_dev, found.st_ino) not in seen:
-                identity = found.st_dev, found.st_ino
-                seen.add(identity)
-                files.append(Neighbour(path, key, identity, found.st_size, found.st_mtime))
+            if found is None or not stat.S_ISREG(found.st_mode) or identity_of(found) in seen:
+                continue
+            seen.add(identity_of(found))
+            files.append(Neighbour(path, key, identity_of(found), found.st_size, found.st_mtime))
         return files
 
     def _open_as(self, file: Neighbour) -> int | None:
@@ -1855,12 +1860,6 @@ def neighbours(*paths: str) -> dict[str, tuple[int, str] | None]:
                 if name != base and (key or name.startswith(base)):
                     keys[os.path.join(folder, name)] = key
     return dict(sorted(keys.items(), key=lambda item: (item[1] or (-1, ""), item[0])))
-
-
-def close_all(descriptors: Iterable[int]) -> None:
-    """Close open files."""
-    for descriptor in descriptors:
-        os.close(descriptor)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -3685,7 +3684,7 @@ def loop_lock(path: str, wait: float = LOCK_WAIT_SECONDS) -> Iterator[tuple[int,
 def lock_identity(path: str) -> tuple[int, int] | None:
     """Device and inode of the lock file that is there now; None where it was removed. Raises OSError."""
     found = stat_of(path)
-    return found and (found.st_dev, found.st_ino)
+    return found and identity_of(found)
 
 
 def read_rows(path: str, since: Checkpoint) -> tuple[list[Iterator[JsonObject]], Checkpoint]:

@@ -533,10 +533,8 @@ def test_a_peer_that_stands_in_for_the_others_gets_everything_in_order_and_once(
     assert told(one) == ["taken"]
 
 
-def test_what_an_operator_gave_up_is_not_sent_to_a_peer_later(
-    pair: Repo, peers: tuple[SinkServer, SinkServer]
-) -> None:
-    one, other = peers
+def miss_one_and_give_up_another(pair: Repo, one: SinkServer, other: SinkServer) -> None:
+    """One peer has taken an alert that the other missed; neither took the next, which an operator gave up."""
     other.answer(ALERTS, error(503))
     pair.append(alert("sent"))
     pair.dispatch()
@@ -544,6 +542,13 @@ def test_what_an_operator_gave_up_is_not_sent_to_a_peer_later(
     pair.append(alert("given up"))
     pair.dispatch()
     assert pair.run("skip", *pair.target, "--sink", SINK, "--yes").exit_code == 0
+
+
+def test_what_an_operator_gave_up_is_not_sent_to_a_peer_later(
+    pair: Repo, peers: tuple[SinkServer, SinkServer]
+) -> None:
+    one, other = peers
+    miss_one_and_give_up_another(pair, one, other)
     for peer in peers:
         peer.answer(ALERTS, ok())
         peer.forget()
@@ -560,13 +565,7 @@ def test_a_lost_state_costs_no_peer_what_it_missed_after_an_operator_gave_someth
     pair: Repo, peers: tuple[SinkServer, SinkServer]
 ) -> None:
     one, other = peers
-    other.answer(ALERTS, error(503))
-    pair.append(alert("sent"))
-    pair.dispatch()
-    one.answer(ALERTS, error(503))
-    pair.append(alert("given up"))
-    pair.dispatch()
-    assert pair.run("skip", *pair.target, "--sink", SINK, "--yes").exit_code == 0
+    miss_one_and_give_up_another(pair, one, other)
     one.answer(ALERTS, ok())
     pair.append(alert("missed"))
     pair.dispatch()

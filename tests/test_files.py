@@ -33,7 +33,7 @@ from escalations import (
 )
 from loopback import Answer, Behaviour, Received, SinkServer, accepted, error, ok
 from promise import check_promise
-from tools import in_ci, needs_tool
+from tools import in_ci, needs_tool, powerless
 
 from ops_alert_dispatch import MAX_STATE_BYTES
 
@@ -416,12 +416,18 @@ def test_a_source_restored_as_a_copy_goes_on_where_it_was(
     check_promise(repo)
 
 
-def test_a_source_behind_a_symbolic_link_is_followed(repo: Repo, server: SinkServer, tmp_path: Path) -> None:
-    real = tmp_path / "elsewhere.jsonl"
+def link_source(repo: Repo, real: Path) -> Path:
+    """Let the source be a link to a file in a folder of its own, of which one record was taken up."""
+    real.parent.mkdir()
     real.write_text(line(record("one")))
     repo.folder.mkdir(parents=True)
     repo.source.symlink_to(real)
     repo.dispatch()
+    return real
+
+
+def test_a_source_behind_a_symbolic_link_is_followed(repo: Repo, server: SinkServer, tmp_path: Path) -> None:
+    real = link_source(repo, tmp_path / "log" / "elsewhere.jsonl")
     with real.open("a") as source:
         source.write(line(record("two")))
     repo.dispatch()
@@ -1068,10 +1074,7 @@ def test_a_read_only_disk_is_found_out_before_anything_is_sent(repo: Repo, serve
 
 def as_owner(repo: Repo) -> Run:
     """A pass to which the modes of files apply: for root that takes some of its power away."""
-    command = [*repo.command]
-    if os.geteuid() == 0:
-        command = [needs_tool("setpriv"), "--bounding-set=-dac_override,-dac_read_search", *command]
-    return replace(repo, command=command).dispatch()
+    return replace(repo, command=powerless(repo.command)).dispatch()
 
 
 def forbid(path: Path) -> Callable[[], None]:
@@ -1423,12 +1426,7 @@ def test_a_line_that_a_rotated_file_began_with_too_is_sent_again_from_the_new_on
 def test_a_source_that_is_a_link_is_followed_through_the_rotation_of_its_target(
     repo: Repo, server: SinkServer, tmp_path: Path
 ) -> None:
-    real = tmp_path / "log" / "night-build.jsonl"
-    real.parent.mkdir()
-    real.write_text(line(record("one")))
-    repo.folder.mkdir(parents=True)
-    repo.source.symlink_to(real)
-    repo.dispatch()
+    real = link_source(repo, tmp_path / "log" / "night-build.jsonl")
     with real.open("a") as source:
         source.write(line(record("two")))
     real.rename(real.with_name("night-build.jsonl.1"))
@@ -1597,20 +1595,12 @@ def test_a_file_that_was_taken_up_while_the_source_was_away_is_known_after_a_kil
 def test_a_link_into_a_folder_that_may_not_be_listed_stops_no_alert(
     repo: Repo, server: SinkServer, tmp_path: Path
 ) -> None:
-    real = tmp_path / "closed" / "log.jsonl"
-    real.parent.mkdir()
-    real.write_text(line(record("one")))
-    repo.folder.mkdir(parents=True)
-    repo.source.symlink_to(real)
-    repo.dispatch()
+    real = link_source(repo, tmp_path / "closed" / "log.jsonl")
     real.rename(real.with_name("log.jsonl.1"))
     real.write_text(line(record("two")))
     real.parent.chmod(0o311)
-    command = repo.command
-    if os.geteuid() == 0:
-        command = [needs_tool("setpriv"), "--bounding-set=-dac_override,-dac_read_search", *command]
     try:
-        assert replace(repo, command=command).dispatch().json["processedCount"] == 1
+        assert replace(repo, command=powerless(repo.command)).dispatch().json["processedCount"] == 1
     finally:
         real.parent.chmod(0o755)
     every_sink_got(server, "one", "two")

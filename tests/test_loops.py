@@ -19,7 +19,7 @@ from conftest import Repo, Run
 from escalations import HOOK, PAGER, PATHS, SINK_TYPES, escalation_id, health_critical, sink_config
 from loopback import Answer, Received, SinkServer, accepted, error, hang_up, ok, rate_limited
 from promise import check_promise
-from tools import needs_tool
+from tools import powerless
 
 import ops_alert_dispatch as program
 
@@ -327,10 +327,7 @@ def test_a_loop_that_may_not_be_read_is_told_and_the_others_are_served(
 ) -> None:
     three[1].folder.chmod(0)
     try:
-        # For root, who may read everything, without that power.
-        powerless = [needs_tool("setpriv"), "--bounding-set=-dac_override,-dac_read_search"]
-        command = [*(powerless if os.geteuid() == 0 else ()), *repo.command]
-        run = dispatch_all(replace(repo, command=command))
+        run = dispatch_all(replace(repo, command=powerless(repo.command)))
     finally:
         three[1].folder.chmod(0o700)
 
@@ -612,9 +609,7 @@ def test_a_folder_that_can_neither_be_a_loop_nor_be_read_stops_no_other(
     fill([loop, odd])
     odd.folder.chmod(0)
     try:
-        powerless = [needs_tool("setpriv"), "--bounding-set=-dac_override,-dac_read_search"]
-        command = [*(powerless if os.geteuid() == 0 else ()), *repo.command]
-        done = dispatch_all(replace(repo, command=command))
+        done = dispatch_all(replace(repo, command=powerless(repo.command)))
     finally:
         odd.folder.chmod(0o700)
     assert (done.exit_code, arrived(server)) == (5, [("one", 0)])
