@@ -38,10 +38,10 @@ import sys
 import threading
 import time
 import uuid
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, Self, TextIO, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, Self, TextIO, cast, get_args
 
 import click
 
@@ -53,6 +53,7 @@ except ImportError:
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse
+    from ssl import SSLContext
 
     from urllib3 import HTTPConnectionPool
     from urllib3.connection import HTTPConnection
@@ -73,14 +74,16 @@ EXIT_CONFIG = 3
 EXIT_STATE = 4
 EXIT_STORAGE = 5
 
-EXIT_CODES_HELP = """\b
+EXIT_CODES_HELP = """
+\b
 Exit codes:
-  0  done; a sink that failed is in the summary, not in the exit code
-  1  a delivery failed, of `test`, of `redeliver`, or of `dispatch` with --strict
-  2  usage: the command line is wrong
-  3  the config is invalid or a secret is unset: nothing sent, nothing consumed
-  4  the state file is unusable
-  5  the source, the telemetry, the disk or the output failed
+  0    done; a sink that failed is in the summary, not in the exit code
+  1    a delivery failed, in `test`, `redeliver` or `dispatch --strict`
+  2    the command line is wrong
+  3    the config is invalid or a secret is unset: nothing ingested or sent
+  4    the state file or the queue cannot be used, or a pass is using it
+  5    the source, the telemetry, the disk or the output failed, or a file is
+       in the way
   130  interrupted, or a question was not answered with yes
 """
 
@@ -118,8 +121,7 @@ class StorageError(DispatchError):
 
 
 def program_fault(error: Exception) -> StorageError:
-    """Say where the program itself is wrong, for whoever can mend it: an exception's own words could hold
-    anything, a secret too."""
+    """Say where the program itself is wrong, without the exception's own words: they may hold a secret."""
     import traceback
 
     *_, frame = traceback.extract_tb(error.__traceback__)
@@ -193,7 +195,6 @@ MAX_DEPTH = 100
 BYTE_ORDER_MARK = "\ufeff".encode()
 
 JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-JSON_DECODER = json.JSONDecoder(parse_constant=str)
 
 
 class TooDeepError(ValueError):
@@ -203,31 +204,50 @@ class TooDeepError(ValueError):
         super().__init__(f"nested more than {MAX_DEPTH} deep")
 
 
-# What reading a document or a row that is none of ours may raise, whatever stands in it.
+# Exceptions that reading JSON of others may raise.
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
 def encode_json(value: object) -> bytes:
-    """Encode as compact UTF-8 JSON, whatever the value holds.
+    """Encode as compact UTF-8 JSON of one line, whatever the value holds.
 
     Lone surrogates become U+FFFD; NaN and the infinities, which JSON does not have, become strings.
     """
     try:
-        return JSON_ENCODER.encode(value).encode()
+        return one_line(JSON_ENCODER.encode(value).encode())
     except ValueError:  # UnicodeEncodeError is one, too
-        return JSON_ENCODER.encode(mend_json(value)).encode()
+        return one_line(JSON_ENCODER.encode(strict_value(value)).encode())
 
 
-def mend_json(value: object) -> object:
+def one_line(data: bytes) -> bytes:
+    """Write valid JSON so that no reader sees more than one line in it.
+
+    Some readers split at U+0085, U+2028 and U+2029 too, which JSON has only within texts: they are escaped. A
+    carriage return, which JSON has only between tokens, becomes a space.
+    """
+    if not data.isascii():
+        for character, written in LINE_BREAKS:
+            data = data.replace(character, written)
+    return data.replace(b"\r", b" ")
+
+
+LINE_BREAKS = (
+    ("\x85".encode(), rb"\u0085"),
+    ("\u2028".encode(), rb"\u2028"),
+    ("\u2029".encode(), rb"\u2029"),
+)
+
+
+def strict_value(value: object) -> object:
     """Replace what strict JSON in UTF-8 cannot say. Nesting is at most MAX_DEPTH, so recursion is safe."""
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, float) and value - value != 0:  # NaN, inf, -inf
         return repr(value)
     if isinstance(value, Mapping):
-        return {mend_json(str(key)): mend_json(item) for key, item in value.items()}
+        return {strict_value(str(key)): strict_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [mend_json(item) for item in value]
+        return [strict_value(item) for item in value]
     return value
 
 
@@ -251,17 +271,24 @@ def decode_json(text: str) -> object:
 
     Raises ValueError for what is not JSON, TooDeepError for what is nested more than MAX_DEPTH deep.
     """
+    return decode_record(text)[0]
+
+
+def decode_record(text: str) -> tuple[object, bool]:
+    """`decode_json`, and whether a strict reader reads the same from the text."""
+    strict = True
     try:
-        value = JSON_DECODER.decode(text)
-    except json.JSONDecodeError:
-        raise
+        try:
+            value = STRICT_DECODER.decode(text)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # NaN, an infinity, or an integer of more digits than Python converts
+            value, strict = LENIENT_DECODER.decode(text), False
     except RecursionError:
         raise TooDeepError from None
-    except ValueError:  # an integer of more digits than Python converts
-        value = json.loads(text, parse_constant=str, parse_int=as_integer)
     if text.count("{") + text.count("[") > MAX_DEPTH and isinstance(value, dict | list) and too_deep(value):
         raise TooDeepError
-    return value
+    return value, strict
 
 
 def as_integer(digits: str) -> int | str:
@@ -272,19 +299,30 @@ def as_integer(digits: str) -> int | str:
         return digits
 
 
+def refuse_constant(word: str) -> NoReturn:
+    """NaN and the infinities are no JSON."""
+    raise ValueError(word)
+
+
+STRICT_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+LENIENT_DECODER = json.JSONDecoder(parse_constant=str, parse_int=as_integer)
+
+
 def mapping(value: object) -> JsonObject:
     """A JSON object as it is; an empty one in place of anything else."""
     return value if isinstance(value, dict) else {}
 
 
-# Control characters and those that change the direction of text: they forge log lines and terminal output.
+# What is unprintable, once for all: control characters, line and paragraph separators, and those that change
+# the direction of text, which forge log lines and terminal output; and lone surrogates, which cannot be
+# encoded. A fixed list: what Unicode has not assigned yet is shown as it is, whatever Python's tables know.
 FORGING = "\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f"
 UNPRINTABLE = f"[\x00-\x1f{FORGING}\ud800-\udfff]+"
 
 
 def printable(text: str) -> str:
-    """Make text safe for a line of a log or a terminal: control and bidirectional characters go."""
-    # Nearly always nothing is to be done: then no pattern is compiled, either.
+    """Make text safe for a line of a log or a terminal: each stretch of unprintable characters is a space."""
+    # Nearly always nothing is to be done: then no pattern is compiled. Python calls more unprintable than we.
     return text if text.isprintable() else re.sub(UNPRINTABLE, " ", text)
 
 
@@ -295,31 +333,7 @@ def spell_out(text: str, pattern: str = UNPRINTABLE) -> str:
 
 def cut(text: str, limit: int) -> str:
     """Cut text to at most `limit` characters; a cut is marked with an ellipsis."""
-    return text if len(text) <= limit else text[: character_boundary(text, limit - 1)] + "…"
-
-
-# What changes the character before it, as a combining mark does: it joins, gives a skin tone, or is a tag.
-EXTENDERS = "\u200d" + "".join(map(chr, [*range(0x1F3FB, 0x1F400), *range(0xE0020, 0xE0080)]))
-# Two of these make a flag.
-FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
-# Nobody writes longer ones than this but to break a layout.
-LONGEST_CHARACTER = 32
-
-
-def character_boundary(text: str, end: int) -> int:
-    """The last place, at most `end` and before the text's own end, where no visible character is cut in two.
-
-    An accent stays with its letter; a family, a flag or a skin tone is kept or dropped whole.
-    """
-    from unicodedata import category
-
-    for place in range(end, max(end - LONGEST_CHARACTER, 0), -1):
-        before, after = text[:place], text[place]
-        half_flag = after in FLAG_LETTERS and (place - len(before.rstrip(FLAG_LETTERS))) % 2
-        extended = category(after).startswith("M") or after in EXTENDERS or before.endswith("\u200d")
-        if not extended and not half_flag:
-            return place
-    return end
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def beside(path: str, name: str) -> str:
@@ -335,6 +349,23 @@ def stat_of(path: str) -> os.stat_result | None:
         return None
 
 
+def shell_line(*words: str) -> str:
+    """A command to be pasted into a shell."""
+    import shlex
+
+    return printable(shlex.join(words))
+
+
+def how_long(moment: str | None, now: float) -> str | None:
+    """A time as people at a terminal say it: `40 s ago`, `in 3 min`. What is no time is shown as it is."""
+    at = parse_time(moment)
+    if at is None:
+        return cut(moment, 20) if moment else None
+    if abs(now - at) < 1:
+        return "just now"
+    return f"in {duration_words(at - now)}" if at > now else f"{duration_words(now - at)} ago"
+
+
 def plural(count: int, noun: str) -> str:
     """`3 escalations`, `1 escalation`, `2 deliveries`."""
     if count == 1:
@@ -347,30 +378,25 @@ def plural(count: int, noun: str) -> str:
 # ---------------------------------------------------------------------------------------------------------
 
 MASK = "[secret]"
-# A run of this many characters of a secret is taken for a part of it.
+# A run of this many characters of a secret is masked: no answer holds one by chance, and what a shorter one
+# tells of a key of sixteen characters or more does not help to guess the rest.
 SECRET_RUN = 8
-# A whole token of so few characters is masked too, but only where it stands alone.
+# A shorter secret is masked where it stands as a word; one that is shorter than this not at all.
 SECRET_MIN = 4
-# An answer may hold a secret percent-encoded within JSON within HTML.
+# A text as it is, and with its escapes undone once or twice: JSON that quotes a percent-encoded URL.
 ENCODING_LAYERS = 3
 
-# A pattern that an idle pass does not need is compiled with its first use.
-ESCAPED = (
-    r"%([0-9A-Fa-f]{2})|\\u([0-9A-Fa-f]{4})|\\x([0-9A-Fa-f]{2})|&#[xX]([0-9A-Fa-f]{1,6});"
-    r"|&#([0-9]{1,7});|\\([\"'/\\])|&(amp|lt|gt|quot|apos);"
-)
+# Patterns that an idle pass does not need are compiled with their first use.
+ESCAPED = r"%([0-9A-Fa-f]{2})|\\u([0-9A-Fa-f]{4})|\\([\"/\\])"
 PLAIN_WORDS = "[A-Za-z]+(?:[-_.][A-Za-z]+)*"
-HTML_NAMES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'"}
 
 
 class Redactor:
-    """Keeps the secrets that were read from the environment out of every text that leaves the program.
+    """Masks secrets in text from outside (sinks' answers, exceptions) and in requests that are shown.
 
-    `mask` is for what sinks say: it finds parts and encodings too, in any case. `mask_value` is for what
-    records hold: it finds the secrets as they are and as they are usually encoded, and costs next to nothing.
-    The program's own words (keys, outcomes, places) are never touched. The `public` names (sink ids, say)
-    are no secrets, even where a URL happens to hold the same word. Only where they are plain words: somebody
-    may have written a secret in the place of one.
+    Each secret is masked whole, and so is every run of SECRET_RUN characters of it, in any case. It is found
+    as it stands, JSON-escaped, percent-encoded and in base64. Records are never masked, nor are `public`
+    names (sink ids and categories that are plain words and no secret), even if a URL holds the same word.
     """
 
     def __init__(self, secrets: Iterable[str] = (), public: Iterable[str] = ()) -> None:
@@ -378,50 +404,49 @@ class Redactor:
         self._public = tuple(public)
 
     @functools.cached_property
-    def _hidden(self) -> tuple[list[str], set[str]]:
-        """What is hidden wherever it stands whole, the longest first; and the runs of it. All folded.
-
-        Made when it is first needed: an idle pass does without.
-        """
-        whole: set[str] = set()
-        runs: set[str] = set()
-        public = fold(" ".join(name for name in self._public if re.fullmatch(PLAIN_WORDS, name)))
+    def _hidden(self) -> tuple[set[str], set[str]]:
+        """The runs of all secrets, and the secrets that are shorter than a run. All folded."""
+        tokens: set[str] = set()
+        paths: set[str] = set()
         for secret in self._secrets:
-            for part, is_token in (url_parts(secret) if "://" in secret else token_parts(secret)).items():
-                if is_token and len(part) >= SECRET_MIN:
-                    whole |= {fold(part), fold(json.dumps(part, ensure_ascii=False)[1:-1])}
-                for spelling in map(fold, spellings(part)):
-                    if len(spelling) < SECRET_RUN or (not is_token and spelling in public):
-                        continue
-                    whole.add(spelling)
-                    if "://" not in spelling:
-                        runs |= {spelling[i : i + SECRET_RUN] for i in range(len(spelling) - SECRET_RUN + 1)}
-        return sorted(whole, key=len, reverse=True), {run for run in runs if run not in public}
-
-    @functools.cached_property
-    def _marks(self) -> list[bytes]:
-        """The shortest texts without one of which a line holds no secret."""
-        marks: list[str] = []
-        for spelling in reversed(self._hidden[0]):
-            if not any(mark in spelling for mark in marks):
-                marks.append(spelling)
-        return [mark.encode("utf-8", "surrogateescape") for mark in marks]
+            if "://" in secret:
+                userinfo, path = split_url(secret)
+                tokens |= {userinfo, *userinfo.split(":")}
+                paths.add(path)
+            else:
+                tokens |= token_parts(secret)
+        tokens = {token for token in tokens if len(token) >= SECRET_MIN}
+        names = [fold(name) for name in self._public if re.fullmatch(PLAIN_WORDS, name)]
+        public = " ".join(name for name in names if not any(fold(token) in name for token in tokens))
+        runs = {
+            text[at : at + SECRET_RUN]
+            for part in tokens | paths
+            for text in map(fold, spellings(part))
+            for at in range(len(text) - SECRET_RUN + 1)
+        }
+        words = {fold(text) for token in tokens for text in spellings(token)}
+        return (
+            {run for run in runs if run not in public},
+            {word for word in words if SECRET_MIN <= len(word) < SECRET_RUN},
+        )
 
     def mask(self, text: str) -> str:
-        """Mask secrets, and any run of SECRET_RUN characters of one, in a text from outside."""
-        whole, runs = self._hidden
-        if not whole:
+        """Put MASK in place of each stretch of a text that is a secret or a part of one."""
+        runs, words = self._hidden
+        if not runs and not words:
             return text
         spans: list[tuple[int, int]] = []
         layer, places = text, [(index, index + 1) for index in range(len(text))]
-        for _ in range(ENCODING_LAYERS + 1):
+        for _ in range(ENCODING_LAYERS):
             folded = fold(layer)
-            found = list(self._find(folded))
-            found += [
+            found = [
                 (start, start + SECRET_RUN)
                 for start in range(len(folded) - SECRET_RUN + 1)
                 if folded[start : start + SECRET_RUN] in runs
             ]
+            for word in words:
+                alone = rf"(?<![^\W_]){re.escape(word)}(?![^\W_])"
+                found += [match.span() for match in re.finditer(alone, folded)]
             spans += [(places[start][0], places[stop - 1][1]) for start, stop in found]
             decoded, places = decode_layer(layer, places)
             if decoded == layer:
@@ -429,32 +454,13 @@ class Redactor:
             layer = decoded
         return mask_spans(text, spans)
 
-    def mask_value(self, value: Any) -> Any:
-        """Mask secrets that stand whole in the texts of a JSON value, keys and numbers included."""
+    def mask_texts(self, value: Any) -> Any:
+        """`mask` every text of a JSON value: of a request that is shown."""
         if isinstance(value, str):
-            return mask_spans(value, self._find(fold(value)))
+            return self.mask(value)
         if isinstance(value, dict):
-            return {self.mask_value(key): self.mask_value(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self.mask_value(item) for item in value]
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return MASK if any(self._find(str(value))) else value
-        return value
-
-    def finds(self, line: bytes) -> bool:
-        """Tell whether a secret stands whole in a line: nearly always not, and quickly told."""
-        return any(map(line.lower().__contains__, self._marks))
-
-    def _find(self, folded: str) -> Iterator[tuple[int, int]]:
-        """Where secrets stand whole in a text that is folded already."""
-        for spelling in self._hidden[0]:
-            start = folded.find(spelling)
-            while start >= 0:
-                stop = start + len(spelling)
-                alone = not folded[start - 1 : start].isalnum() and not folded[stop : stop + 1].isalnum()
-                if alone or len(spelling) >= SECRET_RUN:
-                    yield start, stop
-                start = folded.find(spelling, stop)
+            return {self.mask(key): self.mask_texts(item) for key, item in value.items()}
+        return [self.mask_texts(item) for item in value] if isinstance(value, list) else value
 
 
 def fold(text: str) -> str:
@@ -476,30 +482,19 @@ def mask_spans(text: str, spans: Iterable[tuple[int, int]]) -> str:
     return "".join([*pieces, text[covered:]])
 
 
-def url_parts(url: str) -> dict[str, bool]:
-    """The parts of a URL that are secret, and of each whether it is as good as a token."""
-    from urllib.parse import unquote, urlsplit
-
-    parts = {url: True}
-    with contextlib.suppress(ValueError):
-        split = urlsplit(url)
-        userinfo = split.netloc.rpartition("@")[0]
-        words = {split.path.strip("/"), split.query, split.fragment}
-        # A step of a path that is a plain word (`services`) is found with its neighbours only.
-        words |= {step for step in split.path.split("/") if len(step) >= 2 * SECRET_RUN or not step.isalpha()}
-        words |= {value for pair in split.query.split("&") for value in pair.split("=")[1:]}
-        parts |= dict.fromkeys(words, False)
-        parts |= dict.fromkeys({userinfo, unquote(userinfo), *userinfo.split(":")}, True)
-    return parts
+def split_url(url: str) -> tuple[str, str]:
+    """What is secret of a URL: user name and password, and what stands behind the host."""
+    beyond_scheme = url.partition("://")[2]
+    authority = re.split("[/?#]", beyond_scheme, maxsplit=1)[0]
+    return authority.rpartition("@")[0], beyond_scheme[len(authority) :].strip("/")
 
 
-def token_parts(token: str) -> dict[str, bool]:
-    """A token, and what else gives it away: each of several signing secrets, and the key that it encodes."""
-    parts: dict[str, bool] = {}
+def token_parts(token: str) -> set[str]:
+    """A token, or each of several signing secrets, and the key that one encodes."""
+    parts: set[str] = set()
     for word in token.split():
-        parts |= {word: True, word.removeprefix("whsec_"): True}
-        for key in signing_keys(word):
-            parts |= {key.hex(): True, key.decode("utf-8", "surrogateescape"): True}
+        parts |= {word, word.removeprefix("whsec_")}
+        parts |= {key.decode("utf-8", "surrogateescape") for key in signing_keys(word)}
     return parts
 
 
@@ -525,42 +520,27 @@ def signing_keys(value: str) -> list[bytes]:
 
 
 def spellings(part: str) -> set[str]:
-    """How a part of a secret may stand in JSON, in a URL, in HTML, in base64 or as hexadecimal digits."""
-    from html import escape
-    from urllib.parse import quote, quote_plus, unquote
+    """A part of a secret as it is, without its percent escapes, and in base64 alone or after other bytes."""
+    from base64 import b64encode
+    from urllib.parse import unquote
 
     raw = part.encode("utf-8", "surrogateescape")
-    found = {part, unquote(part), escape(part), raw.hex(), *base64_spellings(raw)}
-    found |= {quote(raw), quote(raw, safe=""), quote_plus(raw)}
-    found |= {json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1]}
-    return found
-
-
-def base64_spellings(raw: bytes) -> set[str]:
-    """How bytes may look inside a base64 string: alone, or after one or two other bytes."""
-    from base64 import b64encode
-
-    found: set[str] = set()
+    coded = {b64encode(raw).decode().rstrip("=")}
     for lead in range(3):
-        coded = b64encode(b"\0" * lead + raw).decode()
-        # The first characters depend on what stands before, the last ones on what comes after.
-        coded = coded[(0, 2, 3)[lead] :].rstrip("=")[:-1]
-        found |= {coded, coded.replace("+", "-").replace("/", "_")}
-    return found
+        # The first characters depend on the bytes before, the last one on those after.
+        coded.add(b64encode(b"\0" * lead + raw).decode()[(0, 2, 3)[lead] :].rstrip("=")[:-1])
+    return {part, unquote(part), *coded, *(text.replace("+", "-").replace("/", "_") for text in coded)}
 
 
 def decode_layer(text: str, places: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
-    """Undo one layer of percent, JSON and HTML escapes, and keep track of where each character came from."""
+    """Undo one layer of percent and JSON escapes, and keep track of where each character came from."""
     decoded: list[str] = []
     kept: list[tuple[int, int]] = []
     at = 0
     for match in re.finditer(ESCAPED, text):
         start, stop = match.span()
-        percent, unicode, byte, hexadecimal, decimal, plain, name = match.groups()
-        digits = percent or unicode or byte or hexadecimal
-        code = int(digits, 16) if digits else int(decimal or 0)
-        character = plain or HTML_NAMES.get(name or "") or (chr(code) if code <= sys.maxunicode else "?")
-        decoded += [text[at:start], character]
+        percent, unicode, plain = match.groups()
+        decoded += [text[at:start], plain or chr(int(percent or unicode, 16))]
         kept += [*places[at:start], (places[start][0], places[stop - 1][1])]
         at = stop
     return "".join([*decoded, text[at:]]), [*kept, *places[at:]]
@@ -578,28 +558,49 @@ MAX_CONFIG_BYTES = 1 << 20
 # More faults than this come from a file that is no config, or a hostile one.
 MAX_FAULTS = 100
 # Of so many known words one is suggested.
-MAX_KNOWN = 50
-# A key beyond this is told by its length.
+MAX_KNOWN = 60
+# Of a longer key only its length is shown.
 LONG_KEY = 200
-# The one key of a sink that names a variable which holds no secret.
+# A secret in a file is no longer than this.
+MAX_SECRET_BYTES = 1 << 16
+
+# The keys of a sink that name environment variables, and what the variable holds. `headersEnv` is an object
+# of such names. All but the path of a CA file is secret.
 CA_FILE_KEY = "caFileEnv"
+HEADERS_KEY = "headersEnv"
+HEADER_KEYS = ("headers", HEADERS_KEY)
+VariableKind = Literal["url", "token", "signing secret", "header", "CA file"]
+VARIABLE_KEYS: Mapping[str, VariableKind] = {
+    "urlEnv": "url",
+    "webhookUrlEnv": "url",
+    "routingKeyEnv": "token",
+    "authTokenEnv": "token",
+    "signingSecretEnv": "signing secret",
+    HEADERS_KEY: "header",
+    CA_FILE_KEY: "CA file",
+}
 
 DEFAULT_TIMEOUT: float = 5
 SEVERITIES = ("info", "warning", "critical")
-SEVERITY_SYNONYMS = {
-    word: severity
-    for severity, words in {
-        "info": "info informational information notice debug trace low ok healthy",
-        "warning": "warning warn degraded minor medium moderate",
-        "critical": "critical crit error err fatal major high severe alert emergency emerg panic disaster",
-    }.items()
-    for word in words.split()
+# Numbers are those of syslog (RFC 5424, section 6.2.1); P1 to P5 and sev0 to sev4 those of incident tools.
+SEVERITY_WORDS = {
+    "info": "info informational information notice debug trace low ok healthy P4 P5 sev4 5 6 7",
+    "warning": "warning warn degraded minor medium moderate P2 P3 sev2 sev3 3 4",
+    "critical": "critical crit error err fatal major high severe alert emergency emerg panic disaster "
+    "blocker urgent page P1 sev0 sev1 0 1 2",
+}
+SEVERITY_OF_WORD = {
+    word.lower(): severity for severity, words in SEVERITY_WORDS.items() for word in words.split()
 }
 
 
 def normalise_severity(value: object) -> str | None:
-    """Map a severity word, in any case, to `info`, `warning` or `critical`; None where nobody knows it."""
-    return SEVERITY_SYNONYMS.get(value.strip().lower()) if isinstance(value, str) else None
+    """Map a word, in any case, or a number to `info`, `warning` or `critical`; None if it is not known."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value) if 0 <= value <= 7 else None
+    return SEVERITY_OF_WORD.get(value.strip().lower()) if isinstance(value, str) else None
 
 
 # What an Alertmanager tells our alerts apart by: a sink's own labels must not stand in for these.
@@ -607,7 +608,8 @@ ALERT_LABELS = ("alertname", "severity", "loop", "repo", "source")
 
 
 class Sink(NamedTuple):
-    """A configured sink: `settings` is its object in the config, `secrets` what its `…Env` keys hold."""
+    """A configured sink: `settings` is its object in the config, `secrets` what its variables hold, by the
+    keys of `variables_of`."""
 
     id: str
     type: str
@@ -619,8 +621,8 @@ class Sink(NamedTuple):
 
     @property
     def secret_refs(self) -> dict[str, str]:
-        """The keys that name environment variables, with those names."""
-        return {key: name for key, name in self.settings.items() if key.endswith("Env")}
+        """The keys that name environment variables, with those names: see `variables_of`."""
+        return variables_of(self.settings)
 
     def summary(self) -> JsonObject:
         """The sink as the resolver lists it: no secret, only the names of the variables."""
@@ -634,9 +636,29 @@ class Sink(NamedTuple):
 
     def describe(self) -> JsonObject:
         """The sink as the resolver describes a selected one: `summary` and what else is set on it."""
-        known = {"enabled", "type", "timeoutSeconds", *self.secret_refs}
+        known = {"enabled", "type", "timeoutSeconds", *VARIABLE_KEYS}
         config = {key: value for key, value in self.settings.items() if key not in known}
         return {**self.summary(), "config": config}
+
+
+def variables_of(settings: JsonObject) -> dict[str, str]:
+    """The variables that a sink's object names, in a valid config or not: `{"urlEnv": "ALERT_URL",
+    "headersEnv.X-Api-Key": "ALERT_KEY"}`."""
+    found: dict[str, str] = {}
+    for key in VARIABLE_KEYS:
+        value = settings.get(key)
+        named = (
+            {f"{key}.{header}": name for header, name in mapping(value).items()}
+            if key == HEADERS_KEY
+            else {key: value}
+        )
+        found |= {k: name for k, name in named.items() if isinstance(name, str) and is_env_name(name)}
+    return found
+
+
+def kind_of_variable(key: str) -> VariableKind:
+    """What the variable of a key of `variables_of` holds."""
+    return VARIABLE_KEYS[key.partition(".")[0]]
 
 
 class DeliveryPolicy(NamedTuple):
@@ -742,6 +764,7 @@ def load_config(
     Raises ConfigError, which lists every fault with its JSON path.
     """
     document, digest, faults = read_config(path)
+    environ, _ = read_secret_files(document, environ)
     if not faults and digest != known_digest:
         faults += validate_config(document)
     if check_env:
@@ -750,7 +773,7 @@ def load_config(
     if faults:
         # Whoever wrote a secret into the file is not to find it in a log as well.
         redactor = make_redactor(document, hidden_values(document, environ))
-        raise config_error(path, [redactor.mask_value(fault) for fault in faults])
+        raise config_error(path, [redactor.mask(fault) for fault in faults])
     delivery = document.get("delivery", {})
     backoff = delivery.get("backoffSeconds", {})
     defaults = DeliveryPolicy()
@@ -781,14 +804,45 @@ def sinks_of(document: JsonObject, environ: Mapping[str, str]) -> dict[str, Sink
             timeout_seconds=settings.get("timeoutSeconds", DEFAULT_TIMEOUT),
             min_severity=settings.get("minSeverity"),
             settings={k: v for k, v in settings.items() if k != "description" and not k.startswith("x-")},
-            secrets={
-                key: environ[name]
-                for key, name in settings.items()
-                if key.endswith("Env") and not key.startswith("x-") and environ.get(name)
-            },
+            secrets={key: environ[name] for key, name in variables_of(settings).items() if environ.get(name)},
         )
         for sink_id, settings in document["sinks"].items()
     }
+
+
+def read_secret_files(
+    document: JsonObject, environ: Mapping[str, str]
+) -> tuple[Mapping[str, str], dict[str, str]]:
+    """The environment with what stands in files: the value of NAME, if unset, is the content of NAME_FILE.
+
+    Docker, Kubernetes and systemd hand secrets over so. One line feed at the end is left out. Also returns,
+    for each variable whose file cannot be used, why: without the path, which may be the secret by mistake.
+    """
+    found: dict[str, str] = {}
+    unusable: dict[str, str] = {}
+    for sink in mapping(document.get("sinks")).values():
+        for name in variables_of(mapping(sink)).values():
+            path = environ.get(f"{name}_FILE")
+            if not path or environ.get(name):
+                continue
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                with os.fdopen(descriptor, "rb") as file:
+                    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                        raise OSError(errno.EINVAL, "not a regular file")
+                    raw = file.read(MAX_SECRET_BYTES + 1)
+            except (OSError, ValueError) as error:
+                why = (isinstance(error, OSError) and error.strerror) or "not a path"
+                unusable[name] = f"cannot be read: {why}; name a file that this user can read"
+                continue
+            value = raw.decode("utf-8", "surrogateescape").removesuffix("\n")
+            if len(raw) > MAX_SECRET_BYTES:
+                unusable[name] = f"is larger than {MAX_SECRET_BYTES} bytes; name the file of the secret"
+            elif not value:
+                unusable[name] = "is empty; write the secret into it"
+            else:
+                found[name] = value
+    return ({**environ, **found} if found else environ), unusable
 
 
 def named_secrets(document: JsonObject, environ: Mapping[str, str]) -> dict[str, str]:
@@ -796,9 +850,8 @@ def named_secrets(document: JsonObject, environ: Mapping[str, str]) -> dict[str,
     return {
         name: environ[name]
         for sink in mapping(document.get("sinks")).values()
-        for key, name in mapping(sink).items()
-        if key.endswith("Env") and not key.startswith("x-") and key != CA_FILE_KEY
-        if is_env_name(name) and environ.get(name)
+        for key, name in variables_of(mapping(sink)).items()
+        if kind_of_variable(key) != "CA file" and environ.get(name)
     }
 
 
@@ -810,9 +863,11 @@ def is_env_name(name: object) -> bool:
 def hidden_values(document: JsonObject, environ: Mapping[str, str]) -> tuple[str, ...]:
     """What must not be seen of the environment: a config's secrets, and what proxies ask for."""
     hidden: list[str] = []
-    for value in named_secrets(document, environ).values():
-        peers = secret_parts("alertmanager", "urlEnv", value) if "://" in value else []
-        hidden += [value, *peers]
+    for sink in mapping(document.get("sinks")).values():
+        settings = mapping(sink)
+        for key, name in variables_of(settings).items():
+            if kind_of_variable(key) != "CA file" and environ.get(name):
+                hidden += secret_parts(settings.get("type"), key, environ[name])
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         for proxy in (environ.get(name, ""), environ.get(name.upper(), "")):
             # Of a proxy's URL only user name and password are secret.
@@ -877,16 +932,11 @@ def read_config(path: str) -> tuple[JsonObject, str, list[str]]:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "not a regular file")
-            open_to_all = [path] if status.st_mode & stat.S_IWOTH else []
-            for folder in {os.path.dirname(path), os.path.dirname(os.path.realpath(path))}:
-                mode = os.stat(folder).st_mode
-                if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-                    open_to_all.append(folder)
+            folders = {os.path.dirname(path), os.path.dirname(os.path.realpath(path))}
+            open_to_all = [item for item in (path, *sorted(folders)) if others_can_write(item)]
             raw = file.read(MAX_CONFIG_BYTES + 1)
     except OSError as error:
-        raise config_error(
-            path, [f"$: the file cannot be read: {error.strerror}; {where_config()}"]
-        ) from None
+        raise config_error(path, [why_unread(path, error)]) from None
     if open_to_all:
         raise config_error(
             path,
@@ -907,27 +957,45 @@ def read_config(path: str) -> tuple[JsonObject, str, list[str]]:
         raise config_error(path, [f"$: not UTF-8 at byte {error.start}; save the file as UTF-8"]) from None
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
-        raise config_error(path, [f"$: not JSON at {place}: {error.msg}; mend the file there"]) from None
+        raise config_error(path, [f"$: not JSON at {place}: {error.msg}; correct the file there"]) from None
     except (RecursionError, ValueError):
-        raise config_error(path, ["$: nested too deeply, or a number too long; mend the file"]) from None
+        raise config_error(path, ["$: nested too deeply, or a number too long; correct the file"]) from None
     if not isinstance(document, dict):
         raise config_error(path, ["$: must be one JSON object; see the README's full example"])
     if too_deep(document):
-        raise config_error(path, [f"$: nested more than {MAX_DEPTH} deep; mend the file"])
+        raise config_error(path, [f"$: nested more than {MAX_DEPTH} deep; correct the file"])
     digest = blake2b(__version__.encode() + b"\0" + raw, digest_size=32).hexdigest()
     return document, digest, faults
 
 
-def where_config() -> str:
-    return f"name the config with --alert-config-file (`config`: --config-file) or {CONFIG_ENV}"
+def others_can_write(path: str) -> bool:
+    """Tell whether any user can change a file, or replace what stands in a folder. Raises OSError.
+
+    In a folder with the sticky bit, as /tmp has it, each can replace only what is theirs. On a mount that is
+    read-only, as that of a Kubernetes ConfigMap, nobody can write, whatever the mode says.
+    """
+    mode = os.stat(path).st_mode
+    if not mode & stat.S_IWOTH or (stat.S_ISDIR(mode) and mode & stat.S_ISVTX):
+        return False
+    return not os.statvfs(path).f_flag & os.ST_RDONLY
+
+
+def why_unread(path: str, error: OSError) -> str:
+    """Why a config cannot be read, and what to do."""
+    advice = what_to_do(error)
+    if error.errno == errno.ENOENT:
+        repo = path.removesuffix(f"/{DEFAULT_CONFIG}")
+        init = shell_line(PROGRAM, "init", *([] if repo == path else ["--repo", repo]))
+        advice = f"`{init}` writes one; or name yours with --alert-config-file or {CONFIG_ENV}"
+    return f"$: the file cannot be read: {error.strerror}; {advice}"
 
 
 def config_error(path: str, faults: Sequence[str]) -> ConfigError:
     """One error of all faults, which may quote what stands in the file: they steer no terminal."""
-    told = sorted({printable(fault) for fault in faults})
-    if len(told) > MAX_FAULTS:
-        told[MAX_FAULTS:] = [f"… and more; mend these {MAX_FAULTS} first"]
-    return ConfigError(f"config invalid, nothing was sent or consumed: {path}", told)
+    listed = sorted({printable(fault) for fault in faults})
+    if len(listed) > MAX_FAULTS:
+        listed[MAX_FAULTS:] = [f"… and more; correct these {MAX_FAULTS} first"]
+    return ConfigError(f"config invalid, nothing was sent or consumed: {path}", listed)
 
 
 def validate_config(document: JsonObject) -> list[str]:
@@ -943,7 +1011,10 @@ def validate_config(document: JsonObject) -> list[str]:
             [f"it belongs beside {os.path.basename(__file__)}: put it there, or install again"],
         ) from None
     validator = jsonschema.Draft202012Validator(schema)
-    faults = (fault for error in validator.iter_errors(document) for fault in explain_schema_error(error))
+    common = schema["$defs"]["common"]["properties"]
+    faults = (
+        fault for error in validator.iter_errors(document) for fault in explain_schema_error(error, common)
+    )
     found = {
         *itertools.islice(faults, MAX_FAULTS + 1),
         *itertools.islice(check_references(document), MAX_FAULTS + 1),
@@ -951,17 +1022,19 @@ def validate_config(document: JsonObject) -> list[str]:
     return sorted(found | set(check_headers(document)))
 
 
-def explain_schema_error(error: Any) -> Iterator[str]:
+def explain_schema_error(error: Any, common: Iterable[str]) -> Iterator[str]:
     """Put a jsonschema ValidationError into words that an operator can act on, without the value itself
-    where that may be a secret that somebody wrote into the file."""
+    where that may be a secret that somebody wrote into the file. `common`: the keys that all sinks know."""
     path: list[str | int] = list(error.absolute_path)
     value, rule = error.instance, error.validator_value
     match error.validator:
         case "required":
             missing = next(key for key in rule if key not in value and repr(key) in error.message)
             yield f"{json_path([*path, missing])}: is missing; add it"
-        case "additionalProperties":
+        case "additionalProperties" | "unevaluatedProperties":
             known = list(error.schema.get("properties", {}))
+            if error.validator == "unevaluatedProperties":  # a sink: what all have stands once
+                known = [*common, *known]
             for key in value:
                 if key not in known and not key.startswith("x-"):
                     yield f"{json_path([*path, key])}: unknown key; {suggest(key, known)}"
@@ -978,14 +1051,15 @@ def explain_schema_error(error: Any) -> Iterator[str]:
         case "minimum" | "maximum":
             low, high = error.schema.get("minimum"), error.schema.get("maximum")
             yield f"{json_path(path)}: {value} is out of range; use {low} to {high}"
-        case "pattern" if path and isinstance(path[-1], str) and path[-1].endswith("Env"):
+        case "pattern" if "propertyNames" in error.absolute_schema_path and path[-1] in HEADER_KEYS:
+            yield f"{json_path(path)}: holds a header name that HTTP does not allow (RFC 9110); change it"
+        case "pattern" if path and (path[-1] in VARIABLE_KEYS or HEADERS_KEY in path):
             yield (
                 f"{json_path(path)}: must be the name of an environment variable (A-Z, 0-9, _); "
                 "a secret never stands in the file"
             )
         case "pattern" if "headers" in path:
-            what = "name" if path[-1] == "headers" else "value"
-            yield f"{json_path(path)}: holds a header {what} that HTTP does not allow (RFC 9110); mend it"
+            yield f"{json_path(path)}: holds a header value that HTTP does not allow (RFC 9110); change it"
         case "pattern" | "not" if path and path[-1] == "labels":
             yield (
                 f"{json_path([*path, value])}: a label's name is of A-Z a-z 0-9 _, begins with no digit, "
@@ -1000,7 +1074,7 @@ def explain_schema_error(error: Any) -> Iterator[str]:
         case "maxLength":
             yield f"{json_path(path)}: is longer than {rule} characters; shorten it"
         case _:
-            yield f"{json_path(path)}: breaks the rule {error.validator} {json.dumps(rule)}; mend it"
+            yield f"{json_path(path)}: breaks the rule {error.validator} {json.dumps(rule)}; correct it"
 
 
 def nearest(word: object, known: Sequence[str]) -> str | None:
@@ -1076,49 +1150,53 @@ def check_headers(document: JsonObject) -> Iterator[str]:
     """Find configured headers that would break a request, or that hold what must not stand in the file."""
     for sink_id, sink in mapping(document.get("sinks")).items():
         seen: set[str] = set()
-        for name, value in mapping(mapping(sink).get("headers")).items():
-            place = json_path(["sinks", sink_id, "headers", name])
-            lower = name.lower()
+        settings = mapping(sink)
+        named = [(key, name) for key in HEADER_KEYS for name in mapping(settings.get(key))]
+        for key, name in named:
+            place = json_path(["sinks", sink_id, key, name])
+            lower, value = name.lower(), settings[key][name]
             if lower in seen:
-                yield f"{place}: stands twice, in another case; take one out"
+                yield f"{place}: stands twice, in another case or place; take one out"
             seen.add(lower)
-            if re.search(SENSITIVE_HEADER, lower):
+            if key == "headers" and re.search(SENSITIVE_HEADER, lower):
                 yield (
                     f"{place}: holds a secret, which never stands in the file; name its environment variable "
-                    "in authTokenEnv, which is sent as Authorization: Bearer …"
+                    f"in {HEADERS_KEY}, or in authTokenEnv, which is sent as Authorization: Bearer …"
                 )
             elif lower in OWN_HEADERS or lower.startswith("webhook-"):
                 yield f"{place}: is set by the program alone; take it out"
-            elif lower == "content-type" and not re.fullmatch(JSON_TYPE, str(value).strip().lower()):
+            elif lower == "authorization" and "authTokenEnv" in settings:
+                yield f"{place}: is sent by authTokenEnv already; take one out"
+            elif lower == "content-type" and (
+                key != "headers" or not re.fullmatch(JSON_TYPE, str(value).strip().lower())
+            ):
                 yield f"{place}: is always application/json; take it out"
 
 
 def check_secrets(document: JsonObject, environ: Mapping[str, str]) -> list[str]:
     """Find the secrets of enabled sinks that are unset or unusable. No fault ever shows a value.
 
-    The document may be invalid elsewhere: all faults are to be told at once.
+    The document may be invalid elsewhere: one message names all faults.
     """
     unset: dict[str, list[str]] = {}
     faults: list[str] = []
+    environ, unusable = read_secret_files(document, environ)
     for sink_id, sink in mapping(document.get("sinks")).items():
         settings = mapping(sink)
         if settings.get("enabled") is not True:
             continue
-        for key, name in settings.items():
-            if not key.endswith("Env") or key.startswith("x-") or not isinstance(name, str):
-                continue
-            if not is_env_name(name):
-                continue  # the schema has told already
-            if not environ.get(name):
-                unset.setdefault(name, []).append(json_path(["sinks", sink_id, key]))
+        for key, name in variables_of(settings).items():
+            place = json_path(["sinks", sink_id, *key.split(".", 1)])
+            if name in unusable:
+                faults.append(
+                    f"{place}: {name} is unset, and the file that {name}_FILE names {unusable[name]}"
+                )
+            elif not environ.get(name):
+                unset.setdefault(name, []).append(place)
             else:
                 parts = secret_parts(settings.get("type"), key, environ[name])
                 found = dict.fromkeys(check_secret(key, part, settings) for part in parts)
-                faults += [
-                    f"{json_path(['sinks', sink_id, key])}: the value of {name} {fault}"
-                    for fault in found
-                    if fault
-                ]
+                faults += [f"{place}: the value of {name} {fault}" for fault in found if fault]
     if unset:
         places = {name: ", ".join(sorted(found)) for name, found in sorted(unset.items())}
         place = "$.sinks" if len(unset) > 1 else next(iter(places.values()))
@@ -1137,17 +1215,43 @@ def secret_parts(sink_type: object, key: str, value: str) -> list[str]:
 
 
 def check_secret(key: str, value: str, settings: JsonObject) -> str | None:
-    """Say what is wrong with the value of a `…Env` key; None where nothing is."""
-    if key == "signingSecretEnv":
+    """Say what is wrong with the value of a variable; None if nothing is."""
+    kind = kind_of_variable(key)
+    if kind in ("url", "signing secret", "CA file") and is_quoted(value):
+        return f"{IN_QUOTES}; take them away"
+    if kind == "signing secret":
         wrong = (
             "is not whsec_ and base64 (several, while a key is rotated: a space between them); set it again"
         )
         return None if signing_keys(value) else wrong
-    if key == CA_FILE_KEY:
+    if kind == "CA file":
         return check_ca_file(value)
+    if kind == "header":
+        wrong = "holds a line break or another character that a header cannot hold, or a space at an end"
+        return None if re.fullmatch(HEADER_VALUE, value) else f"{wrong}; set it again"
     if not value.isascii() or not value.isprintable() or " " in value:
         return "holds a space, a line break or another character that cannot be sent; set it again"
-    return check_url(value, settings) if key.lower().endswith("urlenv") else None
+    return check_url(value, settings) if kind == "url" else None
+
+
+HEADER_VALUE = r"[!-~]([\t -~]*[!-~])?"
+IN_QUOTES = "stands in quotes, which are part of it (docker and systemd read some files of variables so)"
+
+
+def is_quoted(value: str) -> bool:
+    """Tell whether a value stands in quotes, as one that a shell would have taken them from."""
+    return len(value) > 2 and value[0] == value[-1] and value[0] in "\"'"
+
+
+def quoted_secrets(sinks: Iterable[Sink]) -> list[str]:
+    """A hint for each variable of these sinks whose value stands in quotes: hardly anybody means that."""
+    return [
+        f"{json_path(['sinks', sink.id, *key.split('.', 1)])}: the value of {sink.secret_refs[key]} "
+        f"{IN_QUOTES}; take them away unless the provider gave them"
+        for sink in sinks
+        for key, value in sink.secrets.items()
+        if is_quoted(value)
+    ]
 
 
 def check_ca_file(name: str) -> str | None:
@@ -1226,83 +1330,87 @@ def config_warnings(config: Config) -> list[str]:
     """What is valid in a config and hardly meant, with its place: sinks and routes that lead nowhere."""
     routing = config.routing
     enabled = {sink.id for sink in config.sinks.values() if sink.enabled}
+    hints = quoted_secrets(config.sinks.values())
     if not enabled:
-        return ["$.sinks: no sink is enabled: nothing is sent"]
+        return ["$.sinks: no sink is enabled: nothing is sent", *hints]
     warnings: list[str] = []
     led_to: set[str] = set(routing["defaultSinks"])
     if not led_to & enabled:
         why = "no sink of it is enabled: what has no route of its own reaches nobody"
         warnings.append(f"$.routing.defaultSinks: {why}")
-    first: dict[str, int] = {}
+    earlier: dict[str, int] = {}
     for index, route in enumerate(routing.get("routes", [])):
         if not route.get("enabled", True):
             continue
         place, category = f"$.routing.routes[{index}]", printable(route["category"])
-        if (earlier := first.setdefault(route["category"], index)) != index:
-            warnings.append(f"{place}: never used: routes[{earlier}] has the same category {category!r}")
+        if why_never := never_matches(route["category"], earlier):
+            warnings.append(f"{place}: never used: {why_never}")
             continue
+        earlier[route["category"]] = index
         sinks = set(route.get("sinks") or routing["defaultSinks"])
         led_to |= sinks
         if not sinks & enabled:
             warnings.append(f"{place}: no sink of it is enabled: {category!r} reaches nobody")
-    return warnings + [
+    warnings += [
+        f"{json_path(['routing', 'categorySeverity', category])}: never used: it takes no pattern, as a "
+        "route does; name each category"
+        for category in routing.get("categorySeverity", {})
+        if category.endswith("*")
+    ]
+    warnings += [
         f"{json_path(['sinks', sink_id])}: the sink is enabled, and no route leads to it"
         for sink_id in sorted(enabled - led_to)
     ]
+    return warnings + hints
+
+
+def never_matches(category: str, earlier: Mapping[str, int]) -> str | None:
+    """Why a route of this category can match nothing, behind those of `earlier`; None if it can."""
+    if category in earlier:
+        return f"routes[{earlier[category]}] has the same category {printable(category)!r}"
+    if category != category.lstrip() or (category != category.rstrip() and not category.endswith("*")):
+        return f"no category begins or ends with a space, as {printable(category)!r} does"
+    if "*" in category[:-1]:
+        return f"a * counts only at the end, and {printable(category)!r} has one before it"
+    if category.endswith("*"):
+        for pattern, index in earlier.items():
+            if pattern.endswith("*") and category.startswith(pattern[:-1]):
+                return f"routes[{index}] is for {printable(pattern)!r} and stands before it"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Source: the escalations file as an append-only log, through rotations
 # ---------------------------------------------------------------------------------------------------------
+# Knows files and bytes, not what a line says. A pass opens the source at its cursor, reads chunks of complete
+# lines, and stores each chunk together with the cursor after it. What was read once is never needed again.
 
 READ_CHUNK = 1 << 17
 # A record beyond this is put on record as too large instead of being held in memory.
 MAX_RECORD_BYTES = 32 << 20
-# How much of a first line stands for the file, and how much before an offset proves that it is still ours.
+# One transaction of the queue holds about this many lines, or this many bytes.
+CHUNK_LINES = 1000
+CHUNK_BYTES = 4 << 20
+# How much of a first line names a file, and how much before an offset proves that the file is still the same.
 HEAD_BYTES = 4096
 TAIL_BYTES = 256
-# A writer that is still in a rotated file gets this long to finish its last line.
+# A writer that still has a rotated file open gets this many seconds to finish its last line.
 ROTATED_TAIL_GRACE = 10.0
-# The clock by which a file system notes when a file was written to lags behind ours by no more than this.
+# A file system's clock may lag behind ours by this many seconds.
 COARSE_SECONDS = 1.0
-# So many files that were read to their end are told from new ones, whatever time they bear.
-FORGOTTEN_MAX = 64
-# A file that a rotation moves while its folder is listed is looked for again.
+# How many finished files to remember, so that touching one does not resend it.
+FINISHED_MAX = 64
+# A rotation that happens while the folder is listed is looked at again, this often.
 FIND_TRIES = 3
 
-
-class Position(NamedTuple):
-    """A place between two lines of the log: the segment's number, bytes and lines before it there."""
-
-    segment: int
-    offset: int
-    line: int
-
-
-class Record(NamedTuple):
-    """One line of the log without its line feed. `size` is the line's true size where it was too large."""
-
-    start: Position
-    end: Position
-    line: bytes
-    size: int
+# What a hole in a file, or an empty line, is made of.
+BLANK = b"\0 \t\r\v\f"
+COMPRESSED = (".gz", ".bz2", ".xz")
 
 
 def short_hash(data: bytes) -> str:
-    """Eight bytes of BLAKE2 as hexadecimal digits: names content, hides none."""
+    """Eight bytes of BLAKE2 as hexadecimal digits: names content, hides nothing."""
     return blake2b(data, digest_size=8).hexdigest()
-
-
-def fingerprint(descriptor: int) -> str | None:
-    """Name a file by its first line that is not blank, which never changes. None until it is complete."""
-    head = os.pread(descriptor, HEAD_BYTES, 0)
-    first, newline, _ = head.lstrip(b"\0 \t\r\n").partition(b"\n")
-    return short_hash(first) if newline or len(head) == HEAD_BYTES else None
-
-
-def file_identity(descriptor: int) -> tuple[int, int]:
-    """Device and inode of an open file."""
-    return identity_of(os.fstat(descriptor))
 
 
 def identity_of(found: os.stat_result) -> tuple[int, int]:
@@ -1310,175 +1418,604 @@ def identity_of(found: os.stat_result) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-# In place of a fingerprint: a file that was rotated before its first line was complete. Its inode tells.
-NAMELESS = short_hash(b"")
+class Cursor(NamedTuple):
+    """How far the source has been read.
 
-
-def tail_hash(descriptor: int, offset: int) -> str:
-    """Name what stands just before an offset."""
-    start = max(0, offset - TAIL_BYTES)
-    return short_hash(os.pread(descriptor, offset - start, start))
-
-
-def end_of_lines(descriptor: int, size: int) -> int:
-    """The offset after the last line feed within `size` bytes; 0 where there is none."""
-    while size > 0:
-        start = max(0, size - READ_CHUNK)
-        found = os.pread(descriptor, size - start, start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-        size = start
-    return 0
-
-
-def read_lines(read: Callable[[int, int], bytes], start: int, stop: int) -> Iterator[tuple[bytes, int, int]]:
-    """Stream the lines of a range: line (cut at MAX_RECORD_BYTES), its true size, the offset after it.
-
-    `read` gives at most so many bytes from an offset on. What stands after the last line feed of the range
-    counts as a line: the caller chooses ranges that end where a line does, or in a file that nobody writes
-    any more.
+    `number` counts the files of the source, from 1; 0: none has been read yet, and the first `line` lines are
+    to be skipped. The file is named by its first
+    line (`fingerprint`) and by what stands before the offset (`tail`), so that it is found again under any
+    name. `offset` is in bytes, `line` counts complete lines. `rotated`: it was read to its end under another
+    name. `finished`: fingerprints of earlier files. `seen_at`: when a pass looked last, seconds since the
+    epoch; 0: never.
     """
-    pieces: list[bytes] = []
-    size, kept, at = 0, 0, start
-    while at < stop:
-        chunk = read(min(READ_CHUNK, stop - at), at)
-        if not chunk:
-            return  # truncated under our hands
-        *whole, rest = chunk.split(b"\n")
-        for piece in whole:
-            size += len(piece)
-            if kept < MAX_RECORD_BYTES:
-                pieces.append(piece)
-            start += size + 1
-            yield b"".join(pieces) if len(pieces) > 1 else (pieces[0] if pieces else b""), size, start
-            pieces, size, kept = [], 0, 0
-        size += len(rest)
-        if rest and kept < MAX_RECORD_BYTES:
-            pieces.append(rest)
-            kept += len(rest)
-        at += len(chunk)
-    if size:
-        yield b"".join(pieces), size, stop
 
-
-def count_from_json(value: object) -> int:
-    """Read a size, an inode or a count: 0 or more, in 64 bits. Raises ValueError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 64:
-        raise ValueError("no size, inode or count")
-    return value
-
-
-class Segment:
-    """One file of the log. Its name is a number and a fingerprint, for instance `2-9f86d081884c7d65`."""
-
-    def __init__(
-        self,
-        number: int,
-        fingerprint: str,
-        device: int = 0,
-        inode: int = 0,
-        offset: int = 0,
-        tail: str = "",
-    ) -> None:
-        self.number = number
-        self.fingerprint = fingerprint
-        self.device = device
-        self.inode = inode
-        # Up to where it was taken up, and a hash of what stands before that place.
-        self.offset = offset
-        self.tail = tail
-        # What waits in it is on record as lost, because it was not to be found.
-        self.lost = False
-        # Known once it is found on disk in this pass: where its lines end, and what stands before there.
-        self.descriptor: int | None = None
-        self.stop = 0
-        self.stop_tail = ""
-        self.growing = False
+    number: int = 0
+    fingerprint: str = ""
+    device: int = 0
+    inode: int = 0
+    offset: int = 0
+    line: int = 0
+    tail: str = ""
+    rotated: bool = False
+    finished: tuple[str, ...] = ()
+    seen_at: float = 0.0
 
     @property
-    def name(self) -> str:
+    def segment(self) -> str:
+        """The name of the file in rows: its number and its fingerprint."""
         return f"{self.number}-{self.fingerprint}"
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        return self.device, self.inode
+
+    def to_json(self) -> JsonObject:
+        return self._asdict()
 
     @classmethod
     def from_json(cls, value: JsonObject) -> Self:
         """Read what `to_json` wrote. Raises one of MALFORMED for anything else."""
-        number, mark = parse_segment_name(value["name"])
-        device, inode, offset = (count_from_json(value[key]) for key in ("device", "inode", "offset"))
-        segment = cls(number, mark, device, inode, offset, str(value["tail"]))
-        segment.lost = value.get("lost") is True
-        return segment
-
-    def to_json(self) -> JsonObject:
-        return {
-            "name": self.name,
-            "device": self.device,
-            "inode": self.inode,
-            "offset": self.offset,
-            "tail": self.tail,
-            **({"lost": True} if self.lost else {}),
-        }
-
-    @property
-    def identity(self) -> tuple[int, int]:
-        """Device and inode of the file that held it last."""
-        return self.device, self.inode
-
-    def is_in(self, descriptor: int) -> bool:
-        """Tell whether an open file holds this segment: the same first line, and all that was taken up."""
-        return self._reaches(descriptor, self.offset, self.tail)
-
-    def is_whole_in(self, descriptor: int) -> bool:
-        """Tell whether an open file holds this segment as far as it is read in this pass."""
-        return self._reaches(descriptor, self.stop, self.stop_tail)
-
-    def _reaches(self, descriptor: int, offset: int, tail: str) -> bool:
-        if self.fingerprint == NAMELESS:
-            same = file_identity(descriptor) == self.identity
-        else:
-            same = fingerprint(descriptor) == self.fingerprint
-        return (
-            same
-            and os.fstat(descriptor).st_size >= offset
-            and (not tail or tail_hash(descriptor, offset) == tail)
+        numbers = {key: value[key] for key in ("number", "device", "inode", "offset", "line")}
+        for number in numbers.values():
+            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 1 << 63:
+                raise ValueError("not a cursor")
+        return cls(
+            **numbers,
+            fingerprint=str(value["fingerprint"]),
+            tail=str(value["tail"]),
+            rotated=value["rotated"] is True,
+            finished=tuple(str(name) for name in value["finished"])[-FINISHED_MAX:],
+            seen_at=float(value["seen_at"]),
         )
 
-    def attach(self, descriptor: int) -> bool:
-        """Read from this open file in this pass, if it holds this segment; tells whether it does.
 
-        What is appended later belongs to the next pass.
+class Line(NamedTuple):
+    """One line of the source without its line feed.
+
+    `text` is cut at MAX_RECORD_BYTES, `size` is its true size in bytes. `offset` to `end` are its bytes in
+    the file, `number` counts lines from 1.
+    """
+
+    text: bytes
+    size: int
+    offset: int
+    end: int
+    number: int
+
+
+class Chunk(NamedTuple):
+    """Complete lines of one file, and the cursor after them."""
+
+    lines: list[Line]
+    cursor: Cursor
+
+
+class SourceChangedError(Exception):
+    """The file was truncated or replaced while it was read: look for it again."""
+
+
+class LogFile:
+    """One file of the source, open for reading: plain, or compressed by a rotation."""
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError, also for what is not a regular file."""
+        self.path = path
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        found = os.fstat(self._file)
+        if not stat.S_ISREG(found.st_mode):
+            os.close(self._file)
+            raise OSError(errno.EINVAL, "not a regular file")
+        self.identity = identity_of(found)
+        self.written_at = found.st_mtime
+        # What is read: of a compressed file a copy without a name, made when it is needed.
+        self._plain: int | None = None if path.endswith(COMPRESSED) else self._file
+
+    def close(self) -> None:
+        for descriptor in {self._file, self._file if self._plain is None else self._plain}:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def _unpack(self) -> Iterator[Any]:
+        """A stream of what a compressed file holds."""
+        import bz2
+        import gzip
+        import lzma
+
+        opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[os.path.splitext(self.path)[1]]
+        # Not by its name: a rotation may have given that to another file by now.
+        os.lseek(self._file, 0, os.SEEK_SET)
+        with open(os.dup(self._file), "rb") as packed, opener(packed, "rb") as stream:
+            yield stream
+
+    def _copy(self) -> int:
+        import shutil
+        import tempfile
+
+        with tempfile.TemporaryFile() as copy:
+            try:
+                with self._unpack() as stream:
+                    shutil.copyfileobj(stream, copy)
+            except Exception as error:
+                # gzip, bz2 and lzma each raise errors of their own for a file that is incomplete or damaged.
+                raise OSError(errno.EIO, "cannot be unpacked") from error
+            copy.flush()
+            return os.dup(copy.fileno())
+
+    def read(self, size: int, offset: int) -> bytes:
+        """At most `size` bytes from an offset on. Raises OSError."""
+        if self._plain is None:
+            self._plain = self._copy()
+        return os.pread(self._plain, size, offset)
+
+    @property
+    def size(self) -> int:
+        """Its size in bytes, unpacked. Raises OSError."""
+        if self._plain is None:
+            self._plain = self._copy()
+        return os.fstat(self._plain).st_size
+
+    def fingerprint(self) -> str:
+        """A name by its first line that is not blank, which never changes; empty until that is complete.
+
+        Raises OSError.
         """
-        size = os.fstat(descriptor).st_size
-        stop = end_of_lines(descriptor, size)
-        tail = tail_hash(descriptor, stop)
-        if not self.is_in(descriptor):  # asked last: it may just have been truncated
-            return False
-        self.descriptor, self.stop, self.stop_tail, self.growing = descriptor, stop, tail, stop < size
-        self.device, self.inode = file_identity(descriptor)
-        if self.fingerprint == NAMELESS:
-            self.fingerprint = fingerprint(descriptor) or NAMELESS
-        return True
+        if self._plain is not None:
+            return first_line_hash(functools.partial(os.pread, self._plain))
+        try:
+            with self._unpack() as stream:  # only as much of it as is needed
 
-    def finish(self) -> bool:
-        """Take a rotated file's unterminated last line for complete, once nobody can be writing it."""
-        if self.growing and self.descriptor is not None:
-            found = os.fstat(self.descriptor)
-            if abs(time.time() - found.st_mtime) < ROTATED_TAIL_GRACE:
-                return False
-            self.stop, self.stop_tail = found.st_size, tail_hash(self.descriptor, found.st_size)
-        return True
+                def read(size: int, offset: int) -> bytes:
+                    stream.seek(offset)
+                    data: bytes = stream.read(size)
+                    return data
+
+                return first_line_hash(read)
+        except Exception as error:
+            raise OSError(errno.EIO, "cannot be unpacked") from error
+
+    def tail_before(self, offset: int) -> str:
+        """Names what stands just before an offset."""
+        start = max(0, offset - TAIL_BYTES)
+        return short_hash(self.read(offset - start, start))
+
+    def holds(self, cursor: Cursor) -> bool:
+        """Tell whether all that was read up to a cursor is in this file."""
+        if cursor.fingerprint:
+            same = self.fingerprint() == cursor.fingerprint
+        else:
+            same = self.identity == cursor.identity
+        return same and self.size >= cursor.offset and self.tail_before(cursor.offset) == cursor.tail
+
+    def end_of_lines(self) -> int:
+        """The offset after the last line feed; 0 if there is none."""
+        at = self.size
+        while at > 0:
+            start = max(0, at - READ_CHUNK)
+            found = self.read(at - start, start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            at = start
+        return 0
 
 
-def parse_segment_name(name: str) -> tuple[int, str]:
-    """Split a segment's name. Raises ValueError where it is none."""
-    number, dash, mark = name.partition("-")
-    if not dash or not mark:
-        raise ValueError(f"no segment name: {name!r}")
-    return int(number), mark
+def first_line_hash(read: Callable[[int, int], bytes]) -> str:
+    """The hash of a file's first line that is not blank, or of its first HEAD_BYTES; empty if neither is
+    there yet."""
+    offset = 0
+    while head := read(HEAD_BYTES, offset):
+        if text := head.lstrip(BLANK + b"\n"):
+            head = read(HEAD_BYTES, offset + len(head) - len(text))
+            first, newline, _ = head.partition(b"\n")
+            return short_hash(first) if newline or len(head) == HEAD_BYTES else ""
+        offset += len(head)
+    return ""
+
+
+def read_lines(read: Callable[[int, int], bytes], start: int, stop: int, before: int = 0) -> Iterator[Line]:
+    """Stream the lines of a range; `before`: how many lines stand before it.
+
+    `read` gives at most so many bytes from an offset on. What stands after the last line feed of the range
+    counts as a line. Blanks and NUL bytes at the start of a line are skipped without being held, however many
+    there are: a crash can leave a hole of any size.
+    """
+    pieces: list[bytes] = []
+    size, at, begin = 0, start, start
+    while at < stop:
+        data = read(min(READ_CHUNK, stop - at), at)
+        if not data:
+            raise SourceChangedError
+        *whole, rest = data.split(b"\n")
+        for piece in whole:
+            if not size:
+                text = piece.lstrip(BLANK) if piece[:1] in BLANKS else piece
+                size = len(text)
+            else:
+                size += len(piece)
+                if size - len(piece) < MAX_RECORD_BYTES:
+                    pieces.append(piece)
+                text = b"".join(pieces)
+            end = at + len(piece) + 1
+            at = end
+            before += 1
+            yield Line(text, size, begin, end, before)
+            pieces, size, begin = [], 0, end
+        if not size:
+            rest_text = rest.lstrip(BLANK)
+            size = len(rest_text)
+            pieces = [rest_text] if rest_text else []
+        else:
+            if size < MAX_RECORD_BYTES:
+                pieces.append(rest)
+            size += len(rest)
+        at += len(rest)
+    if begin < stop:
+        yield Line(b"".join(pieces), size, begin, stop, before + 1)
+
+
+BLANKS = tuple(BLANK[index : index + 1] for index in range(len(BLANK)))
+
+
+class Source:
+    """The source as a pass finds it: the files that are still to be read, from the cursor on.
+
+    `present`: there is a file at the source's own path. `loss`: what was lost before this pass, in words, if
+    anything was. Nothing that is appended after the pass has looked is read.
+    """
+
+    def __init__(self, path: str, cursor: Cursor) -> None:
+        """Raises StorageError."""
+        self.path = path
+        self.cursor = cursor
+        self.present = False
+        self.loss: str | None = None
+        # Files in the order in which they are read; the last one may be the current file.
+        self._files: list[LogFile] = []
+        self._current: LogFile | None = None
+        # The fingerprint of the current file before its neighbours were looked at.
+        self._began_with = ""
+        self._open = contextlib.ExitStack()
+        # How many more lines may be read.
+        self._left = sys.maxsize
+        self._find()
+
+    def close(self) -> None:
+        self._open.close()
+
+    def chunks(self, limit: int = 0) -> Iterator[Chunk]:
+        """Read on from the cursor, at most `limit` lines (0: all), and move the cursor with each chunk.
+
+        Raises StorageError.
+        """
+        self._left = limit or sys.maxsize
+        tries = 0
+        while True:
+            try:
+                for chunk in self._read():
+                    self.cursor = chunk.cursor
+                    self._left -= len(chunk.lines)
+                    tries = 0
+                    yield chunk
+                    if self._left <= 0:
+                        return
+                return
+            except SourceChangedError:
+                tries += 1
+                if tries > FIND_TRIES:
+                    raise storage_error(
+                        "read", self.path, OSError(errno.EBUSY, "it keeps changing")
+                    ) from None
+                self.close()
+                self._find()
+            except OSError as error:
+                raise storage_error("read", self.path, error) from None
+
+    def count_unread(self) -> int:
+        """Count the complete lines of the current file that stand after the cursor. Raises StorageError."""
+        file = self._current
+        if file is None:
+            return 0
+        same = bool(self.cursor.fingerprint) and file.holds(self.cursor)
+        at, count = self.cursor.offset if same else 0, 0
+        stop = file.end_of_lines()
+        try:
+            while at < stop and (data := file.read(min(1 << 20, stop - at), at)):
+                count += data.count(b"\n")
+                at += len(data)
+        except OSError as error:
+            raise storage_error("read", self.path, error) from None
+        return count
+
+    def read_again(self, first: int, last: int | None) -> Iterator[Line]:
+        """The lines of the current file from `first` to `last` (None: all) that were read already.
+
+        Raises StorageError.
+        """
+        file = self._current
+        if file is None or not self.cursor.fingerprint:
+            return
+        try:
+            if file.holds(self.cursor):
+                for line in read_lines(file.read, 0, self.cursor.offset, 0):
+                    if last is not None and line.number > last:
+                        return
+                    if line.number >= first:
+                        yield line
+        except SourceChangedError:
+            raise storage_error("read", self.path, OSError(errno.EBUSY, "it keeps changing")) from None
+        except OSError as error:
+            raise storage_error("read", self.path, error) from None
+
+    @property
+    def lines_read(self) -> int:
+        """How many lines of the current file were read; 0 while the cursor is in an older file."""
+        file = self._current
+        return self.cursor.line if file is None or file.identity == self.cursor.identity else 0
+
+    # -- reading
+
+    def _read(self) -> Iterator[Chunk]:
+        begun_at = self.cursor.number
+        for file in self._files:
+            cursor = self.cursor
+            if file is self._current and cursor.number > max(begun_at, 1) and file.holds(cursor):
+                # What was just read is a copy of it, and it is about to be truncated: only what follows is
+                # new.
+                cursor = cursor._replace(device=file.identity[0], inode=file.identity[1])
+            elif cursor.identity != file.identity or not cursor.number:
+                fingerprint = file.fingerprint()
+                if file is self._current and fingerprint != self._began_with:
+                    raise SourceChangedError  # what it held before is in another file now
+                if not fingerprint and (file is self._current or not file.size):
+                    continue  # its first line is not complete yet
+                cursor = self._enter(file, fingerprint)
+            elif not cursor.fingerprint:
+                cursor = cursor._replace(fingerprint=file.fingerprint())
+            yield from self._read_file(file, cursor)
+            if file is not self._current and self.cursor.offset < file.size:
+                return  # its writer may still be at its last line: what follows has its turn after that
+
+    def _enter(self, file: LogFile, fingerprint: str) -> Cursor:
+        """The cursor at the start of the next file."""
+        before = self.cursor
+        finished = (*before.finished, before.fingerprint) if before.fingerprint else before.finished
+        return Cursor(
+            number=before.number + 1,
+            fingerprint=fingerprint,
+            device=file.identity[0],
+            inode=file.identity[1],
+            tail=short_hash(b""),
+            finished=finished[-FINISHED_MAX:],
+            seen_at=before.seen_at,
+        )
+
+    def _read_file(self, file: LogFile, cursor: Cursor) -> Iterator[Chunk]:
+        stop = file.end_of_lines()
+        rotated = file is not self._current
+        # A compressed file is complete.
+        if rotated and stop < file.size and abs(time.time() - file.written_at) >= ROTATED_TAIL_GRACE:
+            stop = file.size  # its writer is gone: its last line is complete as it is
+        stop_tail = file.tail_before(stop)
+        lines: list[Line] = []
+        held = 0
+        stream = read_lines(file.read, cursor.offset, stop, cursor.line)
+        while True:
+            line = next(stream, None)
+            if line is not None:
+                lines.append(line)
+                held += len(line.text)
+            full = len(lines) >= min(CHUNK_LINES, self._left) or held >= CHUNK_BYTES
+            if line is None or full:
+                # Asked after reading: if the file is whole now, it was whole when these lines were read.
+                if file.size < stop or file.tail_before(stop) != stop_tail or not file.holds(cursor):
+                    raise SourceChangedError
+                if lines:
+                    last = lines[-1]
+                    cursor = cursor._replace(
+                        offset=last.end,
+                        line=last.number,
+                        tail=file.tail_before(last.end),
+                        rotated=rotated and last.end == stop,
+                    )
+                    yield Chunk(lines, cursor)
+                lines, held = [], 0
+            if line is None:
+                # A file that was read to its end may have moved since the cursor was written.
+                place = cursor._replace(
+                    device=file.identity[0], inode=file.identity[1], rotated=rotated and cursor.offset == stop
+                )
+                if place != self.cursor:
+                    yield Chunk([], place)
+                return
+
+    # -- finding the files
+
+    def _find(self) -> None:
+        """Find what is to be read. Raises StorageError."""
+        self._files, self._current = [], None
+        looked_at = time.time()
+        try:
+            for attempt in range(FIND_TRIES):
+                try:
+                    self._locate()
+                    break
+                except SourceChangedError:
+                    self.close()
+                    if attempt == FIND_TRIES - 1:
+                        raise OSError(errno.EBUSY, "it keeps being rotated") from None
+        except OSError as error:
+            self.close()
+            raise storage_error("read", self.path, error) from None
+        first = next(iter(self._files), None)
+        if not self.cursor.number and first is not None and (fingerprint := first.fingerprint()):
+            # So it is found again after a rotation, although nothing was read of it.
+            self.cursor = self._enter(first, fingerprint)
+        self.cursor = self.cursor._replace(seen_at=looked_at)
+
+    def _skip_lines(self, file: LogFile) -> Cursor:
+        """The cursor after as many lines of a file as an earlier dispatcher has read. It counted lines of a
+        file that may have been rotated since: one with fewer lines is a new file."""
+        cursor = self.cursor
+        for line in read_lines(file.read, 0, file.end_of_lines()):
+            if line.number == cursor.line:
+                start = self._enter(file, file.fingerprint())
+                return start._replace(offset=line.end, line=line.number, tail=file.tail_before(line.end))
+        return Cursor(seen_at=cursor.seen_at)
+
+    def _locate(self) -> None:
+        cursor = self.cursor
+        self._files = []
+        self._current = current = self._open_file(self.path)
+        self._began_with = current.fingerprint() if current else ""
+        self.present = current is not None
+        if current is not None and cursor.number and current.identity == cursor.identity:
+            if current.holds(cursor):
+                self._files = [current]
+                return
+        elif not cursor.number and cursor.line and current is not None:
+            self.cursor = self._skip_lines(current)
+            self._files = [current]
+            return
+        elif not cursor.number and not cursor.seen_at:
+            self._files = [current] if current else []
+            return
+        files = self._look_around()
+        found = self._find_cursor(files) if cursor.number else None
+        if found is current and found is not None:
+            self._files = [found]
+            self.cursor = cursor._replace(device=found.identity[0], inode=found.identity[1])
+            return
+        if found is not None:
+            self.cursor = cursor._replace(device=found.identity[0], inode=found.identity[1])
+            newer, unread = self._rotated_since(found, files)
+            self._files = [found, *newer]
+            if unread and current is not None:
+                names = ", ".join(map(printable, unread))
+                self.loss = f"the source was rotated, and what {names} may hold of it was not read"
+        else:
+            self._files = self._written_since(files)
+            if cursor.number and not cursor.rotated and (current is not None or self._files):
+                same_file = current is not None and current.identity == cursor.identity
+                change = "truncated" if same_file else "replaced" if current is not None else "removed"
+                self.loss = (
+                    f"the file that was read to line {cursor.line} is gone ({change}): if anything was "
+                    "appended to it after that, it was not read"
+                )
+                # Its number is used up; no file has these marks.
+                self.cursor = cursor._replace(device=0, inode=0)
+        if current is not None:
+            self._files.append(current)
+        if rotation_names(self._look_around()) != rotation_names(files):
+            self.loss = None
+            self.cursor = cursor
+            raise SourceChangedError
+
+    def _find_cursor(self, files: Sequence["Neighbour"]) -> LogFile | None:
+        """The file that holds the cursor, under whatever name: the file that was renamed first, then one with
+        the same content. A copy that somebody made is taken last: the rotated file may hold more."""
+        cursor = self.cursor
+        current = self._current
+
+        def likeness(file: Neighbour) -> int:
+            return (0 if file.key else 2) if file.identity == cursor.identity else (3 if file.key else 4)
+
+        newest_first = list(files)
+        newest_first.reverse()
+        ordered = sorted(newest_first, key=likeness)
+        for file in (file for file in ordered if likeness(file) == 0):
+            if found := self._open_if_it_holds(file):
+                return found
+        if current is not None and current.identity != cursor.identity and current.holds(cursor):
+            return current
+        for file in (file for file in ordered if likeness(file) > 0):
+            if found := self._open_if_it_holds(file):
+                return found
+        return None
+
+    def _open_if_it_holds(self, file: "Neighbour") -> LogFile | None:
+        opened = self._open_file(file.path, file.identity)
+        if opened is None:
+            return None
+        with contextlib.suppress(OSError):  # a compressed file that is not complete yet
+            if opened.holds(self.cursor):
+                return opened
+        return None
+
+    def _written_since(self, files: Sequence["Neighbour"]) -> list[LogFile]:
+        """The rotated files that no pass can have read, oldest first, if the file of the cursor is not to be
+        found, or there was none: they were written since a pass looked, and they are not copies of one that
+        was read."""
+        known = {*self.cursor.finished, self.cursor.fingerprint}
+        unseen: list[LogFile] = []
+        for file in files:
+            if not file.key or not file.size or file.written <= self.cursor.seen_at - COARSE_SECONDS:
+                continue
+            opened = self._open_file(file.path, file.identity)
+            with contextlib.suppress(OSError):
+                if opened is not None and opened.fingerprint() not in known:
+                    unseen.append(opened)
+        return unseen
+
+    def _rotated_since(
+        self, newest: LogFile, files: Sequence["Neighbour"]
+    ) -> tuple[list[LogFile], list[str]]:
+        """The files that were rotated after the file of the cursor, oldest first; and the names of younger
+        neighbours that no rotation scheme explains.
+
+        With numbers `.1` is newer than `.2`, with dates the later one. If numbers go up with time, an older
+        file has the smaller one: it was not written to later, either.
+        """
+        last = next((file for file in files if file.identity == newest.identity), None)
+        newer: list[LogFile] = []
+        unread: list[str] = []
+        for file in files:
+            if last is None or not file.size or file.identity == newest.identity:
+                continue
+            follows = file.key is not None and last.key is not None and file.key > last.key
+            is_numbered = file.key is not None and file.key[0] > 0
+            if follows and (file.written >= last.written or not is_numbered):
+                if opened := self._open_file(file.path, file.identity):
+                    newer.append(opened)
+            elif file.path.startswith(f"{last.path}."):  # the same file, which is just being compressed
+                continue
+            elif file.written > last.written or (file.key is None and file.written == last.written):
+                unread.append(os.path.basename(file.path))
+        return newer, unread
+
+    def _look_around(self) -> list["Neighbour"]:
+        """The neighbours of the source, and of the file that it is a link to, each file once, oldest first. A
+        file that is also there uncompressed counts once. Raises OSError."""
+        files: list[Neighbour] = []
+        seen = {self._current.identity} if self._current else set()
+        keys = neighbours(self.path, os.path.realpath(self.path))
+        for path, key in keys.items():
+            if path.endswith(COMPRESSED) and os.path.splitext(path)[0] in keys:
+                continue
+            found = None
+            with contextlib.suppress(OSError):
+                found = os.stat(path)
+            if found is None or not stat.S_ISREG(found.st_mode) or identity_of(found) in seen:
+                continue
+            seen.add(identity_of(found))
+            files.append(Neighbour(path, key, identity_of(found), found.st_size, found.st_mtime))
+        return files
+
+    def _open_file(self, path: str, identity: tuple[int, int] | None = None) -> LogFile | None:
+        """Open a file of the source; None if it is not there, may not be read, or is another one by now."""
+        try:
+            file = LogFile(path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if path == self.path or error.errno in (errno.EMFILE, errno.ENFILE):  # it may be there
+                raise
+            return None
+        self._open.callback(file.close)
+        return file if identity in (None, file.identity) else None
 
 
 class Neighbour(NamedTuple):
-    """A file in which a segment may be: device and inode, size in bytes, when it was last written to in
-    seconds since the epoch. `key` orders those that a rotation has named."""
+    """A file beside the source: device and inode, size in bytes, when it was last written to in seconds since
+    the epoch. `key` orders those that a rotation has named."""
 
     path: str
     key: tuple[int, str] | None
@@ -1492,336 +2029,14 @@ def rotation_names(files: Iterable[Neighbour]) -> list[tuple[str, tuple[int, int
     return [(file.path, file.identity) for file in files if file.key]
 
 
-class Source:
-    """The log that the host appends to: its current file, and rotated ones that are not read to their end.
-
-    Files are held open for a pass, so that a rotation in its middle changes nothing. `stop` is where the
-    complete lines end that were there when the pass began.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        segments: Iterable[Segment] = (),
-        seen_at: float | None = None,
-        forgotten: Iterable[str] = (),
-    ) -> None:
-        self.path = path
-        self.segments = list(segments)
-        # The fingerprints of files that were read to their end; the latest comes last.
-        self.forgotten = list(forgotten)
-        # When a pass has last accounted for what was there, and when this one looks: seconds since the epoch.
-        self._seen_at = seen_at
-        self.opened_at = 0.0
-        self.present = False
-        self.change: str | None = None
-        self.stop = Position(0, 0, 0)
-        # The file at the source's own path; None where nothing complete stands there.
-        self.current: Segment | None = None
-        # Neighbours that are younger than the last file that was read, and whose names say nothing.
-        self.unread: list[str] = []
-        # Held by whoever reads, and may find that a file was truncated.
-        self._reading = threading.Lock()
-
-    def __enter__(self) -> Self:
-        self.opened_at = time.time()
-        try:
-            self._locate()
-        except OSError as error:
-            self.__exit__()
-            raise storage_error("read", self.path, error) from None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for segment in self.segments:
-            if segment.descriptor is not None:
-                os.close(segment.descriptor)
-                segment.descriptor = None
-
-    def _locate(self) -> None:
-        descriptor = self._open(self.path)
-        self.present = descriptor is not None
-        last = self.segments[-1] if self.segments else None
-        if descriptor is not None and last is not None and file_identity(descriptor) == last.identity:
-            last.attach(descriptor)
-        may_have_moved = self._missing() or (last is None and self._seen_at is not None)
-        newer = self._find_rotated(descriptor) if may_have_moved else []
-        if last is not None and last.descriptor is not None and last.descriptor == descriptor:
-            self.current = last
-        for found in newer:
-            self._append(found)
-        if descriptor is not None and self.current is None:
-            if last is not None:
-                same_file = os.fstat(descriptor).st_ino == last.inode and last.descriptor is None
-                found_again = last.descriptor is not None
-                self.change = "truncated" if same_file else "rotated" if found_again else "replaced"
-            if fingerprint(descriptor):
-                self.current = self._append(descriptor)
-            else:
-                os.close(descriptor)
-        for segment in self.segments:
-            if segment.descriptor is None:
-                continue
-            finished = segment is self.current or segment.finish()
-            self.stop = Position(segment.number, segment.stop, 0)
-            if not finished:
-                break
-
-    def _append(self, descriptor: int) -> Segment | None:
-        """Read on in an open file; None where it has just been truncated: that is for the next pass."""
-        number = self.segments[-1].number + 1 if self.segments else 1
-        segment = Segment(number, fingerprint(descriptor) or NAMELESS, *file_identity(descriptor))
-        if not segment.attach(descriptor):
-            os.close(descriptor)
-            return None
-        self.segments.append(segment)
-        return segment
-
-    def _missing(self) -> list[Segment]:
-        """The segments that are not at hand."""
-        return [segment for segment in self.segments if segment.descriptor is None]
-
-    def _find_rotated(self, current: int | None) -> list[int]:
-        """Find the segments that are not at hand under whatever names they have now.
-
-        Returns the files that were rotated after the last known one, open, oldest first. Raises OSError.
-        """
-        newest = self.segments[-1] if self.segments else None
-        for _ in range(FIND_TRIES):
-            files = self._look_around(current)
-            self._match(files, current)
-            since: list[Neighbour] = []
-            if newest is None or newest.descriptor is None:
-                since = self._written_since(files)
-            elif newest.descriptor != current:
-                since = self._rotated_since(newest, files)
-            newer = [found for file in since if (found := self._open_as(file)) is not None]
-            # A rotation that comes in between moves what was looked at.
-            if rotation_names(self._look_around(current)) == rotation_names(files):
-                return newer
-            for descriptor in newer:
-                os.close(descriptor)
-        raise OSError(errno.EBUSY, "it is being rotated, again and again")
-
-    def _match(self, files: Sequence[Neighbour], current: int | None) -> None:
-        """Read segments that are not at hand from the files that hold them, in the order of likeness: a file
-        that was renamed is the same file; one that was replaced or copied holds the same. A copy that
-        somebody made is not taken for the rotated file, which holds more."""
-        here = [] if current is None else [Neighbour(self.path, None, file_identity(current), 0, 0.0)]
-
-        def likeness(pair: tuple[Segment, Neighbour]) -> int:
-            segment, file = pair
-            if file in here:
-                return 1
-            return (0 if file.key else 2) if file.identity == segment.identity else (3 if file.key else 4)
-
-        taken = {segment.identity for segment in self.segments if segment.descriptor is not None}
-        for segment, file in sorted(
-            itertools.product(self._missing(), [*here, *reversed(files)]), key=likeness
-        ):
-            if segment.descriptor is not None or file.identity in taken:
-                continue
-            if file in here and segment is not self.segments[-1]:
-                continue
-            descriptor = current if file in here else self._open_as(file)
-            if descriptor is not None and segment.is_in(descriptor) and segment.attach(descriptor):
-                taken.add(file.identity)
-            elif descriptor is not None and descriptor != current:
-                os.close(descriptor)
-
-    def _written_since(self, files: Sequence[Neighbour]) -> list[Neighbour]:
-        """The rotated files, oldest first, that no pass can have seen, where the last known file is not to be
-        found, or there was none: they were written to since, and are no copies of a known one."""
-        held = {segment.identity for segment in self.segments if segment.descriptor is not None}
-        known = {*self.forgotten, *(segment.fingerprint for segment in self.segments)}
-        unseen: list[Neighbour] = []
-        for file in files:
-            is_new = self._seen_at is not None and file.written > self._seen_at - COARSE_SECONDS
-            if not file.key or not file.size or not is_new or file.identity in held:
-                continue
-            descriptor = self._open_as(file)
-            if descriptor is not None:
-                if fingerprint(descriptor) not in known:
-                    unseen.append(file)
-                os.close(descriptor)
-        return unseen
-
-    def _rotated_since(self, newest: Segment, files: Sequence[Neighbour]) -> list[Neighbour]:
-        """The files that were rotated after the last known one, oldest first: those of a logrotate numbering
-        (`.1` is newer than `.2`) or dating (`-20260131`) scheme, and no other neighbour. Where the numbers go
-        up with time, an older file has the smaller one: it was not written to later, either."""
-        last = next((file for file in files if file.identity == newest.identity), None)
-        held = {segment.identity for segment in self.segments if segment.descriptor is not None}
-        newer: list[Neighbour] = []
-        self.unread = []
-        for file in files:
-            if last is None or not file.size or file.identity in held:
-                continue
-            follows = file.key is not None and last.key is not None and file.key > last.key
-            is_numbered = file.key is not None and file.key[0] > 0
-            if follows and (file.written >= last.written or not is_numbered):
-                newer.append(file)
-            elif file.path.startswith(f"{last.path}."):  # the same, which is just being compressed
-                continue
-            elif file.written > last.written or (file.key is None and file.written == last.written):
-                self.unread.append(os.path.basename(file.path))
-        return newer
-
-    def _look_around(self, current: int | None) -> list[Neighbour]:
-        """The neighbours of the source, and of the file that it is a link to, each file once."""
-        files: list[Neighbour] = []
-        seen = set() if current is None else {file_identity(current)}
-        for path, key in neighbours(self.path, os.path.realpath(self.path)).items():
-            found = None
-            with contextlib.suppress(OSError):
-                found = os.stat(path)
-            if found is None or not stat.S_ISREG(found.st_mode) or identity_of(found) in seen:
-                continue
-            seen.add(identity_of(found))
-            files.append(Neighbour(path, key, identity_of(found), found.st_size, found.st_mtime))
-        return files
-
-    def _open_as(self, file: Neighbour) -> int | None:
-        """Open a neighbour; None where another file has its name by now, or it may not be read."""
-        descriptor = self._open(file.path)
-        if descriptor is not None and file_identity(descriptor) != file.identity:
-            os.close(descriptor)
-            return None
-        return descriptor
-
-    def _open(self, path: str) -> int | None:
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            if path == self.path or error.errno in (errno.EMFILE, errno.ENFILE):  # it may be there
-                raise
-            return None
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            if path == self.path:
-                raise OSError(errno.EINVAL, "not a regular file")
-            return None
-        return descriptor
-
-    def first(self) -> Position:
-        """The place before everything that is there now: where a dispatcher without a past begins."""
-        return Position(self.segments[0].number if self.segments else 1, 0, 0)
-
-    def segment(self, number: int) -> Segment | None:
-        """The segment of this number, where it is known."""
-        return next((segment for segment in self.segments if segment.number == number), None)
-
-    def name_of(self, position: Position) -> str:
-        """The name of the segment that a position is in."""
-        segment = self.segment(position.segment)
-        return segment.name if segment else f"{position.segment}-"
-
-    def readable_from(self, position: Position) -> Position | None:
-        """Where reading goes on when the file of this position is gone for good; None while it is not."""
-        for segment in self.segments:
-            if segment.number >= position.segment and segment.descriptor is not None:
-                return None if segment.number == position.segment else Position(segment.number, 0, 0)
-        return None
-
-    def is_at_hand(self, start: Position) -> bool:
-        """Tell whether all that stands after a place can be read, but for what is on record as lost."""
-        return all(
-            segment.descriptor is not None or segment.lost
-            for segment in self.segments
-            if segment.number >= start.segment
-        )
-
-    def read(self, start: Position, stop: Position | None = None) -> Iterator[Record]:
-        """Stream the complete lines between two places.
-
-        Raises StorageError when the disk fails, or where a file was truncated and no copy is to be found.
-        """
-        for segment, begin, limit in self._stretches(start, stop):
-            at = begin
-            for line, size, offset in read_lines(functools.partial(self._pread, segment), at.offset, limit):
-                end = Position(segment.number, offset, at.line + 1)
-                yield Record(at, end, line, size)
-                at = end
-
-    def _pread(self, segment: Segment, size: int, offset: int) -> bytes:
-        """Read from a segment what stood there when the pass began. A file that was truncated since is read
-        from the copy that was made of it before (logrotate: copytruncate). Raises StorageError."""
-        descriptor = cast("int", segment.descriptor)
-        try:
-            with self._reading:
-                while True:
-                    data = os.pread(descriptor, size, offset)
-                    if segment.is_whole_in(descriptor):  # asked afterwards: then it was, too
-                        return data
-                    self._take_copy(segment, descriptor)
-        except OSError as error:
-            raise storage_error("read", self.path, error) from None
-
-    def _take_copy(self, segment: Segment, descriptor: int) -> None:
-        """Let the descriptor of a segment that was truncated refer to a copy of it. Raises OSError."""
-        for file in reversed(self._look_around(descriptor)):
-            copy = self._open_as(file)
-            if copy is None:
-                continue
-            is_it = segment.is_whole_in(copy)
-            if is_it:
-                os.dup2(copy, descriptor, inheritable=False)
-                segment.device, segment.inode = file.identity
-            os.close(copy)
-            if is_it:
-                return
-        raise OSError(errno.ESTALE, "it was truncated while it was read, and no copy of it is beside it")
-
-    def count_lines(self, start: Position, stop: Position | None = None) -> int:
-        """Count the complete lines between two places, at the speed of the disk."""
-        count = 0
-        for segment, at, limit in self._stretches(start, stop):
-            offset = at.offset
-            while offset < limit:
-                chunk = os.pread(cast("int", segment.descriptor), min(1 << 20, limit - offset), offset)
-                if not chunk:
-                    break
-                count += chunk.count(b"\n")
-                offset += len(chunk)
-        return count
-
-    def _stretches(self, start: Position, stop: Position | None) -> Iterator[tuple[Segment, Position, int]]:
-        """The segments between two places that are at hand, and of each from where to which offset."""
-        stop = stop or self.stop
-        for segment in self.segments:
-            if start.segment <= segment.number <= stop.segment and segment.descriptor is not None:
-                at = start if segment.number == start.segment else Position(segment.number, 0, 0)
-                yield segment, at, stop.offset if segment.number == stop.segment else segment.stop
-
-    def mark_taken_up(self, position: Position) -> None:
-        """Note in the segments up to where they were taken up, and what stands before those places."""
-        for segment in self.segments:
-            if segment.descriptor is None or segment.number > position.segment:
-                continue
-            offset = position.offset if segment.number == position.segment else segment.stop
-            if offset != segment.offset or not segment.tail:
-                start = max(0, offset - TAIL_BYTES)
-                with contextlib.suppress(StorageError):  # what was noted before names it as well
-                    tail = short_hash(self._pread(segment, offset - start, start))
-                    segment.offset, segment.tail = offset, tail
-
-    def forget_before(self, number: int) -> None:
-        """Forget segments that nobody reads any more."""
-        for segment in [s for s in self.segments[:-1] if s.number < number]:
-            if segment.descriptor is not None:
-                os.close(segment.descriptor)
-            self.segments.remove(segment)
-            self.forgotten = [*self.forgotten, segment.fingerprint][-FORGOTTEN_MAX:]
-
-
 def unterminated(path: str) -> tuple[int, float]:
     """How many bytes follow the last line feed of a file, and when it was written to. Raises StorageError."""
     try:
-        with open(path, "rb") as file:
-            found = os.fstat(file.fileno())
-            return found.st_size - end_of_lines(file.fileno(), found.st_size), found.st_mtime
+        file = LogFile(path)
+        try:
+            return file.size - file.end_of_lines(), file.written_at
+        finally:
+            file.close()
     except FileNotFoundError:
         return 0, 0.0
     except OSError as error:
@@ -1832,8 +2047,10 @@ def rotation_key(base: str, name: str) -> tuple[int, str] | None:
     """Order rotated files, oldest first; None for a neighbour that no rotation made.
 
     `base.3` < `base.2` < `base.1`; `base-20260101` < `base-20260102`, in any usual form of a date, and with
-    the extension last, too. Compressed ones do not count.
+    the extension last, too. Each may be compressed (`.gz`, `.bz2`, `.xz`).
     """
+    if name.endswith(COMPRESSED):
+        name = os.path.splitext(name)[0]
     stem, extension = os.path.splitext(base)
     if name.startswith(base):
         suffix = name[len(base) :]
@@ -1875,7 +2092,11 @@ Kind = tuple[str, str | None]
 
 
 class Escalation(NamedTuple):
-    """One record. `severity` is the normalised one; `unknown_severity` the word that nobody knows."""
+    """One record. `severity` is the normalised one; `unknown_severity` the word that nobody knows.
+
+    `raw` is the record's own bytes, from which its id is made; `strict` says that a strict reader of JSON
+    reads `body` from them. `raw_line` is the text of a line that held more than this record.
+    """
 
     id: str
     category: str
@@ -1885,6 +2106,14 @@ class Escalation(NamedTuple):
     severity: str | None
     unknown_severity: str | None
     body: JsonObject
+    raw: bytes = b""
+    strict: bool = False
+    raw_line: str | None = None
+
+    @property
+    def salvaged(self) -> bool:
+        """Whether it was found on a line with debris, or with other records."""
+        return self.raw_line is not None
 
     @property
     def kind(self) -> Kind:
@@ -1926,44 +2155,131 @@ def as_text(value: object) -> str | None:
     return text.strip() or None
 
 
-def parse_escalation(record: Record, loop_id: str) -> Escalation | Unusable:
-    """Read one line of the source.
+def parse_line(line: bytes, size: int, loop_id: str) -> list[Escalation | Unusable]:
+    """Read one line of the source: its escalation, or all that can be salvaged of it, or why there is none.
 
-    A byte order mark, NUL bytes around the line (holes that a crash leaves) and a carriage return are passed
-    over; bytes that are not UTF-8 become U+FFFD. Odd fields never make a record unusable.
+    `line` is cut at MAX_RECORD_BYTES, `size` is its true size. The list is never empty. A byte order mark,
+    NUL bytes around the line (holes that a crash leaves) and a carriage return are passed over; bytes that
+    are not UTF-8 become U+FFFD. Odd fields never make a record unusable. From a line with debris come all
+    complete objects that have a category; if there is none, the line is unusable.
     """
-    line = record.line.removeprefix(BYTE_ORDER_MARK).strip(b"\0 \t\r\n\v\f")
-    identity = escalation_id(loop_id, line)
+    line = line.removeprefix(BYTE_ORDER_MARK).strip(b"\0 \t\r\n\v\f")
     if not line:
-        return Unusable(identity, "blank_line", "", None)
-    text = line.decode("utf-8", "replace")
-    raw_line = cut(text, RAW_LINE_CHARACTERS)
-    if record.size > MAX_RECORD_BYTES:
-        return Unusable(identity, "escalation_too_large", raw_line, None)
+        return [Unusable(escalation_id(loop_id, line), "blank_line", "", None)]
+    if size > MAX_RECORD_BYTES:
+        return [unusable(line, loop_id, "escalation_too_large")]
     try:
-        body = decode_json(text)
+        return [parse_record(line, loop_id)]
+    except TooDeepError as error:
+        return [unusable(line, loop_id, "invalid_escalation_json", str(error))]
     except json.JSONDecodeError as error:
         why = f"not JSON at column {error.colno}: {error.msg}"
-        return Unusable(identity, "invalid_escalation_json", raw_line, None, why)
-    except TooDeepError as error:
-        return Unusable(identity, "invalid_escalation_json", raw_line, None, str(error))
+    except ValueError as error:
+        why = str(error)
+    return salvage(line, loop_id) or [unusable(line, loop_id, "invalid_escalation_json", why)]
+
+
+def unusable(line: bytes, loop_id: str, reason_code: str, message: str | None = None) -> Unusable:
+    """A line that is no escalation."""
+    raw_line = cut(line.decode("utf-8", "replace"), RAW_LINE_CHARACTERS)
+    return Unusable(escalation_id(loop_id, line), reason_code, raw_line, None, message)
+
+
+def parse_record(line: bytes, loop_id: str) -> Escalation | Unusable:
+    """Read bytes that are one JSON object. Raises ValueError, of it TooDeepError, if they are not."""
+    utf8 = True
+    try:
+        text = line.decode()
+    except UnicodeDecodeError:
+        text, utf8 = line.decode("utf-8", "replace"), False
+    body, strict = decode_record(text)
     if not isinstance(body, dict):
-        return Unusable(identity, "invalid_escalation_json", raw_line, None, "not an object")
+        raise ValueError("not an object")
     category = as_text(body.get("category"))
     if category is None:
-        return Unusable(identity, "missing_escalation_category", raw_line, body)
-    word = as_text(body.get("severity"))
-    severity = normalise_severity(word)
+        return unusable(line, loop_id, "missing_escalation_category")._replace(body=body)
+    severity = normalise_severity(body.get("severity"))
     return Escalation(
-        id=identity,
+        id=escalation_id(loop_id, line),
         category=category,
         loop_id=as_text(body.get("loopId")) or loop_id,
         trace_id=as_text(body.get("traceId")),
         timestamp=as_text(body.get("timestamp")),
         severity=severity,
-        unknown_severity=word if severity is None else None,
+        unknown_severity=as_text(body.get("severity")) if severity is None else None,
         body=body,
+        raw=line,
+        strict=strict and utf8 and not has_lone_surrogate(line, body),
     )
+
+
+def has_lone_surrogate(line: bytes, body: JsonObject) -> bool:
+    """Tell whether half a surrogate pair is escaped in a record: no strict reader takes that."""
+    if b"\\ud" not in line and b"\\uD" not in line:
+        return False
+    try:
+        JSON_ENCODER.encode(body).encode()
+    except ValueError:
+        return True
+    return False
+
+
+# Where an object may begin that has a key.
+OBJECT_START = r'\{[ \t\r]*"'
+# So many bytes are read for nothing on one line before the rest of it is given up: a second's work. An object
+# that is no record costs what reading so many bytes does, however short it is.
+SALVAGE_WASTE = 4 * MAX_RECORD_BYTES
+SALVAGE_COST = 1000
+SALVAGE_MAX = 10_000
+# Only the ends of objects are looked for: no number is converted.
+OBJECT_DECODER = json.JSONDecoder(parse_constant=str, parse_int=str, parse_float=str)
+
+
+def salvage(line: bytes, loop_id: str) -> list[Escalation | Unusable]:
+    """Find the complete objects with a category on a line that is not one object; none of them in another.
+
+    Empty if there is none. What is left of the line when its objects or its debris are too many is unusable,
+    and stands at the end of the list.
+    """
+    raw_line = cut(line.decode("utf-8", "replace"), RAW_LINE_CHARACTERS)
+    found: list[Escalation | Unusable] = []
+    text = line.decode("latin-1")  # a character for each byte
+    pattern = re.compile(OBJECT_START)
+    wasted, at = 0, 0
+    while match := pattern.search(text, at):
+        start = match.start()
+        if len(found) == SALVAGE_MAX or wasted > SALVAGE_WASTE:
+            why = "too much debris or too many records on one line"
+            rest = unusable(line[start:], loop_id, "invalid_escalation_json", why)
+            return [*found, rest] if found else []
+        wasted += SALVAGE_COST
+        try:
+            value, at = OBJECT_DECODER.raw_decode(text, start)
+        except json.JSONDecodeError as error:
+            # The error counts the lines up to its place; of a text without an end it names the beginning.
+            wasted += len(text) if text[error.pos : error.pos + 1] == '"' else error.pos
+            at = start + 1
+        except RecursionError:
+            wasted += len(text)
+            at = start + 1
+        else:
+            with contextlib.suppress(TooDeepError):
+                record = parse_record(line[start:at], loop_id) if value.get("category") is not None else None
+                if isinstance(record, Escalation):
+                    found.append(record._replace(raw_line=raw_line))
+                    wasted -= SALVAGE_COST
+    return found
+
+
+def encode_with_record(head: JsonObject, escalation: Escalation) -> bytes:
+    """Encode an object of the fields of `head` and, last, the record as `escalation`: as it was written.
+
+    Numbers keep their digits, keys their order and their repeats. A record that is not strict JSON (NaN,
+    bytes that are not UTF-8, half a surrogate pair, an integer of thousands of digits) is encoded from what
+    was read of it.
+    """
+    record = one_line(escalation.raw) if escalation.strict else encode_json(escalation.body)
+    return encode_json(head)[:-1] + (b"," if head else b"") + b'"escalation":' + record + b"}"
 
 
 # A value of a record is shown to people with at most this many characters, so that a long one leaves room for
@@ -2098,13 +2414,6 @@ class Resolution(NamedTuple):
     dispatchable: tuple[Sink, ...]
 
 
-class Subject(NamedTuple):
-    """What repeats of an escalation have in common, as a key, and when this one was written."""
-
-    key: str
-    at: str
-
-
 class HeldBack(NamedTuple):
     """Repeats of an escalation that a sink was not sent: how many, and when the first was written."""
 
@@ -2113,14 +2422,11 @@ class HeldBack(NamedTuple):
 
 
 class Delivery(NamedTuple):
-    """One escalation on its way to one sink. `late`: it has been put off in an earlier row already."""
+    """One escalation on its way to one sink, as an adapter needs it. `held_back`: the repeats that it speaks
+    for."""
 
-    record: Record
     escalation: Escalation
     resolution: Resolution
-    late: bool
-    # Where repeats are held back: what would be a repeat of this, and the repeats that this speaks for.
-    subject: Subject | None = None
     held_back: HeldBack | None = None
 
 
@@ -2135,14 +2441,7 @@ class Router:
     def _resolve(self, category: str, severity: str | None) -> Resolution:
         """Resolve a category and the record's own severity (None: it has none, or an unknown word)."""
         routing = self.config.routing
-        match = next(
-            (
-                route
-                for route in routing.get("routes", [])
-                if route["category"] == category and route.get("enabled", True)
-            ),
-            None,
-        )
+        match = find_route(routing.get("routes", []), category)
         chosen = match or {}
         sink_ids = list(dict.fromkeys(chosen.get("sinks") or routing["defaultSinks"]))
         minimum = chosen.get("minSeverity", self.config.default_min_severity)
@@ -2165,18 +2464,24 @@ class Router:
                 "sinks": sink_ids,
                 "minSeverity": minimum,
                 "enabled": True,
+                **({"pattern": match["category"]} if match and match["category"] != category else {}),
             },
             selected=selected,
             reached=reached,
             dispatchable=tuple(sink for sink in reached if sink.enabled),
         )
 
-    def route(self, record: Record, loop_id: str, *, late: bool) -> Delivery | Unusable:
-        """Read a record of a loop and resolve it. `late`: it was put off in an earlier row."""
-        line = parse_escalation(record, loop_id)
-        if isinstance(line, Unusable):
-            return line
-        return Delivery(record, line, self.resolve(line.category, line.severity), late)
+
+def find_route(routes: Sequence[JsonObject], category: str) -> JsonObject | None:
+    """The first enabled route that names a category, else the first whose pattern (`health_*`) matches it."""
+    enabled = [route for route in routes if route.get("enabled", True)]
+    exact = (route for route in enabled if route["category"] == category)
+    matching = (
+        route
+        for route in enabled
+        if route["category"].endswith("*") and category.startswith(route["category"][:-1])
+    )
+    return next(itertools.chain(exact, matching), None)
 
 
 def at_least(severity: str, minimum: str) -> bool:
@@ -2193,6 +2498,317 @@ MESSAGE_CHARACTERS = 300
 RETRY_AFTER_MAX = 3600.0
 
 Outcome = Literal["delivered", "retry", "misconfigured", "dead_letter", "skipped"]
+
+FaultCode = Literal[
+    "missing_secret",
+    "unusable_url",
+    "ca_file",
+    "dns",
+    "refused",
+    "unreachable",
+    "connect_timeout",
+    "tls_certificate",
+    "tls",
+    "wrong_scheme",
+    "proxy",
+    "proxy_login",
+    "timeout",
+    "hung_up",
+    "not_http",
+    "redirect",
+    "unauthorized",
+    "not_found",
+    "channel",
+    "wrong_receiver",
+    "rejected",
+    "rate_limited",
+    "server_error",
+    "record_refused",
+    "adapter_fault",
+]
+
+
+class Code(NamedTuple):
+    """What a fault code or a reason code means, how to see it, and how to fix it; see `words_of` for the
+    names in braces."""
+
+    meaning: str
+    look: str
+    fix: str
+
+
+# Everything that `status`, `test` and `explain` say about a code: first the fault codes, which say why an
+# attempt failed, then the reason codes of rows.
+CODES: dict[str, Code] = {
+    "missing_secret": Code(
+        "A variable that the sink needs is unset or empty.",
+        "`ops-alert-dispatch config` lists the variables and whether they are set.",
+        "set {unset} in the environment that reconcile runs in",
+    ),
+    "unusable_url": Code(
+        "No request can be made: the sink's URL, or that of the proxy, is not a usable URL.",
+        "Compare the value of {url}, and of http_proxy and https_proxy, with what the provider gave you.",
+        "set a whole URL in {url}; if the environment names a proxy, check its URL, too",
+    ),
+    "ca_file": Code(
+        "The file of CA certificates is missing, or holds no certificates.",
+        "`openssl x509 -in FILE -noout -subject` shows the first certificate of the file that is named.",
+        "put the CA certificates, in PEM, at the path that is named, or name another file with caFileEnv",
+    ),
+    "dns": Code(
+        "The sink's host name does not lead to an address.",
+        "`getent hosts NAME` asks the same resolver.",
+        "check the host name in {url}, and this machine's DNS",
+    ),
+    "refused": Code(
+        "The sink's machine is there, and nothing listens on that port.",
+        "`curl -v URL` says the same from this machine.",
+        "check that the sink is up and reachable from here, and the port in {url}",
+    ),
+    "unreachable": Code(
+        "There is no way to the sink's address from this machine.",
+        "`curl -v URL` says the same from this machine.",
+        "check that the sink is up and reachable from here (firewall, routes, proxy)",
+    ),
+    "connect_timeout": Code(
+        "Nobody answered at the sink's address: a firewall drops the packets, or the machine is down.",
+        "`curl -v --connect-timeout 5 URL` hangs in the same place.",
+        "check that the sink is up and reachable from here (firewall, DNS, proxy)",
+    ),
+    "tls_certificate": Code(
+        "The sink's certificate is not valid, or nobody whom this machine trusts has signed it.",
+        "`openssl s_client -connect HOST:PORT` shows it and says what is wrong with it.",
+        "check the sink's certificate; if a private CA signed it, name the CA's file with caFileEnv",
+    ),
+    "tls": Code(
+        "The sink and this machine do not agree on TLS, or the sink hung up while they tried.",
+        "`openssl s_client -connect HOST:PORT` fails in the same place.",
+        "check that the port in {url} speaks TLS; if it speaks plain HTTP, "
+        "write http:// in place of https://",
+    ),
+    "wrong_scheme": Code(
+        "The URL says https:// and the port speaks plain HTTP, or the other way round.",
+        "`curl -v` with the other scheme gets an answer.",
+        "the scheme in {url} is not what the port speaks: write http:// in place of https://, or the reverse",
+    ),
+    "proxy": Code(
+        "The proxy that the environment names gave no connection.",
+        "`curl -v URL` uses the same proxy from this machine.",
+        "check the proxy that the environment names, or name the sink's host in no_proxy",
+    ),
+    "proxy_login": Code(
+        "The proxy wants a user name and a password, or does not accept the ones it got.",
+        "`curl -v URL` shows the proxy's answer 407.",
+        "the proxy wants a user name and a password: set them in its URL in the environment",
+    ),
+    "timeout": Code(
+        "The request was sent, and no answer came in time. The sink may have acted on it.",
+        "Run `{test}` and compare its duration with timeoutSeconds.",
+        "check that the sink is up; if it is only slow, raise its timeoutSeconds",
+    ),
+    "hung_up": Code(
+        "The sink closed the connection before it answered. It may have acted on the request.",
+        "The sink's own log, or that of a load balancer before it, says why.",
+        "check that the sink is up, and the log of the sink or of what stands before it",
+    ),
+    "not_http": Code(
+        "What listens on that port answered with something that is not HTTP.",
+        "`curl -v URL` shows what it says.",
+        "check the host and the port in {url}; if the port speaks TLS, write https://",
+    ),
+    "redirect": Code(
+        "The sink answered with a redirect, which is never followed: an alert goes only where you said.",
+        "`curl -v URL` shows the Location.",
+        "set the URL that the redirect leads to in {url}",
+    ),
+    "unauthorized": Code(
+        "The sink does not accept the credential.",
+        "Run `{test}`: it sends one test alert with the same credential.",
+        "the credential is wrong or was revoked: make a new one, set it in {credential}, and run `{test}`",
+    ),
+    "not_found": Code(
+        "Nothing takes alerts at this URL: it is wrong, was deleted, or is disabled.",
+        "Run `{test}`: it sends one test alert to the same URL.",
+        "the URL is wrong or was deleted: make a new one, set it in {url}, and run `{test}`",
+    ),
+    "channel": Code(
+        "Slack does not let this webhook post to its channel: it is archived, gone or restricted.",
+        "Open the channel in Slack, and the webhook's settings.",
+        "unarchive the channel, or set a webhook of another one in {url}, then run `{test}`",
+    ),
+    "wrong_receiver": Code(
+        "What answered is not a sink of this type: a login page, a proxy, another program.",
+        "Open the URL in a browser, or look at the answer that `{show}` has.",
+        "check {url}: host, path, https:// if the port speaks TLS, and what stands before the sink",
+    ),
+    "rejected": Code(
+        "The sink takes no request that is set up like this one.",
+        "Run `{show}`: its answer is with the attempt.",
+        "read the sink's answer, and correct {url} or the headers and settings of {sink}, then run `{test}`",
+    ),
+    "rate_limited": Code(
+        "The sink gets more requests than it allows. What waits is sent later.",
+        "Retry-After in its answer says when it takes the next one.",
+        "the sink limits the rate: wait; if this lasts, lower maxPerMinute of {sink}",
+    ),
+    "server_error": Code(
+        "The sink has trouble. What waits is sent later.",
+        "The provider's status page, or the sink's own log.",
+        "the sink has trouble: wait, or repair it if it is yours",
+    ),
+    "record_refused": Code(
+        "The sink does not take this one record. It became a dead letter; others are sent.",
+        "Run `{show}`: it has the record and the sink's answer.",
+        "read the sink's answer and correct what it complains about; then `{redeliver_dead}` sends what it "
+        "refused, and `{skip_dead}` dismisses it",
+    ),
+    "adapter_fault": Code(
+        "The program itself failed while it wrote a request for this sink, or judged an answer.",
+        "The message of the attempt names the kind of error, the function and the line.",
+        "report it with that message and the version; other deliveries are not affected",
+    ),
+    "request_failed": Code(
+        "There was no usable answer: no connection, DNS, TLS, or a timeout. The fault code says which.",
+        "Run `{test}`: it meets the same trouble, and says what to do.",
+        "follow the advice of `{status}`; what waits goes out by itself once the sink answers",
+    ),
+    "http_error": Code(
+        "The sink answered, and its answer was no success. The fault code says what kind.",
+        "Run `{show}`: the message has up to 300 characters of the answer.",
+        "follow the advice of `{status}`, then run `{test}`",
+    ),
+    "config_invalid": Code(
+        "The config is invalid or a secret is unset: nothing was ingested, nothing was sent.",
+        "Run `{config}`: it names each fault and its place.",
+        "fix what `{config}` names; the next pass sends everything",
+    ),
+    "alert_dispatch_failed": Code(
+        "Reconcile's own row: the program ended with an error, which is in the row's message.",
+        "Run `{dispatch}`: it shows the error again.",
+        "do what the error says; the next pass goes on where the last one stopped",
+    ),
+    "payload_failed": Code(
+        "No request could be made of this record for this sink. It became a dead letter.",
+        "Run `{show}`: the message names the error, the function and the line.",
+        "report it with that message and the version; other deliveries are not affected",
+    ),
+    "delivery_deferred": Code(
+        "The delivery waits: for its turn, or behind others because its sink is failing.",
+        "Run `{status}`: it says what the sink waits for.",
+        "nothing to do if it only waits for its turn; else follow the advice of `{status}`",
+    ),
+    "delivery_expired": Code(
+        "A dead letter: it waited for longer than giveUpAfterSeconds.",
+        "Run `{show}`: it has the attempts that failed.",
+        "fix the sink first, and check it with `{test}`; then `{redeliver_dead}` sends it",
+    ),
+    "partial_dispatch_failure": Code(
+        "Some of the sinks of this escalation have it, and others failed.",
+        "Run `{show}`: it lists each delivery.",
+        "follow the advice of `{status}` for the sinks that failed",
+    ),
+    "dispatch_failed": Code(
+        "No sink of this escalation has it: all of them failed.",
+        "Run `{show}`: it lists each delivery.",
+        "follow the advice of `{status}` for the sinks that failed",
+    ),
+    "severity_below_min": Code(
+        "The severity is below the minimum of the route, or of each of its sinks. Nothing was sent.",
+        "Run `{route}`: it shows the minimum.",
+        "nothing to do if that is meant; else lower minSeverity of the route or of the sink",
+    ),
+    "no_dispatchable_sinks": Code(
+        "The route has no enabled sink: the escalation reached nobody.",
+        "Run `{route}`: it shows the sinks and which are enabled.",
+        "enable a sink of the route, run `{test}`, then send what was missed with `{redeliver}`; if nobody "
+        "needs to know, raise minSeverity of the route, and acknowledge this with `{ack}`",
+    ),
+    "skipped_by_operator": Code(
+        "An operator gave the delivery up, or dismissed the dead letter, with `skip`.",
+        "Run `{show}`.",
+        "nothing to do if that was meant; else `redeliver --id` sends it after all",
+    ),
+    "repeat_suppressed": Code(
+        "The sink was sent the same within routing.repeat.windowSeconds.",
+        "Run `{show}`: the message says of when that one was.",
+        "nothing to do: the next one that is sent says how many were held back",
+    ),
+    "peer_missed": Code(
+        "Another peer of the cluster has it, and it is too old for this one to catch up.",
+        "Run `{show}`: it lists the delivery to each peer.",
+        "nothing to do: the alert was sent by the other peer",
+    ),
+    "sink_removed": Code(
+        "A sink was removed from the config while deliveries waited for it.",
+        "Run `{log}`: the row says how many there were.",
+        "if that was not meant, put the sink back under its id, then send what it missed with `{redeliver}`; "
+        "if it was, acknowledge this with `{ack}`",
+    ),
+    "route_changed": Code(
+        "The config has changed: deliveries that waited now go to the sinks that their route names.",
+        "Run `{route}`: it shows where such an escalation goes now.",
+        "nothing to do if that was meant; else change the route back, then run `{redeliver}`",
+    ),
+    "source_replaced": Code(
+        "The source was replaced, perhaps before all of it was read.",
+        "Compare the source with what `{log}` shows.",
+        "append what is missing to the source; keep a few rotations, with delaycompress; then acknowledge "
+        "this with `{ack}`",
+    ),
+    "queue_lost": Code(
+        "The queue was deleted or damaged while deliveries waited in it.",
+        "A damaged queue is kept beside the new one, as alert-queue.db.damaged-….",
+        "send what waited with the command that its row names (`{log}`), then acknowledge this with `{ack}`",
+    ),
+    "invalid_escalation_json": Code(
+        "The line is not a JSON object. It is on record as rawLine, and nothing was sent.",
+        "Run `{failed}`: it lists such lines.",
+        "correct the program that writes them, append what is worth it to the source, then acknowledge this "
+        "with `{ack}`",
+    ),
+    "missing_escalation_category": Code(
+        "The record has no category, so it has no route. Nothing was sent.",
+        "Run `{failed}`: it lists such lines.",
+        "correct the program that writes them, append what is worth it to the source, then acknowledge this "
+        "with `{ack}`",
+    ),
+    "escalation_too_large": Code(
+        "The line is longer than 32 MiB. Nothing was sent.",
+        "Run `{failed}`: it lists such lines.",
+        "correct the program that writes them, append a shorter record to the source, then acknowledge this "
+        "with `{ack}`",
+    ),
+    "blank_line": Code(
+        "The line is blank.",
+        "Run `{log}`.",
+        "nothing to do",
+    ),
+}
+
+# What stands for the names in braces if nothing more is known: of no repo, loop or sink in particular.
+GENERAL_WORDS = {
+    "url": "the variable of its URL",
+    "credential": "its variable",
+    "unset": "what the message names",
+    "sink": "the sink",
+    "ack": f"{PROGRAM} status --loop L --ack",
+    "config": f"{PROGRAM} config",
+    "dispatch": f"{PROGRAM} dispatch --loop L",
+    "failed": f"{PROGRAM} log --loop L --status failed",
+    "log": f"{PROGRAM} log --loop L",
+    "redeliver": f"{PROGRAM} redeliver --loop L --from-line N",
+    "redeliver_dead": f"{PROGRAM} redeliver --loop L --dead-letters",
+    "route": f"{PROGRAM} config --category NAME",
+    "show": f"{PROGRAM} show ID",
+    "skip_dead": f"{PROGRAM} skip --loop L --dead-letters",
+    "status": f"{PROGRAM} status",
+    "test": f"{PROGRAM} test --sink ID",
+}
+
+
+def words_of(text: str, names: Mapping[str, str] | None = None) -> str:
+    """A text of CODES with the names in braces filled in."""
+    return text.format_map({**GENERAL_WORDS, **(names or {})})
 
 
 class Origin(NamedTuple):
@@ -2228,7 +2844,9 @@ class Verdict(NamedTuple):
 
     `retry`: the sink is not well. `misconfigured`: it will not get better by itself. `dead_letter`: this
     record is not acceptable to this sink. `not_taken`: the sink surely did not act on the request, so that
-    trying again at once cannot repeat anything.
+    trying again at once cannot repeat anything. `fault`: why it failed; None if it did not.
+    `clock_offset`: by how many seconds the sink's clock is ahead of ours (behind, if negative), to a second;
+    None if it did not say.
     """
 
     outcome: Outcome
@@ -2237,57 +2855,115 @@ class Verdict(NamedTuple):
     message: str | None = None
     retry_after: float | None = None
     not_taken: bool = False
+    fault: FaultCode | None = None
+    clock_offset: float | None = None
 
-
-# A login page, say, or that of a proxy.
-WEB_PAGE = "answered with a web page: the URL is not that of such a sink, or something stands before it"
 
 SINK_UNWELL = {408, 425, 429}
 RECORD_REFUSED = {400, 413, 422}
+# Of the other statuses that refuse a request, those that say why.
+STATUS_FAULTS: dict[int, FaultCode] = {
+    **dict.fromkeys((401, 403), "unauthorized"),
+    **dict.fromkeys((404, 405, 410), "not_found"),
+    407: "proxy_login",
+}
+# What web servers (nginx, Apache, Go) answer with 400 on a port that speaks TLS.
+PLAIN_TO_TLS = r"(?i)plain HTTP (request was sent )?to (an )?(HTTPS|SSL)|HTTP request to an HTTPS server"
 
 
 def judge_status(answer: Answer, now: float) -> Verdict:
-    """Judge an answer by its status alone, as design and RFC 9110 have it."""
+    """Judge an answer by its status, as design and RFC 9110 have it. `now`: seconds since the epoch."""
     status = answer.status
     message = answer.text or None
     if 200 <= status < 300:
         return Verdict("delivered", None, status, message)
+    wait = parse_retry_after(answer.headers.get("retry-after"), now)
     if status in SINK_UNWELL or status >= 500:
-        wait = parse_retry_after(answer.headers.get("retry-after"), now)
-        return Verdict("retry", "http_error", status, message, wait, not_taken=True)
+        fault: FaultCode = "rate_limited" if status == 429 else "server_error"
+        return Verdict("retry", "http_error", status, message, wait, not_taken=True, fault=fault)
+    if status >= 400 and wait is not None:  # it asks for the same request again, later
+        return Verdict("retry", "http_error", status, message, wait, not_taken=True, fault="rate_limited")
+    if status == 400 and re.search(PLAIN_TO_TLS, answer.text):
+        return Verdict("misconfigured", "http_error", status, message, fault="wrong_scheme")
     if status in RECORD_REFUSED:
-        return Verdict("dead_letter", "http_error", status, message)
+        return Verdict("dead_letter", "http_error", status, message, fault="record_refused")
     if 300 <= status < 400:
         message = "answered with a redirect, which is never followed: set the URL that it leads to"
-    return Verdict("misconfigured", "http_error", status, message)
+        return Verdict("misconfigured", "http_error", status, message, fault="redirect")
+    return Verdict(
+        "misconfigured", "http_error", status, message, fault=STATUS_FAULTS.get(status, "rejected")
+    )
 
 
 def judge_api(answer: Answer, now: float) -> Verdict:
     """Judge the answer of a provider, none of which takes an alert with a web page, by its status."""
-    verdict = judge_status(answer, now)
-    if verdict.outcome == "delivered" and answer.text.startswith("<"):
-        return verdict._replace(outcome="misconfigured", reason_code="http_error", message=WEB_PAGE)
-    return verdict
+    if 200 <= answer.status < 300 and answer.text.startswith("<"):  # a login page, say, or that of a proxy
+        message = (
+            "answered with a web page: the URL is not that of such a sink, or something stands before it"
+        )
+        return Verdict("misconfigured", "http_error", answer.status, message, fault="wrong_receiver")
+    return judge_status(answer, now)
+
+
+# A complaint names its matter at its beginning; a pattern searched in 64 KB may take minutes.
+COMPLAINT = 500
+
+
+def complaints(answer: Answer) -> list[str]:
+    """What an error answer complains of, without what it only quotes of the request.
+
+    PagerDuty, "Send an alert event", 400: `{"status": "…", "message": "…", "errors": ["…"]}`. Others put the
+    same in `error` or `msg`, in objects that name the field, or as plain text.
+    """
+    try:
+        said = decode_json(answer.text)
+    except ValueError:
+        said = answer.text
+    fields = mapping(said)
+    waiting = [
+        said if isinstance(said, str) else None,
+        *(fields.get(key) for key in ("message", "errors", "error", "msg")),
+    ]
+    found: list[str] = []
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            found.append(re.sub(r"\S*custom_details\S*", "", item[:COMPLAINT].partition("{")[0]))
+        elif isinstance(item, dict):  # of fields that complaints are listed for, or that say one
+            waiting += [key for key, listed in item.items() if isinstance(listed, list)]
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
+    return found
+
+
+@functools.lru_cache(maxsize=16)
+def parse_http_date(text: str) -> float | None:
+    """Read an HTTP-date (RFC 9110, section 5.6.7) as seconds since the epoch; None if it is none."""
+    from email.utils import parsedate_to_datetime
+
+    try:
+        moment = parsedate_to_datetime(text)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
 
 
 def parse_retry_after(value: str | None, now: float) -> float | None:
     """Read a `Retry-After` as seconds from `now`, 0 to RETRY_AFTER_MAX; None where it says nothing.
 
-    RFC 9110, section 10.2.3: delay-seconds or an HTTP-date.
+    RFC 9110, section 10.2.3: delay-seconds or an HTTP-date. Some servers write a fraction: it is
+    rounded up.
     """
-    if value is None:
-        return None
-    value = value.strip()
-    if re.fullmatch(r"[0-9]+", value):
+    value = (value or "").strip()
+    if re.fullmatch(r"[0-9]+(\.[0-9]*)?", value):
         seconds = float(value)  # infinite where there are hundreds of digits
+        seconds = seconds if seconds > RETRY_AFTER_MAX else float(-(-seconds // 1))
     else:
-        from email.utils import parsedate_to_datetime
-
-        try:
-            moment = parsedate_to_datetime(value)
-            seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() - now
-        except (ValueError, TypeError, IndexError, OverflowError):
+        moment = parse_http_date(value)
+        if moment is None:
             return None
+        seconds = moment - now
     return min(max(seconds, 0.0), RETRY_AFTER_MAX)
 
 
@@ -2300,14 +2976,17 @@ class Adapter:
     max_per_minute: ClassVar[int | None] = None
     # Whether deliveries that are refused together are tried one by one.
     splits: ClassVar[bool] = False
+    # The key of the secret by which a sink knows us; if it is not set, that is the URL.
+    credential_key: ClassVar[str] = "authTokenEnv"
 
     def url(self, sink: Sink) -> str:
         """Where the sink is; an empty string where its secret is unset."""
         return sink.secrets.get(self.url_key) or self.default_url or ""
 
-    def urls(self, sink: Sink) -> tuple[str, ...]:
-        """Every place that a request goes to: the same to each, and delivered when at least one took it."""
-        return (self.url(sink),)
+    def peers(self, sink: Sink) -> dict[str, str]:
+        """The peers of a sink that is a cluster, by `host:port`, with the URL of each: each gets everything,
+        and one that delivers is enough. Any other sink is one place without a name."""
+        return {"": self.url(sink)}
 
     def seconds_to_catch_up(self, sink: Sink) -> float:  # noqa: ARG002
         """For how long after a delivery a peer that has missed it should still get it."""
@@ -2328,6 +3007,19 @@ class Adapter:
     def judge(self, answer: Answer, now: float) -> Verdict:
         """Turn an answer into a verdict."""
         return judge_status(answer, now)
+
+
+def configured_headers(sink: Sink) -> dict[str, str]:
+    """The headers that the config of a sink asks for, its token, and the type of every body."""
+    secret = {
+        key.partition(".")[2]: value
+        for key, value in sink.secrets.items()
+        if kind_of_variable(key) == "header"
+    }
+    headers = {**sink.settings.get("headers", {}), **secret, "Content-Type": "application/json"}
+    if token := sink.secrets.get("authTokenEnv"):
+        headers["Authorization"] = f"Bearer {token}"
+    return headers
 
 
 class WebhookAdapter(Adapter):
@@ -2357,17 +3049,13 @@ class WebhookAdapter(Adapter):
                 **held_back_fields(delivery),
             },
             "sink": {"id": sink.id, "type": sink.type},
-            "escalation": escalation.body,
         }
-        body = encode_json(envelope)
+        body = encode_with_record(envelope, escalation)
         headers = {
-            **sink.settings.get("headers", {}),
-            "Content-Type": "application/json",
+            **configured_headers(sink),
             "webhook-id": escalation.id,
             "webhook-timestamp": str(int(origin.emitted_at)),
         }
-        if token := sink.secrets.get("authTokenEnv"):
-            headers["Authorization"] = f"Bearer {token}"
         if secret := sink.secrets.get("signingSecretEnv"):
             signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
             headers["webhook-signature"] = " ".join(signature(key, signed) for key in signing_keys(secret))
@@ -2421,25 +3109,34 @@ SLACK_AS_WRITTEN = {
 }
 
 # Slack, "Sending messages using incoming webhooks", "Handling errors", and for the same by other names
-# "chat.postMessage", "Errors": whose fault each one is.
-SLACK_SINK_ERRORS = {
-    *("no_service", "no_service_id", "no_team", "team_disabled", "invalid_token", "no_active_hooks"),
-    *("action_prohibited", "posting_to_general_channel_denied", "channel_not_found", "channel_is_archived"),
-    *("user_not_found", "is_archived", "not_in_channel", "restricted_action", "team_access_not_granted"),
-    *("account_inactive", "invalid_auth", "not_authed", "token_expired", "token_revoked", "missing_scope"),
+# "chat.postMessage", "Errors": what each one means.
+SLACK_ERRORS: dict[FaultCode, str] = {
+    "not_found": "no_service no_service_id no_team team_disabled no_active_hooks",
+    "channel": (
+        "action_prohibited posting_to_general_channel_denied restricted_action channel_not_found "
+        "channel_is_archived is_archived not_in_channel user_not_found"
+    ),
+    "unauthorized": (
+        "invalid_token invalid_auth not_authed token_expired token_revoked missing_scope account_inactive "
+        "team_access_not_granted"
+    ),
+    "record_refused": (
+        "invalid_payload invalid_blocks invalid_blocks_format invalid_attachments no_text msg_too_long "
+        "msg_blocks_too_long too_many_attachments missing_text_or_fallback_or_attachments "
+        "attachment_payload_limit_exceeded"
+    ),
+    "rate_limited": "rollup_error ratelimited rate_limited message_limit_exceeded",
+    "server_error": "internal_error fatal_error service_unavailable request_timeout",
 }
-SLACK_RECORD_ERRORS = {
-    *("invalid_payload", "invalid_blocks", "invalid_blocks_format", "invalid_attachments", "no_text"),
-    *("too_many_attachments", "msg_too_long", "msg_blocks_too_long"),
-    *("missing_text_or_fallback_or_attachments", "attachment_payload_limit_exceeded"),
-}
-SLACK_RATE_ERRORS = {"rollup_error", "ratelimited", "rate_limited", "message_limit_exceeded"}
-SLACK_WAIT_ERRORS = {
-    *SLACK_RATE_ERRORS,
-    *("internal_error", "fatal_error", "service_unavailable", "request_timeout"),
-}
+SLACK_FAULTS = {word: fault for fault, words in SLACK_ERRORS.items() for word in words.split()}
 # By Slack's own words, what was asked for may have been done before these.
 SLACK_UNSURE_ERRORS = {"internal_error", "fatal_error"}
+# What receivers that take Slack's messages (Mattermost, Rocket.Chat, Discord, Zulip) say of a webhook that is
+# not there any more, with a 400.
+WEBHOOK_GONE = (
+    r"(?i)(?=.*\b(invalid|unknown|disabled|deleted|expired|revoked|not found|(could ?n.t|cannot) find|"
+    r"does not exist)\b)(?=.*\b(webhooks?|integration|api key|channel)\b)"
+)
 
 SLACK_ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 
@@ -2458,7 +3155,7 @@ def slack_escape(text: str, limit: int) -> str:
     while room >= (needed := len(text[kept].translate(SLACK_ENTITIES))):
         room -= needed
         kept += 1
-    return text[: character_boundary(text, kept)].translate(SLACK_ENTITIES) + "…"
+    return text[:kept].translate(SLACK_ENTITIES) + "…"
 
 
 def slack_escape_lines(lines: Sequence[str], limit: int) -> str:
@@ -2516,16 +3213,23 @@ class SlackAdapter(Adapter):
         `{"ok": false, "error": …}`: that is judged by the error. A web page is no answer of a webhook.
         """
         error, verdict = slack_error(answer), judge_api(answer, now)
-        failed = Verdict("dead_letter", "http_error", answer.status, error)
-        if error in SLACK_SINK_ERRORS:
-            return failed._replace(outcome="misconfigured")
-        if error in SLACK_WAIT_ERRORS:
+        fault = SLACK_FAULTS.get(error or "")
+        if fault is None:
+            if error and verdict.outcome == "delivered":
+                return Verdict("dead_letter", "http_error", answer.status, error, fault="record_refused")
+            if verdict.fault == "record_refused" and any(
+                re.match(WEBHOOK_GONE, complaint) for complaint in complaints(answer)
+            ):
+                return verdict._replace(outcome="misconfigured", fault="not_found")
+            return verdict
+        failed = Verdict("misconfigured", "http_error", answer.status, error, fault=fault)
+        if fault == "record_refused":
+            return failed._replace(outcome="dead_letter")
+        if fault in ("rate_limited", "server_error"):
             wait = parse_retry_after(answer.headers.get("retry-after"), now)
             not_taken = error not in SLACK_UNSURE_ERRORS
             return failed._replace(outcome="retry", retry_after=wait, not_taken=not_taken)
-        if error in SLACK_RECORD_ERRORS:
-            return failed
-        return failed if verdict.outcome == "delivered" and error else verdict
+        return failed
 
 
 def slack_error(answer: Answer) -> str | None:
@@ -2535,8 +3239,7 @@ def slack_error(answer: Answer) -> str | None:
             said = mapping(decode_json(answer.text))
             if said.get("ok") is False:
                 return as_text(said.get("error")) or answer.text
-    known = SLACK_SINK_ERRORS | SLACK_RECORD_ERRORS | SLACK_WAIT_ERRORS
-    return answer.text if answer.text in known else None
+    return answer.text if answer.text in SLACK_FAULTS else None
 
 
 def slack_message(delivery: Delivery, origin: Origin) -> JsonObject:
@@ -2651,6 +3354,7 @@ class PagerDutyAdapter(Adapter):
     """
 
     default_url = "https://events.pagerduty.com/v2/enqueue"
+    credential_key = "routingKeyEnv"
     # PagerDuty, "Events API rate limits": 120 events a minute for an integration key.
     max_per_minute = 120
 
@@ -2692,42 +3396,15 @@ class PagerDutyAdapter(Adapter):
 
     def judge(self, answer: Answer, now: float) -> Verdict:
         """A 400 that complains of the routing key is the sink's fault; any other one is the record's."""
+        verdict = judge_api(answer, now)
         if answer.status == 400 and any(
-            re.search(ROUTING_KEY, complaint) for complaint in pagerduty_complaints(answer)
+            re.search(ROUTING_KEY, complaint) for complaint in complaints(answer)
         ):
-            return Verdict("misconfigured", "http_error", answer.status, answer.text)
-        return judge_api(answer, now)
+            return verdict._replace(outcome="misconfigured", message=answer.text, fault="unauthorized")
+        return verdict
 
 
 ROUTING_KEY = r"(?i)(routing|service|integration)[ _-]?key"
-
-
-def pagerduty_complaints(answer: Answer) -> list[str]:
-    """What an error answer complains of, without what it only quotes of the request.
-
-    PagerDuty, "Send an alert event", 400: `{"status": "…", "message": "…", "errors": ["…"]}`. What stands
-    before it may put the same in other words: in `error`, in objects that name the field, or as plain text.
-    """
-    try:
-        said = decode_json(answer.text)
-    except ValueError:
-        said = answer.text
-    told = mapping(said)
-    waiting = [
-        said if isinstance(said, str) else None,
-        *(told.get(key) for key in ("message", "errors", "error")),
-    ]
-    complaints: list[str] = []
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, str):
-            complaints.append(re.sub(r"\S*custom_details\S*", "", item.partition("{")[0]))
-        elif isinstance(item, dict):  # of fields that complaints are listed for, or that say one
-            waiting += [key for key, listed in item.items() if isinstance(listed, list)]
-            waiting += item.values()
-        elif isinstance(item, list):
-            waiting += item
-    return complaints
 
 
 def dedup_key(escalation: Escalation, by: str) -> str:
@@ -2793,8 +3470,6 @@ ALERT_SUMMARY = 1024
 ALERT_DESCRIPTION = 2048
 ALERTS_A_REQUEST = 100
 
-NO_ALERTMANAGER = "that was no Alertmanager"
-
 DEFAULT_ACTIVE_FOR = 3600.0
 # An alert that joins a group waits for the group's next turn, by default up to 5 minutes (Alertmanager,
 # "Configuration", group_interval). One that ends before it pages nobody: so much must be left of an alert.
@@ -2810,12 +3485,16 @@ class AlertmanagerAdapter(Adapter):
 
     splits = True
 
-    def urls(self, sink: Sink) -> tuple[str, ...]:
-        peers = secret_parts(sink.type, self.url_key, super().url(sink))
-        return tuple(f"{peer}/api/v2/alerts" if peer else "" for peer in peers)
+    def peers(self, sink: Sink) -> dict[str, str]:
+        named: dict[str, str] = {}
+        for peer in secret_parts(sink.type, self.url_key, super().url(sink)):
+            name = host_of(peer)
+            same = sum(other.partition("#")[0] == name for other in named)
+            named[f"{name}#{same + 1}" if same else name] = f"{peer}/api/v2/alerts"
+        return named
 
     def url(self, sink: Sink) -> str:
-        return self.urls(sink)[0]
+        return next(iter(self.peers(sink).values()))
 
     def seconds_to_catch_up(self, sink: Sink) -> float:
         """As long as the alert has the same end on a peer that gets it later: see `alert_times`."""
@@ -2837,10 +3516,7 @@ class AlertmanagerAdapter(Adapter):
                 alert["startsAt"] = min(earlier["startsAt"], alert["startsAt"])
                 alert["endsAt"] = max(earlier["endsAt"], alert["endsAt"])
             alerts[key] = alert
-        headers = {"Content-Type": "application/json"}
-        if token := sink.secrets.get("authTokenEnv"):
-            headers["Authorization"] = f"Bearer {token}"
-        return HttpRequest(self.url(sink), headers, encode_json(list(alerts.values())))
+        return HttpRequest(self.url(sink), configured_headers(sink), encode_json(list(alerts.values())))
 
     def _alert(self, sink: Sink, delivery: Delivery, origin: Origin) -> JsonObject:
         escalation = delivery.escalation
@@ -2877,7 +3553,8 @@ class AlertmanagerAdapter(Adapter):
             try:
                 decode_json(answer.text)
             except ValueError:
-                return verdict._replace(outcome="misconfigured", message=f"{NO_ALERTMANAGER}: {answer.text}")
+                message = f"that was no Alertmanager: {answer.text}"
+                return verdict._replace(outcome="misconfigured", message=message, fault="wrong_receiver")
         return verdict
 
 
@@ -2910,469 +3587,493 @@ ADAPTERS: dict[str, Adapter] = {
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Sending: one request, one answer, one deadline
+# Sending: one request, one answer, and never longer than `attempt_seconds`
 # ---------------------------------------------------------------------------------------------------------
+# requests finds the way (proxy, URL, credentials) and owns the pool; its urllib3 pool writes each request and
+# reads each answer. Session.post would do the same and costs three times as much a request, because it finds
+# the way again each time.
 
 MAX_ANSWER_BYTES = 64 << 10
-# Of an answer's lines: its head and interim heads, the sizes of its chunks.
-MAX_LINES_BYTES = 1 << 20
-# A sink that hangs up so soon after an answer, so many times, does not keep connections.
-HANG_UP_SECONDS = 1.0
-MAX_HANG_UPS = 2
-# Whoever waits for a request gives it this much beyond its timeout, so that its own timeout comes first.
+# One step of connecting: one address, or a TLS handshake, or what a proxy says to CONNECT. A nameserver that
+# is silent costs as much by default (resolv.conf(5), timeout).
+STEP_SECONDS = 5.0
+# Until the request is sent. Long enough for a silent nameserver, a silent first address and a slow handshake
+# in a row. It is apart from timeoutSeconds, which belongs to the answer: a request whose answer nobody has
+# the time to hear would be sent again and again.
+CONNECT_SECONDS = 3 * STEP_SECONDS
+# Whoever waits for an attempt gives it this much longer, so that its own timeouts come first.
 TIMEOUT_GRACE = 0.25
+
+
+def attempt_seconds(timeout: float) -> float:
+    """The longest that one attempt takes, in seconds; `timeout`: the sink's timeoutSeconds."""
+    return CONNECT_SECONDS + timeout + TIMEOUT_GRACE
 
 
 class NoAnswerError(Exception):
     """No usable answer came. `not_taken`: the request surely was not received whole."""
 
-    def __init__(self, message: str, *, not_taken: bool) -> None:
+    def __init__(self, fault: FaultCode, message: str, *, not_taken: bool) -> None:
         super().__init__(message)
+        self.fault: FaultCode = fault
         self.not_taken = not_taken
 
 
 class Client:
-    """One sink's connection, kept open between requests.
+    """Sends requests to one URL, over a connection that is kept between them.
 
-    requests is imported with the first request: a pass that sends nothing does not pay for it. It finds out
-    once what the environment says (proxies, a private CA; .netrc is not read at all), and its pool connects
-    with the first request. What follows is written to the same connection in one piece, and the answer read
-    by http.client, which costs a fraction of what a requests.Session does. `ca_file`: the CA certificates to
-    trust in place of the usual ones.
+    `sink_timeout`: how many seconds the answer may take once a request is sent. `ca_file`: the CA
+    certificates to trust in place of the usual ones. The first request imports requests and finds out what
+    the environment asks for (proxies, CA certificates; .netrc is not read). No redirect is followed.
     """
 
-    def __init__(self, timeout: float, ca_file: str | None = None) -> None:
-        self.timeout = timeout
+    def __init__(self, sink_timeout: float, ca_file: str | None = None) -> None:
+        self.timeout = sink_timeout
         self.ca_file = ca_file
         # Host and port, which may be shown: known with the first request.
         self.host = "the sink"
         # The same of the proxy that the environment names for it.
         self.proxy: str | None = None
-        self._verify: str | bool = True
         # What each request has in common, known with the first one.
+        self._pool: HTTPConnectionPool | None = None
         self._target = ""
         self._headers: Mapping[str, str] = {}
-        self._retries: Any = None
-        self._deadline: Any = None
-        self._pool: HTTPConnectionPool | None = None
-        # A connection whose last answer was read to its end, and when; how often the sink hung up on one.
-        self._kept: HTTPConnection | None = None
-        self._answered_at = 0.0
-        self._hang_ups = 0
+        self._options: JsonObject = {}
+
+    def send(self, request: HttpRequest) -> Answer:
+        """Send one request and read its answer: the head, and what comes of the first 64 KB of the body.
+
+        Raises NoAnswerError if no whole head of an answer comes.
+        """
+        from http.client import HTTPException
+
+        from urllib3.exceptions import HTTPError
+
+        pool = self._pool or self._find_way(request.url)
+        own = {name.lower() for name in request.headers}
+        common = {name: value for name, value in self._headers.items() if name.lower() not in own}
+        try:
+            response: Any = pool.urlopen(
+                "POST", self._target, request.body, {**common, **request.headers}, **self._options
+            )
+        except (HTTPError, HTTPException, OSError, ValueError) as error:
+            raise self._no_answer(error) from None
+        body, complete = b"", False
+        try:
+            while len(body) < MAX_ANSWER_BYTES and not complete:
+                piece = response.read1(MAX_ANSWER_BYTES - len(body))
+                body += piece
+                complete = not piece or response.closed
+        except (HTTPError, HTTPException, OSError, ValueError):
+            pass  # the head is the answer; of the body counts what came
+        if not complete:
+            response.close()  # what may still come is no answer to another request
+        response.release_conn()
+        return Answer(
+            response.status, {name.lower(): value for name, value in response.headers.items()}, body
+        )
 
     def _find_way(self, url: str) -> "HTTPConnectionPool":
-        """Find out how to reach a sink. Raises OSError, requests.RequestException or ValueError."""
-        from urllib.parse import unquote_to_bytes, urlsplit
+        """Find out how to reach a URL: proxy, credentials, CA certificates. Raises NoAnswerError."""
+        from urllib.parse import urlsplit
 
         import requests
         import urllib3
-        from requests.adapters import HTTPAdapter
 
-        self.host = host_of(url)
-        here = urlsplit(url)
-        # Without a body, so that there are none of a body's headers; a URL's user and password become one,
-        # byte by byte as they are written there.
-        user, colon, password = here.netloc.rpartition("@")[0].partition(":")
-        login = (unquote_to_bytes(user), unquote_to_bytes(password)) if colon else None
-        prepared = requests.Request("GET", url, auth=login).prepare()
-        proxies: dict[str, str] = {}
-        if proxy := requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url)):
+        try:
+            self.host = host_of(url)
+            here = urlsplit(url)
+            # A GET has no body, and so none of a body's headers.
+            prepared = requests.Request("GET", url, auth=login_of(here.netloc)).prepare()
+            proxy = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url)) or ""
             there = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
             # A proxy on another machine cannot reach this one's loopback, and would see what http shows.
-            if not is_loopback(here.hostname) or is_loopback(there.hostname):
-                proxies = {here.scheme: proxy}
+            if is_loopback(here.hostname) and not is_loopback(there.hostname):
+                proxy = ""
+            if proxy:
                 self.proxy = host_of(there.geturl())
-        bundles = (os.environ.get(name) for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"))
-        self._verify = self.ca_file or next(filter(None, bundles), True)
-        adapter: Any = HTTPAdapter(pool_connections=1, pool_maxsize=1)
-        pool: Any = adapter.get_connection_with_tls_context(prepared, self._verify, proxies)
-        adapter.cert_verify(pool, url, self._verify, None)
-        careful, _ = response_classes()
-        pool.ConnectionCls = type("Connection", (pool.ConnectionCls,), {"response_class": careful})
-        self._target = adapter.request_url(prepared, proxies)
+            tls = "https" in (here.scheme, there.scheme) and self._trust()
+            adapter: Any = way_class()(tls or None)
+            proxies = {here.scheme: proxy} if proxy else {}
+            pool: Any = adapter.get_connection_with_tls_context(prepared, True, proxies)
+            self._target = adapter.request_url(prepared, proxies)
+        except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError):
+            message = (
+                f"no request to {self.host} can be made: its URL, or that of the proxy which the environment "
+                "names, cannot be used"
+            )
+            raise NoAnswerError("unusable_url", message, not_taken=True) from None
+        pool.ConnectionCls = connection_class(pool.ConnectionCls, self._not_connected)
         self._headers = {"User-Agent": f"{PROGRAM}/{__version__}", **prepared.headers}
-        if not self._target.startswith("/"):  # a proxy is asked for the whole URL, and wants its own headers
-            self._headers = {**self._headers, **pool.proxy_headers}
-        self._retries = adapter.max_retries
-        self._deadline = urllib3.Timeout(total=self.timeout)
+        self._options = {
+            # What is called connect here bounds sending, too: see `connection_class`.
+            "timeout": urllib3.Timeout(connect=min(self.timeout, CONNECT_SECONDS), read=self.timeout),
+            "retries": urllib3.Retry(False),
+            "redirect": False,
+            "assert_same_host": False,
+            "preload_content": False,
+            "decode_content": False,
+        }
+        self._pool = pool
         return cast("HTTPConnectionPool", pool)
 
-    def send(self, request: HttpRequest) -> Answer:
-        """Send one request and read the whole answer. An answer that is cut off is none.
+    def _trust(self) -> "SSLContext":
+        """A TLS context with the CA certificates to trust. Raises NoAnswerError."""
+        import ssl
 
-        Raises NoAnswerError.
-        """
-        import http.client
+        from urllib3.util.ssl_ import create_urllib3_context
 
-        import requests
-        from urllib3.exceptions import HTTPError
-
-        connection, self._kept = self._kept, None
-        response: Any
+        context = create_urllib3_context()
+        # Python 3.13 refuses private CAs that lack extensions which other programs, and 3.11, do not ask for.
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        bundles = (os.environ.get(name) for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"))
+        path = self.ca_file or next(filter(None, bundles), None)
         try:
-            self._pool = self._pool or self._find_way(request.url)
-            # By name in any case: the payload's own headers come first.
-            headers = {name.lower(): (name, value) for name, value in self._headers.items()}
-            headers |= {name.lower(): (name, value) for name, value in request.headers.items()}
-            fields = dict(headers.values())
-            if connection is not None and self._is_dropped(connection):
-                connection.close()
-                connection = None
-            if connection is not None:
-                connection.sock.sendall(self._head(fields, len(request.body)) + request.body)
-                _, quick = response_classes()
-                response = quick(connection.sock, method="POST")
-                response.begin()
-                if response.will_close:  # once it has been read
-                    connection.close()
+            if path is None:
+                path = os.environ.get("SSL_CERT_FILE")
+                trust_machine(context)
+            elif os.path.isdir(path):
+                context.load_verify_locations(capath=path)
             else:
-                response = self._pool.urlopen(
-                    "POST",
-                    self._target,
-                    body=request.body,
-                    headers=fields,
-                    redirect=False,
-                    assert_same_host=False,
-                    retries=self._retries,
-                    timeout=self._deadline,
-                    preload_content=False,
-                    decode_content=False,
-                )
-                connection = response.connection
-            with contextlib.closing(response):
-                body, complete = read_answer(response)
-                names = {name.lower(): value for name, value in response.headers.items()}
-        except (
-            requests.RequestException,
-            HTTPError,
-            http.client.HTTPException,
-            OSError,
-            ValueError,
-        ) as error:
-            # What may still come on this connection is no answer to another request.
-            if connection is not None:
-                connection.close()
-            raise self._explain(error) from None
-        if connection is not None and connection.sock is not None:
-            if complete and self._hang_ups < MAX_HANG_UPS:
-                connection.sock.settimeout(self.timeout)
-                self._kept, self._answered_at = connection, time.monotonic()
-            else:
-                connection.close()
-        return Answer(response.status, names, body)
+                context.load_verify_locations(cafile=path)
+        except OSError as error:
+            why = "there is no CA bundle" if isinstance(error, FileNotFoundError) else "there are no CAs"
+            message = f"no request to {self.host} can be made: {why} at {path}"
+            raise NoAnswerError("ca_file", message, not_taken=True) from None
+        return context
 
-    def _is_dropped(self, connection: "HTTPConnection") -> bool:
-        """Tell whether a connection that was kept is of no more use: the sink has hung up, or has said more
-        than it was asked for."""
-        from urllib3.util.connection import is_connection_dropped
-
-        # What TLS has read already cannot be seen from outside.
-        decrypted = getattr(connection.sock, "pending", None)
-        if not is_connection_dropped(connection) and not (decrypted and decrypted()):
-            return False
-        # Whoever hangs up after its answers, without a word, will do so while the next request is on its way.
-        self._hang_ups += time.monotonic() - self._answered_at < HANG_UP_SECONDS
-        return True
-
-    def _head(self, fields: Mapping[str, str], length: int) -> bytes:
-        """The head of a request: as http.client has written, and checked, the connection's first one.
-
-        Raises NoAnswerError.
-        """
-        lines = [
-            f"POST {self._target} HTTP/1.1",
-            f"Host: {self.host}",
-            "Accept-Encoding: identity",
-            f"Content-Length: {length}",
-            *(f"{name}: {value}" for name, value in fields.items()),
-        ]
-        head = "\r\n".join([*lines, "\r\n"])
-        if head.count("\n") != len(lines) + 1:
-            message = f"no request to {self.host} can be made: a line break in a header"
-            raise NoAnswerError(message, not_taken=True)
-        return head.encode("latin-1")
-
-    def _explain(self, error: Exception) -> NoAnswerError:
-        """Say in words what went wrong, without the URL that exceptions carry."""
-        import http.client
+    def _not_connected(self, connection: "HTTPConnection", error: BaseException) -> NoAnswerError:
+        """Say in words why there is no connection: the request was not sent."""
         import socket
         import ssl
 
-        import requests.exceptions as refused
-        import urllib3.exceptions as pool
+        from urllib3.exceptions import ConnectTimeoutError, LocationValueError, NewConnectionError
 
         chain = list(causes(error))
 
-        def first(*kinds: type[BaseException]) -> BaseException | None:
-            return next((cause for cause in chain if isinstance(cause, kinds)), None)
+        def first(kind: type[BaseException]) -> BaseException | None:
+            return next((cause for cause in chain if isinstance(cause, kind)), None)
 
-        by_way_of = f" by way of the proxy {self.proxy}" if self.proxy else ""
-        if isinstance(self._verify, str) and not os.path.exists(self._verify):
-            return NoAnswerError(
-                f"no request to {self.host} can be made: there is no CA bundle at {self._verify}",
-                not_taken=True,
-            )
-        unusable = first(refused.InvalidURL, refused.InvalidSchema, pool.LocationValueError, UnicodeError)
-        if unusable or self._pool is None:
-            return NoAnswerError(
-                f"no request to {self.host} can be made: its URL, or that of the proxy which the environment "
-                "names, cannot be used",
-                not_taken=True,
-            )
-        if first(pool.ProxyError):
-            return self._explain_proxy(chain)
-        certificate = first(ssl.SSLCertVerificationError)
-        if isinstance(certificate, ssl.SSLCertVerificationError):
-            reason = certificate.verify_message
-            return NoAnswerError(
-                f"TLS: the certificate of {self.host} is not valid: {reason}", not_taken=True
-            )
-        if first(socket.gaierror, pool.NameResolutionError):
-            return NoAnswerError(f"no such host: {self.host}", not_taken=True)
-        if first(ConnectionRefusedError):
-            return NoAnswerError(f"connection refused by {self.host}", not_taken=True)
-        if first(pool.ConnectTimeoutError):
-            return NoAnswerError(f"no connection to {self.host} within {self.timeout:g} s", not_taken=True)
-        if tls := first(ssl.SSLError):
-            return NoAnswerError(
-                f"TLS with {self.host} failed: {getattr(tls, 'reason', None) or 'hang-up'}", not_taken=False
-            )
-        if first(pool.ReadTimeoutError, TimeoutError):
-            return NoAnswerError(
-                f"no complete answer from {self.host}{by_way_of} within {self.timeout:g} s", not_taken=False
-            )
-        no_http = (
-            http.client.BadStatusLine,
-            http.client.UnknownProtocol,
-            http.client.LineTooLong,
-            ValueError,
-        )
-        if first(*no_http, pool.InvalidHeader) and not first(http.client.RemoteDisconnected):
-            return NoAnswerError(
-                f"{self.host}{by_way_of} answered with something that is not HTTP", not_taken=False
-            )
-        if first(pool.NewConnectionError):
-            failed = first(OSError)
-            words = getattr(failed, "strerror", None) or "connection failed"
-            return NoAnswerError(f"no connection to {self.host}: {words}", not_taken=True)
-        return NoAnswerError(
-            f"{self.host}{by_way_of} hung up before the answer was complete", not_taken=False
-        )
+        def because(fault: FaultCode, message: str) -> NoAnswerError:
+            return NoAnswerError(fault, message, not_taken=True)
 
-    def _explain_proxy(self, chain: Sequence[BaseException]) -> NoAnswerError:
-        """Say what went wrong between here and the proxy: the sink has no part in it."""
-        import socket
+        if isinstance(error, UnicodeError | LocationValueError):
+            return because("unusable_url", f"no request to {self.host} can be made: that is no host name")
+        refused, unknown = first(ConnectionRefusedError), first(socket.gaierror)
+        slow = first(ConnectTimeoutError) or first(TimeoutError)
+        certificate, tls = first(ssl.SSLCertVerificationError), first(ssl.SSLError)
+        if self.proxy and not (connection.has_connected_to_proxy and tls):
+            if certificate:
+                what = f"has no valid certificate: {getattr(certificate, 'verify_message', '')}"
+            elif unknown:
+                what = "has no such host name"
+            elif refused:
+                what = "refused the connection"
+            elif slow:
+                what = f"gave no connection to {self.host} within {STEP_SECONDS:g} s"
+            elif tunnel := re.search(r"Tunnel connection failed: (\d+)", " ".join(map(str, chain))):
+                what = f"gave no connection to {self.host} and answered {tunnel[1]}"
+                if tunnel[1] == "407":
+                    return because("proxy_login", f"the proxy {self.proxy} {what}")
+            else:
+                what = f"gave no connection to {self.host}"
+            return because("proxy", f"the proxy {self.proxy} {what}")
+        if certificate:
+            reason = getattr(certificate, "verify_message", "")
+            return because("tls_certificate", f"TLS: the certificate of {self.host} is not valid: {reason}")
+        if unknown:
+            return because("dns", f"no such host: {self.host}")
+        if refused:
+            return because("refused", f"connection refused by {self.host}")
+        if first(ConnectTimeoutError):
+            return because("connect_timeout", f"no connection to {self.host} within {STEP_SECONDS:g} s")
+        if first(NewConnectionError):
+            words = getattr(first(OSError), "strerror", None) or "connection failed"
+            return because("unreachable", f"no connection to {self.host}: {words}")
+        if slow:
+            return because("tls", f"TLS with {self.host} failed: no handshake within {STEP_SECONDS:g} s")
+        reason = getattr(tls, "reason", None) or "hang-up"
+        fault: FaultCode = "wrong_scheme" if reason in NO_TLS_REASONS else "tls"
+        return because(fault, f"TLS with {self.host} failed: {reason}")
+
+    def _no_answer(self, error: Exception) -> NoAnswerError:
+        """Say in words why no answer came to a request, without the URL that exceptions carry."""
+        import http.client
+        import ssl
 
         import urllib3.exceptions as pool
 
-        not_taken = True
-        if any(isinstance(cause, socket.gaierror | pool.NameResolutionError) for cause in chain):
-            what = "has no such host name"
-        elif any(isinstance(cause, ConnectionRefusedError) for cause in chain):
-            what = "refused the connection"
-        elif any(isinstance(cause, pool.ConnectTimeoutError) for cause in chain):
-            what = f"gave no connection within {self.timeout:g} s"
-        elif tunnel := re.search(r"Tunnel connection failed: (\d+)", " ".join(map(str, chain))):
-            what = f"gave no connection to {self.host} and answered {tunnel[1]}"
-        else:
-            what = f"gave no connection to {self.host}"
-            # A proxy that hung up may have passed the request on.
-            not_taken = any(isinstance(cause, pool.NewConnectionError) for cause in chain)
-        return NoAnswerError(f"the proxy {self.proxy} {what}", not_taken=not_taken)
+        def first(*kinds: type[BaseException]) -> BaseException | None:
+            return next((cause for cause in causes(error) if isinstance(cause, kinds)), None)
+
+        def because(fault: FaultCode, message: str) -> NoAnswerError:
+            return NoAnswerError(fault, message, not_taken=fault == "unusable_url")
+
+        by_way_of = f" by way of the proxy {self.proxy}" if self.proxy else ""
+        if isinstance(error, ValueError):
+            return because("unusable_url", f"no request to {self.host} can be made: a header cannot be sent")
+        if first(pool.ReadTimeoutError, TimeoutError):
+            words = f"no answer from {self.host}{by_way_of} within {self.timeout:g} s"
+            return because("timeout", words)
+        if tls := first(ssl.SSLError):
+            return because("tls", f"TLS with {self.host} failed: {getattr(tls, 'reason', None) or 'hang-up'}")
+        if first(http.client.RemoteDisconnected) or not first(http.client.HTTPException):
+            return because("hung_up", f"{self.host}{by_way_of} hung up before it answered")
+        return because("not_http", f"{self.host}{by_way_of} answered with something that is not HTTP")
 
 
-# The head of an answer in its plainest form: RFC 9112, sections 4 and 5, without folded lines.
-PLAIN_HEAD = rb"HTTP/1\.1 ([2-5][0-9]{2}) [^\r\n]*\r\n((?:[!#-'*+.0-9A-Z^-z|~-]+:[^\r\n]*\r\n)+)\r\n"
+# What OpenSSL says when the other side answers a handshake with something that is not TLS.
+NO_TLS_REASONS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "RECORD_LAYER_FAILURE"}
+
+# The CA certificates that a machine trusts, as one file: Debian, Fedora, openSUSE, Alpine. For a Python whose
+# OpenSSL was built for another machine's folders.
+MACHINE_BUNDLES = (
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+)
 
 
-def read_plain_head(data: bytes) -> tuple[int, dict[str, str], int] | None:
-    """Status, fields and size in bytes of an answer's head; None where it is not whole and of the plainest:
-    each field once, a body of a given length, and a connection that stays."""
-    head = re.match(PLAIN_HEAD, data)
-    if head is None:
-        return None
-    lines = head[2].decode("latin-1").split("\r\n")[:-1]
-    fields = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    plain = (
-        len(fields) == len(lines)
-        and re.fullmatch("[0-9]{1,9}", fields.get("content-length", ""))
-        and "transfer-encoding" not in fields
-        and fields.get("connection", "keep-alive").lower() == "keep-alive"
-        and head[1] not in (b"204", b"304")
+def trust_machine(context: "SSLContext") -> None:
+    """Trust the CAs that this machine trusts (SSL_CERT_FILE, SSL_CERT_DIR, or its store); those of certifi if
+    it has no store. Raises FileNotFoundError if there is no file where SSL_CERT_FILE says."""
+    import ssl
+
+    from requests.utils import DEFAULT_CA_BUNDLE_PATH
+
+    if named := os.environ.get("SSL_CERT_FILE"):
+        os.stat(named)
+    context.set_default_verify_paths()
+    paths = ssl.get_default_verify_paths()
+    folders = os.environ.get("SSL_CERT_DIR", paths.openssl_capath).split(os.pathsep)
+    # OpenSSL finds a certificate in a folder by the hash in its file's name.
+    hashed = any(
+        re.fullmatch(r"[0-9a-f]{8}\.\d+", name)
+        for folder in folders
+        if os.path.isdir(folder)
+        for name in os.listdir(folder)
     )
-    return (int(head[1]), fields, head.end()) if plain else None
+    if not (hashed or paths.cafile):
+        bundles = (*MACHINE_BUNDLES, DEFAULT_CA_BUNDLE_PATH)
+        context.load_verify_locations(cafile=next(filter(os.path.isfile, bundles)))
 
 
-class AnswerFile:
-    """What a sink sends, as http.client reads it, which trusts it too much: here no read is without a bound,
-    and a head that ends in its middle is none."""
+def login_of(authority: str) -> tuple[bytes, bytes] | None:
+    """User and password of a URL's authority as bytes: what is not percent-encoded, in UTF-8. None if it has
+    no password."""
+    from urllib.parse import unquote_to_bytes
 
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self._left = MAX_LINES_BYTES
-        self.in_head = True
-
-    def readline(self, limit: int) -> bytes:
-        """A line of a head, or the size of a chunk. Raises http.client.HTTPException."""
-        import http.client
-
-        line: bytes = self._file.readline(limit)
-        self._left -= len(line)
-        if self._left < 0:
-            raise http.client.LineTooLong("head")
-        if self.in_head and not line.endswith(b"\n") and len(line) < limit:
-            raise http.client.RemoteDisconnected("the head is cut off")
-        return line
-
-    def read(self, size: int = -1) -> bytes:
-        """So many bytes. Raises ValueError for a size that is none, as a chunk's may be."""
-        if size < 0:
-            raise ValueError("no size")
-        data: bytes = self._file.read(size)
-        return data
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
+    user, colon, password = authority.rpartition("@")[0].partition(":")
+    return (unquote_to_bytes(user), unquote_to_bytes(password)) if colon else None
 
 
 @functools.cache
-def response_classes() -> tuple[type["HTTPResponse"], type["HTTPResponse"]]:
-    """A response of http.client that is careful, and one that is quick, too: it reads the plainest of heads
-    by itself, and leaves any other to http.client.
+def way_class() -> Any:
+    """An HTTPAdapter with one pool, whose TLS is ours, also to a proxy and behind one."""
+    from base64 import b64encode
+    from urllib.parse import urlsplit
 
-    http.client has the email package read each one: that is a quarter of what a storm costs.
-    """
+    from requests.adapters import HTTPAdapter
+
+    class Way(HTTPAdapter):
+        def __init__(self, tls: "SSLContext | None") -> None:
+            self._tls = tls
+            super().__init__(pool_connections=1, pool_maxsize=1)
+
+        def init_poolmanager(self, *args: Any, **options: Any) -> None:
+            super().init_poolmanager(*args, ssl_context=self._tls, **options)
+
+        def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+            if proxy.startswith("http"):
+                options["proxy_ssl_context"] = self._tls
+            return super().proxy_manager_for(proxy, ssl_context=self._tls, **options)
+
+        def proxy_headers(self, proxy: str) -> dict[str, str]:
+            login = login_of(urlsplit(proxy).netloc)
+            if login is None:
+                return {}
+            return {"Proxy-Authorization": f"Basic {b64encode(b':'.join(login)).decode()}"}
+
+    return Way
+
+
+def connection_class(
+    base: Any, explain: Callable[["HTTPConnection", BaseException], NoAnswerError]
+) -> "type[HTTPConnection]":
+    """A connection of a pool that bounds connecting, and says by `explain` why there is no connection."""
     import http.client
 
-    class CarefulResponse(http.client.HTTPResponse):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
-            self.fp: Any = AnswerFile(self.fp)
+    from urllib3.exceptions import ConnectTimeoutError, HTTPError
 
-        def begin(self) -> None:
-            super().begin()
-            # RFC 9110, section 15.2: there may be any number of interim answers. http.client knows one kind.
-            while 100 < self.status < 200 and self.status != 101:
-                vars(self).update(headers=None)
-                super().begin()
-            self.fp.in_head = False
+    class Connection(base):  # type: ignore[misc]
+        response_class = answer_class()
+        held: list[bytes] | None = None
 
-    class QuickResponse(CarefulResponse):
-        def begin(self) -> None:
+        def connect(self) -> None:
+            began, to_send = time.monotonic(), self.timeout
+            self.timeout: float = STEP_SECONDS
             try:
-                data = self.fp.peek()
-                found = read_plain_head(data)
-                if found is None:
-                    super().begin()
-                    return
-            except BaseException:
+                super().connect()
+                # Nothing bounds a name lookup. After it there may be no time left to wait for an answer.
+                left = began + CONNECT_SECONDS - time.monotonic()
+                if left <= 0:
+                    raise ConnectTimeoutError
+            except (HTTPError, http.client.HTTPException, OSError, ValueError) as error:
+                cause = explain(self, error)
                 self.close()
-                raise
-            status, fields, size = found
-            length = int(fields["content-length"])
-            self.fp.read(size)
-            vars(self).update(version=11, code=status, status=status, reason="", headers=fields, msg=fields)
-            # What else has come by now is no answer to the next request.
-            vars(self).update(chunked=False, length=length, will_close=len(data) > size + length)
+                # Not one of the kinds that urllib3 catches, wraps and words again.
+                raise cause from None
+            self.sock.settimeout(min(left, to_send))
 
-    return CarefulResponse, QuickResponse
+        def request(self, *args: Any, **options: Any) -> None:
+            # Head and body go out in one piece: a system call costs as much as a fifth of a request.
+            pieces: list[bytes] = []
+            self.held = pieces
+            try:
+                super().request(*args, **options)
+            finally:
+                self.held = None
+            self.send(b"".join(pieces))
+
+        def send(self, data: Any) -> None:
+            if self.held is not None:
+                self.held.append(data)
+            else:
+                super().send(data)
+
+        @property
+        def is_connected(self) -> bool:
+            # More than was asked for, read ahead by TLS, is no answer to the next request.
+            pending = getattr(self.sock, "pending", None)
+            return super().is_connected and not (pending and pending())
+
+    return Connection
 
 
-def read_answer(response: Any) -> tuple[bytes, bool]:
-    """Read an answer's body, at most MAX_ANSWER_BYTES of it, and tell whether that is all of it.
-
-    Raises what http.client or urllib3 do, where it is cut off: that shows only at its end.
-    """
+@functools.cache
+def answer_class() -> "type[HTTPResponse]":
+    """http.client's response with what it lacks: a time limit for the whole answer, a head that is cut off is
+    no answer, any number of interim answers (RFC 9110, section 15.2), and any number of headers."""
     import http.client
+    import io
 
-    body = b""
-    while len(body) < MAX_ANSWER_BYTES:
-        piece = response.read(MAX_ANSWER_BYTES - len(body))
-        if not piece:
-            if isinstance(response, http.client.HTTPResponse) and response.length:
-                raise http.client.IncompleteRead(body, response.length)
-            return body, True
-        body += piece
-    return body, False
+    class Stream(io.RawIOBase):
+        """The bytes of one answer, for as long as the socket's timeout says."""
+
+        def __init__(self, sock: Any, raw: io.RawIOBase) -> None:
+            self._sock, self._raw = sock, raw
+            self._deadline = time.monotonic() + sock.gettimeout()
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int | None:
+            left = self._deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            self._sock.settimeout(left)
+            return cast("int | None", self._raw.readinto(buffer))
+
+        def close(self) -> None:
+            self._raw.close()
+            super().close()
+
+    class Lines(io.BufferedReader):
+        def readline(self, size: int | None = -1, /) -> bytes:
+            line = super().readline(size)
+            if not line.endswith(b"\n") and len(line) != size:
+                raise http.client.RemoteDisconnected("the head is cut off")
+            return line
+
+    class Response(http.client.HTTPResponse):
+        def __init__(self, sock: Any, *args: Any, **options: Any) -> None:
+            super().__init__(sock, *args, **options)
+            self.fp: Any = Lines(Stream(sock, self.fp.detach()))
+
+        def begin(self) -> None:
+            while True:
+                try:
+                    super().begin()
+                except http.client.HTTPException as error:
+                    no_head = (http.client.BadStatusLine, http.client.UnknownProtocol)
+                    if not isinstance(self.status, int) or isinstance(error, no_head):
+                        raise
+                    self._skip_headers()
+                if not 100 < self.status < 200 or self.status == 101:
+                    break
+                self.headers: Any = None
+            # What http.client makes of odd lengths will do; urllib3 would refuse the answer.
+            if self.headers.get_all("Content-Length", []) != [str(self.length)]:
+                del self.headers["Content-Length"]
+
+        def _skip_headers(self) -> None:
+            """Go without headers that are too many or too long for http.client: the status says enough."""
+            while self.fp.readline(1 << 16).strip(b"\r\n"):
+                pass
+            self.headers = self.msg = http.client.HTTPMessage()
+            self.chunked, self.length, self.will_close = False, 0, True
+
+    return Response
 
 
-class Connections:
-    """The connections to a sink: one, or one to each peer of a cluster. Peers are named `host:port`."""
+def build_request(
+    adapter: Adapter, sink: Sink, deliveries: Sequence[Delivery], origin: Origin
+) -> HttpRequest | Verdict:
+    """Make the request that deliveries go out as. A verdict says that the adapter failed at it: another
+    version of the program may not."""
+    try:
+        return adapter.build(sink, deliveries, origin)
+    except Exception as error:  # noqa: BLE001 - one record must not stop what comes after it
+        message = f"no payload could be made of this record: {place_of(error)}"
+        return Verdict("retry", "payload_failed", message=message, not_taken=True, fault="adapter_fault")
 
-    def __init__(self, sink: Sink) -> None:
-        self.sink = sink
-        self.adapter = ADAPTERS[sink.type]
-        self._urls: dict[str, str] = {}
-        for url in self.adapter.urls(sink):
-            name = host_of(url)
-            same = sum(other.partition("#")[0] == name for other in self._urls)
-            self._urls[f"{name}#{same + 1}" if same else name] = url
-        self._clients: dict[str, Client] = {}
 
-    @property
-    def peers(self) -> list[str]:
-        """The names of the places that each request goes to: one, but for a cluster."""
-        return list(self._urls)
-
-    def build(self, deliveries: Sequence[Delivery], origin: Origin) -> HttpRequest | Verdict:
-        """Make the request that deliveries go out as. A large record takes longer than many a timeout: that
-        time is none of the sink's."""
-        try:
-            return self.adapter.build(self.sink, deliveries, origin)
-        except Exception as error:  # noqa: BLE001 - one record must not stop what comes after it
-            message = f"no payload could be made of this record: {type(error).__name__}"
-            return Verdict("dead_letter", "payload_failed", message=message)
-
-    def ask(
-        self, request: HttpRequest | Verdict, redactor: Redactor, peers: Collection[str]
-    ) -> dict[str, Verdict]:
-        """Send a request once to each of these peers at the same time; what could not be made fails at each.
-
-        Returns what came of it by peer. Where there are several, one that takes too long does not hold up
-        this call for longer than the sink's timeout.
-        """
-        if isinstance(request, Verdict):
-            return dict.fromkeys(peers, request)
-        if len(self._urls) == 1:
-            return {name: self._attempt(name, request, redactor) for name in self._urls}
-        verdicts: dict[str, Verdict] = {}
-
-        def ask_one(name: str) -> None:
-            verdict = self._attempt(name, request, redactor)
-            if name in waited_for:
-                verdicts[name] = verdict
-
-        waited_for = set(peers)
-        threads = [threading.Thread(target=ask_one, args=(name,), daemon=True) for name in peers]
-        deadline = time.monotonic() + self.sink.timeout_seconds + TIMEOUT_GRACE / 2
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        late = waited_for - set(verdicts)
-        waited_for.clear()
-        for name in late:
-            self._clients.pop(name, None)
-            verdicts.setdefault(name, timed_out(self.sink, name))
-        return {name: verdicts[name] for name in peers}
-
-    def _attempt(self, name: str, request: HttpRequest, redactor: Redactor) -> Verdict:
-        """Send one request to one place, and judge what comes back: masked and cut."""
-        client = self._clients.get(name)
-        if client is None:
-            client = self._clients[name] = Client(
-                self.sink.timeout_seconds, self.sink.secrets.get(CA_FILE_KEY)
-            )
-        try:
-            answer = client.send(request._replace(url=self._urls[name]))
-        except NoAnswerError as error:
-            return Verdict("retry", "request_failed", message=str(error), not_taken=error.not_taken)
-        verdict = self.adapter.judge(answer, time.time())
-        if verdict.outcome == "delivered":
-            return verdict._replace(message=None)
+def attempt(
+    adapter: Adapter, sink: Sink, client: Client, url: str, request: HttpRequest, redactor: Redactor
+) -> Verdict:
+    """Send one request to `url`, and judge what comes back. The message is masked and cut. Never raises."""
+    if missing := adapter.missing_secrets(sink):
+        return missing_secret(missing)
+    answer = None
+    try:
+        answer = client.send(request._replace(url=url))
+        now = time.time()
+        verdict = adapter.judge(answer, now)
         # Masked before it is cut: half a secret would not be found.
-        message = redactor.mask(cut(printable(verdict.message or ""), 10 * MESSAGE_CHARACTERS))
-        return verdict._replace(message=cut(message.strip(), MESSAGE_CHARACTERS) or None)
+        message = redactor.mask(cut(printable(verdict.message or ""), 10 * MESSAGE_CHARACTERS)).strip()
+        dated = parse_http_date(answer.headers.get("date", ""))
+        return verdict._replace(
+            message=cut(message, MESSAGE_CHARACTERS) or None if verdict.outcome != "delivered" else None,
+            clock_offset=None if dated is None else dated - now,
+        )
+    except NoAnswerError as error:
+        return Verdict(
+            "retry", "request_failed", message=str(error), not_taken=error.not_taken, fault=error.fault
+        )
+    except Exception as error:  # noqa: BLE001 - a fault of the program costs at most this delivery
+        message = f"the answer could not be judged: {place_of(error)}"
+        if answer is None:
+            return Verdict("retry", "request_failed", message=message, fault="adapter_fault")
+        if 200 <= answer.status < 300:
+            return Verdict("delivered", None, answer.status, message, fault="adapter_fault")
+        return Verdict("retry", "http_error", answer.status, message, fault="adapter_fault")
+
+
+def missing_secret(names: Sequence[str]) -> Verdict:
+    """Nothing was sent: these variables are unset."""
+    message = f"unset: {' '.join(names)}"
+    return Verdict("misconfigured", "missing_secret", message=message, fault="missing_secret")
+
+
+def place_of(error: Exception) -> str:
+    """Where the program failed: type, function and line. An exception's own words could hold a secret."""
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    inner = frames[1:] or frames  # the first is the function that guards the others
+    frame = ([frame for frame in inner if frame.filename == __file__] or inner)[-1]
+    return f"{type(error).__name__} in {frame.name}, line {frame.lineno}"
 
 
 def host_of(url: str) -> str:
@@ -3388,22 +4089,11 @@ def host_of(url: str) -> str:
 
 
 def timed_out(sink: Sink, *places: str) -> Verdict:
-    """A sink, or some peers of it, have not answered in time."""
-    message = f"no complete answer from {', '.join(places)} within {sink.timeout_seconds:g} s"
-    return Verdict("retry", "request_failed", message=message)
-
-
-def best_verdict(verdicts: Mapping[str, Verdict]) -> Verdict:
-    """What the answers of several peers come to: delivered where at least one took it."""
-    order = ("delivered", "dead_letter", "retry", "misconfigured")
-    best = min(verdicts.values(), key=lambda verdict: order.index(verdict.outcome))
-    if len(verdicts) == 1 or best.outcome == "delivered":
-        return best
-    said = "; ".join(
-        f"{name}: {verdict.message or verdict.http_status}" for name, verdict in verdicts.items()
-    )
-    not_taken = all(verdict.not_taken for verdict in verdicts.values())
-    return best._replace(message=cut(said, MESSAGE_CHARACTERS), not_taken=not_taken)
+    """A sink, or some peers of it, have not answered in time. The client bounds each step and the answer, but
+    not the name lookup, nor how many addresses there are."""
+    seconds = attempt_seconds(sink.timeout_seconds)
+    message = f"no connection to {', '.join(places)} and no answer within {seconds:g} s"
+    return Verdict("retry", "request_failed", message=message, fault="connect_timeout")
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -3423,6 +4113,8 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 # ---------------------------------------------------------------------------------------------------------
 # Files: append, replace, lock
 # ---------------------------------------------------------------------------------------------------------
+# Knows how the program makes, replaces, extends and locks files of its own. Never follows a symbolic link
+# there, and never leaves half a row.
 
 # What must fit on the disk before anything is sent.
 RESERVE_BYTES = 256 << 10
@@ -3483,97 +4175,48 @@ def write_all(descriptor: int, data: bytes) -> None:
         raise
 
 
-class Checkpoint(NamedTuple):
-    """Up to where a file of rows is accounted for in the state; `tail` names what stands before there."""
+def append_rows(path: str, rows: bytes) -> None:
+    """Append whole lines to a file with one write, and close a line that a crash or a full disk has torn.
+    They are on the disk when this returns: some file systems say only then that there is no room.
 
-    device: int = 0
-    inode: int = 0
-    offset: int = 0
-    tail: str = ""
-
-    @classmethod
-    def at_end(cls, descriptor: int) -> Self:
-        """A checkpoint at the end of an open file. Raises OSError."""
-        found = os.fstat(descriptor)
-        return cls(found.st_dev, found.st_ino, found.st_size, tail_hash(descriptor, found.st_size))
-
-    @classmethod
-    def from_json(cls, value: Sequence[Any]) -> Self:
-        """Read a list of its fields. Raises one of MALFORMED for anything else."""
-        device, inode, offset, tail = value
-        return cls(count_from_json(device), count_from_json(inode), count_from_json(offset), str(tail))
-
-    def is_in(self, path: str) -> bool:
-        """Tell whether a file holds what was accounted for, under whichever name. Raises OSError."""
-        with open(path, "rb", buffering=0) as file:
-            descriptor = file.fileno()
-            whole = os.fstat(descriptor).st_size >= self.offset
-            return whole and tail_hash(descriptor, self.offset) == self.tail
-
-
-# The fields of a row that hold what others wrote; a sink's message is masked as it comes in.
-FROM_OUTSIDE = {
-    *("escalation", "rawLine", "unknownSeverity", "escalationCategory", "escalationTimestamp"),
-    *("traceId", "escalationTraceId", "route"),
-}
-
-
-class JsonlFile:
-    """An append-only file of JSON lines, opened with the first row. A row is in it whole, or visibly torn."""
-
-    def __init__(self, path: str, redactor: Redactor) -> None:
-        self.path = path
-        self._redactor = redactor
-        self._descriptor: int | None = None
-
-    @property
-    def is_open(self) -> bool:
-        return self._descriptor is not None
-
-    def open(self) -> int:
-        """Open for appending, and close a line that a crash or a full disk has torn. Raises StorageError."""
-        if self._descriptor is None:
-            make_folder(os.path.dirname(self.path))
-            try:
-                self._descriptor = open_own(self.path, os.O_RDWR | os.O_APPEND)
-                size = os.fstat(self._descriptor).st_size
-                if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
-                    write_all(self._descriptor, b"\n")
-            except OSError as error:
-                raise storage_error("append to", self.path, error) from None
-        return self._descriptor
-
-    def append(self, rows: Iterable[JsonObject]) -> None:
-        """Append rows with one write: a kill leaves all of them or, at worst, a torn last one.
-
-        Raises StorageError.
-        """
-        descriptor = self.open()
-        data = b"".join(map(self._encode, rows))
+    Raises StorageError.
+    """
+    make_folder(os.path.dirname(path))
+    try:
+        descriptor = open_own(path, os.O_RDWR | os.O_APPEND)
         try:
-            write_all(descriptor, data)  # the host appends to telemetry too: not to half a row
-        except OSError as error:
-            raise storage_error("append to", self.path, error) from None
-
-    def _encode(self, row: JsonObject) -> bytes:
-        line = encode_json(row)
-        if self._redactor.finds(line):
-            mask = self._redactor.mask_value
-            line = encode_json({k: mask(v) if k in FROM_OUTSIDE else v for k, v in row.items()})
-        return line + b"\n"
-
-    def close(self) -> Checkpoint | None:
-        """Flush to disk and close. Returns the place after the last row; None where nothing was opened."""
-        if self._descriptor is None:
-            return None
-        descriptor, self._descriptor = self._descriptor, None
-        try:
+            size = os.fstat(descriptor).st_size
+            torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
+            write_all(descriptor, b"\n" + rows if torn else rows)
             os.fsync(descriptor)
-            return Checkpoint.at_end(descriptor)
-        except OSError as error:
-            raise storage_error("flush", self.path, error) from None
         finally:
             os.close(descriptor)
+    except OSError as error:
+        raise storage_error("append to", path, error) from None
+
+
+def check_appendable(path: str) -> None:
+    """Find out, before anything is sent, whether rows can be appended to a file. Raises StorageError."""
+    try:
+        os.close(open_own(path, os.O_RDWR | os.O_APPEND))
+    except OSError as error:
+        raise storage_error("append to", path, error) from None
+
+
+def last_bytes(path: str, size: int) -> bytes:
+    """The last `size` bytes of a file, or all of a shorter one; nothing if it is not there.
+
+    Raises StorageError.
+    """
+    try:
+        with open(path, "rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - size))
+            return file.read()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise storage_error("read", path, error) from None
 
 
 def replace_file(path: str, data: bytes, *, durable: bool) -> None:
@@ -3649,76 +4292,39 @@ def check_room(folder: str, *files: str) -> None:
 
 
 @contextlib.contextmanager
-def loop_lock(path: str, wait: float = LOCK_WAIT_SECONDS) -> Iterator[tuple[int, int] | None]:
-    """Hold the loop's lock; yields device and inode of the locked file, None where it was not to be had
-    within `wait` seconds.
+def loop_lock(path: str, wait: float = LOCK_WAIT_SECONDS) -> Iterator[bool]:
+    """Hold a loop's lock; yields whether it was to be had within `wait` seconds.
 
-    The kernel drops the lock with its process, so none is ever left behind. Raises StorageError.
+    The kernel drops the lock with its process, so it is never left behind. Raises StorageError.
     """
     make_folder(os.path.dirname(path))
     deadline = time.monotonic() + wait
-    descriptor: int | None = None
     try:
-        while descriptor is None:
+        descriptor = open_own(path, os.O_RDWR)
+    except OSError as error:
+        raise storage_error("lock", path, error) from None
+    try:
+        while True:
             try:
-                descriptor = open_own(path, os.O_RDWR)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if lock_identity(path) == file_identity(descriptor):
-                    break
+                break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    yield None
+                    yield False
                     return
                 time.sleep(0.05)
             except OSError as error:
                 raise storage_error("lock", path, error) from None
-            # Whoever had it may have been told to go on without that file: the one that is there counts.
-            os.close(cast("int", descriptor))
-            descriptor = None
-        yield file_identity(descriptor)
+        yield True
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        os.close(descriptor)
 
 
-def lock_identity(path: str) -> tuple[int, int] | None:
-    """Device and inode of the lock file that is there now; None where it was removed. Raises OSError."""
-    found = stat_of(path)
-    return found and identity_of(found)
-
-
-def read_rows(path: str, since: Checkpoint) -> tuple[list[Iterator[JsonObject]], Checkpoint]:
-    """The rows after a checkpoint, as streams in order, and the checkpoint after them.
-
-    What was rotated away meanwhile, by rename or by copy, is found under its new name; torn lines are passed
-    over. Raises StorageError.
-    """
-    try:
-        found = stat_of(path)
-        if found and (found.st_dev, found.st_ino, found.st_size) == since[:3]:
-            return [], since
-        files = [neighbour for neighbour, key in neighbours(path).items() if key]
-        files += [path] if found else []
-        # Where that place is in no file any more, or in an empty one, all that there is counts: no row that
-        # was accounted for moves a lane.
-        known = [index for index, file in enumerate(files) if since.offset and since.is_in(file)]
-        files = files[known[-1] :] if known else files
-        offset = since.offset if known else 0
-        if not files:
-            return [], since
-        rows = [iterate_rows(file, 0 if index else offset) for index, file in enumerate(files)]
-        with open(files[-1], "rb", buffering=0) as file:
-            return rows, Checkpoint.at_end(file.fileno())
-    except OSError as error:
-        raise storage_error("read", path, error) from None
-
-
-def iterate_rows(path: str, offset: int = 0) -> Iterator[JsonObject]:
-    """The JSON objects of a file of rows, from an offset on. What is none is passed over."""
+def iterate_rows(path: str) -> Iterator[JsonObject]:
+    """The JSON objects of a file of rows; torn lines are skipped. Raises StorageError."""
     try:
         with open(path, "rb") as file:
-            read = functools.partial(os.pread, file.fileno())
-            for line, _, _ in read_lines(read, offset, os.fstat(file.fileno()).st_size):
+            for line in file:
                 with contextlib.suppress(ValueError, RecursionError):
                     row = json.loads(line)
                     if isinstance(row, dict):
@@ -3727,554 +4333,44 @@ def iterate_rows(path: str, offset: int = 0) -> Iterator[JsonObject]:
         raise storage_error("read", path, error) from None
 
 
-# ---------------------------------------------------------------------------------------------------------
-# State: a checkpoint of the lanes
-# ---------------------------------------------------------------------------------------------------------
-# The attempts file is the log from which the state can always be brought up to date: a row is appended to it
-# with one write as each attempt ends, and says which record of which lane it settles. The state names the
-# place in that file up to which it accounts for it. So a delivery is safe from being repeated as soon as its
-# row is written, and the state itself needs writing only once a pass.
+def rows_backwards(path: str, containing: bytes = b"") -> Iterator[JsonObject]:
+    """The JSON objects of a file of rows whose lines contain something, the last one first; none if the file
+    is not there. Raises StorageError."""
+    try:
+        with open(path, "rb") as file:
+            end, rest = file.seek(0, os.SEEK_END), b""
+            while end:
+                start = max(0, end - BLOCK_BYTES)
+                file.seek(start)
+                rest, *lines = (file.read(end - start) + rest).split(b"\n")
+                if not start:
+                    lines.insert(0, rest)
+                for line in reversed(lines):
+                    with contextlib.suppress(ValueError, RecursionError):
+                        row = json.loads(line) if containing in line else None
+                        if isinstance(row, dict):
+                            yield row
+                end = start
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise storage_error("read", path, error) from None
 
-STATE_VERSION = 1
-# Far more than any state has; beyond it a file is none of ours.
+
+# So much of a file of rows is read at once from its end.
+BLOCK_BYTES = 1 << 20
+
+
+# ---------------------------------------------------------------------------------------------------------
+# State file: the summary that the host reads
+# ---------------------------------------------------------------------------------------------------------
+# Output. It is read back only to skip an idle pass, and to find the place if the queue does not know a loop.
+
+# Far larger than any state file; beyond it a file is not one.
 MAX_STATE_BYTES = 32 << 20
-
-# Of escalations that did not reach a sink, or any, and never will by themselves. How many they were is told
-# for so many seconds: until whoever is on duty has seen it.
-LOST = {*UNUSABLE, "no_dispatchable_sinks", "sink_removed", "source_lost", "source_replaced"}
+STATE_VERSION = 2
+# A loss is reported for so many seconds: until whoever is on duty has seen it.
 LOSS_SHOWN = 86400.0
-
-# So many different things does a lane remember to have told: enough for what lasts, little for the state.
-TOLD_MAX = 32
-
-
-class Told(NamedTuple):
-    """What a sink was told last of a subject: when the record was written; repeats held back since."""
-
-    at: str
-    repeats: int = 0
-    since: str | None = None
-
-    def hold_back(self, at: str) -> "Told":
-        """The same with one repeat more."""
-        return self._replace(repeats=self.repeats + 1, since=self.since or at)
-
-
-class PeerLag(NamedTuple):
-    """From where on a peer has missed deliveries, since when, why, and when it is asked again."""
-
-    position: Position
-    since: float
-    next_attempt_at: float | None = None
-    backoff_step: int = 0
-    reason_code: str | None = None
-    http_status: int | None = None
-    message: str | None = None
-
-    @classmethod
-    def from_json(cls, value: JsonObject) -> Self:
-        """Read what `to_json` wrote. Raises one of MALFORMED for anything else."""
-        since, next_attempt_at = parse_time(value["since"]), parse_time(value["nextAttemptAt"])
-        position, step = position_from_json(value["position"]), int(value["backoffStep"])
-        code, status, message = value.get("reasonCode"), value.get("httpStatus"), value.get("message")
-        return cls(
-            position,
-            since or 0.0,
-            next_attempt_at,
-            step,
-            code and str(code),
-            None if status is None else int(status),
-            message and str(message),
-        )
-
-    def to_json(self, source: Source) -> JsonObject:
-        return {
-            "position": position_to_json(self.position, source),
-            "since": iso(self.since),
-            "nextAttemptAt": self.next_attempt_at and iso(self.next_attempt_at, milliseconds=True),
-            "backoffStep": self.backoff_step,
-            "reasonCode": self.reason_code,
-            "httpStatus": self.http_status,
-            "message": self.message,
-        }
-
-    def due(self, now: float) -> bool:
-        """Tell whether the peer may be asked: its wait is over, or the clock went back."""
-        return self.next_attempt_at is None or not self.since - 1.0 <= now < self.next_attempt_at
-
-
-class Stretch(NamedTuple):
-    """A stretch of the log in which a lane, though it has come past it before, takes records of one kind:
-    of this category and own severity. They waited elsewhere when a changed config routed them here."""
-
-    start: Position
-    stop: Position
-    category: str
-    severity: str | None
-
-    @classmethod
-    def from_json(cls, value: Sequence[Any]) -> Self:
-        """Read what `to_json` wrote. Raises one of MALFORMED for anything else."""
-        start, stop, category, severity = value
-        kind = str(category), None if severity is None else str(severity)
-        return cls(position_from_json(start), position_from_json(stop), *kind)
-
-    def to_json(self, source: Source) -> list[Any]:
-        ends = (position_to_json(self.start, source), position_to_json(self.stop, source))
-        return [*ends, self.category, self.severity]
-
-    def holds(self, place: Position, kind: Kind) -> bool:
-        """Tell whether a record of a kind at a place is one of these."""
-        return self.start <= place < self.stop and (self.category, self.severity) == kind
-
-
-class Lane:
-    """The place of one sink in the log, and how it fares there. Times are seconds since the epoch."""
-
-    # Attribute and key of each plain field; what is None is not written.
-    FIELDS: ClassVar = (
-        ("waiting_count", "waitingCount"),
-        ("oldest_pending_at", "oldestPendingAt"),
-        ("attempts", "attempts"),
-        ("backoff_step", "backoffStep"),
-        ("consecutive_failures", "consecutiveFailures"),
-        ("dead_letter_count", "deadLetterCount"),
-        ("delivered_count", "deliveredCount"),
-        ("failed_attempt_count", "failedAttemptCount"),
-        ("given_up_count", "givenUpCount"),
-        ("skipped_count", "skippedCount"),
-        ("reason_code", "reasonCode"),
-        ("http_status", "httpStatus"),
-        ("message", "message"),
-        ("sink_digest", "sinkDigest"),
-    )
-    TIMES: ClassVar = (
-        ("lagging_since", "laggingSince"),
-        ("failing_since", "failingSince"),
-        ("waiting_since", "waitingSince"),
-        ("next_attempt_at", "nextAttemptAt"),
-        ("last_success_at", "lastSuccessAt"),
-        ("last_failure_at", "lastFailureAt"),
-        ("paced_until", "pacedUntil"),
-    )
-    PRECISE: ClassVar = ("waiting_since", "next_attempt_at", "paced_until")
-
-    def __init__(self, position: Position) -> None:
-        self.position = position
-        # Deliveries that a row says were put off, and the timestamp of the first of them.
-        self.waiting_count = 0
-        self.oldest_pending_at: str | None = None
-        self.lagging_since: float | None = None
-        # Attempts of the delivery at `position`; failures in a row; how often the lane has given up a pass.
-        self.attempts = 0
-        self.consecutive_failures = 0
-        self.backoff_step = 0
-        self.failing_since: float | None = None
-        # The wait between passes: since when, until when, and the sink's digest as it was then.
-        self.waiting_since: float | None = None
-        self.next_attempt_at: float | None = None
-        self.sink_digest: str | None = None
-        self.last_success_at: float | None = None
-        self.last_failure_at: float | None = None
-        self.reason_code: str | None = None
-        self.message: str | None = None
-        self.http_status: int | None = None
-        # Dead letters now; the others count up for good: delivered, failed attempts of what was to be tried
-        # again, made a dead letter, skipped.
-        self.dead_letter_count = 0
-        self.delivered_count = 0
-        self.failed_attempt_count = 0
-        self.given_up_count = 0
-        self.skipped_count = 0
-        # Up to when the requests that were sent are paid for, at the sink's rate.
-        self.paced_until: float | None = None
-        # What the sink was told, by what repeats of it have in common; the latest told comes last.
-        self.told: dict[str, Told] = {}
-        # Up to the end of the last of these the lane takes nothing else.
-        self.rerouted: list[Stretch] = []
-        # The peers of a cluster that have missed deliveries which another one took.
-        self.peers: dict[str, PeerLag] = {}
-        # Where the lane stood still because its sink was disabled, and stretches of the log that it passes
-        # over because their rows say that the sink was disabled then.
-        self.disabled_at: Position | None = None
-        self.gaps: list[tuple[Position, Position]] = []
-
-    @classmethod
-    def from_json(cls, value: JsonObject) -> Self:
-        """Read what `to_json` wrote. Raises one of MALFORMED for anything else."""
-        lane = cls(position_from_json(value["position"]))
-        for name, key in cls.FIELDS:
-            if key in value:
-                is_count = isinstance(getattr(lane, name), int) or name == "http_status"
-                setattr(lane, name, count_from_json(value[key]) if is_count else str(value[key]))
-        for name, key in cls.TIMES:
-            setattr(lane, name, parse_time(value.get(key)))
-        if "disabledAt" in value:
-            lane.disabled_at = position_from_json(value["disabledAt"])
-        lane.gaps = [(position_from_json(a), position_from_json(b)) for a, b in value.get("gaps", [])]
-        lane.rerouted = [Stretch.from_json(stretch) for stretch in value.get("rerouted", [])]
-        lane.peers = {str(name): PeerLag.from_json(lag) for name, lag in value.get("peers", {}).items()}
-        lane.told = {key: Told(str(at), int(n), since) for key, at, n, since in value.get("told", [])}
-        return lane
-
-    def to_json(self, source: Source) -> JsonObject:
-        value: JsonObject = {"position": position_to_json(self.position, source)}
-        value |= {key: field for name, key in self.FIELDS if (field := getattr(self, name)) is not None}
-        for name, key in self.TIMES:
-            if (moment := getattr(self, name)) is not None:
-                value[key] = iso(moment, milliseconds=name in self.PRECISE)
-        if self.disabled_at:
-            value["disabledAt"] = position_to_json(self.disabled_at, source)
-        if self.gaps:
-            value["gaps"] = [[position_to_json(p, source) for p in gap] for gap in self.gaps]
-        if self.rerouted:
-            value["rerouted"] = [stretch.to_json(source) for stretch in self.rerouted]
-        if self.peers:
-            value["peers"] = {name: lag.to_json(source) for name, lag in self.peers.items()}
-        if self.told:
-            value["told"] = [[key, *told] for key, told in self.told.items()]
-        return value
-
-    def apply(self, attempt: JsonObject) -> None:
-        """Bring the lane up to date with one row of the attempts file, as it is written or after a crash."""
-        at = parse_time(attempt["timestamp"])
-        outcome = attempt["outcome"]
-        if "peer" in attempt:
-            self._apply_to_peer(attempt, at or 0.0)
-            return
-        # The deliveries of one request fail together: that is one failure.
-        counts = not attempt.get("batchIndex")
-        self.note_told(attempt)
-        if outcome == "delivered":
-            self.last_success_at = at
-            self.delivered_count += 1
-            self.reason_code = self.message = self.http_status = None
-        elif outcome != "skipped":
-            self.last_failure_at = at
-            self.reason_code, self.message = attempt.get("reasonCode"), attempt.get("message")
-            self.http_status = attempt.get("httpStatus")
-        if outcome in SETTLED:
-            self.position = max(self.position, end_of_row(attempt))
-            if attempt.get("reasonCode") == SKIPPED_BY_OPERATOR:  # nor does a peer get it later
-                for name, lag in self.peers.items():
-                    self.peers[name] = lag._replace(position=max(lag.position, self.position))
-            self.attempts = 0
-            self.waiting_count = max(0, self.waiting_count - bool(attempt.get("late")))
-            self.skipped_count += outcome == "skipped"
-            if outcome == "dead_letter":
-                self.dead_letter_count += 1
-                self.given_up_count += 1
-            if attempt.get("httpStatus") is not None:  # the sink is there, whatever it said of the record
-                self.consecutive_failures = self.backoff_step = 0
-                self.failing_since = self.waiting_since = self.next_attempt_at = None
-        else:
-            self.attempts = count_from_json(attempt["attempt"])
-            self.failed_attempt_count += counts
-            self.consecutive_failures += counts
-            if counts:
-                self.oldest_pending_at = attempt.get("escalationTimestamp")
-            self.failing_since = self.failing_since or at
-            self.waiting_since, self.next_attempt_at = at, parse_time(attempt.get("nextAttemptAt"))
-            self.backoff_step += counts and attempt.get("backoffSeconds") is not None
-
-    def _apply_to_peer(self, attempt: JsonObject, at: float) -> None:
-        name, lag = attempt["peer"], self.peers.get(attempt["peer"])
-        if attempt["outcome"] in SETTLED:
-            if lag is not None:
-                self.peers[name] = PeerLag(max(lag.position, end_of_row(attempt)), lag.since)
-            return
-        lag = lag or PeerLag(start_of_row(attempt), at)
-        self.peers[name] = PeerLag(
-            lag.position,
-            lag.since,
-            parse_time(attempt.get("nextAttemptAt")),
-            lag.backoff_step + 1,
-            attempt.get("reasonCode"),
-            attempt.get("httpStatus"),
-            attempt.get("message"),
-        )
-
-    def note_told(self, attempt: JsonObject) -> None:
-        """Keep in mind what the sink was told, and what was held back since, from a row of the attempts."""
-        repeat = attempt.get("repeat")
-        if repeat is None:
-            return
-        key, at = str(repeat["key"]), str(repeat["at"])
-        if attempt["outcome"] == "delivered":
-            self.told.pop(key, None)
-            self.told[key] = Told(at)
-            while len(self.told) > TOLD_MAX:
-                del self.told[next(iter(self.told))]
-        elif attempt["outcome"] == "skipped" and (told := self.told.get(key)):
-            self.told[key] = told.hold_back(at)
-
-    def note_put_off(self, timestamp: str | None) -> None:
-        """Count a delivery that a row says waits, of a record with this timestamp."""
-        self.waiting_count += 1
-        if self.oldest_pending_at is None and parse_time(timestamp) is not None:
-            self.oldest_pending_at = timestamp
-
-    def wait_like(self, other: "Lane", sink_digest: str) -> None:
-        """Wait as another loop's lane to the same sink does, which has just found the sink unwell."""
-        self.reason_code, self.message, self.http_status = other.reason_code, other.message, other.http_status
-        self.waiting_since, self.next_attempt_at = other.waiting_since, other.next_attempt_at
-        self.last_failure_at, self.sink_digest = other.last_failure_at, sink_digest
-        self.failing_since = self.failing_since or other.failing_since
-        self.consecutive_failures = max(self.consecutive_failures, 1)
-        self.backoff_step = max(self.backoff_step, other.backoff_step)
-
-    def apply_operator(self, attempt: JsonObject) -> None:
-        """Bring the lane up to date with what an operator did with a delivery that it is past."""
-        if "peer" in attempt:  # another one took it
-            return
-        if attempt["outcome"] == "delivered":
-            self.last_success_at = parse_time(attempt["timestamp"])
-            self.delivered_count += 1
-        self.skipped_count += attempt["outcome"] == "skipped"
-        if attempt.get("deadLetter") and attempt["outcome"] in ("delivered", "skipped"):
-            self.dead_letter_count = max(0, self.dead_letter_count - 1)
-
-    def due(self, now: float, sink_digest: str) -> bool:
-        """Tell whether the lane may try: the wait is over, the sink has changed, or the clock went back."""
-        if self.next_attempt_at is None or self.waiting_since is None:
-            return True
-        if self.sink_digest is not None and self.sink_digest != sink_digest:
-            return True
-        return not self.waiting_since - 1.0 <= now < self.next_attempt_at
-
-    def is_again(self, place: Position) -> bool:
-        """Tell whether the lane has come past a place before."""
-        return any(place < stretch.stop for stretch in self.rerouted)
-
-    def takes(self, place: Position, kind: Kind) -> bool:
-        """Tell whether the lane has yet to see to a record of a kind at a place, if it is for its sink."""
-        return not self.is_again(place) or any(stretch.holds(place, kind) for stretch in self.rerouted)
-
-    def go_back(self, missed: Iterable[tuple[Position, Kind]]) -> int:
-        """Take up what waits elsewhere and is routed here now: these records, in order. Returns how many of
-        them the lane would not have come to by itself."""
-        reach = max([self.position, *(stretch.stop for stretch in self.rerouted)])
-        new: dict[Kind, Position] = {}
-        count = 0
-        for place, kind in missed:
-            if place < self.position or not self.takes(place, kind):
-                new.setdefault(kind, place)
-                count += 1
-        # What it took on its way here it does not take again.
-        kept = [stretch._replace(start=max(stretch.start, self.position)) for stretch in self.rerouted]
-        self.rerouted = [*kept, *(Stretch(place, reach, *kind) for kind, place in new.items())]
-        self.position = min([self.position, *new.values()])
-        self.waiting_count += count
-        return count
-
-    def ranges(self, stop: Position) -> Iterator[tuple[Position, Position]]:
-        """The stretches of the log that the lane has yet to go through."""
-        at = self.position
-        for start, end in self.gaps:
-            if at < start:
-                yield at, min(start, stop)
-            at = max(at, end)
-        if at < stop:
-            yield at, stop
-
-
-# A record (segment, offset) and a sink.
-Key = tuple[int, int, str]
-
-SETTLED = ("delivered", "dead_letter", "skipped")
-# What an operator gave up on purpose.
-SKIPPED_BY_OPERATOR = "skipped_by_operator"
-
-
-def position_from_json(value: JsonObject) -> Position:
-    """Read a position. Raises one of MALFORMED where it is none."""
-    number, _ = parse_segment_name(value["segment"])
-    return Position(number, count_from_json(value["offset"]), count_from_json(value["line"]))
-
-
-def position_to_json(position: Position, source: Source) -> JsonObject:
-    return {"segment": source.name_of(position), "offset": position.offset, "line": position.line}
-
-
-def record_place(record: Record, source: Source) -> JsonObject:
-    """Where a record stands, as rows give it: `line` counts from 1, `offset` to `end` are its bytes."""
-    return {
-        "segment": source.name_of(record.start),
-        "offset": record.start.offset,
-        "end": record.end.offset,
-        "line": record.end.line,
-    }
-
-
-def end_of_row(row: JsonObject) -> Position:
-    """The place after the record of a row. Raises one of MALFORMED where it has none."""
-    place = row["position"]
-    return position_from_json({**place, "offset": place["end"]})
-
-
-def start_of_row(row: JsonObject) -> Position:
-    """The place of the record of a row. Raises one of MALFORMED where it has none."""
-    end = position_from_json(row["position"])
-    return end._replace(line=end.line - 1)
-
-
-def sink_entry(attempt: JsonObject) -> JsonObject:
-    """What a telemetry row says of one sink, from the row of the attempt."""
-    outcome = attempt["outcome"]
-    entry = {
-        "id": attempt["sinkId"],
-        "type": attempt["sinkType"],
-        "status": {"delivered": "success", "skipped": "skipped"}.get(outcome, "failed"),
-        "httpStatus": attempt.get("httpStatus"),
-        "reasonCode": attempt.get("reasonCode"),
-        "message": attempt.get("message"),
-    }
-    return {**entry, "deadLetter": True} if outcome == "dead_letter" else entry
-
-
-def is_put_off(entry: JsonObject) -> bool:
-    """Tell whether a delivery waits, by its sink's entry in a row."""
-    return entry["status"] == "failed" and not entry.get("deadLetter")
-
-
-def put_off(entries: Iterable[JsonObject]) -> list[str]:
-    """The sinks for which a delivery waits, by the entries of its row."""
-    return [entry["id"] for entry in entries if is_put_off(entry)]
-
-
-def key_of_row(row: JsonObject, sink_id: str) -> Key:
-    """Which delivery a row is about. Raises one of MALFORMED where it does not say."""
-    return (*start_of_row(row)[:2], sink_id)
-
-
-class State:
-    """Everything that a pass must know of earlier ones; kept in the state file beside what the host reads."""
-
-    def __init__(self, salt: str = "") -> None:
-        # What the host reads, as the last pass wrote it.
-        self.published: JsonObject = {}
-        # Where escalations were taken up to. None: nothing was yet, or only by the shell dispatcher, whose
-        # state gives lines alone.
-        self.taken_up: Position | None = None
-        self.legacy_lines = 0
-        self.segments: list[Segment] = []
-        # When a pass has last accounted for what the source held, and what it has read to its end before.
-        self.seen_at: float | None = None
-        self.forgotten: list[str] = []
-        self.lanes: dict[str, Lane] = {}
-        self.attempts = Checkpoint()
-        self.telemetry = Checkpoint()
-        self.config_digest: str | None = None
-        # What was lost of late, by reason code: how much, and when last.
-        self.lost: dict[str, tuple[int, float]] = {}
-        # Where records went under that config, as long as some wait.
-        self.rules: JsonObject | None = None
-        # After a crash: attempts that settled a delivery of which no row tells yet, and what they say for
-        # rows that are still to come.
-        self.unrecorded: list[JsonObject] = []
-        self.remembered: dict[Key, JsonObject] = {}
-        # Rebuilt from telemetry, of which some may be gone: what waits is to be counted anew.
-        self.recount = False
-        # Makes digests of secrets worthless to whoever reads the state.
-        self.salt = salt or os.urandom(16).hex()
-
-    @classmethod
-    def from_json(cls, document: JsonObject) -> Self:
-        """Read a state document, ours or the shell dispatcher's. Raises one of MALFORMED."""
-        state = cls(str(document.get("salt", "")))
-        if len(bytes.fromhex(state.salt)) > 64:  # what it keys takes no longer one
-            raise ValueError("no salt")
-        state.published = document
-        state.seen_at = parse_time(document.get("sourceSeenAt"))
-        if "source" not in document:
-            state.legacy_lines = count_from_json(document.get("escalationsLineOffset") or 0)
-            return state
-        source = document["source"]
-        state.taken_up = position_from_json(source["takenUp"])
-        state.segments = [Segment.from_json(segment) for segment in source["segments"]]
-        state.forgotten = [str(mark) for mark in source.get("forgotten", [])]
-        state.lanes = {name: Lane.from_json(lane) for name, lane in dict(document["lanes"]).items()}
-        checkpoint = document["checkpoint"]
-        state.attempts = Checkpoint.from_json(checkpoint["attempts"])
-        state.telemetry = Checkpoint.from_json(checkpoint["telemetry"])
-        state.lost = {
-            str(code): (count_from_json(loss["count"]), parse_time(loss["lastSeenAt"]) or 0.0)
-            for code, loss in document.get("lost", {}).items()
-        }
-        state.config_digest = document.get("configDigest")
-        state.rules = document.get("rules")
-        state.recount = document.get("recount") is True
-        state.unrecorded = list(document.get("unrecorded", []))
-        state.remember(state.unrecorded, ())
-        return state
-
-    def to_json(self, source: Source) -> JsonObject:
-        """The fields that are added to those which the host reads."""
-        seen = {} if self.seen_at is None else {"sourceSeenAt": iso(self.seen_at, milliseconds=True)}
-        if self.taken_up is None:  # a config that was found valid is, even where nothing was escalated yet
-            return {"configDigest": self.config_digest, **seen}
-        return {
-            "stateVersion": STATE_VERSION,
-            **seen,
-            "source": {
-                "takenUp": position_to_json(self.taken_up, source),
-                "segments": [segment.to_json() for segment in self.segments],
-                **({"forgotten": self.forgotten} if self.forgotten else {}),
-            },
-            "lanes": {name: lane.to_json(source) for name, lane in sorted(self.lanes.items())},
-            "checkpoint": {"attempts": list(self.attempts), "telemetry": list(self.telemetry)},
-            "configDigest": self.config_digest,
-            "salt": self.salt,
-            **({"lost": self._lost_to_json()} if self.lost else {}),
-            **({"recount": True} if self.recount else {}),
-            **({"unrecorded": self.unrecorded} if self.unrecorded else {}),
-            **({"rules": self.rules} if any(lane.waiting_count for lane in self.lanes.values()) else {}),
-        }
-
-    def _lost_to_json(self) -> JsonObject:
-        return {code: {"count": count, "lastSeenAt": iso(at)} for code, (count, at) in self.lost.items()}
-
-    def open_source(self, path: str) -> Source:
-        """The source as it is now, to be entered."""
-        return Source(path, self.segments, self.seen_at, self.forgotten)
-
-    def note_lost(self, row: JsonObject) -> None:
-        """Count what a row of the telemetry says is lost, if it says so."""
-        code, at = row.get("reasonCode"), parse_time(row.get("timestamp"))
-        if not isinstance(code, str) or code not in LOST or at is None:
-            return
-        count, last = self.lost.get(code, (0, at))
-        dropped = row.get("droppedCount")
-        count = count if at - last < LOSS_SHOWN else 0
-        self.lost[code] = (count + (dropped if isinstance(dropped, int) else 1), max(last, at))
-
-    def note_found(self, count: int) -> None:
-        """Take back that so many deliveries were lost with a file: it is there again."""
-        lost, at = self.lost.get("source_lost", (0, 0.0))
-        if lost > count:
-            self.lost["source_lost"] = lost - count, at
-        else:
-            self.lost.pop("source_lost", None)
-
-    def remember(self, attempts: Iterable[JsonObject], told: Collection[Key]) -> None:
-        """Keep what settled a delivery whose row was not written before a crash.
-
-        `told`: the deliveries that have a late row. Raises one of MALFORMED.
-        """
-        self.unrecorded, self.remembered = [], {}
-        for attempt in attempts:
-            key = key_of_row(attempt, attempt["sinkId"])
-            if attempt.get("late"):
-                if key not in told:
-                    self.unrecorded.append(attempt)
-            elif self.taken_up is None or end_of_row(attempt) > self.taken_up:
-                self.unrecorded.append(attempt)
-                self.remembered[key] = sink_entry(attempt)
-
-    def sink_digest(self, sink: Sink) -> str:
-        """A salted digest of a sink's settings and secrets: tells that they changed, and nothing else."""
-        content = encode_json([sink.settings, dict(sink.secrets)])
-        return blake2b(content, digest_size=8, key=bytes.fromhex(self.salt)).hexdigest()
 
 
 def read_state_document(path: str) -> JsonObject | None:
@@ -4299,7 +4395,7 @@ def read_state_document(path: str) -> JsonObject | None:
         raise ValueError("nested too deeply") from None
     if not isinstance(document, dict):
         raise ValueError("not an object")
-    schema, version = document.get("schemaVersion"), document.get("stateVersion", STATE_VERSION)
+    schema, version = document.get("schemaVersion"), document.get("stateVersion", 1)
     newer = schema != SCHEMA_VERSION and re.fullmatch(r"v([2-9]|[1-9][0-9]+)", str(schema))
     if newer or (isinstance(version, int) and version > STATE_VERSION):
         raise StateError(
@@ -4310,92 +4406,6 @@ def read_state_document(path: str) -> JsonObject | None:
     if schema != SCHEMA_VERSION:
         raise ValueError("not a state file of this program")
     return document
-
-
-class Job(NamedTuple):
-    """What one pass works on. Paths are absolute; `time_budget` is in seconds."""
-
-    repo: str
-    loop_id: str
-    trace_id: str
-    escalations_file: str
-    state_file: str
-    telemetry_file: str
-    config_file: str
-    max_escalations: int = 0
-    time_budget: float = 30.0
-    # Try every lane, also those that wait after a failure.
-    now: bool = False
-
-    @property
-    def attempts_file(self) -> str:
-        return beside(self.telemetry_file, "alert-attempts.jsonl")
-
-    @property
-    def lock_file(self) -> str:
-        return f"{self.state_file}.lock"
-
-    @property
-    def temporary_file(self) -> str:
-        """What becomes the state file: see `replace_file`."""
-        return f"{self.state_file}.tmp"
-
-
-def read_state(job: Job) -> State | None:
-    """The state as its file has it; None where there is none.
-
-    Raises ValueError for a damaged or foreign file, StateError for one that cannot be read or is newer.
-    """
-    document = read_state_document(job.state_file)
-    if document is None:
-        return None
-    if "source" in document and document.get("loopId") != job.loop_id:
-        raise ValueError("the state of another loop")
-    try:
-        return State.from_json(document)
-    except MALFORMED as error:
-        raise ValueError(f"not a state: {error}") from None
-
-
-def read_sound_state(job: Job) -> tuple[State | None, bool]:
-    """The state as its file has it, None where there is none or a damaged one; and whether that is so.
-
-    Raises StateError for one that cannot be read or is newer.
-    """
-    try:
-        return read_state(job), False
-    except ValueError:
-        return None, True
-
-
-def load_state(job: Job) -> State:
-    """Read the state, or rebuild it from telemetry where it is missing, damaged or foreign.
-
-    A damaged file is kept under another name. Raises StateError or StorageError.
-    """
-    found, damaged = read_sound_state(job)
-    state = bring_up_to_date(job, found, damaged)
-    if damaged:
-        keep_damaged(job.state_file)
-    return state
-
-
-def bring_up_to_date(job: Job, found: State | None, damaged: bool) -> State:
-    """Add to a state what rows say that were written after it, or rebuild it where it knows nothing.
-
-    Raises StateError or StorageError; a damaged file stays then: without it the next pass would send
-    everything.
-    """
-    if found is not None and (found.taken_up is not None or found.legacy_lines):
-        catch_up(found, job)
-        return found
-    state = rebuild_state(job)
-    if found is not None:
-        state.published, state.seen_at = found.published, found.seen_at
-    # One that an operator wrote, to begin at some line, holds no more than that.
-    if state.taken_up is None and (found is None or "updatedAt" in found.published):
-        adopt_shell_telemetry(state, job, damaged=damaged)
-    return state
 
 
 def keep_damaged(path: str) -> None:
@@ -4418,498 +4428,1804 @@ def keep_damaged(path: str) -> None:
         raise storage_error("keep a copy of the damaged state file", path, error) from None
 
 
-def loop_rows(
-    job: Job, path: str, since: Checkpoint, *, operator: bool = False
-) -> tuple[Iterator[JsonObject], Checkpoint]:
-    """The rows of this loop after a checkpoint.
+# ---------------------------------------------------------------------------------------------------------
+# Queue: the SQLite database in which escalations wait
+# ---------------------------------------------------------------------------------------------------------
+# Knows tables and transactions, not HTTP and not what a failure means. One queue serves all loops of a repo,
+# and several passes at once. Everything that the program must not forget is here; every file that it writes
+# besides is output.
 
-    What an operator did with deliveries that were settled (`byOperator`) says nothing of a lane's place: it
-    is left out unless asked for.
+QUEUE_VERSION = 1
+# After this many attempts it may be the record that the sink cannot take: others go first.
+SAME_RECORD_ATTEMPTS = 5
+# A settled escalation is kept for so many seconds, and so many of them at most, to be redelivered.
+RETENTION_SECONDS = 7 * 86400.0
+RETENTION_COUNT = 100_000
+# Longer than any transaction that is not stuck.
+QUEUE_WAIT_SECONDS = 30.0
+# The write-ahead log is copied into the database when it is larger than this.
+WAL_BYTES = 16 << 20
+
+QUEUE_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
+
+-- A loop, how far its source was read (a Cursor as JSON), and the routes under which its deliveries wait.
+CREATE TABLE loops (
+    id INTEGER PRIMARY KEY,
+    loop_id TEXT NOT NULL UNIQUE,
+    cursor TEXT NOT NULL,
+    rules TEXT
+);
+
+-- A record of the source, verbatim. segment, offset, end and line say where it stood. severity is its own.
+-- reported: its row is in the telemetry. settled_at: when the last of its deliveries ended. unusable: the row
+-- of a line that is no escalation; it is kept only until that is written, in its turn.
+CREATE TABLE escalations (
+    id INTEGER PRIMARY KEY,
+    loop INTEGER NOT NULL,
+    escalation_id TEXT NOT NULL,
+    segment TEXT NOT NULL,
+    offset INTEGER NOT NULL,
+    end INTEGER NOT NULL,
+    line INTEGER NOT NULL,
+    category TEXT NOT NULL,
+    severity TEXT,
+    written_at TEXT,
+    ingested_at REAL NOT NULL,
+    reported INTEGER NOT NULL DEFAULT 0,
+    settled_at REAL,
+    raw_line TEXT,
+    record BLOB NOT NULL,
+    unusable BLOB
+);
+CREATE INDEX unreported ON escalations (loop, id) WHERE reported = 0;
+CREATE INDEX settled ON escalations (settled_at) WHERE settled_at IS NOT NULL;
+
+-- One escalation to one sink, or to one peer of a cluster. severity is an index into SEVERITIES. lead: this
+-- row speaks for the sink; of a cluster's rows exactly one does. in_flight: a request was on its way; if it
+-- still is when a pass begins, that pass was killed. alone: it goes out in a request without others.
+-- by_operator: an operator asked for it.
+CREATE TABLE deliveries (
+    escalation INTEGER NOT NULL,
+    sink TEXT NOT NULL,
+    peer TEXT NOT NULL,
+    loop INTEGER NOT NULL,
+    severity INTEGER NOT NULL,
+    status TEXT NOT NULL,
+    lead INTEGER NOT NULL,
+    waiting_since REAL NOT NULL,
+    not_before REAL NOT NULL DEFAULT 0,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    first_failed_at REAL,
+    in_flight INTEGER NOT NULL DEFAULT 0,
+    alone INTEGER NOT NULL DEFAULT 0,
+    by_operator INTEGER NOT NULL DEFAULT 0,
+    reason_code TEXT,
+    fault TEXT,
+    http_status INTEGER,
+    message TEXT,
+    PRIMARY KEY (escalation, sink, peer)
+) WITHOUT ROWID;
+CREATE INDEX waiting ON deliveries (sink, peer, severity DESC, loop, escalation, not_before)
+    WHERE status = 'waiting';
+CREATE INDEX dead ON deliveries (loop, escalation) WHERE status = 'dead';
+
+-- What is known of a destination, from the passes of all loops. digest names what the sink points at, setup
+-- all its settings and secrets, last_loop the loop that was served last. Times are seconds since the epoch.
+CREATE TABLE destinations (
+    id INTEGER PRIMARY KEY,
+    sink TEXT NOT NULL,
+    peer TEXT NOT NULL,
+    digest TEXT NOT NULL,
+    setup TEXT NOT NULL,
+    used_at REAL NOT NULL,
+    paced_until REAL NOT NULL DEFAULT 0,
+    next_attempt_at REAL NOT NULL DEFAULT 0,
+    consecutive_failures INTEGER NOT NULL DEFAULT 0,
+    backoff_step INTEGER NOT NULL DEFAULT 0,
+    failing_since REAL,
+    last_success_at REAL,
+    last_failure_at REAL,
+    reason_code TEXT,
+    fault TEXT,
+    http_status INTEGER,
+    message TEXT,
+    clock_offset REAL,
+    last_loop INTEGER NOT NULL DEFAULT -1,
+    UNIQUE (sink, peer, digest)
+);
+
+-- What a sink was sent last of a subject: when that record was written, and the repeats held back since.
+CREATE TABLE last_sent (
+    loop INTEGER NOT NULL,
+    sink TEXT NOT NULL,
+    peer TEXT NOT NULL,
+    subject TEXT NOT NULL,
+    written_at TEXT NOT NULL,
+    repeats INTEGER NOT NULL DEFAULT 0,
+    since TEXT,
+    PRIMARY KEY (loop, sink, peer, subject)
+) WITHOUT ROWID;
+
+-- Counts of a loop's deliveries to a sink. waiting and dead are how many there are, the others add up for
+-- ever. Triggers keep them.
+CREATE TABLE tallies (
+    loop INTEGER NOT NULL,
+    sink TEXT NOT NULL,
+    waiting INTEGER NOT NULL DEFAULT 0,
+    dead INTEGER NOT NULL DEFAULT 0,
+    delivered INTEGER NOT NULL DEFAULT 0,
+    given_up INTEGER NOT NULL DEFAULT 0,
+    skipped INTEGER NOT NULL DEFAULT 0,
+    failed_attempts INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (loop, sink)
+) WITHOUT ROWID;
+CREATE TRIGGER delivery_added AFTER INSERT ON deliveries WHEN NEW.lead BEGIN
+    INSERT INTO tallies (loop, sink, waiting) VALUES (NEW.loop, NEW.sink, NEW.status = 'waiting')
+    ON CONFLICT DO UPDATE SET waiting = waiting + excluded.waiting;
+END;
+CREATE TRIGGER delivery_changed AFTER UPDATE OF status, lead ON deliveries BEGIN
+    UPDATE tallies SET
+        waiting = waiting + (NEW.lead AND NEW.status = 'waiting') - (OLD.lead AND OLD.status = 'waiting'),
+        dead = dead + (NEW.lead AND NEW.status = 'dead') - (OLD.lead AND OLD.status = 'dead'),
+        delivered = delivered + (NEW.lead AND NEW.status = 'delivered' AND OLD.status <> 'delivered'),
+        given_up = given_up + (NEW.lead AND NEW.status = 'dead' AND OLD.status <> 'dead'),
+        skipped = skipped + (NEW.lead AND NEW.status = 'skipped' AND OLD.status <> 'skipped')
+    WHERE loop = NEW.loop AND sink = NEW.sink;
+END;
+CREATE TRIGGER delivery_removed AFTER DELETE ON deliveries WHEN OLD.lead AND OLD.status IN ('waiting', 'dead')
+BEGIN
+    UPDATE tallies SET waiting = waiting - (OLD.status = 'waiting'), dead = dead - (OLD.status = 'dead')
+    WHERE loop = OLD.loop AND sink = OLD.sink;
+END;
+
+-- Attempts by the hour, for the last day.
+CREATE TABLE hours (
+    loop INTEGER NOT NULL,
+    sink TEXT NOT NULL,
+    hour INTEGER NOT NULL,
+    delivered INTEGER NOT NULL DEFAULT 0,
+    failed INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (loop, sink, hour)
+) WITHOUT ROWID;
+
+-- What did not reach a sink and never will by itself: status reports it for a day, or until it is
+-- acknowledged.
+CREATE TABLE losses (
+    loop INTEGER NOT NULL,
+    reason_code TEXT NOT NULL,
+    count INTEGER NOT NULL,
+    last_at REAL NOT NULL,
+    acknowledged_at REAL,
+    PRIMARY KEY (loop, reason_code)
+) WITHOUT ROWID;
+
+-- Rows on their way into the telemetry files: deleted once they are there.
+CREATE TABLE outbox (
+    id INTEGER PRIMARY KEY,
+    loop INTEGER NOT NULL,
+    file TEXT NOT NULL,
+    row BLOB NOT NULL
+);
+"""
+
+
+class DamagedQueueError(StorageError):
+    """The database is damaged, or not a database."""
+
+
+class Destination(NamedTuple):
+    """What is known of a destination: a row of the table of that name."""
+
+    id: int
+    digest: str
+    paced_until: float
+    next_attempt_at: float
+    consecutive_failures: int
+    backoff_step: int
+    failing_since: float | None
+    last_success_at: float | None
+    last_failure_at: float | None
+    reason_code: str | None
+    fault: str | None
+    http_status: int | None
+    message: str | None
+    clock_offset: float | None
+    last_loop: int
+
+
+class Queued(NamedTuple):
+    """A delivery, with the record that it delivers."""
+
+    escalation: int
+    sink: str
+    peer: str
+    loop: int
+    severity: int
+    status: str
+    lead: bool
+    waiting_since: float
+    attempts: int
+    first_failed_at: float | None
+    in_flight: bool
+    alone: bool
+    by_operator: bool
+    reason_code: str | None
+    http_status: int | None
+    message: str | None
+    fault: str | None
+    stored: "Stored"
+
+
+class Stored(NamedTuple):
+    """An escalation as the queue keeps it: see the table."""
+
+    id: int
+    loop: int
+    escalation_id: str
+    segment: str
+    offset: int
+    end: int
+    line: int
+    category: str
+    severity: str | None
+    written_at: str | None
+    ingested_at: float
+    reported: bool
+    settled_at: float | None
+    raw_line: str | None
+    record: bytes
+    unusable: bytes | None = None
+
+    @property
+    def position(self) -> JsonObject:
+        """Where the record stood, as rows give it: `line` counts from 1, `offset` to `end` are its bytes."""
+        return {"segment": self.segment, "offset": self.offset, "end": self.end, "line": self.line}
+
+
+class Named(NamedTuple):
+    """A delivery that an operator may name, without its record; `line` counts from 1. Without `sink` and
+    `status`: an escalation that goes to no sink."""
+
+    escalation: int
+    escalation_id: str
+    segment: str
+    offset: int
+    line: int
+    category: str
+    severity: str | None
+    written_at: str | None
+    sink: str | None = None
+    status: str | None = None
+
+
+NAMED_COLUMNS = "e.id, e.escalation_id, e.segment, e.offset, e.line, e.category, e.severity, e.written_at"
+STORED_COLUMNS = ", ".join(f"e.{name}" for name in Stored._fields)
+DELIVERY_COLUMNS = ", ".join(f"d.{name}" for name in Queued._fields[:-1])
+DESTINATION_COLUMNS = ", ".join(Destination._fields)
+
+
+def queued(row: Sequence[Any]) -> Queued:
+    """A delivery from a row of DELIVERY_COLUMNS and STORED_COLUMNS."""
+    count = len(Queued._fields) - 1
+    return Queued._make([*row[:count], Stored(*row[count:])])
+
+
+class Queue:
+    """A connection to the queue.
+
+    Threads of this process take turns by `changed`, processes by a lock file: a transaction is never met by
+    another one, and a checkpoint never by a write (SQLite before 3.51.3 can damage a database there).
     """
-    streams, after = read_rows(path, since)
 
-    def rows() -> Iterator[JsonObject]:
-        for stream in streams:
-            for row in stream:
-                if row.get("loopId") == job.loop_id and (operator or "byOperator" not in row):
-                    yield row
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.changed = threading.Condition()
+        self._lock_file = -1
+        self._db: Any = None
+        # How many transactions stand in each other.
+        self.depth = 0
+        self._read_only = False
 
-    return rows(), after
+    # -- opening and closing
 
+    @classmethod
+    def open(cls, path: str) -> Self:
+        """Open the queue to write to it; a new one is for this user alone.
 
-def catch_up(state: State, job: Job) -> None:
-    """Bring a state up to date with the rows that a pass wrote after it, before it was killed."""
-    rows, state.telemetry = loop_rows(job, job.telemetry_file, state.telemetry)
-    told: set[Key] = set()
-    for row in rows:
-        state.note_lost(row)
-        with contextlib.suppress(*MALFORMED):
-            if "late" in row:
-                told.add(key_of_row(row, row["sinks"][0]["id"]))
-            elif state.taken_up is not None and (end := end_of_row(row)) > state.taken_up:
-                state.taken_up = end
-                for sink_id in put_off(row["sinks"]):
-                    if lane := state.lanes.get(sink_id):
-                        lane.note_put_off(row.get("escalationTimestamp"))
-    rows, state.attempts = loop_rows(job, job.attempts_file, state.attempts, operator=True)
-    for row in rows:
-        with contextlib.suppress(*MALFORMED):
-            lane = state.lanes.get(row["sinkId"])
-            if lane is not None and "byOperator" in row:
-                lane.apply_operator(row)
-            elif lane is not None and "peer" in row:
-                lane.apply(row)
-            elif lane is not None and end_of_row(row) > lane.position:
-                lane.apply(row)
-                if row["outcome"] in SETTLED:
-                    state.unrecorded.append(row)
-    state.remember(state.unrecorded, told)
+        Raises StateError for one of a newer version, DamagedQueueError, StorageError.
+        """
+        queue = cls(path)
+        make_folder(os.path.dirname(path))
+        try:
+            queue._lock_file = open_own(f"{path}.lock", os.O_RDWR)
+            with queue._locked():
+                # SQLite follows links, and makes files that others can read. Closed before SQLite opens it:
+                # closing any descriptor of a file drops SQLite's locks on it.
+                os.close(open_own(path, os.O_RDWR))
+                queue._connect(f"file:{quote_path(path)}")
+        except OSError as error:
+            queue.close()
+            raise storage_error("open", path, error) from None
+        except BaseException:
+            queue.close()
+            raise
+        return queue
 
+    @classmethod
+    def open_to_read(cls, path: str) -> Self | None:
+        """Open the queue for queries, so that nothing on disk changes; None if there is none. No pass writes
+        until it is closed.
 
-def note_dead_letter(dead: set[Key], row: JsonObject) -> None:
-    """Keep account of the dead letters that nobody has delivered or dismissed since, from rows of the
-    attempts in order. Raises one of MALFORMED."""
-    if "peer" in row:
-        return
-    key = key_of_row(row, str(row["sinkId"]))
-    if row["outcome"] == "dead_letter" and "byOperator" not in row:
-        dead.add(key)
-    elif row["outcome"] in ("delivered", "skipped"):
-        dead.discard(key)
+        Raises StateError, DamagedQueueError, StorageError.
+        """
+        import sqlite3
 
+        queue = cls(path)
+        queue._read_only = True
+        try:
+            if not os.path.exists(path) or not os.path.getsize(path):
+                return None
+            with contextlib.suppress(FileNotFoundError):
+                queue._lock_file = os.open(f"{path}.lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                queue._take(fcntl.LOCK_SH)
+            # A log that a kill has left must be read; without one, SQLite would make files to share.
+            mode = "mode=ro" if has_log(path) else "immutable=1"
+            with queue.errors():
+                queue._db = sqlite3.connect(
+                    f"file:{quote_path(path)}?{mode}", uri=True, isolation_level=None, check_same_thread=False
+                )
+                queue._check_version()
+        except OSError as error:
+            queue.close()
+            raise storage_error("read", path, error) from None
+        except BaseException:
+            queue.close()
+            raise
+        return queue
 
-def find_dead_letters(job: Job) -> set[Key]:
-    """The dead letters of a loop that nobody has delivered or dismissed since."""
-    dead: set[Key] = set()
-    rows, _ = loop_rows(job, job.attempts_file, Checkpoint(), operator=True)
-    for row in rows:
-        with contextlib.suppress(*MALFORMED):
-            note_dead_letter(dead, row)
-    return dead
+    def _connect(self, uri: str) -> None:
+        import sqlite3
 
+        with self.errors():
+            self._db = sqlite3.connect(
+                uri, uri=True, isolation_level=None, check_same_thread=False, timeout=QUEUE_WAIT_SECONDS
+            )
+            version = self._check_version()
+            if not version:
+                self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            [mode] = self._db.execute("PRAGMA journal_mode = WAL").fetchone()
+            if mode == "wal":
+                # A kill loses nothing. A power cut may take the last transactions, with the cursor.
+                self._db.execute("PRAGMA synchronous = NORMAL")
+                self._db.execute("PRAGMA wal_autocheckpoint = 0")
+            else:  # a network file system
+                self._db.execute("PRAGMA journal_mode = DELETE")
+                self._db.execute("PRAGMA synchronous = FULL")
+            if not version:
+                salt = os.urandom(16).hex()
+                self._db.executescript(
+                    f"BEGIN IMMEDIATE; {QUEUE_SCHEMA}"
+                    "INSERT INTO meta VALUES ('salt', "
+                    f"'{salt}'); PRAGMA user_version = {QUEUE_VERSION}; COMMIT;"
+                )
 
-class Past:
-    """What all the telemetry of a loop says of one sink."""
+    def _check_version(self) -> int:
+        version: int = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version > QUEUE_VERSION:
+            raise StateError(
+                f"the queue {self.path} was written by a newer version (version {version}); it is left as it "
+                "is",
+                [f"run that version of {PROGRAM} again, or a later one"],
+            )
+        if version:
+            self._db.execute("SELECT count(*) FROM meta").fetchone()
+        return version
 
-    def __init__(self) -> None:
-        # Up to where it has settled what was its own; from where, and up to where, something was put off.
-        self.settled: Position | None = None
-        self.first_put_off: Position | None = None
-        self.last_put_off: Position | None = None
-        self.waiting = 0
+    def close(self) -> None:
+        """Copy the log into the database, and close. Raises StorageError."""
+        try:
+            database, self._db = self._db, None
+            if database is not None and self._read_only:
+                database.close()
+            elif database is not None:
+                with self._locked(), self.errors():
+                    try:
+                        # Without it, the next one would copy it: not a loss.
+                        with contextlib.suppress(Exception):
+                            database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                    finally:
+                        database.close()
+        finally:
+            if self._lock_file >= 0:
+                os.close(self._lock_file)
+                self._lock_file = -1
 
-    def note_settled(self, end: Position) -> None:
-        self.settled = max(self.settled or end, end)
+    def __enter__(self) -> Self:
+        return self
 
-    def note_put_off(self, row: JsonObject) -> None:
-        start = start_of_row(row)
-        self.first_put_off = self.first_put_off or start
-        self.last_put_off = start
-        self.waiting += 1
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-    def place(self, taken_up: Position) -> Position:
-        """Where the lane is: after what it has settled, since it delivers in order; at the end where nothing
-        was put off after that."""
-        if self.last_put_off is None or (self.settled and self.last_put_off < self.settled):
-            return max(self.settled or taken_up, taken_up)
-        return max(filter(None, (self.settled, self.first_put_off)))
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Put errors of SQLite, which hides what the system said, into words."""
+        import sqlite3
 
-
-def rebuild_state(job: Job) -> State:
-    """Rebuild a state from all the telemetry there is. Nothing there: a state without a past."""
-    state = State()
-    state.recount = True
-    past: defaultdict[str, Past] = defaultdict(Past)
-    names: dict[int, str] = {}
-    told: set[Key] = set()
-    rows, state.telemetry = loop_rows(job, job.telemetry_file, Checkpoint())
-    for row in rows:
-        state.note_lost(row)
-        with contextlib.suppress(*MALFORMED):
-            end = end_of_row(row)
-            names[end.segment] = row["position"]["segment"]
-            for entry in row["sinks"]:
-                if is_put_off(entry):
-                    past[entry["id"]].note_put_off(row)
-                else:
-                    past[entry["id"]].note_settled(end)
-                    past[entry["id"]].waiting -= "late" in row and "rerouted" not in row
-            if "late" in row:
-                told.add(key_of_row(row, row["sinks"][0]["id"]))
-            else:
-                state.taken_up = max(state.taken_up or end, end)
-    dead: set[Key] = set()
-    unrecorded: list[JsonObject] = []
-    lanes: dict[str, Lane] = {}
-    rows, state.attempts = loop_rows(job, job.attempts_file, Checkpoint(), operator=True)
-    for row in rows:
-        with contextlib.suppress(*MALFORMED):
-            end, sink_id = end_of_row(row), str(row["sinkId"])
-            note_dead_letter(dead, row)
-            if "byOperator" in row:
-                lanes[sink_id].apply_operator(row)
-                continue
-            names[end.segment] = row["position"]["segment"]
-            if row["outcome"] in SETTLED and "peer" not in row:
-                if row.get("late") or state.taken_up is None or end > state.taken_up:
-                    unrecorded.append(row)
-                past[sink_id].note_settled(end)
-            lanes.setdefault(sink_id, Lane(start_of_row(row))).apply(row)
-    state.remember(unrecorded, told)
-    if state.taken_up is None:
-        settled = [known.settled for known in past.values() if known.settled]
-        if not settled:
-            return state
-        state.taken_up = Position(min(end.segment for end in settled), 0, 0)
-    for sink_id, known in past.items():
-        lane = state.lanes[sink_id] = lanes.get(sink_id) or Lane(state.taken_up)
-        lane.position = known.place(state.taken_up)
-        lane.dead_letter_count = sum(key[2] == sink_id for key in dead)
-        owed = sum(1 for row in state.unrecorded if row.get("late") and row["sinkId"] == sink_id)
-        lane.waiting_count = max(0, known.waiting - owed)
-        # Whether its sink was mended meanwhile cannot be told: the next pass tries at once.
-        lane.waiting_since = lane.next_attempt_at = None
-    needed = min([state.taken_up, *(lane.position for lane in state.lanes.values())]).segment
-    for number in sorted(names):
-        if number >= needed:
-            offset = state.taken_up.offset if number == state.taken_up.segment else 0
-            state.segments.append(Segment(*parse_segment_name(names[number]), offset=offset))
-    return state
-
-
-def adopt_shell_telemetry(state: State, job: Job, *, damaged: bool) -> None:
-    """Find the last record that the shell dispatcher took up, whose state is damaged or gone, in the source.
-
-    Raises StateError where there is telemetry of its to a damaged state, but that record cannot be found.
-    """
-    last: JsonObject | None = None
-    for row in iterate_rows(job.telemetry_file) if os.path.exists(job.telemetry_file) else ():
-        if row.get("category") == "alert_dispatch" and ("escalation" in row or "rawLine" in row):
-            last = row
-    if last is None:
-        return
-    with Source(job.escalations_file) as source:
-        for record in source.read(source.first()):
-            line = parse_escalation(record, job.loop_id)
-            if (line.body is not None and line.body == last.get("escalation")) or (
-                isinstance(line, Unusable) and line.body is None and line.raw_line == last.get("rawLine")
+        try:
+            yield
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or "no such" in str(error):
+                raise DamagedQueueError(
+                    f"the queue {self.path} is damaged ({error})",
+                    [f"the next pass keeps it aside as {self.path}.damaged-… and starts a new one"],
+                ) from None
+            if code in (
+                sqlite3.SQLITE_FULL,
+                sqlite3.SQLITE_IOERR,
+                sqlite3.SQLITE_READONLY,
+                sqlite3.SQLITE_CANTOPEN,
             ):
-                state.legacy_lines = record.end.line
-    if not state.legacy_lines and damaged:
-        raise StateError(
-            f"the state file {job.state_file} is damaged, and what was sent cannot be told from telemetry",
-            [
-                "the damaged file is left as it is, and nothing is sent",
-                f"to go on after line N of {job.escalations_file}, write this to the state file:",
-                '{"schemaVersion":"v1","escalationsLineOffset":N}',
-            ],
+                check_room(os.path.dirname(self.path), self.path, f"{self.path}-wal")
+                check_size_limit(self.path)
+            if code == sqlite3.SQLITE_READONLY:
+                denied = OSError(errno.EACCES, os.strerror(errno.EACCES))
+                raise storage_error("write", self.path, denied) from None
+            raise StorageError(
+                f"the queue {self.path} cannot be used: {error}",
+                ["check the file, its folder and the disk; the next pass goes on where this one stopped"],
+            ) from None
+
+    # -- transactions
+
+    def _take(self, kind: int, byte: int = 0, wait: float = QUEUE_WAIT_SECONDS) -> bool:
+        """Lock a byte of the lock file; tells whether it was to be had within `wait` seconds."""
+        deadline = time.monotonic() + wait
+        # A transaction is short, a request may take seconds.
+        pause = 0.02 if byte else 0.002
+        while True:
+            try:
+                fcntl.lockf(self._lock_file, kind | fcntl.LOCK_NB, 1, byte)
+                return True
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() >= deadline:
+                    return False
+                time.sleep(pause)
+
+    def _release(self, byte: int = 0) -> None:
+        fcntl.lockf(self._lock_file, fcntl.LOCK_UN, 1, byte)
+
+    def lock(self) -> None:
+        """Keep other processes from writing, until `unlock`. Raises StateError."""
+        if not self._take(fcntl.LOCK_EX):
+            raise StateError(
+                f"another process has held the queue {self.path} for {QUEUE_WAIT_SECONDS:g} s",
+                [f"see which one, and end it: {shell_line('fuser', '-v', f'{self.path}.lock')}"],
+            )
+
+    def unlock(self) -> None:
+        self._release()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other threads and processes from writing. Raises StateError."""
+        with self.changed:
+            self.lock()
+            try:
+                yield
+            finally:
+                self.unlock()
+
+    def transaction(self) -> "Transaction":
+        """Everything or nothing. Nobody else reads or writes the queue meanwhile.
+
+        Raises DamagedQueueError, StateError, StorageError.
+        """
+        return Transaction(self)
+
+    def begin(self) -> None:
+        with self.errors():
+            self._db.execute("BEGIN IMMEDIATE")
+        self.depth = 1
+
+    def end(self, *, commit: bool) -> None:
+        self.depth = 0
+        if commit:
+            with self.errors():
+                try:
+                    self._db.execute("COMMIT")
+                except BaseException:
+                    self._roll_back()
+                    raise
+        else:
+            self._roll_back()
+
+    def _roll_back(self) -> None:
+        with contextlib.suppress(Exception):  # SQLite has done it by itself after some errors
+            self._db.execute("ROLLBACK")
+
+    def tidy(self) -> None:
+        """Copy a log that has grown into the database, so that it grows no further. Raises StorageError."""
+        found = stat_of(f"{self.path}-wal")
+        if found is not None and found.st_size > WAL_BYTES:
+            with self._locked(), self.errors():
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    def execute(self, sql: str, *parameters: object) -> Any:
+        """Run a statement; inside of `transaction` if it writes."""
+        try:
+            return self._db.execute(sql, parameters)
+        except UnicodeEncodeError:  # a lone surrogate, which JSON can hold and SQLite cannot
+            return self._db.execute(sql, cast("list[object]", strict_value(parameters)))
+
+    def copy_to(self, path: str) -> None:
+        """Write a copy of the database into a new file. Raises StorageError."""
+        import sqlite3
+
+        with self.errors(), contextlib.closing(sqlite3.connect(path)) as copy:
+            self._db.backup(copy)
+
+    # -- loops
+
+    @functools.cached_property
+    def salt(self) -> bytes:
+        """What makes digests of secrets worthless elsewhere."""
+        [value] = self.execute("SELECT value FROM meta WHERE key = 'salt'").fetchone()
+        return bytes.fromhex(value)
+
+    def find_loop(self, loop_id: str) -> tuple[int, Cursor, JsonObject | None] | None:
+        """A loop's number, its cursor, and the routes under which its deliveries wait; None for a new
+        loop."""
+        row = self.execute("SELECT id, cursor, rules FROM loops WHERE loop_id = ?", loop_id).fetchone()
+        if row is None:
+            return None
+        return row[0], Cursor.from_json(json.loads(row[1])), row[2] and json.loads(row[2])
+
+    def add_loop(self, loop_id: str, cursor: Cursor) -> int:
+        """Add a loop; returns its number."""
+        text = encode_json(cursor.to_json()).decode()
+        added = self.execute("INSERT INTO loops (loop_id, cursor) VALUES (?, ?)", loop_id, text)
+        return int(added.lastrowid)
+
+    def save_cursor(self, loop: int, cursor: Cursor) -> None:
+        self.execute("UPDATE loops SET cursor = ? WHERE id = ?", encode_json(cursor.to_json()).decode(), loop)
+
+    def save_rules(self, loop: int, rules: JsonObject) -> None:
+        self.execute("UPDATE loops SET rules = ? WHERE id = ?", encode_json(rules).decode(), loop)
+
+    # -- escalations and their deliveries
+
+    def next_id(self) -> int:
+        """The number that the next escalation gets: they grow with the order of ingestion."""
+        [last] = self.execute("SELECT max(id) FROM escalations").fetchone()
+        return (last or 0) + 1
+
+    def add_escalations(self, rows: Sequence[Stored]) -> None:
+        marks = ", ".join("?" * len(Stored._fields))
+        insert = f"INSERT INTO escalations VALUES ({marks})"
+        try:
+            self._db.executemany(insert, rows)
+        except UnicodeEncodeError:  # see `execute`; the rows before it are stored
+            self._db.executemany(insert.replace("INSERT", "INSERT OR IGNORE"), map(strict_value, rows))
+
+    def add_deliveries(self, rows: Iterable[tuple[int, str, str, int, int, int, float]]) -> None:
+        """Add deliveries that wait: escalation, sink, peer, loop, severity, lead, since when."""
+        self._db.executemany(
+            "INSERT INTO deliveries (escalation, sink, peer, loop, severity, lead, waiting_since, status) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, 'waiting') ON CONFLICT DO UPDATE SET status = 'waiting', "
+            "severity = excluded.severity, waiting_since = excluded.waiting_since, not_before = 0 "
+            "WHERE status = 'skipped' AND reason_code = 'route_changed'",
+            rows,
         )
 
+    def next_turn(
+        self, sink: str, peer: str, loops: Collection[int], after: int, now: float, latest: float
+    ) -> Iterator[tuple[int, int]]:
+        """The severities and loops of which something may wait for a destination: the worst severity first,
+        and of each the loops by turns, beginning behind the loop `after`.
+
+        `now` to `latest`: what is to be left alone until then has no turn. A later time was set by a clock
+        that was ahead.
+        """
+        query = (
+            "SELECT loop FROM deliveries INDEXED BY waiting WHERE status = 'waiting' AND sink = ? "
+            "AND peer = ? AND severity = ? AND loop > ? AND loop <= ? AND not_before NOT BETWEEN ? AND ? "
+            "ORDER BY loop LIMIT 1"
+        )
+        for severity in range(len(SEVERITIES) - 1, -1, -1):
+            if len(loops) == 1:
+                yield severity, next(iter(loops))
+                continue
+            for low, high in ((after, sys.maxsize >> 1), (-1, after)):
+                at = low
+                while row := self.execute(query, sink, peer, severity, at, high, now, latest).fetchone():
+                    at = row[0]
+                    if at in loops:
+                        yield severity, at
+
+    def waiting_of(
+        self,
+        sink: str,
+        peer: str,
+        severity: int,
+        loop: int,
+        now: float,
+        latest: float,
+        limit: int,
+        *,
+        fresh: bool,
+        by_operator: bool,
+    ) -> list[Queued]:
+        """What waits for a destination of one severity and loop, the oldest first. `fresh`: only what was
+        tried less than SAME_RECORD_ATTEMPTS times. `by_operator`: only what an operator asked for."""
+        only = "AND d.by_operator " if by_operator else ""
+        only += f"AND d.attempts < {SAME_RECORD_ATTEMPTS} " if fresh else ""
+        rows = self.execute(
+            f"SELECT {DELIVERY_COLUMNS}, {STORED_COLUMNS} FROM deliveries d INDEXED BY waiting "
+            "JOIN escalations e ON e.id = d.escalation WHERE d.status = 'waiting' AND d.sink = ? "
+            "AND d.peer = ? AND d.severity = ? AND d.loop = ? AND d.not_before NOT BETWEEN ? AND ? "
+            f"{only}ORDER BY d.escalation LIMIT ?",
+            *(sink, peer, severity, loop, now, latest, limit),
+        )
+        return [queued(row) for row in rows]
+
+    def deliveries_of(self, stored: Stored) -> list[Queued]:
+        """The deliveries of an escalation."""
+        rows = self.execute(f"SELECT {DELIVERY_COLUMNS} FROM deliveries d WHERE escalation = ?", stored.id)
+        return [Queued._make([*row, stored]) for row in rows]
+
+    def deliveries_of_all(self, found: Sequence[Stored]) -> dict[int, list[Queued]]:
+        """The deliveries of these escalations, by their number."""
+        stored = {item.id: item for item in found}
+        deliveries: dict[int, list[Queued]] = {number: [] for number in stored}
+        if found:
+            rows = self.execute(
+                f"SELECT {DELIVERY_COLUMNS} FROM deliveries d WHERE escalation BETWEEN ? AND ?",
+                *(min(stored), max(stored)),
+            )
+            for row in rows:
+                if row[0] in stored:
+                    deliveries[row[0]].append(Queued._make([*row, stored[row[0]]]))
+        return deliveries
+
+    def has_waiting(self, sink: str, peer: str) -> bool:
+        """Tell whether anything waits for a destination."""
+        found = self.execute(
+            "SELECT 1 FROM deliveries INDEXED BY waiting WHERE status = 'waiting' AND sink = ? AND peer = ? "
+            "LIMIT 1",
+            *(sink, peer),
+        )
+        return found.fetchone() is not None
+
+    def waiting_in(self, loop: int) -> set[tuple[int, str]]:
+        """What waits of a loop: escalation and sink."""
+        rows = self.execute(
+            "SELECT escalation, sink FROM deliveries INDEXED BY waiting WHERE status = 'waiting' "
+            "AND loop = ?",
+            loop,
+        )
+        return set(rows)
+
+    def lagging(self, loop: int, sink: str) -> dict[str, tuple[float, int]]:
+        """The peers of a cluster that miss what another one has: since when, and how many deliveries."""
+        rows = self.execute(
+            "SELECT d.peer, min(d.waiting_since), count(*) FROM deliveries d INDEXED BY waiting "
+            "JOIN deliveries o ON o.escalation = d.escalation AND o.sink = d.sink AND o.lead "
+            "WHERE d.status = 'waiting' AND NOT d.lead AND d.sink = ? AND d.loop = ? "
+            "AND o.status = 'delivered' "
+            "GROUP BY d.peer",
+            *(sink, loop),
+        )
+        return {peer: (since, count) for peer, since, count in rows}
+
+    def oldest_waiting(self, loop: int, sink: str) -> Stored | None:
+        """The oldest escalation of a loop that waits for a sink."""
+        oldest = None
+        peers = self.execute("SELECT DISTINCT peer FROM destinations WHERE sink = ?", sink).fetchall()
+        for peer in {"", *(peer for [peer] in peers)}:
+            for severity in range(len(SEVERITIES)):
+                for [found] in self.execute(
+                    "SELECT escalation FROM deliveries INDEXED BY waiting WHERE status = 'waiting' "
+                    "AND sink = ? "
+                    "AND peer = ? AND severity = ? AND loop = ? AND lead ORDER BY escalation LIMIT 1",
+                    *(sink, peer, severity, loop),
+                ):
+                    oldest = found if oldest is None else min(oldest, found)
+        return None if oldest is None else self.escalation(oldest)
+
+    def escalation(self, number: int) -> Stored:
+        row = self.execute(f"SELECT {STORED_COLUMNS} FROM escalations e WHERE id = ?", number).fetchone()
+        return Stored(*row)
+
+    def start_attempt(self, deliveries: Iterable[Queued]) -> None:
+        """Note that requests with these deliveries are about to be sent."""
+        self._db.executemany(
+            "UPDATE deliveries SET in_flight = 1 WHERE escalation = ? AND sink = ? AND peer = ?",
+            (delivery[:3] for delivery in deliveries),
+        )
+
+    def end_attempt(self, deliveries: Iterable[Queued]) -> None:
+        """Note that these were not sent after all."""
+        self._db.executemany(
+            "UPDATE deliveries SET in_flight = 0 WHERE escalation = ? AND sink = ? AND peer = ?",
+            (delivery[:3] for delivery in deliveries),
+        )
+
+    def note_attempt(
+        self, delivery: Queued, verdict: Verdict, now: float, *, not_before: float, alone: bool
+    ) -> None:
+        """Note an attempt after which a delivery still waits."""
+        self.execute(
+            "UPDATE deliveries SET attempts = attempts + 1, in_flight = 0, not_before = ?, alone = ?, "
+            "first_failed_at = coalesce(first_failed_at, ?), reason_code = ?, fault = ?, http_status = ?, "
+            "message = ? WHERE escalation = ? AND sink = ? AND peer = ?",
+            *(not_before, alone or delivery.alone, now, verdict.reason_code, verdict.fault),
+            *(verdict.http_status, verdict.message, *delivery[:3]),
+        )
+
+    def send_alone(self, deliveries: Iterable[Queued]) -> None:
+        """Let deliveries that were refused together go out one by one."""
+        self._db.executemany(
+            "UPDATE deliveries SET alone = 1, in_flight = 0 WHERE escalation = ? AND sink = ? AND peer = ?",
+            (delivery[:3] for delivery in deliveries),
+        )
+
+    def settle(self, delivery: Queued, status: str, verdict: Verdict, attempts: int) -> bool:
+        """End a delivery: `delivered`, `dead` or `skipped`. Tells whether that is the sink's answer, too.
+
+        One peer of a cluster that delivers speaks for the sink. One that refuses leaves it to the others.
+        """
+        lead = delivery.lead
+        if delivery.peer:
+            others = [other for other in self.deliveries_of(delivery.stored) if other.sink == delivery.sink]
+            others = [other for other in others if other.peer != delivery.peer]
+            delivered = any(other.status == "delivered" for other in others)
+            waiting = [other for other in others if other.status == "waiting"]
+            if status == "delivered" and not lead and not delivered:
+                self._speak(delivery, others)
+                lead = True
+            elif status == "dead" and (delivered or waiting):
+                status = "skipped"
+                if lead and waiting:
+                    self._speak(waiting[0], [delivery])
+                    lead = False
+            elif status == "skipped" and lead and not delivered:
+                for other in waiting:
+                    self._end(other, status, verdict, other.attempts)
+        self._end(delivery, status, verdict, attempts)
+        return lead
+
+    def _speak(self, delivery: Queued, others: Iterable[Queued]) -> None:
+        """Let a delivery to a peer speak for its sink, in place of the others."""
+        for lead, found in [*((0, other) for other in others if other.lead), (1, delivery)]:
+            self.execute(
+                "UPDATE deliveries SET lead = ? WHERE escalation = ? AND sink = ? AND peer = ?",
+                lead,
+                *found[:3],
+            )
+
+    def _end(self, delivery: Queued, status: str, verdict: Verdict, attempts: int) -> None:
+        self.execute(
+            "UPDATE deliveries SET status = ?, attempts = ?, in_flight = 0, alone = 0, reason_code = ?, "
+            "fault = ?, "
+            "http_status = ?, message = ? WHERE escalation = ? AND sink = ? AND peer = ?",
+            *(status, attempts, verdict.reason_code, verdict.fault, verdict.http_status, verdict.message),
+            *delivery[:3],
+        )
+
+    def note_settled(self, stored: Stored, now: float) -> None:
+        """Note when the last delivery of an escalation has ended, if none waits."""
+        self.execute(
+            "UPDATE escalations SET settled_at = ?1 WHERE id = ?2 AND NOT EXISTS "
+            "(SELECT 1 FROM deliveries WHERE escalation = ?2 AND status = 'waiting')",
+            *(now, stored.id),
+        )
+
+    def note_reported(self, found: Iterable[tuple[Stored, bool]], now: float) -> None:
+        """Note that the rows of these escalations are written, and which of them are settled. Lines that are
+        no escalation are not needed any more."""
+        kept: list[tuple[float | None, int]] = []
+        gone: list[tuple[int]] = []
+        for stored, settled in found:
+            if stored.unusable is not None:
+                gone.append((stored.id,))
+            else:
+                kept.append((stored.settled_at or now if settled else None, stored.id))
+        self._db.executemany("UPDATE escalations SET reported = 1, settled_at = ? WHERE id = ?", kept)
+        self._db.executemany("DELETE FROM escalations WHERE id = ?", gone)
+
+    def unreported(self, loop: int, limit: int) -> list[Stored]:
+        """Escalations whose row is still to be written, the oldest first."""
+        rows = self.execute(
+            f"SELECT {STORED_COLUMNS} FROM escalations e INDEXED BY unreported WHERE loop = ? "
+            "AND reported = 0 "
+            "ORDER BY id LIMIT ?",
+            *(loop, limit),
+        )
+        return [Stored(*row) for row in rows]
+
+    # -- destinations
+
+    def destination(self, sink: str, peer: str, digest: str, setup: str, now: float) -> Destination:
+        """What is known of a destination. One whose settings or secrets have changed begins anew, but for
+        what was spent of its rate."""
+        self.execute(
+            "INSERT INTO destinations (sink, peer, digest, setup, used_at) VALUES (?, ?, ?, ?, ?) "
+            "ON CONFLICT DO UPDATE SET used_at = excluded.used_at, setup = excluded.setup, "
+            "next_attempt_at = iif(setup = excluded.setup, next_attempt_at, 0), "
+            "backoff_step = iif(setup = excluded.setup, backoff_step, 0)",
+            *(sink, peer, digest, setup, now),
+        )
+        return self.known_destination(sink, peer, digest)
+
+    def known_destination(self, sink: str, peer: str, digest: str) -> Destination:
+        row = self.execute(
+            f"SELECT {DESTINATION_COLUMNS} FROM destinations WHERE sink = ? AND peer = ? AND digest = ?",
+            *(sink, peer, digest),
+        ).fetchone()
+        return Destination(*row)
+
+    def destinations_of(self, sink: str) -> dict[str, Destination]:
+        """What is known of a sink's destinations, by peer: of each the one that was used last."""
+        rows = self.execute(
+            f"SELECT peer, {DESTINATION_COLUMNS} FROM destinations WHERE sink = ? ORDER BY used_at", sink
+        )
+        return {row[0]: Destination(*row[1:]) for row in rows}
+
+    def paced_until(self, digest: str) -> float:
+        """Up to when the requests to a destination are paid for, whichever sinks point at it."""
+        row = self.execute("SELECT max(paced_until) FROM destinations WHERE digest = ?", digest).fetchone()
+        return float(row[0] or 0.0)
+
+    def spend_rate(self, destination: Destination, until: float) -> None:
+        self.execute("UPDATE destinations SET paced_until = ? WHERE id = ?", until, destination.id)
+
+    def note_turn(self, destination: Destination, loop: int) -> None:
+        """Note which loop a destination has served last: in the next pass, it is another one's turn."""
+        self.execute("UPDATE destinations SET last_loop = ? WHERE id = ?", loop, destination.id)
+
+    def note_answer(
+        self, destination: Destination, now: float, clock_offset: float | None, *, delivered: bool
+    ) -> None:
+        """Note that a destination is well: it delivered, or refused a record."""
+        self.execute(
+            "UPDATE destinations SET consecutive_failures = 0, backoff_step = 0, next_attempt_at = 0, "
+            "failing_since = NULL, last_success_at = iif(?, ?, last_success_at), clock_offset = ? "
+            "WHERE id = ?",
+            *(delivered, now, clock_offset, destination.id),
+        )
+
+    def note_failure(
+        self, destination: Destination, verdict: Verdict, now: float, next_attempt_at: float, step: int
+    ) -> None:
+        self.execute(
+            "UPDATE destinations SET consecutive_failures = consecutive_failures + 1, backoff_step = ?, "
+            "next_attempt_at = ?, failing_since = coalesce(failing_since, ?), last_failure_at = ?, "
+            "reason_code = ?, fault = ?, http_status = ?, message = ? WHERE id = ?",
+            *(step, next_attempt_at, now, now, verdict.reason_code, verdict.fault, verdict.http_status),
+            *(verdict.message, destination.id),
+        )
+
+    def try_at_once(self, loop: int) -> None:
+        """Forget how long destinations, and deliveries of a loop, are to be left alone."""
+        self.execute("UPDATE destinations SET next_attempt_at = 0")
+        self.execute("UPDATE deliveries SET not_before = 0 WHERE loop = ? AND status = 'waiting'", loop)
+
+    @contextlib.contextmanager
+    def probing(self, destination: Destination, wait: float, fresh: float) -> Iterator[bool]:
+        """Keep other processes from finding out at the same time that a destination does not answer: as long
+        as nobody knows that it is well, one request at a time. `fresh`: seconds for which an answer counts.
+        Yields whether that was to be had within `wait` seconds."""
+        well = (
+            destination.last_success_at or 0.0
+        ) > time.time() - fresh and not destination.consecutive_failures
+        # Byte 0 is for transactions.
+        if not self._take(fcntl.LOCK_SH if well else fcntl.LOCK_EX, destination.id, wait):
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            with contextlib.suppress(OSError, ValueError):
+                self._release(destination.id)
+
+    def stop_probing(self, destination: Destination) -> None:
+        """Let others ask a destination, although a request is still on its way."""
+        self._release(destination.id)
+
+    def share(self, destination: Destination) -> None:
+        """A destination has answered: others may ask it, too."""
+        self._take(fcntl.LOCK_SH, destination.id, 0.0)
+
+    # -- repeats, counts, losses
+
+    def last_sent(self, delivery: Queued, subject: str) -> tuple[str, int, str | None] | None:
+        """When the record was written that a sink was sent last of a subject, the repeats held back since,
+        and when the first of those was written."""
+        row: tuple[str, int, str | None] | None = self.execute(
+            "SELECT written_at, repeats, since FROM last_sent WHERE loop = ? AND sink = ? AND peer = ? "
+            "AND subject = ?",
+            *(delivery.loop, delivery.sink, delivery.peer, subject),
+        ).fetchone()
+        return row
+
+    def note_sent(self, delivery: Queued, subject: str, written_at: str) -> None:
+        self.execute(
+            "INSERT OR REPLACE INTO last_sent (loop, sink, peer, subject, written_at) VALUES (?, ?, ?, ?, ?)",
+            *(delivery.loop, delivery.sink, delivery.peer, subject, written_at),
+        )
+
+    def note_repeat(self, delivery: Queued, subject: str, written_at: str) -> None:
+        self.execute(
+            "UPDATE last_sent SET repeats = repeats + 1, since = coalesce(since, ?) WHERE loop = ? "
+            "AND sink = ? "
+            "AND peer = ? AND subject = ?",
+            *(written_at, delivery.loop, delivery.sink, delivery.peer, subject),
+        )
+
+    def count_attempts(self, loop: int, sink: str, now: float, outcome: Outcome, count: int) -> None:
+        """Count attempts with the same outcome. In the tallies one after which a delivery is a dead letter is
+        counted as that."""
+        delivered = count if outcome == "delivered" else 0
+        self.execute(
+            "INSERT INTO hours VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
+            "delivered = delivered + excluded.delivered, failed = failed + excluded.failed",
+            *(loop, sink, int(now // 3600), delivered, count - delivered),
+        )
+        if outcome not in STATUS_OF_OUTCOME:
+            self.execute(
+                "UPDATE tallies SET failed_attempts = failed_attempts + ? WHERE loop = ? AND sink = ?",
+                *(count, loop, sink),
+            )
+
+    def note_loss(self, loop: int, reason_code: str, count: int, now: float) -> None:
+        """Count what reached no sink; what is older than a day, or was acknowledged, is not added to."""
+        self.execute(
+            "INSERT INTO losses VALUES (?, ?, ?, ?, NULL) ON CONFLICT DO UPDATE "
+            "SET last_at = excluded.last_at, "
+            "count = iif(last_at > excluded.last_at - ? AND acknowledged_at IS NULL, count, "
+            "0) + excluded.count, "
+            "acknowledged_at = NULL",
+            *(loop, reason_code, count, now, LOSS_SHOWN),
+        )
+
+    def tallies(self, loop: int) -> dict[str, JsonObject]:
+        """The counts of a loop's sinks, by sink."""
+        rows = self.execute(
+            "SELECT sink, waiting, dead, delivered, given_up, skipped, failed_attempts FROM tallies "
+            "WHERE loop = ? ORDER BY sink",
+            loop,
+        )
+        names = ("waiting", "dead", "delivered", "given_up", "skipped", "failed_attempts")
+        return {row[0]: dict(zip(names, row[1:], strict=True)) for row in rows}
+
+    def waiting_for(self, loop: int, sink: str) -> int:
+        """How many of a loop's deliveries wait for a sink."""
+        row = self.execute("SELECT waiting FROM tallies WHERE loop = ? AND sink = ?", loop, sink).fetchone()
+        return row[0] if row else 0
+
+    def losses(self, loop: int, now: float) -> list[tuple[str, int, float]]:
+        """What reached no sink of late and was not acknowledged: reason code, count, and when it was last."""
+        rows: list[tuple[str, int, float]] = self.execute(
+            "SELECT reason_code, count, last_at FROM losses WHERE loop = ? AND acknowledged_at IS NULL "
+            "AND last_at > ? ORDER BY last_at",
+            *(loop, now - LOSS_SHOWN),
+        ).fetchall()
+        return rows
+
+    def hours(self, loop: int, now: float) -> dict[str, dict[int, tuple[int, int]]]:
+        """What was delivered to a loop's sinks in each of the last 24 hours, and the attempts that failed: by
+        sink, and by hours since the epoch."""
+        found: dict[str, dict[int, tuple[int, int]]] = {}
+        rows = self.execute(
+            "SELECT sink, hour, delivered, failed FROM hours WHERE loop = ? AND hour > ?",
+            *(loop, int(now // 3600) - 24),
+        )
+        for sink, hour, delivered, failed in rows:
+            found.setdefault(sink, {})[hour] = delivered, failed
+        return found
+
+    def acknowledge(self, loop: int, now: float) -> None:
+        """Note that an operator has seen the losses of a loop."""
+        self.execute(
+            "UPDATE losses SET acknowledged_at = ? WHERE loop = ? AND acknowledged_at IS NULL", now, loop
+        )
+
+    # -- what operators look for and ask for
+
+    def stuck_at(self, loop: int, sink: str, attempts: int) -> tuple[str, int] | None:
+        """The first record that a sink has answered with an error so many times: its segment and line. Only
+        such a delivery has a time of its own before which it is left alone."""
+        row: tuple[str, int] | None = self.execute(
+            "SELECT e.segment, e.line FROM deliveries d INDEXED BY waiting JOIN escalations e "
+            "ON e.id = d.escalation WHERE d.status = 'waiting' AND d.sink = ? AND d.loop = ? "
+            "AND d.not_before > 0 AND d.attempts >= ? AND (d.http_status >= 500 OR d.fault = 'timeout') "
+            "ORDER BY d.escalation LIMIT 1",
+            *(sink, loop, attempts),
+        ).fetchone()
+        return row
+
+    def named(self, loop: int, condition: str, *values: object) -> list["Named"]:
+        """The escalations of a loop for which a condition holds, in the order of ingestion: one for each of
+        their sinks. In the condition `e` is the escalation, `d` the delivery that speaks for a sink."""
+        rows = self.execute(
+            f"SELECT {NAMED_COLUMNS}, d.sink, d.status FROM escalations e LEFT JOIN deliveries d "
+            "ON d.escalation = e.id AND d.lead WHERE e.loop = ? AND e.unusable IS NULL "
+            f"AND {condition} ORDER BY e.id",
+            *(loop, *values),
+        )
+        return [Named(*row) for row in rows]
+
+    def latest(self, condition: str, *values: object) -> Iterator[tuple[str, Stored, list[Queued]]]:
+        """The escalations for which a condition on `e`, and on the loop `l`, holds, the last one first: loop
+        id, escalation, deliveries."""
+        rows = self.execute(
+            f"SELECT l.loop_id, {STORED_COLUMNS} FROM escalations e JOIN loops l ON l.id = e.loop "
+            f"WHERE e.unusable IS NULL AND {condition} ORDER BY e.id DESC",
+            *values,
+        )
+        for loop_id, *row in rows:
+            stored = Stored(*row)
+            yield loop_id, stored, self.deliveries_of(stored)
+
+    def kept_ids(self) -> set[str]:
+        """The ids of all escalations that are in the queue."""
+        rows = self.execute("SELECT escalation_id FROM escalations WHERE unusable IS NULL")
+        return {identity for [identity] in rows}
+
+    def failing_sinks(self) -> set[str]:
+        """The sinks whose destinations, as they were used last, all fail."""
+        rows = self.execute("SELECT DISTINCT sink FROM destinations").fetchall()
+        return {
+            sink
+            for [sink] in rows
+            if all(known.consecutive_failures for known in self.destinations_of(sink).values())
+        }
+
+    def lead(self, escalation: int, sink: str) -> Queued | None:
+        """The delivery of an escalation that speaks for a sink."""
+        row = self.execute(
+            f"SELECT {DELIVERY_COLUMNS}, {STORED_COLUMNS} FROM deliveries d JOIN escalations e "
+            "ON e.id = d.escalation WHERE d.escalation = ? AND d.sink = ? AND d.lead",
+            *(escalation, sink),
+        ).fetchone()
+        return queued(row) if row else None
+
+    def send_again(
+        self, escalation: int, sink: str, peers: Sequence[str], loop: int, severity: int, now: float
+    ) -> None:
+        """Let an escalation wait for each peer of a sink, because an operator asked for it."""
+        found = self.execute(
+            "SELECT peer FROM deliveries WHERE escalation = ? AND sink = ?", escalation, sink
+        )
+        if {peer for [peer] in found} != set(peers):
+            self.execute("DELETE FROM deliveries WHERE escalation = ? AND sink = ?", escalation, sink)
+            self.add_deliveries(
+                (escalation, sink, peer, loop, severity, int(place == 0), now)
+                for place, peer in enumerate(peers)
+            )
+        self.execute(
+            "UPDATE deliveries SET status = 'waiting', severity = ?, waiting_since = ?, not_before = 0, "
+            "in_flight = 0, alone = 0, by_operator = 1, reason_code = NULL, fault = NULL, "
+            "http_status = NULL, "
+            "message = NULL WHERE escalation = ? AND sink = ?",
+            *(severity, now, escalation, sink),
+        )
+        self.execute("UPDATE escalations SET settled_at = NULL WHERE id = ?", escalation)
+
+    def try_sink_at_once(self, sink: str) -> None:
+        """Forget how long a sink is to be left alone."""
+        self.execute("UPDATE destinations SET next_attempt_at = 0 WHERE sink = ?", sink)
+
+    def forget_failures(self, sink: str) -> None:
+        """Let the next delivery to a sink be tried as if nothing had failed, if nothing waits for it."""
+        self.execute(
+            "UPDATE destinations SET next_attempt_at = 0, consecutive_failures = 0, backoff_step = 0, "
+            "failing_since = NULL WHERE sink = ?1 AND NOT EXISTS (SELECT 1 "
+            "FROM deliveries INDEXED BY waiting "
+            "WHERE status = 'waiting' AND deliveries.sink = ?1 AND deliveries.peer = destinations.peer)",
+            sink,
+        )
+
+    # -- the outbox
+
+    def write_row(self, loop: int, file: str, row: bytes) -> None:
+        """Put a row on its way into a file."""
+        self.execute("INSERT INTO outbox (loop, file, row) VALUES (?, ?, ?)", loop, file, row)
+
+    def outbox(self, loop: int, limit: int = 5000) -> list[tuple[int, str, bytes]]:
+        """The rows of a loop that are on their way: number, file, row."""
+        found: list[tuple[int, str, bytes]] = self.execute(
+            "SELECT id, file, row FROM outbox WHERE loop = ? ORDER BY id LIMIT ?", loop, limit
+        ).fetchall()
+        return found
+
+    def clear_outbox(self, loop: int, up_to: int) -> None:
+        self.execute("DELETE FROM outbox WHERE loop = ? AND id <= ?", loop, up_to)
+
+    # -- keeping it small
+
+    def purge(self, now: float, *, more: Callable[[], bool]) -> None:
+        """Remove settled escalations that are older than the retention, or too many, while `more` says so;
+        not those with a dead letter, unless there are too many. Returns their pages to the file system."""
+        while more():
+            with self.transaction():
+                [ids] = self.execute("SELECT max(id) - min(id) FROM escalations").fetchone()
+                too_many = 0
+                if (ids or 0) > RETENTION_COUNT:  # else it need not be counted
+                    count = "SELECT count(*) FROM escalations WHERE settled_at IS NOT NULL"
+                    too_many = min(max(0, self.execute(count).fetchone()[0] - RETENTION_COUNT), 1000)
+                old = self.execute(
+                    "SELECT id FROM escalations e INDEXED BY settled WHERE settled_at < ? AND reported "
+                    "AND NOT EXISTS (SELECT 1 FROM deliveries WHERE escalation = e.id "
+                    "AND status = 'dead') LIMIT 1000",
+                    now - RETENTION_SECONDS,
+                ).fetchall()
+                if not old and too_many:
+                    old = self.execute(
+                        "SELECT id FROM escalations INDEXED BY settled WHERE settled_at IS NOT NULL "
+                        "AND reported "
+                        "ORDER BY settled_at LIMIT ?",
+                        too_many,
+                    ).fetchall()
+                if not old:
+                    break
+                self._db.executemany("DELETE FROM deliveries WHERE escalation = ?", old)
+                self._db.executemany("DELETE FROM escalations WHERE id = ?", old)
+            self.tidy()
+        with self._locked(), self.errors():
+            self.execute("DELETE FROM hours WHERE hour < ?", int(now // 3600) - 24)
+            # `execute` would stop after one page.
+            self._db.executescript("PRAGMA incremental_vacuum")
+
+
+def check_size_limit(path: str) -> None:
+    """Raises StorageError if this process may not write files as large as a queue is."""
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    sizes = [found.st_size for name in (path, f"{path}-wal") if (found := stat_of(name))]
+    if limit != resource.RLIM_INFINITY and limit < max([0, *sizes]) + RESERVE_BYTES:
+        raise storage_error("write", path, OSError(errno.EFBIG, os.strerror(errno.EFBIG)))
+
+
+class Transaction:
+    """One transaction of the queue; see `Queue.transaction`. Within another one it is a part of that. A class
+    of its own because a generator costs more than the lock does, for each delivery."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+
+    def __enter__(self) -> None:
+        queue = self._queue
+        queue.changed.acquire()
+        if queue.depth:
+            queue.depth += 1
+            return
+        try:
+            queue.lock()
+            try:
+                queue.begin()
+            except BaseException:
+                queue.unlock()
+                raise
+        except BaseException:
+            queue.changed.release()
+            raise
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        queue = self._queue
+        try:
+            if queue.depth > 1:
+                queue.depth -= 1
+                return
+            try:
+                queue.end(commit=error is None)
+            finally:
+                queue.unlock()
+            if error is not None:
+                with queue.errors():
+                    raise error
+        finally:
+            queue.changed.release()
+
+
+def quote_path(path: str) -> str:
+    """A path as SQLite's URIs have it."""
+    return path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+
+
+def has_log(path: str) -> bool:
+    """Tell whether a queue has a write-ahead log with something in it: it is in use, or a pass was killed."""
+    found = stat_of(f"{path}-wal")
+    return found is not None and found.st_size > 0
+
+
+def keep_aside(path: str) -> str:
+    """Move a damaged queue aside; returns where it is kept. Raises StorageError."""
+    kept = f"{path}.damaged-{int(time.time())}"
+    try:
+        for end in ("-wal", "-shm", ""):
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(f"{path}{end}", f"{kept}{end}")
+    except OSError as error:
+        raise storage_error("keep aside", path, error) from None
+    return kept
+
 
 # ---------------------------------------------------------------------------------------------------------
-# Ledger: what happened, written down as it happens
+# The pass: ingest what is new, deliver what waits, write down what came of it
 # ---------------------------------------------------------------------------------------------------------
+# Knows what each verdict means for a delivery and its destination. A Loop is what a pass does with one loop's
+# files, a Sender what it does with one destination. All memory is in the queue: whatever kills a pass, the
+# next one goes on from the last transaction.
 
-# So many answers may be at hand before the row of the slowest record is written without its last ones.
-ROW_WINDOW = 1000
+# The waits between quick tries within a pass are up to twice as many seconds, then four times, and so on.
+QUICK_RETRY_SECONDS = 0.25
+# Another pass waits for a quick try of this one, if it is not longer than this.
+QUICK_WAIT_MAX = 2.0
+# So many repeats or expired deliveries are settled in one transaction.
+TURN_DELIVERIES = 1000
+# An answer counts for so many seconds as proof that a destination is well.
+FRESH_SECONDS = 1.0
+# So many parsed records are kept, if they are no larger than this.
+PARSED_COUNT = 1000
+PARSED_BYTES = 4 << 10
+# So many deliveries are fetched at a time, and sent within so many seconds: what is worse waits no longer.
+AHEAD_COUNT = 20
+AHEAD_SECONDS = 0.1
+# How often rows are moved from the outbox into the files while senders work.
+ROW_INTERVAL = 0.25
+# So many rows are made and written at a time.
+ROWS_AT_ONCE = 500
+# New lines are read for this part of the time budget: the rest is for their rows.
+INGEST_SHARE = 0.5
+# So many loops with work are open at a time, each with so many files: its lock, its source, rotated files.
+LOOPS_AT_ONCE = 64
+FILES_OF_A_LOOP = 8
+FILES_BESIDES = 64
+
+# What did not reach a sink is reported for so many seconds: until whoever is on duty has seen it.
+LOST = {*UNUSABLE, "no_dispatchable_sinks", "sink_removed", "source_replaced", "queue_lost"}
+
+# What ends deliveries without a request.
+REPEATED = Verdict("skipped", "repeat_suppressed")
+EXPIRED = Verdict("dead_letter", "delivery_expired", message="waited longer than giveUpAfterSeconds")
+MISSED = Verdict("skipped", "peer_missed", message="another peer took it, and it is too old for this one")
+SKIPPED_BY_OPERATOR = "skipped_by_operator"
+GIVEN_UP = Verdict("skipped", SKIPPED_BY_OPERATOR, message="given up by an operator")
+
+STATUS_OF_OUTCOME = {"delivered": "delivered", "dead_letter": "dead", "skipped": "skipped"}
 
 
-# What a sink has been told already.
-REPEATED = Verdict("skipped", "repeat_suppressed", message="a repeat of what this sink was told")
+class Job(NamedTuple):
+    """What one pass does for one loop. Paths are absolute; `time_budget` is in seconds."""
+
+    repo: str
+    loop_id: str
+    trace_id: str
+    escalations_file: str
+    state_file: str
+    telemetry_file: str
+    config_file: str
+    queue_file: str
+    max_escalations: int = 0
+    time_budget: float = 30.0
+    # Try every destination, also those that are to be left alone after a failure.
+    now: bool = False
+
+    @property
+    def attempts_file(self) -> str:
+        return beside(self.telemetry_file, "alert-attempts.jsonl")
+
+    @property
+    def lock_file(self) -> str:
+        return f"{self.state_file}.lock"
+
+    @property
+    def temporary_file(self) -> str:
+        """What becomes the state file: see `replace_file`."""
+        return f"{self.state_file}.tmp"
+
+
+class Clock:
+    """The time budget of a pass, and whether somebody asked it to end. Monotonic seconds."""
+
+    def __init__(self, budget: float, stop: threading.Event) -> None:
+        self.stop = stop
+        # Something had its turn, and was left for the next pass.
+        self.cut_short = False
+        self._deadline = time.monotonic() + budget
+
+    @property
+    def left(self) -> float:
+        """Seconds in which new attempts may start."""
+        return 0.0 if self.stop.is_set() else self._deadline - time.monotonic()
+
+    def pause(self, seconds: float) -> bool:
+        """Wait, if the budget allows; tells whether it did."""
+        if seconds >= self.left or self.stop.wait(seconds):
+            self.cut_short = True
+            return False
+        return True
+
+
+class Pace:
+    """Keeps the requests to a destination within so many in any minute, a sixth of them at once.
+
+    The generic cell rate algorithm (ITU-T I.371): all there is to keep is up to when what was sent is paid
+    for, in seconds since the epoch.
+    """
+
+    MINUTE = 60.0
+
+    def __init__(self, per_minute: int) -> None:
+        burst = max(1, per_minute // 6)
+        self._interval = self.MINUTE / (per_minute - burst + 1)
+        self._credit = (burst - 1) * self._interval
+
+    @classmethod
+    def of(cls, sink: Sink) -> Self | None:
+        """The pace of a sink; None for one without a limit."""
+        per_minute = sink.settings.get("maxPerMinute", ADAPTERS[sink.type].max_per_minute)
+        return cls(per_minute) if per_minute else None
+
+    def wait(self, paid_until: float, now: float) -> float:
+        """Seconds until the next request may start."""
+        wait = paid_until - self._credit - now
+        # No debt is larger than the credit and one request, unless the clock was ahead: then it begins anew.
+        # A clock that is set by less than a second was right.
+        return wait if 0 < wait <= self._interval + 1.0 else 0.0
+
+    def spend(self, paid_until: float, now: float) -> float:
+        """Up to when is paid for, once a request starts."""
+        return max(min(paid_until, now + self._credit), now) + self._interval
+
+
+def deliveries_a_minute(sink: Sink) -> int | None:
+    """How many deliveries a sink's rate allows in a minute; None if it has none."""
+    adapter = ADAPTERS[sink.type]
+    per_minute = sink.settings.get("maxPerMinute", adapter.max_per_minute)
+    return per_minute * adapter.batch_size(sink) if per_minute else None
+
+
+class Batch(NamedTuple):
+    """Deliveries that go out as one request, the oldest first, as the queue and as the adapter know them."""
+
+    queued: list[Queued]
+    deliveries: list[Delivery]
 
 
 class Counts:
-    """What a pass did, as the summary gives it."""
+    """What a pass did with the escalations of a loop, as the summary gives it."""
 
     def __init__(self) -> None:
         self.processed = self.dispatched = self.skipped = self.failed = 0
         self.late_dispatched = self.late_failed = 0
         self.reason_codes: set[str] = set()
 
-
-class Ledger:
-    """Writes attempts and rows, and keeps the state of the lanes in step with them.
-
-    `changed` guards everything in here and in the lanes; it is notified when a lane has news.
-    """
-
-    def __init__(
-        self,
-        job: Job,
-        state: State,
-        source: Source,
-        redactor: Redactor,
-        changed: threading.Condition | None = None,
-        lock: tuple[int, int] | None = None,
-    ) -> None:
-        self.job = job
-        self.state = state
-        self.source = source
-        self.counts = Counts()
-        self.changed = changed or threading.Condition()
-        self.results: dict[Key, JsonObject] = state.remembered
-        # Whether there was anything to flush.
-        self.wrote = False
-        self._lock = lock or lock_identity(job.lock_file)
-        self._attempts = JsonlFile(job.attempts_file, redactor)
-        self._telemetry = JsonlFile(job.telemetry_file, redactor)
-
-    @property
-    def taken_up(self) -> Position:
-        """Up to where rows are written."""
-        if self.state.taken_up is None:
-            raise StateError("no place in the source is known yet")
-        return self.state.taken_up
-
-    def prepare(self) -> None:
-        """Before anything is sent: open what will be written to, and make sure of room.
-
-        Raises StorageError.
-        """
-        check_room(os.path.dirname(self.job.telemetry_file), self.job.attempts_file, self.job.telemetry_file)
-        check_room(os.path.dirname(self.job.state_file))
-        if os.path.islink(self.job.state_file):
-            raise storage_error("write", self.job.state_file, OSError(errno.ELOOP, os.strerror(errno.ELOOP)))
-        if os.path.isdir(self.job.temporary_file):
-            raise storage_error(
-                "write", self.job.temporary_file, OSError(errno.EISDIR, os.strerror(errno.EISDIR))
-            )
-        self.state.attempts = Checkpoint.at_end(self._attempts.open())
-        self.state.telemetry = Checkpoint.at_end(self._telemetry.open())
-
-    def check_lock(self) -> None:
-        """Make sure that no other pass is at work: while this one is, nothing may remove the lock file.
-
-        Raises StorageError.
-        """
-        if lock_identity(self.job.lock_file) != self._lock:
-            raise StorageError(
-                f"the lock file {self.job.lock_file} was removed while a pass was at work: another may be "
-                "at work by now, so this one stops",
-                ["leave that file alone: what counts is a lock on it, which ends with its process"],
-            )
-
-    def record(
-        self,
-        sink: Sink,
-        deliveries: Sequence[Delivery],
-        verdict: Verdict,
-        *,
-        attempt: int,
-        duration: float,
-        wait: float | None = None,
-        gave_up: bool = False,
-        repeats: Sequence[Delivery] = (),
-    ) -> list[JsonObject]:
-        """Write down what came of deliveries that went out as one request; from then on they are settled.
-
-        `wait`: seconds until the next attempt. `gave_up`: that is not within this pass. `repeats`: what is
-        held back because of these deliveries. Returns the deliveries' entries for their rows.
-        """
-        now = time.time()
-        lane = self.state.lanes[sink.id]
-        rows: list[tuple[Delivery, JsonObject]] = []
-        for index, delivery in enumerate(deliveries):
-            place = record_place(delivery.record, self.source)
-            row = self._attempt_row(
-                now, sink, delivery, verdict, attempt=attempt, duration=duration, place=place
-            )
-            if len(deliveries) > 1:
-                row |= {"batchSize": len(deliveries), "batchIndex": index}
-            if wait is not None:
-                row["nextAttemptAt"] = iso(now + wait, milliseconds=True)
-                if gave_up:
-                    row["backoffSeconds"] = round(wait, 3)
-            rows.append((delivery, row))
-        entries = [sink_entry(row) for _, row in rows]
-        for delivery in repeats:
-            place = record_place(delivery.record, self.source)
-            row = self._attempt_row(now, sink, delivery, REPEATED, attempt=0, duration=0.0, place=place)
-            rows.append((delivery, row))
-        for delivery, row in rows:
-            if row["outcome"] in ("delivered", "skipped") and delivery.subject:
-                row["repeat"] = delivery.subject._asdict()
-            if delivery.record.start < self.taken_up:
-                row["late"] = True
-        rows.sort(key=lambda item: item[0].record.start)
-        self._attempts.append([row for _, row in rows])
-        for _, row in rows:
-            lane.apply(row)
-        if verdict.outcome not in SETTLED:
-            lane.sink_digest = self.state.sink_digest(sink)
-            return entries
-        late: list[tuple[Delivery, JsonObject]] = []
-        for delivery, row in rows:
-            if "late" in row:
-                late.append((delivery, sink_entry(row)))
-            else:
-                self.results[(*delivery.record.start[:2], sink.id)] = sink_entry(row)
-        if late:
-            self.write_late_rows(late)
-        return entries
-
-    def record_peer(
-        self, sink: Sink, peer: str, deliveries: Sequence[Delivery], verdict: Verdict, wait: float | None
-    ) -> None:
-        """Write down what came of asking one peer of a cluster for deliveries that another one has taken."""
-        now = time.time()
-        first, last = deliveries[0].record, deliveries[-1].record
-        place = record_place(last if verdict.outcome in SETTLED else first, self.source)
-        row = self._attempt_row(now, sink, deliveries[0], verdict, attempt=1, duration=0.0, place=place)
-        row |= {"peer": peer, "batchSize": len(deliveries)}
-        if wait is not None:
-            row["nextAttemptAt"] = iso(now + wait, milliseconds=True)
-        self._attempts.append([row])
-        self.state.lanes[sink.id].apply(row)
-
-    def _attempt_row(
-        self,
-        now: float,
-        sink: Sink,
-        delivery: Delivery,
-        verdict: Verdict,
-        *,
-        attempt: int,
-        duration: float,
-        place: JsonObject,
-    ) -> JsonObject:
-        row: JsonObject = {
-            "timestamp": iso(now),
-            "loopId": self.job.loop_id,
-            "traceId": self.job.trace_id,
-            "escalationId": delivery.escalation.id,
-            "sinkId": sink.id,
-            "sinkType": sink.type,
-            "attempt": attempt,
-            "durationMs": round(duration * 1000),
-            "httpStatus": verdict.http_status,
-            "outcome": verdict.outcome,
-            "reasonCode": verdict.reason_code,
-            "retryAfterSeconds": verdict.retry_after,
-            "position": place,
-        }
-        if verdict.message and verdict.outcome != "delivered":
-            row["message"] = verdict.message
-        if verdict.outcome not in SETTLED:
-            row["escalationTimestamp"] = delivery.escalation.written_at
-        if delivery.held_back and verdict.outcome == "delivered":
-            row["heldBack"] = {"repeats": delivery.held_back.repeats, "since": delivery.held_back.since}
-        return row
-
-    def write_late_rows(self, settled: Iterable[tuple[Delivery, JsonObject]]) -> None:
-        """Write the rows of deliveries that had been put off in earlier ones, with one write."""
-        rows: list[JsonObject] = []
-        for delivery, entry in settled:
-            lane = self.state.lanes.get(entry["id"])
-            rerouted = lane is not None and lane.is_again(delivery.record.start)
-            if entry["status"] == "success":
-                self.counts.late_dispatched += 1
-            elif entry["status"] == "failed":
-                self.counts.late_failed += 1
-                self.counts.reason_codes.add(entry["reasonCode"])
-            row = self._row(delivery, [entry])
-            rows.append({**row, "late": True, **({"rerouted": True} if rerouted else {})})
-        self._telemetry.append(rows)
-
-    def record_by_operator(
-        self,
-        sink: Sink,
-        delivery: Delivery,
-        verdict: Verdict,
-        *,
-        place: JsonObject,
-        dead: bool,
-        duration: float,
-        missed_by: Mapping[str, Verdict] | None = None,
-    ) -> None:
-        """Write down what an operator did with a delivery that its lane is past: sent it again, or dismissed
-        it; `dead`: it was a dead letter. `missed_by`: the peers of a cluster that did not take it."""
-        now, sent = time.time(), verdict.outcome != "skipped"
-
-        def attempt_row(said: Verdict) -> JsonObject:
-            row = self._attempt_row(
-                now, sink, delivery, said, attempt=int(sent), duration=duration, place=place
-            )
-            return {**row, "byOperator": True}
-
-        row = attempt_row(verdict) | ({"deadLetter": True} if dead else {})
-        missed = [attempt_row(said) | {"peer": peer} for peer, said in (missed_by or {}).items()]
-        self._attempts.append([row, *missed])
-        lane = self.state.lanes.get(sink.id)
-        if lane is not None:
-            lane.apply_operator(row)
-        written = self._row(delivery, [sink_entry(row)])
-        self._telemetry.append([{**written, "position": place, "late": True, "byOperator": True}])
-
-    def write_unusable(self, record: Record, line: Unusable) -> None:
-        """Write the row of a line that cannot be routed."""
-        skipped = line.reason_code == "blank_line"
-        row = self._base_row(record, line.id, line.body)
-        row |= {
-            "status": "skipped" if skipped else "failed",
-            "reasonCode": line.reason_code,
-            **({"message": line.message} if line.message else {}),
-            **({"rawLine": line.raw_line} if line.body is None else {"escalation": line.body}),
-            **count_sinks([]),
-        }
-        self._take_up(record, row)
-
-    def write_row(self, delivery: Delivery, entries: list[JsonObject]) -> None:
-        """Write the row of an escalation: from then on it is taken up."""
-        for sink_id in put_off(entries):
-            self.state.lanes[sink_id].note_put_off(delivery.escalation.timestamp)
-        self._take_up(delivery.record, self._row(delivery, entries))
-
-    def _take_up(self, record: Record, row: JsonObject) -> None:
-        self._telemetry.append([row])
-        self.state.note_lost(row)
-        self.state.taken_up = record.end
-        counts = self.counts
-        counts.processed += 1
-        counts.dispatched += row["status"] in ("dispatched", "partial")
-        counts.failed += row["status"] in ("failed", "partial")
-        counts.skipped += row["status"] == "skipped"
+    def add(self, row: JsonObject) -> None:
+        """Count an escalation by its row."""
+        self.processed += 1
+        self.dispatched += row["dispatchedSinkCount"] > 0
+        self.failed += row["status"] in ("failed", "partial")
+        self.skipped += row["status"] == "skipped"
         if row["status"] in ("failed", "partial"):
-            codes = [entry["reasonCode"] for entry in row["sinks"] if entry["status"] == "failed"]
-            counts.reason_codes |= {row["reasonCode"], *codes}
+            self.add_codes([row["reasonCode"], *failure_codes(row)])
 
-    def _base_row(self, record: Record, identity: str, body: JsonObject | None) -> JsonObject:
-        fields = body or {}
-        row = {
-            "timestamp": iso(time.time()),
-            "loopId": self.job.loop_id,
-            "traceId": self.job.trace_id,
-            "escalationTraceId": as_text(fields.get("traceId")) or self.job.trace_id,
-            "category": "alert_dispatch",
-            "escalationCategory": as_text(fields.get("category")),
-            "escalationTimestamp": as_text(fields.get("timestamp")),
-            "escalationId": identity,
-            "position": record_place(record, self.source),
-        }
-        return {key: value for key, value in row.items() if value is not None}
+    def add_late(self, entry: JsonObject) -> None:
+        """Count a delivery that had waited since an earlier row."""
+        self.late_dispatched += entry["status"] == "success"
+        if entry["status"] == "failed":
+            self.late_failed += 1
+            self.add_codes([entry["reasonCode"]])
 
-    def _row(self, delivery: Delivery, entries: list[JsonObject]) -> JsonObject:
-        escalation, resolution = delivery.escalation, delivery.resolution
-        row = self._base_row(delivery.record, escalation.id, escalation.body)
-        status, reason = judge_row(resolution, entries)
-        row |= {"eventSeverity": resolution.event_severity, "status": status}
-        if reason:
-            row["reasonCode"] = reason
-        if escalation.unknown_severity is not None:
-            row["unknownSeverity"] = cut(escalation.unknown_severity, 100)
-        return {**row, "escalation": escalation.body, "route": resolution.route, **count_sinks(entries)}
+    def add_codes(self, codes: Iterable[str | None]) -> None:
+        self.reason_codes |= {code for code in codes if code}
+
+
+def failure_codes(row: JsonObject) -> list[str | None]:
+    """The reason codes of the sinks that failed, by an escalation's row."""
+    return [entry["reasonCode"] for entry in row["sinks"] if entry["status"] == "failed"]
+
+
+# -- rows
+
+
+def attempt_row(
+    job: Job,
+    sink: Sink,
+    found: Queued,
+    delivery: Delivery | None,
+    verdict: Verdict,
+    attempt: int,
+    seconds: float,
+) -> JsonObject:
+    """The row of an attempt, or of the end of a delivery without one."""
+    stored = found.stored
+    row: JsonObject = {
+        "timestamp": iso(time.time()),
+        "loopId": job.loop_id,
+        "traceId": job.trace_id,
+        "escalationId": stored.escalation_id,
+        "sinkId": sink.id,
+        "sinkType": sink.type,
+        "attempt": attempt,
+        "durationMs": round(seconds * 1000),
+        "httpStatus": verdict.http_status,
+        "outcome": verdict.outcome,
+        "reasonCode": verdict.reason_code,
+        "faultCode": verdict.fault,
+        "retryAfterSeconds": verdict.retry_after,
+        "position": stored.position,
+    }
+    if found.peer:
+        row["peer"] = found.peer
+    if verdict.message and verdict.outcome != "delivered":
+        row["message"] = verdict.message
+    if verdict.outcome not in STATUS_OF_OUTCOME:
+        row["escalationTimestamp"] = stored.written_at
+    if delivery and delivery.held_back and verdict.outcome == "delivered":
+        row["heldBack"] = {"repeats": delivery.held_back.repeats, "since": delivery.held_back.since}
+    if found.by_operator:
+        row["byOperator"] = True
+    if stored.reported:
+        row["late"] = True
+    return row
+
+
+def sink_entry(
+    sink_id: str, sink_type: str | None, status: str, said: Queued | Verdict | None, *, dead: bool = False
+) -> JsonObject:
+    """What an escalation's row says of one sink."""
+    entry: JsonObject = {
+        "id": sink_id,
+        "type": sink_type,
+        "status": status,
+        "httpStatus": said.http_status if said else None,
+        "reasonCode": said.reason_code if said else None,
+        "message": said.message if said else None,
+    }
+    return {**entry, "deadLetter": True} if dead else entry
+
+
+def base_row(job: Job, identity: str, position: JsonObject, body: JsonObject | None) -> JsonObject:
+    """What the rows of escalations and of lines that are none have in common."""
+    fields = body or {}
+    row = {
+        "timestamp": iso(time.time()),
+        "loopId": job.loop_id,
+        "traceId": job.trace_id,
+        "escalationTraceId": as_text(fields.get("traceId")) or job.trace_id,
+        "category": "alert_dispatch",
+        "escalationCategory": as_text(fields.get("category")),
+        "escalationTimestamp": as_text(fields.get("timestamp")),
+        "escalationId": identity,
+        "position": position,
+    }
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def escalation_row(
+    job: Job, stored: Stored, escalation: Escalation, resolution: Resolution, entries: list[JsonObject]
+) -> JsonObject:
+    """The row of an escalation, without the record itself."""
+    row = base_row(job, stored.escalation_id, stored.position, escalation.body)
+    status, reason = judge_row(resolution, entries)
+    row |= {"eventSeverity": resolution.event_severity, "status": status}
+    if reason:
+        row["reasonCode"] = reason
+    if escalation.unknown_severity is not None:
+        row["unknownSeverity"] = cut(escalation.unknown_severity, 100)
+    if stored.raw_line is not None:
+        row |= {"salvaged": True, "rawLine": stored.raw_line}
+    return {**row, "route": resolution.route, **count_sinks(entries)}
+
+
+def unusable_row(job: Job, line: Unusable, position: JsonObject) -> JsonObject:
+    """The row of a line that is no escalation."""
+    return base_row(job, line.id, position, line.body) | {
+        "status": "skipped" if line.reason_code == "blank_line" else "failed",
+        "reasonCode": line.reason_code,
+        **({"message": line.message} if line.message else {}),
+        **({"rawLine": line.raw_line} if line.body is None else {"escalation": line.body}),
+        **count_sinks([]),
+    }
+
+
+def judge_row(resolution: Resolution, entries: Sequence[JsonObject]) -> tuple[str, str | None]:
+    """The status and the reason code of an escalation's row."""
+    found = Counter(entry["status"] for entry in entries)
+    if not entries:
+        below = not resolution.should_dispatch or any(sink.enabled for sink in resolution.selected)
+        return "skipped", "severity_below_min" if below else "no_dispatchable_sinks"
+    if found["failed"]:
+        taken = found["success"]
+        return ("partial", "partial_dispatch_failure") if taken else ("failed", "dispatch_failed")
+    if found["waiting"]:
+        return "waiting", "delivery_deferred"
+    return ("dispatched", None) if found["success"] else ("skipped", entries[0]["reasonCode"])
+
+
+def count_sinks(entries: list[JsonObject]) -> JsonObject:
+    return {
+        "sinks": entries,
+        "sinkCount": len(entries),
+        "dispatchedSinkCount": sum(entry["status"] == "success" for entry in entries),
+        "failedSinkCount": sum(entry["status"] == "failed" for entry in entries),
+    }
+
+
+# -- one loop
+
+
+class Loop:
+    """What a pass does with one loop: its source, its rows, its summary. The loop's lock is held."""
+
+    def __init__(self, work: "Pass", job: Job) -> None:
+        """Find the loop in the queue, and the source at the loop's cursor. Raises DispatchError."""
+        self.work = work
+        self.job = job
+        self.queue = work.queue
+        self.counts = Counts()
+        self.error: DispatchError | None = None
+        self._written = 0
+        self._flushed = False
+        self.id, cursor, self._rules = self._find(job)
+        self._before = self.queue.tallies(self.id)
+        self.source = Source(job.escalations_file, cursor)
+        self.chunks = self.source.chunks(job.max_escalations)
+        self.has_read_all = False
+
+    def _find(self, job: Job) -> tuple[int, Cursor, JsonObject | None]:
+        """The loop's number, cursor and routes. A loop that is new to the queue goes on from its summary,
+        from that of an earlier dispatcher, or from its last row."""
+        with self.queue.transaction():
+            found = self.queue.find_loop(job.loop_id)
+            if found is not None:
+                return found
+            past = read_past(job)
+            number = self.queue.add_loop(job.loop_id, past.cursor)
+            if past.waiting:
+                self.id = number
+                self.write_event(
+                    *("failed", "queue_lost", None, past.waiting),
+                    f"the queue that {plural(past.waiting, 'delivery')} waited in is gone: run "
+                    f"{send_what_was_lost(job, past)}",
+                )
+            return number, past.cursor, None
+
+    def begin(self) -> None:
+        """Bring what waits in line with the source and the config, and get ready to write.
+
+        Raises DispatchError.
+        """
+        job = self.job
+        with self.queue.transaction():
+            self.queue.save_cursor(self.id, self.source.cursor)
+            rules = self.work.config.rules()
+            if self._rules is not None and self._rules != rules:
+                self._apply_routes(self._rules)
+            self._align_peers()
+            if self._rules != rules:
+                self.queue.save_rules(self.id, rules)
+            if job.now:
+                self.queue.try_at_once(self.id)
+        if self.work.dry_run:
+            return
+        if is_foreign(job):
+            keep_damaged(job.state_file)
+        check_room(os.path.dirname(job.telemetry_file), job.attempts_file, job.telemetry_file)
+        check_room(os.path.dirname(job.state_file))
+        for path in (job.attempts_file, job.telemetry_file):
+            check_appendable(path)
+        if os.path.islink(job.state_file):
+            raise storage_error("write", job.state_file, OSError(errno.ELOOP, os.strerror(errno.ELOOP)))
+        if os.path.isdir(job.temporary_file):
+            raise storage_error("write", job.temporary_file, OSError(errno.EISDIR, os.strerror(errno.EISDIR)))
+        self._recover_rows()
+
+    # -- ingest
+
+    def ingest(self) -> bool:
+        """Ingest one chunk of new lines, in one transaction; tells whether there may be more."""
+        chunk = next(self.chunks, None)
+        if chunk is None:
+            self.has_read_all = True
+            return False
+        with self.queue.transaction():
+            if self.source.loss:
+                self.write_event("skipped", "source_replaced", None, None, self.source.loss)
+                self.source.loss = None
+            self._store(chunk)
+            self.queue.save_cursor(self.id, chunk.cursor)
+        return True
+
+    def _store(self, chunk: Chunk) -> None:
+        number, now = self.queue.next_id(), time.time()
+        kept: list[Stored] = []
+        deliveries: list[tuple[int, str, str, int, int, int, float]] = []
+        for line in chunk.lines:
+            for found in parse_line(line.text, line.size, self.job.loop_id):
+                stored = Stored(
+                    id=number,
+                    loop=self.id,
+                    escalation_id=found.id,
+                    segment=chunk.cursor.segment,
+                    offset=line.offset,
+                    end=line.end,
+                    line=line.number,
+                    category="",
+                    severity=None,
+                    written_at=None,
+                    ingested_at=now,
+                    reported=False,
+                    settled_at=now,
+                    raw_line=None,
+                    record=b"",
+                )
+                number += 1
+                if isinstance(found, Unusable):
+                    row = unusable_row(self.job, found, stored.position)
+                    kept.append(stored._replace(unusable=encode_json(row)))
+                    continue
+                self.work.remember(stored.id, found, forget=False)
+                resolution = self.work.router.resolve(found.category, found.severity)
+                severity = SEVERITIES.index(resolution.event_severity)
+                kept.append(
+                    stored._replace(
+                        category=found.category,
+                        severity=found.severity,
+                        written_at=found.written_at,
+                        settled_at=None if resolution.dispatchable else now,
+                        raw_line=found.raw_line,
+                        record=found.raw,
+                    )
+                )
+                deliveries += [
+                    (stored.id, sink.id, peer, self.id, severity, place == 0, now)
+                    for sink in resolution.dispatchable
+                    for place, peer in enumerate(self.work.peers[sink.id])
+                ]
+        self.queue.add_escalations(kept)
+        self.queue.add_deliveries(deliveries)
+
+    def _count(self, row: JsonObject) -> None:
+        self.counts.add(row)
+        if row.get("reasonCode") in LOST:
+            self.queue.note_loss(self.id, row["reasonCode"], 1, time.time())
+
+    # -- routes
+
+    def _apply_routes(self, before: JsonObject) -> None:
+        """Bring what waits in line with a changed config: it goes to the sinks that its route names now,
+        those that were in the config before, and no more to the others."""
+        queue, router = self.queue, self.work.router
+        for sink_id, tally in queue.tallies(self.id).items():
+            if sink_id not in self.work.config.sinks and tally["waiting"]:
+                count = self._skip_waiting(sink_id, "sink_removed")
+                message = f"sink {sink_id} was removed while {plural(count, 'delivery')} waited"
+                self.write_event("skipped", "sink_removed", sink_id, count, message)
+        kinds = queue.execute(
+            "SELECT DISTINCT e.category, e.severity FROM deliveries d INDEXED BY waiting JOIN escalations e "
+            "ON e.id = d.escalation WHERE d.status = 'waiting' AND d.loop = ?",
+            self.id,
+        ).fetchall()
+        dropped, added = Counter[str](), Counter[str]()
+        for category, severity in kinds:
+            resolution = router.resolve(category, severity)
+            kept = {sink.id for sink in resolution.reached}
+            rank = SEVERITIES.index(resolution.event_severity)
+            of_kind = "SELECT id FROM escalations WHERE loop = ? AND category = ? AND severity IS ?"
+            waiting = queue.execute(
+                "SELECT DISTINCT escalation FROM deliveries INDEXED BY waiting WHERE status = 'waiting' "
+                f"AND loop = ? AND escalation IN ({of_kind})",
+                *(self.id, self.id, category, severity),
+            ).fetchall()
+            for sink in resolution.dispatchable:
+                if sink.id not in before["sinks"]:
+                    continue
+                count = queue.waiting_for(self.id, sink.id)
+                for place, peer in enumerate(self.work.peers[sink.id]):
+                    queue.add_deliveries(
+                        (number, sink.id, peer, self.id, rank, place == 0, time.time())
+                        for [number] in waiting
+                    )
+                added[sink.id] += queue.waiting_for(self.id, sink.id) - count
+            for sink_id in queue.tallies(self.id):
+                if sink_id in self.work.config.sinks and sink_id not in kept:
+                    dropped[sink_id] += self._skip_waiting(
+                        sink_id, "route_changed", of_kind, category, severity
+                    )
+            queue.execute(
+                "UPDATE deliveries SET severity = ? WHERE status = 'waiting' AND loop = ? AND severity <> ? "
+                f"AND escalation IN ({of_kind})",
+                *(rank, self.id, rank, self.id, category, severity),
+            )
+        for sink_id, count in dropped.items():
+            if count:
+                message = (
+                    f"{plural(count, 'delivery')} waited for {sink_id}, to which no route leads any more"
+                )
+                self.write_event("skipped", "route_changed", sink_id, count, message)
+        for sink_id, count in added.items():
+            if count:
+                message = (
+                    f"{plural(count, 'delivery')} waited for another sink, and a route leads to {sink_id} now"
+                )
+                self.write_event("skipped", "route_changed", sink_id, None, message, rerouted=count)
+        queue.execute(
+            "UPDATE escalations SET settled_at = ? WHERE loop = ? AND settled_at IS NULL AND NOT EXISTS "
+            "(SELECT 1 FROM deliveries WHERE escalation = escalations.id AND status = 'waiting')",
+            *(time.time(), self.id),
+        )
+
+    def _skip_waiting(self, sink_id: str, reason_code: str, of_kind: str = "", *kind: object) -> int:
+        """Skip what waits for a sink; returns how many deliveries of the sink that were."""
+        before = self.queue.waiting_for(self.id, sink_id)
+        self.queue.execute(
+            "UPDATE deliveries SET status = 'skipped', in_flight = 0, reason_code = ?, fault = NULL, "
+            "http_status = NULL, message = NULL WHERE status = 'waiting' AND loop = ? AND sink = ?"
+            + (f" AND escalation IN ({of_kind})" if of_kind else ""),
+            *(reason_code, self.id, sink_id, *([self.id, *kind] if of_kind else [])),
+        )
+        return before - self.queue.waiting_for(self.id, sink_id)
+
+    def _align_peers(self) -> None:
+        """Bring what waits for a cluster in line with its peers, which are in the environment."""
+        for sink_id, peers in self.work.peers.items():
+            if not any(peers):
+                continue
+            waiting = self.queue.execute(
+                "SELECT DISTINCT peer FROM deliveries INDEXED BY waiting WHERE status = 'waiting' "
+                "AND sink = ? "
+                "AND loop = ?",
+                *(sink_id, self.id),
+            ).fetchall()
+            for [gone] in waiting:
+                if gone in peers:
+                    continue
+                rows = self.queue.execute(
+                    f"SELECT {DELIVERY_COLUMNS}, {STORED_COLUMNS} FROM deliveries d JOIN escalations e "
+                    "ON e.id = d.escalation WHERE d.status = 'waiting' AND d.sink = ? AND d.peer = ? "
+                    "AND d.loop = ?",
+                    *(sink_id, gone, self.id),
+                ).fetchall()
+                for found in map(queued, rows):
+                    self._move_to_peers(found, peers)
+
+    def _move_to_peers(self, found: Queued, peers: Sequence[str]) -> None:
+        """Let a delivery go to the peers that there are now, in place of one that is gone."""
+        present = {d.peer for d in self.queue.deliveries_of(found.stored) if d.sink == found.sink}
+        self.queue.execute(
+            "DELETE FROM deliveries WHERE escalation = ? AND sink = ? AND peer = ?", *found[:3]
+        )
+        missing = [peer for peer in peers if peer not in present]
+        lead = found.lead
+        if lead and not missing:
+            self.queue.execute(
+                "UPDATE deliveries SET lead = 1 WHERE escalation = ? AND sink = ? AND peer = ?",
+                *(found.escalation, found.sink, peers[0]),
+            )
+        self.queue.add_deliveries(
+            (*found[:2], peer, self.id, found.severity, int(lead and place == 0), found.waiting_since)
+            for place, peer in enumerate(missing)
+        )
+
+    # -- rows
 
     def write_event(
         self,
-        sink_id: str | None,
         status: str,
         reason_code: str,
+        sink_id: str | None,
         dropped: int | None,
         message: str,
         *,
         rerouted: int | None = None,
     ) -> None:
-        """Write the row of something that befell a whole lane, or the source."""
+        """Write the row of something that happened to the source, the queue or all that waits for a sink."""
         row = {
             "timestamp": iso(time.time()),
             "loopId": self.job.loop_id,
@@ -4922,1195 +6238,229 @@ class Ledger:
             "reroutedCount": rerouted,
             "message": message,
         }
-        self._telemetry.append([{key: value for key, value in row.items() if value is not None}])
-        self.state.note_lost(row)
+        row = {key: value for key, value in row.items() if value is not None}
+        self.queue.write_row(self.id, "telemetry", encode_json(row))
+        if reason_code in LOST:
+            self.queue.note_loss(self.id, reason_code, dropped or 1, time.time())
         if status == "failed":
-            self.counts.reason_codes.add(reason_code)
+            self.counts.add_codes([reason_code])
 
-    def account_for_events(self) -> None:
-        """Note in the state that it accounts for the events that were written so far. Raises StorageError."""
-        if self._telemetry.is_open:
-            self.state.telemetry = Checkpoint.at_end(self._telemetry.open())
+    def write_attempts(self, rows: Iterable[JsonObject]) -> None:
+        for row in rows:
+            self.queue.write_row(self.id, "attempts", encode_json(row))
 
-    def flush(self) -> None:
-        """Flush the rows to disk and note in the state, which is to be written next, that it accounts for
-        them. Raises StorageError."""
-        before = (self.state.attempts, self.state.telemetry)
-        self.state.attempts = self._attempts.close() or self.state.attempts
-        self.state.telemetry = self._telemetry.close() or self.state.telemetry
-        self.wrote = before != (self.state.attempts, self.state.telemetry)
-        self.check_lock()
+    def note_end(self, found: Queued, *, speaks: bool) -> None:
+        """Write down that a delivery ended; in a late row, if its escalation's row is written already.
 
-    def close(self) -> None:
-        """Close the files of a pass that has failed; one that has not has flushed them."""
-        for file in (self._attempts, self._telemetry):
-            with contextlib.suppress(StorageError):
-                file.close()
-
-
-def judge_row(resolution: Resolution, entries: Sequence[JsonObject]) -> tuple[str, str | None]:
-    """The status and reason code of an escalation's row."""
-    taken = sum(entry["status"] == "success" for entry in entries)
-    failed = sum(entry["status"] == "failed" for entry in entries)
-    if not resolution.should_dispatch and not entries:
-        return "skipped", "severity_below_min"
-    if not entries:
-        held_back = any(sink.enabled for sink in resolution.selected)
-        return "skipped", "severity_below_min" if held_back else "no_dispatchable_sinks"
-    if failed:
-        return ("partial", "partial_dispatch_failure") if taken else ("failed", "dispatch_failed")
-    return ("dispatched", None) if taken else ("skipped", entries[0]["reasonCode"])
-
-
-def count_sinks(entries: list[JsonObject]) -> JsonObject:
-    return {
-        "sinks": entries,
-        "sinkCount": len(entries),
-        "dispatchedSinkCount": sum(entry["status"] == "success" for entry in entries),
-        "failedSinkCount": sum(entry["status"] == "failed" for entry in entries),
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Lanes: one worker a sink, each lane in order, none waiting for another sink
-# ---------------------------------------------------------------------------------------------------------
-
-# The waits between quick tries within a pass are up to twice as many seconds, then four times, and so on.
-QUICK_RETRY_SECONDS = 0.25
-# A lane looks through so many records, or takes so many bytes of them, before others have their turn.
-TURN_RECORDS = 1000
-TURN_BYTES = 1 << 20
-
-# After so many attempts of one record, it may be the record that its sink cannot take.
-SAME_RECORD_ATTEMPTS = 10
-
-# As seconds until the next attempt.
-NOT_IN_THIS_PASS = float("inf")
-
-Ending = Literal["caught_up", "failed", "out_of_time", "abandoned"]
-
-
-class Clock:
-    """The time budget of a pass, and whether somebody asked it to end. Monotonic seconds."""
-
-    def __init__(self, budget: float, stop: threading.Event) -> None:
-        self.stop = stop
-        self._deadline = time.monotonic() + budget
-
-    @property
-    def left(self) -> float:
-        """Seconds in which new attempts may start."""
-        return 0.0 if self.stop.is_set() else self._deadline - time.monotonic()
-
-    def pause(self, seconds: float) -> bool:
-        """Wait, where the budget allows; tells whether it did."""
-        if seconds >= self.left:
-            return False
-        return not self.stop.wait(seconds)
-
-
-def expired(delivery: Delivery, lane: Lane, policy: DeliveryPolicy, now: float) -> bool:
-    """Tell whether nobody will act on a delivery any more: it and its lane have waited too long."""
-    since = lane.lagging_since
-    if not delivery.late or since is None:
-        return False
-    written = parse_time(delivery.escalation.timestamp)
-    return now - max(written or since, since) > policy.give_up_after
-
-
-PACE_MINUTE = 60.0
-
-
-class Pace:
-    """Keeps the requests to a sink within so many in any minute, a sixth of them at once.
-
-    The generic cell rate algorithm (ITU-T I.371): `until` is up to when what was sent is paid for, in seconds
-    since the epoch, and all there is to keep between passes.
-    """
-
-    def __init__(self, per_minute: int) -> None:
-        burst = max(1, per_minute // 6)
-        self._interval = PACE_MINUTE / (per_minute - burst + 1)
-        self._credit = (burst - 1) * self._interval
-        self.until = 0.0
-
-    @classmethod
-    def of(cls, sink: Sink) -> Self | None:
-        """The pace of a sink; None for one that takes any."""
-        per_minute = sink.settings.get("maxPerMinute", ADAPTERS[sink.type].max_per_minute)
-        return cls(per_minute) if per_minute else None
-
-    def wait(self, now: float) -> float:
-        """Seconds until the next request may start."""
-        # No debt is larger than this, unless the clock was ahead.
-        self.until = min(self.until, now + self._credit + self._interval)
-        return max(0.0, self.until - self._credit - now)
-
-    def take_over(self, until: float, now: float) -> None:
-        """Go on from what was sent in earlier passes; what cannot be was noted by a clock that was ahead."""
-        if until <= now + PACE_MINUTE:
-            self.until = max(self.until, until)
-
-    def spend(self, now: float) -> None:
-        """Note that a request starts."""
-        self.until = max(self.until, now) + self._interval
-
-
-class Batch(NamedTuple):
-    """Deliveries that go out as one request, oldest first, and the repeats that stand between them."""
-
-    deliveries: list[Delivery]
-    repeats: list[Delivery]
-
-    def refused(self) -> "Batch":
-        """What a sink has refused: a repeat of what it would have been told goes the same way."""
-        untold = {delivery.subject.key for delivery in self.deliveries if delivery.subject}
-        lost: list[Delivery] = []
-        repeats: list[Delivery] = []
-        for delivery in self.repeats:
-            refused = delivery.subject is not None and delivery.subject.key in untold
-            (lost if refused else repeats).append(delivery)
-        return Batch(sorted([*self.deliveries, *lost], key=lambda found: found.record.start), repeats)
-
-
-class Memory:
-    """What a sink was told, and what it is about to be told: finds what would be no news to it."""
-
-    def __init__(self, told: Mapping[str, Told], window: float) -> None:
-        self._told = told
-        self._telling: dict[str, Told] = {}
-        self._window = window
-
-    def look_back(self, delivery: Delivery) -> tuple[Delivery, Told | None]:
-        """Say what a delivery is about, and what it repeats: what the sink was told of the same within the
-        window, by the records' own timestamps. What repeats nothing speaks for those held back before."""
-        written = parse_time(delivery.escalation.timestamp)
-        if not self._window or written is None:
-            return delivery, None
-        codes = sorted(reason_codes(delivery.escalation))
-        about = [delivery.escalation.category, delivery.resolution.event_severity, codes]
-        subject = Subject(short_hash(encode_json(about)), iso(written))
-        told = self._last(subject)
-        before = parse_time(told.at) if told else None
-        if before is not None and abs(written - before) < self._window:
-            return delivery._replace(subject=subject), told
-        held_back = HeldBack(told.repeats, told.since) if told and told.since else None
-        return delivery._replace(subject=subject, held_back=held_back), None
-
-    def tell(self, delivery: Delivery) -> None:
-        """Note that the sink is about to be told of a delivery that was looked back on."""
-        if subject := delivery.subject:
-            self._telling[subject.key] = Told(subject.at)
-
-    def hold_back(self, delivery: Delivery) -> None:
-        """Note that a repeat is about to be held back."""
-        if (subject := delivery.subject) and (told := self._last(subject)):
-            self._telling[subject.key] = told.hold_back(subject.at)
-
-    def _last(self, subject: Subject) -> Told | None:
-        return self._telling.get(subject.key) or self._told.get(subject.key)
-
-
-def waiting_delivery(record: Record, lane: Lane, sink: Sink, router: Router, loop_id: str) -> Delivery | None:
-    """A record that waits in a sink's lane, enabled or not; None where it is not for that sink."""
-    delivery = router.route(record, loop_id, late=True)
-    if isinstance(delivery, Unusable) or all(other.id != sink.id for other in delivery.resolution.reached):
-        return None
-    return delivery if lane.takes(record.start, delivery.escalation.kind) else None
-
-
-def count_backlog(lane: Lane, waiting: Iterable[Delivery]) -> None:
-    """Count anew what waits in a lane, and find the timestamp of the first that has one."""
-    lane.waiting_count, lane.oldest_pending_at = 0, None
-    for delivery in waiting:
-        lane.note_put_off(delivery.escalation.timestamp)
-
-
-def backlog(
-    lane: Lane, sink: Sink, router: Router, source: Source, taken_up: Position, loop_id: str
-) -> Iterator[Delivery]:
-    """What was taken up and waits in a sink's lane, in order."""
-    for start, stop in list(lane.ranges(min(lane.disabled_at or taken_up, taken_up))):
-        for record in source.read(start, stop):
-            delivery = waiting_delivery(record, lane, sink, router, loop_id)
-            if delivery is not None:
-                yield delivery
-
-
-def router_before(state: State) -> Router | None:
-    """Routes as the config did under which the last pass ran; None where that is not known."""
-    if state.rules is None:
-        return None
-    try:
-        router = Router(Config.of_rules(state.rules))
-        routing = router.config.routing
-        routes = (route["category"] for route in routing.get("routes", []))
-        for category in ("", *routes, *routing.get("categorySeverity", {})):
-            router.resolve(category, None)
-            router.resolve(category, SEVERITIES[-1])
-    except MALFORMED:
-        return None
-    return router
-
-
-def find_rerouted(
-    state: State, source: Source, before: Router, router: Router, job: Job
-) -> dict[str, list[tuple[Position, Kind]]]:
-    """Find what waits in some lane and is now, unlike before, routed to other ones, too.
-
-    Returns for each of their sinks the records, in order: place, and kind (category, own severity).
-    """
-    taken_up, sinks = state.taken_up, before.config.sinks
-    waiting = {name: lane for name, lane in state.lanes.items() if lane.waiting_count and name in sinks}
-    found: dict[str, list[tuple[Position, Kind]]] = {}
-    if taken_up is None or not waiting:
-        return found
-    for record in source.read(min(lane.position for lane in waiting.values()), taken_up):
-        held = (
-            waiting_delivery(record, lane, sinks[name], before, job.loop_id)
-            for name, lane in waiting.items()
-            if any(start <= record.start < stop for start, stop in lane.ranges(taken_up))
-        )
-        delivery = next(filter(None, held), None)
-        if delivery is None:
-            continue
-        kind, known = delivery.escalation.kind, {sink.id for sink in delivery.resolution.selected}
-        for sink in router.resolve(*kind).dispatchable:
-            if sink.id not in known and sink.id in sinks and sink.id in state.lanes:
-                found.setdefault(sink.id, []).append((record.start, kind))
-    if found:  # under routes before those, it may have been theirs
-        settled = find_settled_of(job, found)
-        for sink_id, missed in found.items():
-            found[sink_id] = [item for item in missed if (*item[0][:2], sink_id) not in settled]
-    return found
-
-
-def find_settled_of(job: Job, sinks: Collection[str]) -> set[Key]:
-    """What these sinks have settled, by all the attempts there are."""
-    settled: set[Key] = set()
-    rows, _ = loop_rows(job, job.attempts_file, Checkpoint(), operator=True)
-    for row in rows:
-        with contextlib.suppress(*MALFORMED):
-            if row["sinkId"] in sinks and row["outcome"] in SETTLED and "peer" not in row:
-                settled.add(key_of_row(row, row["sinkId"]))
-    return settled
-
-
-class LaneRun:
-    """One lane of one loop in a pass: what it has to deliver, in order, and what came of it."""
-
-    def __init__(self, sink: Sink, ledger: Ledger, router: Router) -> None:
-        self.sink = sink
-        self.ledger = ledger
-        self.lane = ledger.state.lanes[sink.id]
-        # None while there is work. Whoever sets it holds the ledger's lock.
-        self.ending: Ending | None = None
-        self.error: Exception | None = None
-        # What came of the last attempt, for each of its deliveries that is not settled.
-        self.failures: dict[tuple[int, int], JsonObject] = {}
-        self._router = router
-        self._window = router.config.repeat_window
-        self._policy = router.config.policy
-        self._batch_size = ADAPTERS[sink.type].batch_size(sink)
-        self._began = ledger.taken_up
-        self._records = self._read()
-        # What was read and not settled, in order; and how many of these go out one by one.
-        self._put_back: deque[tuple[Record, Delivery | None]] = deque()
-        # What fails together again and again is sent one by one: it may be one record of it.
-        self._single = self._batch_size if self.lane.attempts >= SAME_RECORD_ATTEMPTS else 0
-
-    def behind(self, record: Record) -> bool:
-        """Tell whether the lane is still to come to a record in this pass. The ledger's lock is held."""
-        return self.ending is None and self.lane.position <= record.start
-
-    def is_over(self) -> bool:
-        """Tell whether the lane's pass is at its end, or given up."""
-        return self.ending is not None
-
-    def end(self, ending: Ending) -> None:
-        """Note how the pass ended for this lane, and wake up whoever waits for it."""
-        with self.ledger.changed:
-            self.ending = self.ending or ending
-            self.ledger.changed.notify_all()
-
-    def fail(self, error: Exception) -> None:
-        """End with an error that ends the loop's pass, too."""
-        with self.ledger.changed:
-            self.error = error
-            self.end("failed")
-
-    def next_batch(self) -> Batch | None:
-        """What goes out with the next request; None when the lane has caught up.
-
-        What needs no request, because it has expired or is a repeat, is settled on the way. A batch without
-        deliveries: that was so much that others come first. Raises OSError or StorageError.
+        `speaks`: it is the sink's answer, not only that of one peer of it.
         """
-        deliveries: list[Delivery] = []
-        repeats: list[Delivery] = []
-        memory = Memory(self.lane.told, self._window)
-        size = 1 if self._single else self._batch_size
-        self._single = max(0, self._single - 1)
-        records, held = 0, 0
-        step: tuple[Record, Delivery | None] | None = None
-        while (
-            len(deliveries) < size and records < TURN_RECORDS and held < TURN_BYTES and (step := self._next())
-        ):
-            record, delivery = step
-            records += 1
-            if delivery is None:
-                if not deliveries and not repeats:
-                    self.lane.position = max(self.lane.position, record.end)
-                continue
-            held += len(record.line)
-            delivery, repeated = memory.look_back(delivery)
-            if repeated:
-                memory.hold_back(delivery)
-                repeats.append(delivery)
-            elif expired(delivery, self.lane, self._policy, time.time()):
-                if deliveries:
-                    self._put_back.appendleft(step)
-                    break
-                self._settle(repeats, REPEATED)
-                repeats = []
-                self._settle([delivery], EXPIRED)
-            else:
-                if not deliveries:  # what was held back so far is not held back because of this one
-                    self._settle(repeats, REPEATED)
-                    repeats = []
-                memory.tell(delivery)
-                deliveries.append(delivery)
-        if not deliveries:
-            self._settle(repeats, REPEATED)
-            return None if step is None else Batch([], [])
-        return Batch(deliveries, repeats)
+        stored = found.stored
+        if not stored.reported:
+            return
+        self.queue.note_settled(stored, time.time())
+        if speaks:
+            deliveries = self.queue.deliveries_of(stored)
+            [lead] = [delivery for delivery in deliveries if delivery.lead and delivery.sink == found.sink]
+            entry = self._entry(lead, {})
+            self.counts.add_late(entry)
+            row = escalation_row(
+                self.job, stored, self.work.parse(stored), self.work.resolve(stored), [entry]
+            )
+            row |= {"late": True, **({"byOperator": True} if found.by_operator else {})}
+            self.queue.write_row(self.id, "telemetry", encode_json(row))
 
-    def _read(self) -> Iterator[tuple[Record, Delivery | None]]:
-        ledger = self.ledger
-        for start, stop in list(self.lane.ranges(ledger.source.stop)):
-            for record in ledger.source.read(start, stop):
-                yield record, self._route(record)
+    def _write_escalation(
+        self, stored: Stored, escalation: Escalation, resolution: Resolution, entries: list[JsonObject]
+    ) -> None:
+        row = escalation_row(self.job, stored, escalation, resolution, entries)
+        self.queue.write_row(self.id, "telemetry", encode_with_record(row, escalation))
+        self._count(row)
 
-    def _next(self) -> tuple[Record, Delivery | None] | None:
-        if self.ending:  # the pass has been given up
-            return None
-        return self._put_back.popleft() if self._put_back else next(self._records, None)
+    def _entry(self, found: Queued, waiting: dict[tuple[str, str], JsonObject]) -> JsonObject:
+        """What an escalation's row says of a sink, as things are. `waiting`: the entries of what was not
+        attempted yet, by sink and peer, which are the same for all."""
+        sink = self.work.config.sinks.get(found.sink)
+        kind = sink.type if sink else None
+        if found.status == "delivered":
+            return sink_entry(found.sink, kind, "success", found)
+        if found.status in ("dead", "skipped"):
+            dead = found.status == "dead"
+            return sink_entry(found.sink, kind, "failed" if dead else "skipped", found, dead=dead)
+        if found.attempts and found.reason_code:
+            return sink_entry(found.sink, kind, "failed", found)
+        place = (found.sink, found.peer)
+        if place not in waiting:
+            known = self.work.known_destination(*place)
+            status, why = "waiting", "waits for its turn"
+            if known is not None and known.consecutive_failures:
+                status, why = "failed", f"waits behind earlier deliveries ({known.reason_code})"
+                if known.next_attempt_at > time.time():
+                    why += f"; next attempt at {iso(known.next_attempt_at)}"
+            verdict = Verdict("retry", "delivery_deferred", message=why)
+            waiting[place] = sink_entry(found.sink, kind, status, verdict)
+        return waiting[place]
 
-    def split(self, batch: Batch) -> None:
-        """Take back a batch that was refused as a whole: its deliveries go out one by one."""
-        together = sorted([*batch.deliveries, *batch.repeats], key=lambda delivery: delivery.record.start)
-        self._put_back.extendleft((delivery.record, delivery) for delivery in reversed(together))
-        self._single = len(together)
+    def report(self, *, at_end: bool) -> None:
+        """Write the rows of new escalations in the order of ingestion: of those that are settled, and at the
+        end of the pass of those that wait, too."""
+        limit = ROWS_AT_ONCE if at_end else 1  # as long as the first one waits, the others need no look
+        while True:
+            with self.queue.transaction():
+                found = self.queue.unreported(self.id, limit)
+                written = self._report_first(found, self.queue.deliveries_of_all(found), at_end=at_end)
+            if written < limit:
+                return
+            limit = ROWS_AT_ONCE
+            self.flush_rows(all_of_them=True)
 
-    def missed_batch(self, peer: str, seconds: float) -> list[Delivery]:
-        """What a peer of a cluster has missed within these seconds, as much as one request holds."""
-        lag = self.lane.peers[peer]
-        memory = Memory({}, self._window)
-        missed: list[Delivery] = []
-        for record in self.ledger.source.read(lag.position, self.lane.position):
-            delivery = self._route(record)
-            if delivery is None:
-                continue
-            sent = max(lag.since, parse_time(delivery.escalation.timestamp) or 0.0)
-            if sent + seconds <= time.time():
-                continue
-            delivery, repeated = memory.look_back(delivery)
-            if repeated:
-                continue
-            memory.tell(delivery)
-            missed.append(delivery)
-            if len(missed) == self._batch_size:
+    def _report_first(
+        self, found: Sequence[Stored], deliveries: Mapping[int, Sequence[Queued]], *, at_end: bool
+    ) -> int:
+        """Write the rows of the first of these escalations, up to one that still waits; returns how many."""
+        written: list[tuple[Stored, bool]] = []
+        waiting: dict[tuple[str, str], JsonObject] = {}
+        for stored in found:
+            leads = [delivery for delivery in deliveries[stored.id] if delivery.lead]
+            if not at_end and any(delivery.status == "waiting" for delivery in leads):
                 break
-        return missed
+            settled = not any(delivery.status == "waiting" for delivery in deliveries[stored.id])
+            written.append((stored, settled))
+            if stored.unusable is not None:
+                self.queue.write_row(self.id, "telemetry", stored.unusable)
+                self._count(json.loads(stored.unusable))
+            else:
+                entries = [self._entry(delivery, waiting) for delivery in leads]
+                self._write_escalation(stored, self.work.parse(stored), self.work.resolve(stored), entries)
+        self.queue.note_reported(written, time.time())
+        return len(written)
 
-    def _route(self, record: Record) -> Delivery | None:
-        delivery = self._router.route(record, self.ledger.job.loop_id, late=record.start < self._began)
-        if isinstance(delivery, Unusable):
-            return None
-        if all(sink.id != self.sink.id for sink in delivery.resolution.dispatchable):
-            return None
-        return delivery if self.lane.takes(record.start, delivery.escalation.kind) else None
+    def write_rows(self) -> None:
+        """Write what there is to write while senders work."""
+        self.report(at_end=False)
+        self.flush_rows(all_of_them=False)
 
-    def _settle(self, deliveries: Sequence[Delivery], verdict: Verdict) -> None:
-        """Settle deliveries that are sent no request."""
-        with self.ledger.changed:
-            if deliveries and not self.ending:
-                attempt = self.lane.attempts if verdict is EXPIRED else 0
-                self.ledger.record(self.sink, deliveries, verdict, attempt=attempt, duration=0.0)
-
-
-# Every peer of a cluster has missed something, and none has got through it.
-CATCHING_UP = Verdict("retry", "request_failed", message="it has yet to get what it missed")
-EXPIRED = Verdict("dead_letter", "delivery_expired", message="waited longer than giveUpAfterSeconds")
-
-
-class SinkWorker:
-    """Serves one sink in a thread of its own: the lanes of all loops in turn, one request at a time.
-
-    So a sink has one connection, one pace and, where it is down, one failure, however many loops there are.
-    """
-
-    def __init__(
-        self,
-        sink: Sink,
-        policy: DeliveryPolicy,
-        origin: Origin,
-        redactor: Redactor,
-        changed: threading.Condition,
-    ) -> None:
-        self.sink = sink
-        self._policy = policy
-        self._origin = origin
-        # Until lanes are to be served, there is no time.
-        self._clock = Clock(0.0, threading.Event())
-        self._redactor = redactor
-        self._changed = changed
-        self._adapter = ADAPTERS[sink.type]
-        self._connections = Connections(sink)
-        self._pace = Pace.of(sink)
-        # The lanes that are still to be served, and those that wait until the sink is seen to be well.
-        self._runs: deque[LaneRun] = deque()
-        self._held: list[LaneRun] = []
-        # Whether one failure may be that of a record: the sink has answered well to another, just before.
-        self._well = False
-        # Of a cluster: the peers that have failed, and how. They are not asked again in this pass.
-        self._peers_down: dict[str, Verdict] = {}
-        # The lane that has found the sink unwell: nothing more is sent in this pass.
-        self._down: LaneRun | None = None
-        # The attempt that is on its way, and since when: guarded by the lock.
-        self._in_flight: tuple[LaneRun, Batch] | None = None
-        self._attempt_started = 0.0
-        self._abandoned = False
-        self._thread: threading.Thread | None = None
-
-    def note_paid(self, until: float) -> None:
-        """Count what earlier passes have sent: it is paid for then, at the sink's rate."""
-        if self._pace:
-            self._pace.take_over(until, time.time())
-
-    def serve(self, runs: Iterable[LaneRun], held: Iterable[LaneRun], clock: Clock) -> None:
-        """Serve these lanes, the one first that was served longest ago, in a thread that dies with the
-        process."""
-        if self._thread is not None and not self._abandoned:
-            self._thread.join()  # it has ended the lanes of an earlier call, and has nothing left to do
-        # What was tried and refused comes last: one record that a sink cannot take holds up one loop alone.
-        self._runs.extend(
-            sorted(runs, key=lambda run: (run.lane.attempts > 0, run.lane.last_success_at or 0.0))
-        )
-        self._held.extend(held)
-        self._clock = clock
-        limited = [run for run in self._held if run.lane.http_status == 429]
-        if limited and self._runs and self._down is None:  # what one loop was told is meant for all
-            self._down = max(limited, key=lambda run: run.lane.next_attempt_at or 0.0)
-        if self._abandoned:
-            self._put_off("failed")
-        else:
-            self._thread = threading.Thread(target=self._work, name=f"sink {self.sink.id}", daemon=True)
-            self._thread.start()
-
-    def _work(self) -> None:
-        if self._down is not None:
-            self._put_off("failed")
-        while self._runs:
-            run = self._runs.popleft()
-            try:
-                batch = run.next_batch()
-                ending: Ending | None = None
-                if batch is not None:
-                    ending = self._deliver(run, batch)
-                elif not self._catch_up_some_peer(run):
-                    ending = "caught_up"
-            except Exception as error:  # noqa: BLE001 - whatever it is, the main thread must learn of it
-                run.fail(error)
-                continue
-            if self._abandoned:
+    def flush_rows(self, *, all_of_them: bool) -> None:
+        """Move rows from the outbox into the files. Those that are there are deleted with the next ones:
+        until then no other row gets one of their numbers."""
+        if self.work.dry_run:
+            return
+        while True:
+            with self.queue.transaction():
+                if self._written:
+                    self.queue.clear_outbox(self.id, self._written)
+                    self._written = 0
+                rows = self.queue.outbox(self.id)
+            if not rows:
                 return
-            if ending is None:
-                self._runs.append(run)
-                continue
-            run.end(ending)
-            if ending == "abandoned":  # the loop's own trouble, none of the sink's
-                continue
-            if ending == "failed" and self._well:  # it may be that record alone: the next lane will tell
-                self._well = False
-                continue
-            if ending == "failed":
-                self._down = run
-            if ending != "caught_up":
-                self._put_off(ending)
-        for run in self._held:
-            run.end("failed")
-        self._held.clear()
-
-    def _put_off(self, ending: Ending) -> None:
-        """End the lanes that were not served: the sink is down, or the time is up."""
-        down = self._down
-        for run in (*self._runs, *self._held):
-            try:
-                batch = run.next_batch()
-            except Exception as error:  # noqa: BLE001 - whatever it is, the main thread must learn of it
-                run.fail(error)
-                continue
-            with self._changed:
-                if batch is not None and batch.deliveries:
-                    run.lane.oldest_pending_at = batch.deliveries[0].escalation.written_at
-                if batch is not None and ending == "failed" and down is not None and down is not run:
-                    run.lane.wait_like(down.lane, run.ledger.state.sink_digest(self.sink))
-                run.end("caught_up" if batch is None else ending)
-        self._runs.clear()
-        self._held.clear()
-
-    def _deliver(self, run: LaneRun, batch: Batch) -> Ending | None:
-        """Try until the batch is settled (None), or until this pass is over for the lane."""
-        if not batch.deliveries:
-            return None if self._clock.left > 0 else "out_of_time"
-        for tries in range(1, self._policy.max_attempts_per_pass + 1):
-            if self._clock.left <= 0 or not self._keep_pace(run):
-                return self._stop_at(run, batch, "out_of_time")
-            wait = self._attempt(run, batch, tries)
-            if wait is None:
-                return run.ending
-            if not self._clock.pause(wait):
-                return self._stop_at(run, batch, "failed")
-        return self._stop_at(run, batch, "failed")
-
-    def _stop_at(self, run: LaneRun, batch: Batch, ending: Ending) -> Ending:
-        run.lane.oldest_pending_at = batch.deliveries[0].escalation.written_at
-        return ending
-
-    def _keep_pace(self, run: LaneRun) -> bool:
-        """Wait until the sink's rate allows a request; tells whether the time budget allows that."""
-        if self._pace is None:
-            return True
-        wait = self._pace.wait(time.time())
-        if wait and not self._clock.pause(wait):
-            return False
-        self._pace.spend(time.time())
-        run.lane.paced_until = self._pace.until
-        return True
-
-    def _attempt(self, run: LaneRun, batch: Batch, tries: int) -> float | None:
-        """Make one attempt and write it down.
-
-        Returns the seconds until the next one; None where there is none, because the batch is settled or
-        the attempt has been abandoned.
-        """
-        missing = self._adapter.missing_secrets(self.sink)
-        # On a busy machine this takes longer than many a request: its time is none of the sink's.
-        import requests  # noqa: F401
-
-        with self._changed:
-            if run.is_over():  # while it waited for its turn, the loop's pass has failed
-                return None
-            run.ledger.check_lock()
-            self._in_flight, self._attempt_started = (run, batch), time.monotonic()
-        if missing:
-            verdict = Verdict("misconfigured", "missing_secret", message=f"unset: {' '.join(missing)}")
-        else:
-            try:
-                verdicts = self._ask(run, batch)
-            except BaseException:
-                with self._changed:
-                    self._in_flight = None
-                raise
-            verdict = best_verdict(verdicts)
-        with self._changed:
-            self._in_flight = None
-            if self._abandoned:  # it is on record as timed out
-                return None
-            if verdict.outcome == "dead_letter" and self._adapter.splits and len(batch.deliveries) > 1:
-                run.split(batch)
-                return None
-            try:
-                if verdict.outcome == "delivered":
-                    for peer, said in verdicts.items():
-                        if said.outcome != "delivered" and peer not in run.lane.peers:
-                            run.ledger.record_peer(
-                                self.sink, peer, batch.deliveries, said, self._peer_wait(run, peer, said)
-                            )
-                wait = self._settle(run, batch, verdict, tries)
-            except StorageError:
-                if run.is_over():  # that is what the loop's pass has failed for, or no worse
-                    return None
-                raise
-            return None if run.is_over() else wait
-
-    def is_asking_for(self, ledger: Ledger) -> bool:
-        """Tell whether an attempt of a loop's pass is on its way. The lock is held."""
-        return self._in_flight is not None and self._in_flight[0].ledger is ledger
-
-    def _ask(self, run: LaneRun, batch: Batch) -> dict[str, Verdict]:
-        """Send a batch to every peer that has missed nothing. Where none of them takes it, to the others, as
-        soon as they have what they missed: each peer gets everything in order, and once."""
-        peers, behind = self._connections.peers, run.lane.peers
-        current = [peer for peer in peers if peer not in behind and peer not in self._peers_down]
-        verdicts = self._ask_peers(batch.deliveries, current)
-        if any(verdict.outcome == "delivered" for verdict in verdicts.values()):
-            missed = {peer: said for peer, said in self._peers_down.items() if peer not in behind}
-            return missed | verdicts
-        for peer in [peer for peer in behind if peer in peers and peer not in self._peers_down]:
-            if self._clock.left > 0 and self._catch_up(run, peer):
-                verdicts |= self._ask_peers(batch.deliveries, [peer])
-        # Where all of them have failed before, only asking again can tell whether that is over.
-        if not verdicts and self._clock.left > 0:
-            verdicts = self._ask_peers(batch.deliveries, [peer for peer in peers if peer not in behind])
-        return verdicts or dict.fromkeys(peers, CATCHING_UP)
-
-    def _ask_peers(self, deliveries: Sequence[Delivery], peers: Sequence[str]) -> dict[str, Verdict]:
-        """Send deliveries to these peers at the same time. One that fails is down for this pass."""
-        if not peers:
-            return {}
-        with self._changed:
-            self._attempt_started = float("inf")
-        request = self._connections.build(deliveries, self._origin._replace(emitted_at=time.time()))
-        with self._changed:
-            self._attempt_started = time.monotonic()
-        verdicts = self._connections.ask(request, self._redactor, peers)
-        if len(self._connections.peers) > 1:
-            for peer, verdict in verdicts.items():
-                if verdict.outcome in SETTLED:
-                    self._peers_down.pop(peer, None)
-                else:
-                    self._peers_down[peer] = verdict
-        return verdicts
-
-    def _catch_up_some_peer(self, run: LaneRun) -> bool:
-        """Send a peer that is due one request of what it has missed; tells whether there was one.
-
-        One at a time, when the lane has nothing else to send: what is new comes first.
-        """
-        for peer, lag in list(run.lane.peers.items()):
-            if peer not in self._connections.peers:
-                del run.lane.peers[peer]
-            elif self._clock.left > 0 and peer not in self._peers_down and lag.due(time.time()):
-                if not self._keep_pace(run):
-                    return False
-                self._catch_up_once(run, peer)
-                return True
-        return False
-
-    def _catch_up(self, run: LaneRun, peer: str) -> bool:
-        """Send a peer all that it has missed; tells whether it has everything then."""
-        while peer in run.lane.peers and self._clock.left > 0 and run.ending is None:
-            if not self._keep_pace(run) or not self._catch_up_once(run, peer):
-                return False
-        return peer not in run.lane.peers
-
-    def _catch_up_once(self, run: LaneRun, peer: str) -> bool:
-        """Send a peer one request of what it has missed, if anything; tells whether it took it."""
-        missed = run.missed_batch(peer, self._adapter.seconds_to_catch_up(self.sink))
-        if not missed:
-            with self._changed:
-                del run.lane.peers[peer]
-            return True
-        verdict = self._ask_peers(missed, [peer])[peer]
-        with self._changed:
-            if run.ending is None:
-                # What it refuses it is not asked for again: another peer has it.
-                run.ledger.record_peer(self.sink, peer, missed, verdict, self._peer_wait(run, peer, verdict))
-        return verdict.outcome in SETTLED
-
-    def _peer_wait(self, run: LaneRun, peer: str, verdict: Verdict) -> float | None:
-        if verdict.outcome in SETTLED:
-            return None
-        lag = run.lane.peers.get(peer)
-        return self._backoff(verdict, lag.backoff_step if lag else 0)
-
-    def _settle(self, run: LaneRun, batch: Batch, verdict: Verdict, tries: int) -> float | None:
-        """Write down an attempt; the lock is held. Returns the seconds until the next one."""
-        lane = run.lane
-        wait, gave_up = None, False
-        if verdict.outcome not in SETTLED:
-            last = tries >= self._policy.max_attempts_per_pass
-            wait = self._quick_wait(verdict, tries)
-            gave_up = last or wait is None or wait >= self._clock.left
-            if gave_up:
-                wait = self._backoff(verdict, lane.backoff_step)
-            batch = Batch(batch.deliveries, [])
-        elif verdict.outcome == "dead_letter":
-            batch = batch.refused()
-        entries = run.ledger.record(
-            self.sink,
-            batch.deliveries,
-            verdict,
-            attempt=lane.attempts + 1,
-            duration=time.monotonic() - self._attempt_started,
-            wait=wait,
-            gave_up=gave_up,
-            repeats=batch.repeats,
-        )
-        if verdict.outcome in SETTLED:
-            run.failures = {}
-            if verdict.http_status is not None:
-                self._well = True
-                self._runs.extend(self._held)
-                self._held = []
-            return None
-        if verdict.retry_after is not None:
-            self._well = False
-        places = (delivery.record.start[:2] for delivery in batch.deliveries)
-        run.failures = dict(zip(places, entries, strict=True))
-        # A backoff is for another pass, however short it came out.
-        return NOT_IN_THIS_PASS if gave_up else wait
-
-    def _quick_wait(self, verdict: Verdict, tries: int) -> float | None:
-        """Seconds until another try within this pass; None where that would be of no use, or a repeat.
-
-        After a timeout or a hang-up the sink may have acted on the request: that is not tried at once.
-        """
-        if verdict.outcome != "retry" or not verdict.not_taken:
-            return None
-        if verdict.retry_after is not None:
-            return verdict.retry_after
-        return jitter(min(self._policy.backoff_initial, QUICK_RETRY_SECONDS * 2**tries))
-
-    def _backoff(self, verdict: Verdict, step: int) -> float:
-        """Seconds until another pass may try: exponential with full jitter; long where nobody mends it."""
-        policy = self._policy
-        if verdict.outcome == "misconfigured":
-            return policy.backoff_max / 2 + jitter(policy.backoff_max / 2)
-        longest = min(policy.backoff_max, policy.backoff_initial * 2 ** min(step, 30))
-        return max(verdict.retry_after or 0.0, jitter(longest))
-
-    def watch(self) -> float | None:
-        """Abandon an attempt that is over its time, whatever holds it: name lookup, handshake, a dripping
-        answer. The lock is held. Returns the seconds until there is something to look at again."""
-        if self._abandoned or self._in_flight is None:
-            return None
-        left = self._attempt_started + self.sink.timeout_seconds + TIMEOUT_GRACE - time.monotonic()
-        if left > 0:
-            return left
-        (run, batch), self._in_flight = self._in_flight, None
-        self._abandoned, self._down = True, run
-        verdict = timed_out(self.sink, *self._connections.peers)
-        if not run.ending:
-            try:
-                self._settle(run, batch, verdict, self._policy.max_attempts_per_pass)
-                run.end(self._stop_at(run, batch, "failed"))
-            except DispatchError as error:
-                run.fail(error)
-        self._put_off("failed")
-        return None
-
-
-def jitter(longest: float) -> float:
-    """A random part of a wait, so that many lanes on many machines do not come back at the same moment."""
-    import random
-
-    return random.uniform(0.0, longest)  # noqa: S311
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The pass
-# ---------------------------------------------------------------------------------------------------------
-
-# How long the writer of rows sleeps while lanes work: rows are written in batches, off the lanes' path.
-ROW_INTERVAL = 0.05
-# So many loops with work are open at a time, each with so many files: its lock, its source and what was
-# rotated out of it, its attempts and its telemetry. Besides, there are the connections.
-LOOPS_AT_ONCE = 64
-FILES_OF_A_LOOP = 8
-FILES_BESIDES = 64
-
-
-class Pass:
-    """One pass over one loop: what is new is taken up, and every lane goes as far as it can.
-
-    `begin`, then whoever drives it serves `runs` and `held` and goes through `work`, then `finish`.
-    """
-
-    def __init__(
-        self,
-        job: Job,
-        router: Router,
-        state: State,
-        source: Source,
-        redactor: Redactor,
-        changed: threading.Condition,
-        lock: tuple[int, int],
-        clock: Clock,
-        progress: Callable[[int], None],
-    ) -> None:
-        self.job = job
-        self.router = router
-        self.config = router.config
-        self.state = state
-        self.source = source
-        # Whoever drives it may give it a share of this.
-        self.clock = clock
-        self._progress = progress
-        self.ledger = Ledger(job, state, source, redactor, changed, lock)
-        # The lanes that may try, and those that wait.
-        self.runs: dict[str, LaneRun] = {}
-        self.held: dict[str, LaneRun] = {}
-        # What it has failed for.
-        self.error: DispatchError | None = None
-        # Whether the state does not know the source, the lanes or the config as they are now.
-        self._changed = False
-
-    # -- before anything is sent
-
-    def begin(self) -> bool:
-        """Find the place where the last pass ended, bring the lanes in line with source and config, and get
-        ready to write. Returns whether there is anything to do.
-
-        Raises StateError, StorageError or OSError.
-        """
-        self._find_place()
-        if self.state.taken_up is None:
-            return False
-        self._open_lanes()
-        busy = bool(self.runs or self.ledger.taken_up < self.source.stop or self.state.unrecorded)
-        if busy:
-            # Rows name segments and lanes: the state must know them before the first row does.
-            if self._changed or not self.state.published.get("source"):
-                self.ledger.account_for_events()
-                self._save(self.state.published or self._summary("no_new_escalations"), durable=False)
-            self.ledger.prepare()
-            self._write_owed_rows()
-        return busy
-
-    def _find_place(self) -> None:
-        state, source = self.state, self.source
-        if state.taken_up is None and source.segments:
-            state.taken_up = after_lines(source, state.legacy_lines)
-            for sink_id, sink in self.config.sinks.items():
-                if sink.enabled:
-                    state.lanes[sink_id] = Lane(state.taken_up)
-            state.recount = False
-        if state.taken_up is None:
-            state.config_digest = self.config.digest
-            return
-        last_read, lost = state.taken_up.segment, source.readable_from(state.taken_up)
-        if lost:
-            what = source.change or "removed"
-            message = (
-                f"the file that was taken up to line {state.taken_up.line} is gone ({what}): what was "
-                "appended to it after that, if anything, was not read"
-            )
-            self.ledger.write_event(None, "skipped", "source_replaced", None, message)
-            state.taken_up = lost
-        elif source.unread and source.current:
-            names = ", ".join(map(printable, source.unread))
-            message = f"the source was rotated, and what {names} may hold of it was not read"
-            self.ledger.write_event(None, "skipped", "source_replaced", None, message)
-        unknown = any(sink.enabled and name not in state.lanes for name, sink in self.config.sinks.items())
-        changed = state.config_digest != self.config.digest or unknown
-        if changed or state.recount:
-            self._align_lanes()
-        self._note_lost_segments(last_read)
-        waits = [lane.position for lane in state.lanes.values() if lane.waiting_count or state.recount]
-        self._changed |= changed or bool(lost or source.change) or len(source.segments) != len(state.segments)
-        if (changed or state.recount) and waits and not source.is_at_hand(min(waits)):
-            return  # what waits cannot be looked at: what becomes of it is for when it can be
-        if changed or state.recount:
-            before = router_before(state)
-            if changed and before is not None:
-                self._reroute(before)
-            for sink_id, lane in state.lanes.items():
-                if lane.waiting_count or lane.position < self.ledger.taken_up:
-                    self._apply_routes(sink_id, lane)
-        state.config_digest, state.recount = self.config.digest, False
-        state.rules = self.config.rules()
-
-    def _align_lanes(self) -> None:
-        """Open lanes for new sinks, hold those of disabled ones, drop those of removed ones, on record."""
-        state, taken_up = self.state, self.ledger.taken_up
-        for sink_id in sorted(set(state.lanes) - set(self.config.sinks)):
-            lane = state.lanes.pop(sink_id)
-            if lane.waiting_count:
-                message = (
-                    f"sink {sink_id} was removed while {plural(lane.waiting_count, 'delivery')} "
-                    f"waited, the oldest of {lane.oldest_pending_at or 'unknown time'}"
-                )
-                self.ledger.write_event(sink_id, "skipped", "sink_removed", lane.waiting_count, message)
-        for sink_id, sink in self.config.sinks.items():
-            held = state.lanes.get(sink_id)
-            if held is None:
-                if sink.enabled:
-                    state.lanes[sink_id] = Lane(taken_up)
-            elif not sink.enabled:
-                held.disabled_at = held.disabled_at or taken_up
-            elif held.disabled_at is not None:
-                if held.disabled_at < taken_up:
-                    held.gaps.append((held.disabled_at, taken_up))
-                held.disabled_at = None
-
-    def _note_lost_segments(self, taken_up: int) -> None:
-        """Put on record what is lost because files of the source are gone, while newer ones are there. Where
-        one is back, what waits in it is sent after all. `taken_up`: the segment that was read last."""
-        source, lanes = self.source, self.state.lanes
-        newest = max((s.number for s in source.segments if s.descriptor is not None), default=0)
-        changed = [
-            s for s in source.segments[:-1] if s.number < newest and s.lost is not (s.descriptor is None)
-        ]
-        self._changed |= bool(changed)
-        for segment in changed:
-            segment.lost = not segment.lost
-            if segment.lost and segment.number > taken_up:
-                message = "a file of the source is gone that was rotated before all of it was taken up"
-                self.ledger.write_event(None, "skipped", "source_replaced", None, message)
-        back = {segment.number for segment in changed if not segment.lost}
-        for sink_id, lane in lanes.items() if changed else ():
-            if lane.position.segment > changed[-1].number:
-                continue
-            before = lane.waiting_count
-            self._recount(sink_id, lane)
-            returned = 0
-            if back:
-                found = self._backlog(sink_id, lane)
-                returned = sum(delivery.record.start.segment in back for delivery in found)
-                self.state.note_found(returned)
-            if (dropped := before + returned - lane.waiting_count) > 0:
-                message = (
-                    f"{plural(dropped, 'delivery')} to {sink_id} lost: the file that held the records "
-                    f"was removed, compressed or truncated before they were sent"
-                )
-                self.ledger.write_event(sink_id, "failed", "source_lost", dropped, message)
-
-    def _reroute(self, before: Router) -> None:
-        """Take lanes back to what waits elsewhere and is now, unlike before, routed to them."""
-        found = find_rerouted(self.state, self.source, before, self.router, self.job)
-        for sink_id, missed in found.items():
-            if count := self.state.lanes[sink_id].go_back(missed):
-                message = (
-                    f"{plural(count, 'delivery')} waited for another sink, and a route leads to {sink_id} now"
-                )
-                self.ledger.write_event(sink_id, "skipped", "route_changed", None, message, rerouted=count)
-
-    def _apply_routes(self, sink_id: str, lane: Lane) -> None:
-        """Count what waits in a lane under the routes of a changed config; what they drop, and what they add
-        to what the lane has yet to come to, is on record."""
-        waited = lane.waiting_count
-        self._recount(sink_id, lane)
-        if self.state.recount:  # what was rebuilt from telemetry is counted for the first time
-            return
-        if (dropped := waited - lane.waiting_count) > 0:
-            message = f"{plural(dropped, 'delivery')} waited for {sink_id}, where no route leads any more"
-            self.ledger.write_event(sink_id, "skipped", "route_changed", dropped, message)
-        elif dropped < 0:
-            message = (
-                f"{plural(-dropped, 'delivery')} that {sink_id} has yet to come to, and a route leads to now"
-            )
-            self.ledger.write_event(sink_id, "skipped", "route_changed", None, message, rerouted=-dropped)
-
-    def _backlog(self, sink_id: str, lane: Lane) -> Iterator[Delivery]:
-        sink, taken_up = self.config.sinks[sink_id], self.ledger.taken_up
-        return backlog(lane, sink, self.router, self.source, taken_up, self.job.loop_id)
-
-    def _recount(self, sink_id: str, lane: Lane) -> None:
-        count_backlog(lane, self._backlog(sink_id, lane))
-
-    def _open_lanes(self) -> None:
-        """Find the lanes that have something to go through, and which of them may try."""
-        if self.job.max_escalations:
-            self._limit(self.job.max_escalations)
-        now = time.time()
-        for sink_id, lane in self.state.lanes.items():
-            sink = self.config.sinks[sink_id]
-            missed = any(lag.due(now) for lag in lane.peers.values())
-            if not sink.enabled or not (missed or any(lane.ranges(self.source.stop))):
-                continue
-            digest = self.state.sink_digest(sink) if lane.next_attempt_at else ""
-            due = self.job.now or lane.due(now, digest)
-            (self.runs if due else self.held)[sink_id] = LaneRun(sink, self.ledger, self.router)
-
-    def _write_owed_rows(self) -> None:
-        """Write the late rows that a kill between attempt and row has cost."""
-        for attempt in [attempt for attempt in self.state.unrecorded if attempt.get("late")]:
-            for record in self.source.read(start_of_row(attempt), end_of_row(attempt)):
-                delivery = self.router.route(record, self.job.loop_id, late=True)
-                if not isinstance(delivery, Unusable):
-                    self.ledger.write_late_rows([(delivery, sink_entry(attempt))])
-                self.state.unrecorded.remove(attempt)
-
-    def _limit(self, count: int) -> None:
-        for record in self.source.read(self.ledger.taken_up):
-            count -= 1
-            if count == 0:
-                self.source.stop = record.end
+            self._append(rows)
+            self._written, self._flushed = rows[-1][0], True
+            if not all_of_them:
                 return
 
-    # -- while the lanes work
+    def _append(self, rows: Sequence[tuple[int, str, bytes]]) -> None:
+        for file, path in (("attempts", self.job.attempts_file), ("telemetry", self.job.telemetry_file)):
+            if data := b"".join(row + b"\n" for _, name, row in rows if name == file):
+                append_rows(path, data)
 
-    def work(self) -> Iterator[None]:
-        """Write the rows of what is new as the lanes get through it. Yields whenever it has to wait for one.
+    def _recover_rows(self) -> None:
+        """Append what a killed pass has left in the outbox, but for the rows that are in the files
+        already."""
+        while rows := self.queue.outbox(self.id):
+            missing = list(rows)
+            for file, path in (("attempts", self.job.attempts_file), ("telemetry", self.job.telemetry_file)):
+                sent = [row for _, name, row in rows if name == file]
+                there = rows_at_end(path, sum(map(len, sent)) + len(sent)) if sent else Counter()
+                left: list[tuple[int, str, bytes]] = []
+                for item in missing:
+                    if item[1] == file and there[item[2]]:
+                        there[item[2]] -= 1
+                    else:
+                        left.append(item)
+                missing = left
+            self._append(missing)
+            with self.queue.transaction():
+                self.queue.clear_outbox(self.id, rows[-1][0])
 
-        Raises StorageError or OSError when something could not be read or written.
-        """
-        yield from self._take_up()
-        while any(run.ending is None for run in (*self.runs.values(), *self.held.values())):
-            yield
-            self._raise_errors()
-        self._raise_errors()
-        yield from self._take_up()  # what was on its way when the budget was used up, and has come since
-
-    def _take_up(self) -> Iterator[None]:
-        """Take up what is new: write the row of each escalation once its sinks have answered or it is known
-        that they will not in this pass."""
-        if self.ledger.taken_up >= self.source.stop:
-            return
-        for record in self.source.read(self.ledger.taken_up):
-            if self.clock.left <= 0 and not self._answered_beyond(record):
-                return
-            delivery = self.router.route(record, self.job.loop_id, late=False)
-            if isinstance(delivery, Unusable):
-                with self.ledger.changed:
-                    self.ledger.write_unusable(record, delivery)
-                self._progress(1)
-                continue
-            while True:
-                with self.ledger.changed:  # held until the row is written: what comes later is late
-                    if not self._must_wait(record, delivery.resolution):
-                        entries = self._answers(record, delivery.resolution)
-                        if entries is None:
-                            return
-                        self.ledger.write_row(delivery, entries)
-                        break
-                yield
-                self._raise_errors()
-            self._progress(1)
-
-    def _must_wait(self, record: Record, resolution: Resolution) -> bool:
-        """Tell whether a lane is still to come to a record, and there is room to wait for it."""
-        return len(self.ledger.results) <= ROW_WINDOW and any(
-            self.runs[sink.id].behind(record) and (*record.start[:2], sink.id) not in self.ledger.results
-            for sink in resolution.dispatchable
-            if sink.id in self.runs
-        )
-
-    def _answers(self, record: Record, resolution: Resolution) -> list[JsonObject] | None:
-        """What the sinks of a record said. None: the budget is used up and no sink has been asked yet."""
-        ledger = self.ledger
-        entries: list[JsonObject] = []
-        out_of_time = False
-        for sink in resolution.dispatchable:
-            entry = ledger.results.get((*record.start[:2], sink.id))
-            run = self.runs.get(sink.id)
-            out_of_time |= entry is None and run is not None and run.ending == "out_of_time"
-            entries.append(entry or self._put_off(record, sink, run))
-        if out_of_time and not self._answered_beyond(record):
-            return None
-        for sink in resolution.dispatchable:
-            ledger.results.pop((*record.start[:2], sink.id), None)
-        return entries
-
-    def _answered_beyond(self, record: Record) -> bool:
-        """Tell whether a lane has tried this record or a later one, whose row is still to be written."""
-        tried = [place for run in self.runs.values() for place in run.failures]
-        return any(key[:2] >= record.start[:2] for key in (*self.ledger.results, *tried))
-
-    def _put_off(self, record: Record, sink: Sink, run: LaneRun | None) -> JsonObject:
-        """The entry of a sink that has not taken a record in this pass: its failure, or that it waits."""
-        if run is not None and (failure := run.failures.get(record.start[:2])):
-            return failure
-        lane = self.state.lanes[sink.id]
-        if lane.position > record.start:  # settled before a crash that has cost its row
-            message = "settled in an earlier pass"
-            return {**entry_without_answer(sink), "status": "success", "message": message}
-        why = (
-            f"waits behind earlier deliveries ({lane.reason_code})" if lane.reason_code else "waits its turn"
-        )
-        if lane.next_attempt_at:
-            why += f"; next attempt at {iso(lane.next_attempt_at)}"
-        return {**entry_without_answer(sink), "reasonCode": "delivery_deferred", "message": why}
-
-    def _raise_errors(self) -> None:
-        for run in (*self.runs.values(), *self.held.values()):
-            if run.error is not None:
-                raise run.error
-
-    # -- afterwards
-
-    def abandon(self, error: DispatchError | None = None) -> None:
-        """Send nothing more. No lane is in the middle of a row when this returns."""
-        self.error = error
-        with self.ledger.changed:
-            for run in (*self.runs.values(), *self.held.values()):
-                run.ending = run.ending or "abandoned"
+    # -- the end
 
     def finish(self) -> JsonObject:
-        """Write the state. Returns the summary. Raises StorageError."""
-        if self.state.taken_up is not None:
-            self._settle_lanes()
-        counts = self.ledger.counts
+        """Write the rows that are still to be written, and the summary; returns that. Raises
+        DispatchError."""
+        self.report(at_end=True)
+        self.flush_rows(all_of_them=True)
+        summary = self.summary()
+        if not self.work.dry_run:
+            replace_file(self.job.state_file, encode_json(summary) + b"\n", durable=self._flushed)
+        return summary
+
+    def summary(self) -> JsonObject:
+        """The summary of the pass: what the state file holds, and `dispatch` prints."""
+        counts = self.counts
         if not counts.processed:
-            return self._publish("no_new_escalations" if self.source.present else "no_source")
-        if not counts.failed:
-            return self._publish("success")
-        return self._publish("partial" if counts.dispatched else "failed")
+            status = "no_new_escalations" if self.source.present else "no_source"
+        elif not counts.failed:
+            status = "success"
+        else:
+            status = "partial" if counts.dispatched else "failed"
+        sinks = sink_figures(self.queue, self.id, self.work.config.sinks)
+        for sink_id, figure in sinks.items():
+            sink = self.work.config.sinks.get(sink_id)
+            before = self._before.get(sink_id, {}).get("delivered", 0)
+            figure |= {
+                "enabled": sink is not None and sink.enabled,
+                "sentCount": figure["deliveredCount"] - before,
+                "perMinute": deliveries_a_minute(sink) if sink else None,
+            }
+        unread = self.source.count_unread()
+        clock = self.work.clock
+        waiting = any(figure["waitingCount"] for figure in sinks.values())
+        stopped = None
+        if (waiting and clock.cut_short) or (unread and not self.has_read_all):
+            stopped = "signal" if clock.stop.is_set() else "time_budget"
+        return {
+            **empty_summary(self.job, status),
+            "processedCount": counts.processed,
+            "dispatchedCount": counts.dispatched,
+            "skippedCount": counts.skipped,
+            "failedCount": counts.failed,
+            "failureReasonCodes": sorted(counts.reason_codes),
+            "escalationsLineOffset": self.source.lines_read,
+            "escalationsLineCount": self.source.lines_read + unread,
+            "unreadCount": unread,
+            "stoppedBy": stopped,
+            "lateDispatchedCount": counts.late_dispatched,
+            "lateFailedCount": counts.late_failed,
+            "waitingCount": sum(sink["waitingCount"] for sink in sinks.values()),
+            "deadLetterCount": sum(sink["deadLetterCount"] for sink in sinks.values()),
+            "laggingCount": sum(len(sink["laggingPeers"]) for sink in sinks.values()),
+            "sinks": sinks,
+            "stateVersion": STATE_VERSION,
+            "queueFile": self.job.queue_file,
+            "configDigest": self.work.config.digest,
+            "cursor": self.source.cursor.to_json(),
+        }
 
-    def _settle_lanes(self) -> None:
-        """Bring the lanes' places in line with what was taken up, and forget what nobody needs any more."""
-        state, source, taken_up = self.state, self.source, self.ledger.taken_up
-        now = time.time()
-        # What the source is not there for stays on the list.
-        state.unrecorded = [
-            row
-            for row in state.unrecorded
-            if row.get("late") or key_of_row(row, row["sinkId"]) in self.ledger.results
-        ]
-        for sink_id, lane in state.lanes.items():
-            run = self.runs.get(sink_id) or self.held.get(sink_id)
-            if run is not None and run.ending == "caught_up":
-                lane.position = taken_up
-            settled = [end_of_row(row) for row in state.unrecorded if row["sinkId"] == sink_id]
-            lane.position = min(lane.position, max([taken_up, *settled]))
-            lane.gaps = [gap for gap in lane.gaps if lane.position < gap[1]]
-            lane.rerouted = [stretch for stretch in lane.rerouted if lane.position < stretch.stop]
-            if lane.waiting_count:
-                lane.lagging_since = min(lane.lagging_since or now, now)
-            else:
-                lane.lagging_since = lane.oldest_pending_at = None
-        source.mark_taken_up(taken_up)
-        needed = [lane.position for lane in state.lanes.values()]
-        needed += [lag.position for lane in state.lanes.values() for lag in lane.peers.values()]
-        source.forget_before(min([taken_up, *needed]).segment)
+    def count_deliveries(self) -> tuple[int, int]:
+        """How many deliveries have ended in this pass, and how many wait."""
+        tallies = self.queue.tallies(self.id)
+        ended = sum(
+            tally[key] - self._before.get(sink_id, {}).get(key, 0)
+            for sink_id, tally in tallies.items()
+            for key in ("delivered", "given_up", "skipped")
+        )
+        return ended, sum(tally["waiting"] for tally in tallies.values())
 
-    def _summary(self, status: str) -> JsonObject:
-        return summarise(self.job, self.state, self.source, self.ledger.counts, status)
-
-    def _save(self, summary: JsonObject, *, durable: bool) -> None:
-        self.state.segments, self.state.seen_at = self.source.segments, self.source.opened_at
-        self.state.forgotten = self.source.forgotten
-        self.state.published = {**summary, **self.state.to_json(self.source)}
-        replace_file(self.job.state_file, encode_json(self.state.published) + b"\n", durable=durable)
-
-    def _publish(self, status: str) -> JsonObject:
-        self.ledger.flush()
-        self._save(self._summary(status), durable=self.ledger.wrote)
-        return self.state.published
-
-
-def entry_without_answer(sink: Sink) -> JsonObject:
-    return {"id": sink.id, "type": sink.type, "status": "failed", "httpStatus": None, "reasonCode": None}
-
-
-def after_lines(source: Source, lines: int) -> Position:
-    """The place after so many lines of the source: where the shell dispatcher stopped.
-
-    It counted lines of a file that may have been rotated since: one with fewer lines is a new file.
-    """
-    position = source.first()
-    if lines:
-        for record in source.read(position):
-            if record.end.line == lines:
-                return record.end
-    return position
+    def close(self) -> None:
+        self.source.close()
 
 
-def summarise(job: Job, state: State, source: Source | None, counts: Counts, status: str) -> JsonObject:
-    """The summary of a pass, with the fields that the host reads."""
-    taken, total = state.legacy_lines, 0
-    current = source.current if source else None
-    if state.taken_up is not None:
-        taken = state.taken_up.line
-        if current is not None and current.number != state.taken_up.segment:
-            taken = 0
-    if source is not None and current is not None:
-        start = Position(current.number, 0, 0)
-        if state.taken_up is not None and state.taken_up.segment == current.number:
-            start = state.taken_up
-        total = start.line + source.count_lines(start, Position(current.number, current.stop, 0))
+STATE_VERSION = 2
+COUNT_KEYS = ("processedCount", "dispatchedCount", "skippedCount", "failedCount")
+LINE_COUNTS = ("escalationsLineOffset", "escalationsLineCount")
+
+
+def empty_summary(job: Job, status: str) -> JsonObject:
+    """The fields that the host reads, for a pass that did nothing."""
     return {
         "schemaVersion": SCHEMA_VERSION,
         "updatedAt": iso(time.time()),
@@ -6119,133 +6469,867 @@ def summarise(job: Job, state: State, source: Source | None, counts: Counts, sta
         "escalationsFile": job.escalations_file,
         "dispatchTelemetryFile": job.telemetry_file,
         "status": status,
-        "processedCount": counts.processed,
-        "dispatchedCount": counts.dispatched,
-        "skippedCount": counts.skipped,
-        "failedCount": counts.failed,
-        "failureReasonCodes": sorted(counts.reason_codes),
-        "escalationsLineOffset": taken,
-        "escalationsLineCount": total,
-        "lateDispatchedCount": counts.late_dispatched,
-        "lateFailedCount": counts.late_failed,
-        **count_lanes(state),
+        **dict.fromkeys(COUNT_KEYS, 0),
+        "failureReasonCodes": [],
+        "escalationsLineOffset": 0,
+        "escalationsLineCount": 0,
+        "unreadCount": 0,
+        "stoppedBy": None,
+        "lateDispatchedCount": 0,
+        "lateFailedCount": 0,
+        "waitingCount": 0,
+        "deadLetterCount": 0,
     }
 
 
-def count_lanes(state: State) -> JsonObject:
-    """What the lanes of a loop come to."""
+def sink_figures(queue: Queue, loop: int, sinks: Mapping[str, Sink]) -> dict[str, JsonObject]:
+    """How a loop's sinks stand: what waits, and what is known of their destinations. By sink id."""
+    figures: dict[str, JsonObject] = {}
+    tallies = queue.tallies(loop)
+    for sink_id in {**sinks, **tallies}:
+        tally = tallies.get(sink_id, {})
+        known = queue.destinations_of(sink_id)
+        if sink_id not in sinks and not tally.get("waiting") and not tally.get("dead"):
+            continue
+        figures[sink_id] = sink_figure(queue, loop, sink_id, tally, known)
+    return figures
+
+
+def sink_figure(
+    queue: Queue, loop: int, sink_id: str, tally: JsonObject, known: Mapping[str, Destination]
+) -> JsonObject:
+    """How one sink of a loop stands."""
+    waiting = tally.get("waiting", 0)
+    oldest = queue.oldest_waiting(loop, sink_id) if waiting else None
+    # Of a cluster the peer that fares best: one that takes alerts is enough.
+    best = min(known.values(), key=lambda found: found.consecutive_failures, default=None)
+    failing = best is not None and best.consecutive_failures > 0
+    figure: JsonObject = {
+        "waitingCount": waiting,
+        "oldestPendingAt": oldest.written_at if oldest else None,
+        "deadLetterCount": tally.get("dead", 0),
+        "deliveredCount": tally.get("delivered", 0),
+        "givenUpCount": tally.get("given_up", 0),
+        "skippedCount": tally.get("skipped", 0),
+        "failedAttemptCount": tally.get("failed_attempts", 0),
+        "consecutiveFailures": best.consecutive_failures if best else 0,
+        "failingSince": iso(best.failing_since) if best and best.failing_since else None,
+        "nextAttemptAt": iso(best.next_attempt_at, milliseconds=True)
+        if best and failing and best.next_attempt_at
+        else None,
+        "lastSuccessAt": iso(best.last_success_at) if best and best.last_success_at else None,
+        "lastFailureAt": iso(best.last_failure_at) if best and best.last_failure_at else None,
+        "reasonCode": best.reason_code if best else None,
+        "faultCode": best.fault if best else None,
+        "httpStatus": best.http_status if best else None,
+        "message": best.message if best else None,
+        "clockOffsetSeconds": best.clock_offset if best else None,
+        "oldestWaitingLine": oldest.line if oldest else None,
+        "laggingPeers": [
+            lagging_peer(peer, since, known.get(peer))
+            for peer, (since, _) in queue.lagging(loop, sink_id).items()
+        ]
+        if any(known)
+        else [],
+    }
+    return figure
+
+
+def lagging_peer(peer: str, since: float, known: Destination | None) -> JsonObject:
+    """A peer of a cluster that misses what another one has."""
     return {
-        "waitingCount": sum(lane.waiting_count for lane in state.lanes.values()),
-        "deadLetterCount": sum(lane.dead_letter_count for lane in state.lanes.values()),
+        "peer": peer,
+        "since": iso(since),
+        "reasonCode": known.reason_code if known else None,
+        "faultCode": known.fault if known else None,
+        "httpStatus": known.http_status if known else None,
+        "message": known.message if known else None,
+        "nextAttemptAt": iso(known.next_attempt_at, milliseconds=True)
+        if known and known.next_attempt_at
+        else None,
     }
+
+
+# -- where a loop without a row in the queue goes on
+
+
+def read_summary(job: Job) -> JsonObject:
+    """The summary of the last pass; empty if there is none, or a damaged one. Raises StateError."""
+    try:
+        return read_state_document(job.state_file) or {}
+    except ValueError:
+        return {}
+
+
+class PastRun(NamedTuple):
+    """What a loop's files say of earlier passes, if the queue does not know the loop: where to go on, how
+    many deliveries waited, and the line of the oldest of them, by sink."""
+
+    cursor: Cursor
+    waiting: int
+    first_lines: dict[str, int]
+
+
+def read_past(job: Job) -> PastRun:
+    """Find out where a loop goes on that the queue does not know: after the last record that a summary of
+    ours, the state of an earlier dispatcher, or a row in the telemetry accounts for. Changes nothing.
+
+    Raises StateError for a state file that cannot be read, is newer, or is damaged beyond that; StorageError.
+    """
+    damaged = is_foreign(job)
+    document = {} if damaged else read_summary(job)
+    lines = count_in(document, "escalationsLineOffset")
+    cursor = Cursor(line=lines)
+    with contextlib.suppress(*MALFORMED):
+        cursor = Cursor.from_json(document["cursor"])
+    first: dict[str, int] = {}
+    with contextlib.suppress(*MALFORMED):
+        first = {
+            name: line
+            for name in document["sinks"]
+            if (line := count_in(document["sinks"][name], "oldestWaitingLine"))
+        }
+    # A state that an operator wrote, to begin at some line, holds no more than that.
+    if not document or "updatedAt" in document:
+        cursor = after_last_row(job, cursor, damaged=damaged)
+    return PastRun(cursor, count_in(document, "waitingCount"), first)
+
+
+def send_what_was_lost(job: Job, past: PastRun) -> str:
+    """The commands that send what waited in a queue that is gone, as far as it is known what that was."""
+    places = [["--from-line", str(line), "--sink", name] for name, line in past.first_lines.items()]
+    commands = [command_line("redeliver", job, *place) for place in places or [["--from-line", "1"]]]
+    return " and ".join(f"`{command}`" for command in commands)
+
+
+def is_foreign(job: Job) -> bool:
+    """Tell whether the state file is damaged, or none of this loop. Raises StateError."""
+    try:
+        document = read_state_document(job.state_file) or {}
+    except ValueError:
+        return True
+    return "cursor" in document and document.get("loopId") != job.loop_id
+
+
+def count_in(document: JsonObject, key: str) -> int:
+    """A count in a state file; 0 if it is none."""
+    value = document.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 62 else 0
+
+
+def after_last_row(job: Job, cursor: Cursor, *, damaged: bool) -> Cursor:
+    """The cursor after the last record that has a row, if that is behind `cursor`: a pass was killed before
+    it wrote its summary, or there is none. Rows of the shell dispatcher have no position: of them the record
+    is looked for in the source.
+
+    Raises StateError if the state is damaged, and the record of such a row is not to be found.
+    """
+    rows = iterate_rows(job.telemetry_file) if os.path.exists(job.telemetry_file) else iter(())
+    last: JsonObject | None = None
+    for row in rows:
+        is_row = row.get("category") == "alert_dispatch" and ("escalation" in row or "rawLine" in row)
+        if is_row and row.get("loopId") == job.loop_id and "late" not in row:
+            last = row
+    if last is None:
+        return cursor
+    with contextlib.suppress(*MALFORMED):
+        place = last["position"]
+        number, _, fingerprint = place["segment"].partition("-")
+        if (int(number), int(place["end"])) <= (cursor.number, cursor.offset):
+            return cursor
+        return find_place(
+            job.escalations_file, int(number), fingerprint, int(place["end"]), int(place["line"])
+        )
+    if cursor.number or cursor.line:
+        return cursor
+    lines = lines_up_to(job, last)
+    if not lines and damaged:
+        raise StateError(
+            f"the state file {job.state_file} is damaged, and telemetry does not say what was sent",
+            [
+                "the damaged file is left as it is, and nothing is sent",
+                f"to go on after line N of {job.escalations_file}, write this to the state file:",
+                '{"schemaVersion":"v1","escalationsLineOffset":N}',
+            ],
+        )
+    return Cursor(line=lines)
+
+
+def lines_up_to(job: Job, row: JsonObject) -> int:
+    """How many lines of the source end with the record of a row that has no position; 0 if it is not
+    there."""
+    found = 0
+    with contextlib.closing(Source(job.escalations_file, Cursor())) as source:
+        for chunk in source.chunks():
+            for line in chunk.lines:
+                item = parse_line(line.text, line.size, job.loop_id)[0]
+                raw = item.raw_line if isinstance(item, Unusable) and item.body is None else None
+                if raw == row["rawLine"] if "rawLine" in row else item.body == row.get("escalation"):
+                    found = line.number
+    return found
+
+
+def find_place(path: str, number: int, fingerprint: str, offset: int, line: int) -> Cursor:
+    """A cursor at a place that a row names, in the file that has this fingerprint, under whatever name."""
+    for name in (path, *reversed(neighbours(path, os.path.realpath(path)))):
+        with contextlib.suppress(OSError):
+            file = LogFile(name)
+            try:
+                if file.fingerprint() == fingerprint and file.size >= offset:
+                    tail = file.tail_before(offset)
+                    return Cursor(
+                        number, fingerprint, *file.identity, offset, line, tail, seen_at=time.time()
+                    )
+            finally:
+                file.close()
+    # It is gone: what came after it is new.
+    return Cursor(number, fingerprint, 0, 0, offset, line, "", seen_at=time.time())
+
+
+def rows_at_end(path: str, size: int) -> "Counter[bytes]":
+    """The rows in the last bytes of a file of rows, and of the file that a rotation has just made of it; a
+    little more than `size` bytes of each, since others append to it as well. Raises StorageError."""
+    rows: Counter[bytes] = Counter()
+    folder_files = [name for name, key in neighbours(path).items() if key and not name.endswith(COMPRESSED)]
+    for name in (path, *folder_files[-2:]):
+        rows.update(last_bytes(name, size + RECENT_BYTES).split(b"\n"))
+    return rows
+
+
+# -- one destination
+
+
+class Sender:
+    """Sends what waits for one destination, in a thread that dies with the process.
+
+    So a destination has one connection, one pace and, if it is down, one failure, however many loops there
+    are.
+    """
+
+    def __init__(self, work: "Pass", sink: Sink, peer: str, url: str) -> None:
+        self.work = work
+        self.sink = sink
+        self.peer = peer
+        self.queue = work.queue
+        self.adapter = ADAPTERS[sink.type]
+        self.digest, self.setup = work.digests(sink, url)
+        self.failed = False
+        self.ended = False
+        # When the main thread gives up waiting for the attempt that is on its way. Monotonic seconds.
+        self.deadline: float | None = None
+        self._url = url
+        self._pace = Pace.of(sink)
+        # No wait after a failure is longer, unless the clock was ahead.
+        self._longest_wait = max(work.config.policy.backoff_max, RETRY_AFTER_MAX)
+        self._client: Client | None = None
+        self._batch: Batch | None = None
+        self._started = 0.0
+        # Attempts in a row that failed in this pass, and the loop that was served last.
+        self._tries = 0
+        # Escalations that this sink may not be able to take, and that had their turn in this pass.
+        self._tried: set[int] = set()
+        self._turn = -1
+        # What was fetched and is still to be sent, and until when it may be. Seconds since the epoch.
+        self._ahead: deque[tuple[Queued, Delivery]] = deque()
+        self._ahead_until = 0.0
+        # Attempts by loop and outcome that are still to be counted in the queue.
+        self._counted: Counter[tuple[int, Outcome]] = Counter()
+        self._thread = threading.Thread(target=self._run, name=f"sink {sink.id} {peer}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self.ended and self._serve():
+                pass
+        except DispatchError as error:
+            self.work.fail(error)
+        except Exception as error:  # noqa: BLE001 - the main thread must learn of it
+            self.work.fail(program_fault(error))
+        with self.queue.changed:
+            self.ended = True
+            self.queue.changed.notify_all()
+
+    def _serve(self) -> bool:
+        """Send until there is a reason to pause; tells whether to go on after it."""
+        clock = self.work.clock
+        with self.queue.transaction():
+            destination = self._destination()
+            if self._turn < 0:
+                self._turn = destination.last_loop
+        with self.queue.probing(destination, max(0.0, clock.left), FRESH_SECONDS) as turn:
+            if not turn:
+                return False
+            wait: float | None
+            verdict = None
+            shared = False
+            while True:
+                with self.queue.transaction():
+                    if self.ended:
+                        return False
+                    destination = self._known()
+                    if verdict is not None and self._batch is not None:
+                        self.record(verdict, destination)
+                        if self.failed:
+                            self._write_counts()
+                            return False
+                        if verdict.outcome == "delivered":
+                            if not shared:
+                                self.queue.share(destination)
+                            shared = True
+                        else:
+                            destination = self._known()
+                    self._batch = None
+                    step = self._next(destination)
+                    if not isinstance(step, Batch):
+                        self._write_counts()
+                        wait = step
+                        break
+                verdict = self._send(step)
+        if wait is not None:
+            return clock.pause(wait)
+        return not self.failed and self.work.wait_for_work(self)
+
+    def _destination(self) -> Destination:
+        return self.queue.destination(self.sink.id, self.peer, self.digest, self.setup, time.time())
+
+    def _known(self) -> Destination:
+        return self.queue.known_destination(self.sink.id, self.peer, self.digest)
+
+    def _next(self, destination: Destination) -> Batch | float | None:
+        """What goes out with the next request, or seconds to wait before one, or None: nothing in this pass.
+
+        What needs no request, because it has expired or is a repeat, is settled on the way.
+        """
+        now = time.time()
+        if self.work.clock.left <= 0:
+            self.failed = self.work.clock.cut_short = True
+            return None
+        wait = destination.next_attempt_at - now
+        if 0 < wait <= self._longest_wait:
+            if wait <= QUICK_WAIT_MAX or self._tries:
+                return wait
+            self.failed = True
+            return None
+        paid_until = self.queue.paced_until(self.digest) if self._pace else 0.0
+        if self._pace and not self.work.dry_run:
+            wait = self._pace.wait(paid_until, now)
+            if wait > 0:
+                return wait if self.has_turn() else None
+        batch = self._gather(now, failing=destination.consecutive_failures > 0)
+        if not isinstance(batch, Batch):
+            return batch
+        if self._pace:
+            self.queue.spend_rate(destination, self._pace.spend(paid_until, now))
+        return batch
+
+    def has_turn(self) -> bool:
+        """Tell whether something waits that may be sent now."""
+        return next(self._waiting(1, time.time()), None) is not None
+
+    def _gather(self, now: float, *, failing: bool) -> Batch | float | None:
+        """What goes out with the next request; 0.0 if something was settled and the next one is to be looked
+        for, None if nothing waits."""
+        if self._ahead and now < self._ahead_until and self.work.active:
+            item, delivery = self._ahead.popleft()
+            self._batch = Batch([item], [delivery])
+            return self._batch
+        self._put_back()
+        size = self.adapter.batch_size(self.sink)
+        # One by one and of one loop: then nothing can come in between but what is worse.
+        ahead = size == 1 and len(self.work.active) == 1 and not self.work.config.repeat_window
+        most = AHEAD_COUNT if ahead else size
+        found: list[tuple[Queued, Delivery]] = []
+        ended = 0
+        if self._tried and failing:
+            # Whether it is the record or the sink, one that was tried less often shows.
+            found, ended = self._choose(most, now, fresh=True)
+        if not found and not ended:
+            found, ended = self._choose(most, now)
+        if not found:
+            return 0.0 if ended else None
+        self.queue.start_attempt(item for item, _ in found)
+        if ahead:
+            self._ahead.extend(found[1:])
+            self._ahead_until = now + AHEAD_SECONDS
+            del found[1:]
+        found.sort(key=lambda pair: pair[0].escalation)
+        self._batch = Batch([item for item, _ in found], [delivery for _, delivery in found])
+        return self._batch
+
+    def _choose(
+        self, most: int, now: float, *, fresh: bool = False
+    ) -> tuple[list[tuple[Queued, Delivery]], int]:
+        """Choose up to so many deliveries, and settle what needs no request; returns how many those were,
+        too. `fresh`: only what was tried less than SAME_RECORD_ATTEMPTS times."""
+        found: list[tuple[Queued, Delivery]] = []
+        ended = 0
+        # By loop and subject, when what was chosen of it was written; None: a repeat was left behind.
+        subjects: dict[tuple[int, str], float | None] = {}
+        for item in self._waiting(most, now, fresh=fresh):
+            if len(found) == most or ended >= TURN_DELIVERIES or (found and item.alone):
+                break
+            delivery, subject, verdict = self._look_at(item, now)
+            written_at = parse_time(item.stored.written_at) or 0.0
+            if subject is not None and (item.loop, subject) in subjects:
+                before = subjects[item.loop, subject]
+                if before is None:
+                    break  # what becomes of it depends on what becomes of the one that was left behind
+                if abs(written_at - before) < self.work.config.repeat_window:
+                    subjects[item.loop, subject] = None  # a repeat, if the sink takes the other one
+                    continue
+                delivery, verdict = delivery._replace(held_back=None), None
+            if verdict is not None:
+                self._end(item, delivery, verdict)
+                ended += 1
+                continue
+            found.append((item, delivery))
+            if subject is not None:
+                subjects[item.loop, subject] = written_at
+            self._turn = item.loop
+            if item.alone:
+                break
+        return found, ended
+
+    def _waiting(self, most: int, now: float, *, fresh: bool = False) -> Iterator[Queued]:
+        """What waits and may be sent now, in the order in which it goes out."""
+        # Repeats are looked at, too, and skipped.
+        window = TURN_DELIVERIES // 10 if self.work.config.repeat_window else most
+        window += len(self._tried)
+        times = (now, now + self._longest_wait)
+        for turn in self.queue.next_turn(self.sink.id, self.peer, self.work.active, self._turn, *times):
+            items = self.queue.waiting_of(
+                *(self.sink.id, self.peer, *turn, *times, window),
+                fresh=fresh,
+                by_operator=not self.sink.enabled,
+            )
+            yield from (item for item in items if item.escalation not in self._tried)
+
+    def _look_at(self, item: Queued, now: float) -> tuple[Delivery, str | None, Verdict | None]:
+        """A delivery as the adapter knows it; the subject that repeats of it have in common, if repeats are
+        held back; and a verdict if it needs no request."""
+        escalation, resolution = self.work.parse(item.stored), self.work.resolve(item.stored)
+        delivery = Delivery(escalation, resolution, None)
+        policy = self.work.config.policy
+        if not item.lead and not item.by_operator:
+            written = max(parse_time(item.stored.written_at) or 0.0, item.waiting_since)
+            catch_up = written + self.adapter.seconds_to_catch_up(self.sink)
+            lead = [d for d in self.queue.deliveries_of(item.stored) if d.sink == item.sink and d.lead]
+            if now >= catch_up and any(d.status != "waiting" for d in lead):
+                return delivery, None, MISSED
+        if now - item.waiting_since > policy.give_up_after and not item.in_flight:
+            return delivery, None, EXPIRED
+        if item.by_operator:
+            return delivery, None, None
+        window = self.work.config.repeat_window
+        written_at = parse_time(item.stored.written_at)
+        if not window or written_at is None:
+            return delivery, None, None
+        subject = subject_of(escalation, resolution)
+        last = self.queue.last_sent(item, subject)
+        if last is not None:
+            before = parse_time(last[0])
+            if before is not None and abs(written_at - before) < window:
+                return (
+                    delivery,
+                    subject,
+                    REPEATED._replace(message=f"a repeat of what this sink was sent of {last[0]}"),
+                )
+            if last[2] is not None:
+                delivery = delivery._replace(held_back=HeldBack(last[1], last[2]))
+        return delivery, subject, None
+
+    def _end(self, item: Queued, delivery: Delivery | None, verdict: Verdict) -> None:
+        """End a delivery that is sent no request."""
+        if verdict.reason_code == REPEATED.reason_code and delivery is not None:
+            subject = subject_of(delivery.escalation, delivery.resolution)
+            self.queue.note_repeat(item, subject, item.stored.written_at or "")
+        loop = self.work.loops[item.loop]
+        attempt = item.attempts if verdict is EXPIRED else 0
+        loop.write_attempts([attempt_row(loop.job, self.sink, item, None, verdict, attempt, 0.0)])
+        speaks = self.queue.settle(item, STATUS_OF_OUTCOME[verdict.outcome], verdict, item.attempts)
+        loop.note_end(item, speaks=speaks)
+
+    def _send(self, batch: Batch) -> Verdict:
+        """Send one request with these deliveries, and judge what comes back."""
+        job = self.work.loops[batch.queued[0].loop].job
+        origin = Origin(job.repo, job.trace_id, time.time())
+        if self.work.dry_run:
+            return self.work.pretend(self, batch, origin)
+        # On a busy machine both take longer than many a request: that time is not the sink's.
+        request = build_request(self.adapter, self.sink, batch.deliveries, origin)
+        if isinstance(request, Verdict):
+            return request
+        if self._client is None:
+            import requests  # noqa: F401
+
+            self._client = Client(self.sink.timeout_seconds, self.sink.secrets.get(CA_FILE_KEY))
+        self._started = time.monotonic()
+        self.deadline = self._started + attempt_seconds(self.sink.timeout_seconds)
+        verdict = attempt(self.adapter, self.sink, self._client, self._url, request, self.work.redactor)
+        self.deadline = None
+        return verdict
+
+    def give_up_waiting(self) -> None:
+        """Record the attempt that is on its way as timed out, and leave its thread alone. The main thread
+        calls this, with the queue's lock held."""
+        with self.queue.transaction():
+            self.deadline = None
+            if self._batch is not None and not self.ended:
+                self.ended = self.failed = True
+                self._tries = self.work.config.policy.max_attempts_per_pass
+                destination = self._known()
+                self.record(
+                    timed_out(self.sink, self._client.host if self._client else "the sink"), destination
+                )
+                self._write_counts()
+                self.queue.stop_probing(destination)
+
+    # -- what came of it
+
+    def record(self, verdict: Verdict, destination: Destination) -> None:
+        """Write down what came of a request: in the transaction in which the next one is chosen."""
+        batch, now = self._batch, time.time()
+        if batch is None:
+            return
+        seconds = time.monotonic() - self._started if self._started else 0.0
+        if verdict.outcome != "delivered":
+            self._put_back()
+        together = len(batch.queued) > 1
+        if verdict.outcome == "dead_letter" and self.adapter.splits and together:
+            self.queue.send_alone(batch.queued)
+            return
+        # The program's fault, and of one record at most.
+        ours = verdict.fault == "adapter_fault" and verdict.outcome == "retry" and not together
+        if ours and batch.queued[0].attempts + 1 >= SAME_RECORD_ATTEMPTS:
+            verdict = verdict._replace(outcome="dead_letter")
+        wait, quick = None, False
+        if verdict.outcome not in STATUS_OF_OUTCOME:
+            wait, quick = self._note_failure(batch, destination, verdict, now)
+        else:
+            self._tries = 0
+            if (
+                destination.consecutive_failures
+                or (destination.last_success_at or 0.0) < now - FRESH_SECONDS / 2
+            ):
+                delivered = verdict.outcome == "delivered"
+                self.queue.note_answer(destination, now, verdict.clock_offset, delivered=delivered)
+        rows: dict[int, list[JsonObject]] = {}
+        for index, (item, delivery) in enumerate(zip(batch.queued, batch.deliveries, strict=True)):
+            loop = self.work.loops[item.loop]
+            row = attempt_row(loop.job, self.sink, item, delivery, verdict, item.attempts + 1, seconds)
+            if len(batch.queued) > 1:
+                row |= {"batchSize": len(batch.queued), "batchIndex": index}
+            if wait is not None:
+                row["nextAttemptAt"] = iso(now + wait, milliseconds=True)
+                if not quick:
+                    row["backoffSeconds"] = round(wait, 3)
+            rows.setdefault(item.loop, []).append(row)
+        for number, written in rows.items():
+            self.work.loops[number].write_attempts(written)
+        delivered = verdict.outcome == "delivered"
+        for item, delivery in zip(batch.queued, batch.deliveries, strict=True):
+            self._counted[item.loop, verdict.outcome] += 1
+            if wait is not None:
+                continue
+            if delivered and self.work.config.repeat_window and item.stored.written_at:
+                subject = subject_of(delivery.escalation, delivery.resolution)
+                self.queue.note_sent(item, subject, item.stored.written_at)
+            speaks = self.queue.settle(item, STATUS_OF_OUTCOME[verdict.outcome], verdict, item.attempts + 1)
+            self.work.loops[item.loop].note_end(item, speaks=speaks)
+
+    def _put_back(self) -> None:
+        """Choose anew what is sent next."""
+        self.queue.end_attempt(item for item, _ in self._ahead)
+        self._ahead.clear()
+
+    def _write_counts(self) -> None:
+        """Write down how many attempts there were, and of which loop the last one was: a kill may cost the
+        counts of one turn."""
+        self._put_back()
+        for (loop, outcome), count in self._counted.items():
+            self.queue.count_attempts(loop, self.sink.id, time.time(), outcome, count)
+        if self._counted:
+            self.queue.note_turn(self._known(), self._turn)
+        self._counted.clear()
+
+    def _note_failure(
+        self, batch: Batch, destination: Destination, verdict: Verdict, now: float
+    ) -> tuple[float, bool]:
+        """Decide when to try again, and write that down. Returns the seconds until then, and whether that is
+        a quick try within this pass."""
+        attempts = max(item.attempts for item in batch.queued) + 1
+        suspect = attempts >= SAME_RECORD_ATTEMPTS
+        ours = verdict.fault == "adapter_fault"
+        first = min((item.first_failed_at or now for item in batch.queued), default=now)
+        well = not destination.consecutive_failures and (destination.last_success_at or 0.0) > first
+        self._tries += 1
+        quick = None if suspect or ours else self._quick_wait(verdict)
+        if quick is not None:
+            wait = quick
+            self.queue.note_failure(destination, verdict, now, now + wait, destination.backoff_step)
+        elif ours or (suspect and well):
+            # The destination takes other records: it does not wait for this one.
+            wait = self._backoff(verdict, max(0, attempts - SAME_RECORD_ATTEMPTS))
+            self._tries = 0
+        else:
+            wait = self._backoff(verdict, destination.backoff_step)
+            # The next record may get through: it has one try in this pass.
+            one_more = suspect and self._tries < max(2, self.work.config.policy.max_attempts_per_pass)
+            self.failed = not one_more
+            step = destination.backoff_step + 1
+            self.queue.note_failure(destination, verdict, now, 0.0 if one_more else now + wait, step)
+        aside = suspect or ours
+        if aside:
+            self._tried |= {item.escalation for item in batch.queued}
+        for item in batch.queued:
+            not_before = now + wait if aside else 0.0
+            self.queue.note_attempt(item, verdict, now, not_before=not_before, alone=aside)
+        return wait, quick is not None
+
+    def _quick_wait(self, verdict: Verdict) -> float | None:
+        """Seconds until another try within this pass; None if that would be of no use, or a repeat.
+
+        After a timeout or a hang-up the sink may have acted on the request: that is not tried at once.
+        """
+        policy = self.work.config.policy
+        if verdict.outcome != "retry" or not verdict.not_taken or self._tries >= policy.max_attempts_per_pass:
+            return None
+        wait = verdict.retry_after
+        if wait is None:
+            wait = jitter(min(policy.backoff_initial, QUICK_RETRY_SECONDS * 2**self._tries))
+        return wait if wait < self.work.clock.left else None
+
+    def _backoff(self, verdict: Verdict, step: int) -> float:
+        """Seconds until another pass may try: exponential with full jitter; long if nobody is likely to fix
+        it soon."""
+        policy = self.work.config.policy
+        if verdict.outcome == "misconfigured":
+            return max(verdict.retry_after or 0.0, policy.backoff_max / 2 + jitter(policy.backoff_max / 2))
+        longest = min(policy.backoff_max, policy.backoff_initial * 2 ** min(step, 30))
+        return max(verdict.retry_after or 0.0, jitter(longest))
+
+
+def subject_of(escalation: Escalation, resolution: Resolution) -> str:
+    """What repeats of an escalation have in common: category, event severity and reason codes, as a hash."""
+    about = [escalation.category, resolution.event_severity, sorted(reason_codes(escalation))]
+    return short_hash(encode_json(about))
+
+
+def jitter(longest: float) -> float:
+    """A random part of a wait, so that many machines do not come back at the same moment."""
+    import random
+
+    return random.uniform(0.0, longest)  # noqa: S311
+
+
+# -- all of it
+
+
+# Shows how far a pass is: deliveries that have ended, those there are, and the seconds left.
+Progress = Callable[[int, int, float], None]
+
+
+class Pass:
+    """One pass over one loop or many, whose locks are held: what they share."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        config: Config,
+        clock: Clock,
+        progress: Progress | None = None,
+        *,
+        dry_run: bool = False,
+        named: Collection[str] = (),
+    ) -> None:
+        """`named`: disabled sinks that are sent what an operator asked for, and nothing else."""
+        self.queue = queue
+        self.config = config
+        self.clock = clock
+        self.progress = progress
+        self.dry_run = dry_run
+        self.router = Router(config)
+        self.redactor = config.redactor()
+        # Open loops by their number in the queue. Of one that has failed nothing more is sent.
+        self.loops: dict[int, Loop] = {}
+        self.active: set[int] = set()
+        self.sinks = [sink for sink in config.sinks.values() if sink.enabled or sink.id in named]
+        self.peers = {sink.id: list(ADAPTERS[sink.type].peers(sink)) for sink in self.sinks}
+        self._senders: dict[tuple[str, str], Sender] = {}
+        self._error: DispatchError | None = None
+        self._ingesting = True
+        # Of a dry run: whether requests are shown, and those that would have been sent.
+        self.show_payload = False
+        self.requests: dict[tuple[int, str, str], HttpRequest] = {}
+        self._parsed: dict[int, Escalation] = {}
+
+    def parse(self, stored: Stored) -> Escalation:
+        """The escalation that a record of the queue is."""
+        escalation = self._parsed.get(stored.id)
+        if escalation is None:
+            escalation = self._parse(stored)
+            self.remember(stored.id, escalation, forget=True)
+        return escalation
+
+    def remember(self, number: int, escalation: Escalation, *, forget: bool) -> None:
+        """Keep a parsed record, unless it is large: who ingests it, who sends it and its row need the same.
+        `forget`: in place of the oldest one, if there are too many."""
+        if len(escalation.raw) < PARSED_BYTES and (forget or len(self._parsed) < PARSED_COUNT):
+            self._parsed[number] = escalation
+            if len(self._parsed) > PARSED_COUNT:
+                del self._parsed[next(iter(self._parsed))]
+
+    def _parse(self, stored: Stored) -> Escalation:
+        found = parse_record(stored.record, self.loop_id(stored.loop))
+        if isinstance(found, Unusable):
+            raise DamagedQueueError(f"the queue {self.queue.path} holds a record that is none: {stored.id}")
+        return found._replace(id=stored.escalation_id)
+
+    def loop_id(self, loop: int) -> str:
+        return self.loops[loop].job.loop_id
+
+    def resolve(self, stored: Stored) -> Resolution:
+        return self.router.resolve(stored.category, stored.severity)
+
+    def digests(self, sink: Sink, url: str) -> tuple[str, str]:
+        """Salted digests of what a sink points at, and of all its settings and secrets."""
+        target = encode_json([sink.type, url, sink.secrets.get("routingKeyEnv")])
+        setup = encode_json([sink.settings, dict(sink.secrets)])
+        return tuple(
+            blake2b(text, digest_size=8, key=self.queue.salt).hexdigest() for text in (target, setup)
+        )  # type: ignore[return-value]
+
+    def pretend(self, sender: Sender, batch: Batch, origin: Origin) -> Verdict:
+        """Take a request in place of its destination, in a dry run."""
+        if self.show_payload:
+            for item, delivery in zip(batch.queued, batch.deliveries, strict=True):
+                self.requests[item.escalation, item.sink, item.peer] = sender.adapter.build(
+                    sender.sink, [delivery], origin
+                )
+        return Verdict("delivered")
+
+    def known_destination(self, sink_id: str, peer: str) -> Destination | None:
+        """What is known of a destination, if this pass has used it or an earlier one has."""
+        sender = self._senders.get((sink_id, peer))
+        if sender is not None:
+            return self.queue.known_destination(sink_id, peer, sender.digest)
+        return self.queue.destinations_of(sink_id).get(peer)
+
+    def run(self, loops: Sequence[Loop]) -> dict[str, "Result"]:
+        """Take loops that have begun to their ends, side by side. Returns what came of each, by its id."""
+        self.loops = {loop.id: loop for loop in loops}
+        self.active = set(self.loops)
+        outcomes: dict[str, Result] = {}
+        ingest_until = self.clock.left * (1 - INGEST_SHARE)
+        try:
+            reading = deque(loops)
+            while reading:
+                loop = reading.popleft()
+                if self._guarded(loop, loop.ingest) and (self.clock.left > ingest_until or self.dry_run):
+                    reading.append(loop)
+                self._start_senders()
+                self._look_after_senders()
+                self._show_progress()
+                self.queue.tidy()
+            with self.queue.changed:
+                self._ingesting = False
+                self.queue.changed.notify_all()
+            self._start_senders()
+            written_at = time.monotonic()
+            while any(not sender.ended for sender in self._senders.values()):
+                self._look_after_senders(wait=ROW_INTERVAL)
+                self._show_progress()
+                if time.monotonic() - written_at >= ROW_INTERVAL:
+                    for loop in loops:
+                        self._guarded(loop, loop.write_rows)
+                    written_at = time.monotonic()
+        except BaseException:
+            self.clock.stop.set()
+            raise
+        if self._error is not None:
+            raise self._error
+        self._show_progress()
+        for loop in loops:
+            summary = self._guarded(loop, loop.finish)
+            outcomes[loop.job.loop_id] = loop.error or cast("JsonObject", summary)
+        return outcomes
+
+    def _show_progress(self) -> None:
+        if self.progress is None:
+            return
+        with self.queue.changed, self.queue.errors():
+            counts = [loop.count_deliveries() for loop in self.loops.values()]
+        done = sum(ended for ended, _ in counts)
+        self.progress(done, done + sum(waiting for _, waiting in counts), self.clock.left)
+
+    def _guarded(self, loop: Loop, step: Callable[[], Any]) -> Any:
+        """Go on with one loop, unless it has failed; if it fails now, the others go on."""
+        if loop.error is not None:
+            return None
+        try:
+            return step()
+        except DamagedQueueError:
+            raise
+        except DispatchError as error:
+            loop.error = error
+        except OSError as error:
+            loop.error = storage_error("read", loop.job.escalations_file, error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other loops go on
+            loop.error = program_fault(error)
+        with self.queue.changed:
+            self.active.discard(loop.id)
+        return None
+
+    def _start_senders(self) -> None:
+        """Start a sender for each destination for which something waits."""
+        for sink in self.sinks:
+            for peer, url in ADAPTERS[sink.type].peers(sink).items():
+                with self.queue.changed:
+                    if (sink.id, peer) in self._senders or not self.queue.has_waiting(sink.id, peer):
+                        continue
+                    sender = self._senders[sink.id, peer] = Sender(self, sink, peer, url)
+                sender.start()
+
+    def _look_after_senders(self, wait: float = 0.0) -> None:
+        """Give up attempts that are over their time, whatever holds them: name lookup, handshake, a dripping
+        answer. Waits until something ends, at most so many seconds."""
+        with self.queue.changed:
+            if wait and any(not sender.ended for sender in self._senders.values()):
+                self.queue.changed.wait(wait)
+            for sender in self._senders.values():
+                if sender.deadline is not None and time.monotonic() > sender.deadline:
+                    sender.give_up_waiting()
+            if self._error is not None:
+                for sender in self._senders.values():
+                    sender.ended = True
+            self.queue.changed.notify_all()
+
+    def wait_for_work(self, sender: Sender) -> bool:
+        """Wait until a sender has something to send; False if it never will in this pass."""
+        with self.queue.changed:
+            while not sender.ended and self.clock.left > 0:
+                if sender.has_turn():
+                    return True
+                if not self._ingesting:
+                    return False
+                self.queue.changed.wait(ROW_INTERVAL)
+        return False
+
+    def fail(self, error: DispatchError) -> None:
+        """Note an error that ends the whole pass."""
+        with self.queue.changed:
+            self._error = self._error or error
+            self.queue.changed.notify_all()
 
 
 # What comes of a loop: the summary of its pass, or what stopped it.
 Result = JsonObject | DispatchError
 
 
-class Run:
-    """One run over one loop or many: what its passes share."""
-
-    def __init__(self, config: Config, first: Job, stop: threading.Event) -> None:
-        self.router = Router(config)
-        self.redactor = config.redactor()
-        self.clock = Clock(first.time_budget, stop)
-        self.changed = threading.Condition()
-        self._origin = Origin(first.repo, first.trace_id, time.time())
-        self._workers: dict[str, SinkWorker] = {}
-
-    def open(
-        self,
-        job: Job,
-        lock: tuple[int, int],
-        files: contextlib.ExitStack,
-        progress: Callable[[int], None],
-    ) -> Pass:
-        """Open a pass over a loop whose lock is held; `files` closes what it reads and writes.
-
-        Raises StateError or StorageError.
-        """
-        state = load_state(job)
-        source = files.enter_context(state.open_source(job.escalations_file))
-        for sink_id, lane in state.lanes.items():  # a sink's rate holds over all loops
-            sink = self.router.config.sinks.get(sink_id)
-            if sink is not None and sink.enabled and (lane.paced_until or 0.0) > time.time():
-                self._worker(sink).note_paid(lane.paced_until or 0.0)
-        if any(secret in job.trace_id for secret in self.router.config.hidden):
-            job = job._replace(trace_id=self.redactor.mask_value(job.trace_id))
-        shared = self.redactor, self.changed
-        found = Pass(job, self.router, state, source, *shared, lock, self.clock, progress)
-        files.callback(found.ledger.close)
-        return found
-
-    def drive(self, passes: Sequence[Pass], clock: Clock) -> Iterator[tuple[Pass, Result]]:
-        """Take passes that have begun to their ends, side by side. Yields each with its summary or error."""
-        for sink in self.router.config.sinks.values():
-            runs = [found.runs[sink.id] for found in passes if sink.id in found.runs]
-            held = [found.held[sink.id] for found in passes if sink.id in found.held]
-            if runs or held:
-                self._worker(sink).serve(runs, held, clock)
-        steps: dict[Pass, Iterator[None]] = {}
-        for found in passes:
-            found.clock = clock
-            steps[found] = found.work()
-        try:
-            while steps:
-                ended = count_ended(passes)
-                for found, work in list(steps.items()):
-                    outcome = self._step(found, work)
-                    if outcome is not None:
-                        del steps[found]
-                        yield found, outcome
-                if steps:
-                    with self.changed:
-                        waits = [wait for w in self._workers.values() if (wait := w.watch()) is not None]
-                        if count_ended(passes) == ended:
-                            self.changed.wait(min([ROW_INTERVAL, *waits]))
-        except BaseException:
-            clock.stop.set()
-            for found in passes:
-                found.abandon()
-            raise
-
-    def _step(self, found: Pass, work: Iterator[None]) -> Result | None:
-        """Go on with a pass until it has to wait (None) or is at its end.
-
-        One that fails waits for the answers that are on their way: what a sink has taken is to be on record.
-        """
-        try:
-            if found.error is None:
-                return found.finish() if next(work, AT_END) is AT_END else None
-        except DispatchError as error:
-            found.abandon(error)
-        except OSError as error:
-            found.abandon(storage_error("read", found.job.escalations_file, error))
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other loops go on
-            found.abandon(program_fault(error))
-        with self.changed:
-            is_asked = any(worker.is_asking_for(found.ledger) for worker in self._workers.values())
-        return None if is_asked else found.error
-
-    def _worker(self, sink: Sink) -> SinkWorker:
-        if sink.id not in self._workers:
-            self._workers[sink.id] = SinkWorker(
-                sink, self.router.config.policy, self._origin, self.redactor, self.changed
-            )
-        return self._workers[sink.id]
-
-
-AT_END = object()
-
-
-def count_ended(passes: Iterable[Pass]) -> int:
-    """How many lanes have nothing left to do."""
-    return sum(run.ending is not None for p in passes for run in (*p.runs.values(), *p.held.values()))
-
-
 def loops_at_once() -> int:
-    """How many loops may be open at a time, as many files as may be: of these, as many as are wanted where
-    the process may allow itself that."""
+    """How many loops may be open at a time: as many as are wanted, if the process may open so many files."""
     import resource
 
     wanted = LOOPS_AT_ONCE * FILES_OF_A_LOOP + FILES_BESIDES
@@ -6263,73 +7347,154 @@ def run_loops(
     jobs: Sequence[Job],
     environ: Mapping[str, str],
     stop: threading.Event | None = None,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Progress | None = None,
 ) -> dict[str, Result]:
-    """Run one pass over each of these loops of a repo: with one config, one connection a sink, one budget.
+    """Run one pass over each of these loops of a repo: with one config, one queue, one budget.
 
     Returns for each loop id the summary, which is what the state file holds, or what stopped that loop.
     Raises ConfigError.
     """
+    outcomes: dict[str, Result] = {}
+    if not jobs:
+        return outcomes
     stop = stop or threading.Event()
     # One loop is waited for; of many, the others come first.
-    wait = LOCK_WAIT_SECONDS / max(len(jobs), 1)
+    wait = LOCK_WAIT_SECONDS / len(jobs)
+    try:
+        config = load_known_config(jobs[0], environ)
+    except ConfigError as error:
+        for job in jobs:
+            note_invalid_config(job, error, wait)
+        raise
+    clock = Clock(jobs[0].time_budget, stop)
     at_once = loops_at_once() if len(jobs) > 1 else 1
-    outcomes: dict[str, Result] = {}
-    run: Run | None = None
-    busy: list[tuple[Pass, contextlib.ExitStack]] = []
-    begun = 0
     with contextlib.ExitStack() as everything:
-
-        def drive(share: float) -> None:
-            nonlocal begun
-            if run is not None and busy:
-                passes = [found for found, _ in busy]
-                for found, outcome in run.drive(passes, Clock(run.clock.left * share, stop)):
-                    outcomes[found.job.loop_id] = outcome
-            for _, files in busy:
-                files.close()
-            busy.clear()
-            begun = 0
-
+        queues = everything.enter_context(contextlib.closing(QueueHolder(jobs[0].queue_file)))
+        busy: list[tuple[Job, contextlib.ExitStack]] = []
+        begun = 0
         for index, job in enumerate(jobs):
             begun += 1
             files = everything.enter_context(contextlib.ExitStack())
             try:
-                lock = files.enter_context(loop_lock(job.lock_file, wait))
-                if lock is None:
+                if not is_there(job):
+                    outcomes[job.loop_id] = empty_summary(job, "no_source")
+                elif not files.enter_context(loop_lock(job.lock_file, wait)):
                     outcomes[job.loop_id] = locked_summary(job)
-                    continue
-                run = run or Run(load_known_config(job, environ), job, stop)
-                found = run.open(job, lock, files, progress)
-                if found.begin():
-                    busy.append((found, files))
+                elif idle := idle_summary(job, read_summary(job), config, queues, always=len(jobs) == 1):
+                    outcomes[job.loop_id] = idle
                 else:
-                    outcomes[job.loop_id] = found.finish()
-            except ConfigError as error:
-                files.close()
-                for other in jobs[index:]:
-                    note_invalid_config(other, error, wait)
-                raise
+                    busy.append((job, files.pop_all()))
             except DispatchError as error:
                 outcomes[job.loop_id] = error
             except OSError as error:
                 outcomes[job.loop_id] = storage_error("read", job.escalations_file, error)
+            finally:
+                files.close()
+            if busy and (len(busy) == at_once or index == len(jobs) - 1):
+                share = begun / (len(jobs) - index - 1 + begun)
+                outcomes |= drive(
+                    queues, config, [job for job, _ in busy], Clock(clock.left * share, stop), progress
+                )
+                for _, held in busy:
+                    held.close()
+                busy, begun = [], 0
+    return outcomes
+
+
+class QueueHolder:
+    """The queue of a run, opened when a loop needs it; a damaged one is replaced."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._queue: Queue | None = None
+
+    @property
+    def in_use(self) -> bool:
+        """Tell whether this run has opened the queue: then its log says nothing about kills."""
+        return self._queue is not None
+
+    def get(self) -> Queue:
+        if self._queue is None:
+            try:
+                self._queue = Queue.open(self.path)
+            except DamagedQueueError:
+                keep_aside(self.path)
+                self._queue = Queue.open(self.path)
+        return self._queue
+
+    def replace(self) -> Queue:
+        """Keep a queue aside that turned out to be damaged, and start a new one."""
+        if self._queue is not None:
+            with contextlib.suppress(DispatchError):
+                self._queue.close()
+            self._queue = None
+        keep_aside(self.path)
+        return self.get()
+
+    def close(self) -> None:
+        if self._queue is not None:
+            until = time.monotonic() + 1.0
+            try:
+                self._queue.purge(time.time(), more=lambda: time.monotonic() < until)
+            finally:
+                self._queue.close()
+
+
+def drive(
+    queues: QueueHolder,
+    config: Config,
+    jobs: Sequence[Job],
+    clock: Clock,
+    progress: Progress | None,
+) -> dict[str, Result]:
+    """Take loops whose locks are held through a pass. A queue that turns out to be damaged is replaced,
+    once."""
+    outcomes: dict[str, Result] = {}
+    try:
+        for tries in range(2):
+            try:
+                queue = queues.get() if not tries else queues.replace()
+                return drive_on(queue, config, jobs, clock, progress)
+            except DamagedQueueError:
+                if tries:
+                    raise
+    except DispatchError as error:
+        outcomes = dict.fromkeys((job.loop_id for job in jobs), error)
+    return outcomes
+
+
+def drive_on(
+    queue: Queue,
+    config: Config,
+    jobs: Sequence[Job],
+    clock: Clock,
+    progress: Progress | None,
+) -> dict[str, Result]:
+    """Take loops through a pass on this queue. Raises DispatchError for what stops all of them."""
+    work = Pass(queue, config, clock, progress)
+    outcomes: dict[str, Result] = {}
+    loops: list[Loop] = []
+    with contextlib.ExitStack() as open_loops:
+        for job in jobs:
+            try:
+                loop = Loop(work, job)
+                open_loops.callback(loop.close)
+                loop.begin()
+                loops.append(loop)
+            except DamagedQueueError:
+                raise
+            except DispatchError as error:
+                outcomes[job.loop_id] = error
             except Exception as error:  # noqa: BLE001 - whatever it is, the other loops go on
                 outcomes[job.loop_id] = program_fault(error)
-            finally:
-                if not busy or busy[-1][1] is not files:
-                    files.close()
-            if len(busy) == at_once:
-                drive(begun / (len(jobs) - index - 1 + begun))
-        drive(1.0)
-    return outcomes
+        return outcomes | work.run(loops)
 
 
 def run_pass(
     job: Job,
     environ: Mapping[str, str],
     stop: threading.Event | None = None,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Progress | None = None,
 ) -> JsonObject:
     """Run one pass over one loop. Returns the summary. Raises ConfigError, StateError or StorageError."""
     outcome = run_loops([job], environ, stop, progress)[job.loop_id]
@@ -6338,51 +7503,122 @@ def run_pass(
     return outcome
 
 
+def is_there(job: Job) -> bool:
+    """Tell whether a loop has ever written anything, as far as can be seen. Nothing is made for one that has
+    not."""
+    return os.path.lexists(job.escalations_file) or os.path.isdir(os.path.dirname(job.state_file))
+
+
 def load_known_config(job: Job, environ: Mapping[str, str]) -> Config:
-    """Load the config; one that the loop's state knows to be valid is not validated again."""
+    """Load the config; one that the loop's last pass found valid is not validated again."""
     known = None
-    with contextlib.suppress(ValueError, StateError):
-        known = (read_state_document(job.state_file) or {}).get("configDigest")
+    with contextlib.suppress(StateError):
+        known = read_summary(job).get("configDigest")
     return load_config(job.config_file, environ, known_digest=known)
 
 
-LINE_COUNTS = ("escalationsLineOffset", "escalationsLineCount")
+# Of many loops, an idle one's summary is written again after so many seconds.
+IDLE_SUMMARY_SECONDS = 600.0
+
+
+def idle_summary(
+    job: Job, document: JsonObject, config: Config, queues: QueueHolder, *, always: bool
+) -> JsonObject | None:
+    """The summary of a pass that has nothing to do, written if `always` or if the last one is old; None if
+    there is something to do, or it cannot be told from the last summary, `document`. Raises StorageError."""
+    try:
+        cursor = Cursor.from_json(document["cursor"])
+        same = (
+            document["configDigest"] == config.digest
+            and document["loopId"] == job.loop_id
+            and document["queueFile"] == job.queue_file
+            and document["escalationsFile"] == job.escalations_file
+            and document["dispatchTelemetryFile"] == job.telemetry_file
+            and document["waitingCount"] == document["laggingCount"] == 0
+        )
+        updated_at = parse_time(document["updatedAt"]) or 0.0
+        kept = {key: document[key] for key in (*LINE_COUNTS, "deadLetterCount")}
+        last_status = document["status"]
+    except MALFORMED:
+        return None
+    queue = stat_of(job.queue_file)
+    in_order = same and queue and queue.st_size and (queues.in_use or not has_log(job.queue_file))
+    status = idle_status(job, cursor) if in_order and not os.path.islink(job.state_file) else None
+    if status is None:
+        return None
+    sinks = unsent(mapping(document.get("sinks")))
+    summary = {**document, **empty_summary(job, status), **kept, "sinks": sinks}
+    summary.pop("message", None)
+    old = abs(time.time() - updated_at) > IDLE_SUMMARY_SECONDS
+    if always or old or last_status != status:
+        replace_file(job.state_file, encode_json(summary) + b"\n", durable=False)
+    return summary
+
+
+def idle_status(job: Job, cursor: Cursor) -> str | None:
+    """The status of a pass that finds nothing new in the source; None if there is something new, or that
+    cannot be told at once. Raises OSError."""
+    try:
+        file = LogFile(job.escalations_file)
+    except FileNotFoundError:
+        never_was = not cursor.number and not any(neighbours(job.escalations_file).values())
+        return "no_source" if never_was else None
+    except OSError:
+        return None
+    try:
+        same = file.identity == cursor.identity and file.size == cursor.offset and file.holds(cursor)
+        return "no_new_escalations" if same else None
+    finally:
+        file.close()
 
 
 def locked_summary(job: Job) -> JsonObject:
     """The summary of a pass that found another one at work: it did nothing and left the state alone."""
-    state = State()
-    with contextlib.suppress(ValueError, StateError):
-        state = read_state(job) or state
-    summary = summarise(job, state, None, Counts(), "locked")
-    return {**summary, **{key: state.published[key] for key in LINE_COUNTS if key in state.published}}
+    document: JsonObject = {}
+    with contextlib.suppress(StateError):
+        document = read_summary(job)
+    kept = (*LINE_COUNTS, "waitingCount", "deadLetterCount")
+    known = {key: document[key] for key in kept if key in document}
+    return {**empty_summary(job, "locked"), **known, "sinks": unsent(mapping(document.get("sinks")))}
+
+
+def unsent(sinks: Mapping[str, JsonObject]) -> dict[str, JsonObject]:
+    """How the sinks stand, by an earlier summary, after a pass that sent nothing."""
+    return {sink_id: {**mapping(sink), "sentCount": 0} for sink_id, sink in sinks.items()}
 
 
 def note_invalid_config(job: Job, error: ConfigError, wait: float) -> None:
-    """Say in the state, which the status script reads, that the config is invalid and why. Where that cannot
-    be written down, or another pass is at work for so many seconds, it is at least said."""
-    # A state that cannot be read is seen to by the next pass with a valid config.
-    with contextlib.suppress(ValueError, StateError, StorageError), loop_lock(job.lock_file, wait) as held:
+    """Say in the state, which the status script reads, that the config is invalid and why. If that cannot be
+    written down, or another pass is at work for so many seconds, it is at least said."""
+    if not is_there(job):
+        return
+    with (
+        contextlib.suppress(*MALFORMED, StateError, StorageError),
+        loop_lock(job.lock_file, wait) as held,
+    ):
         if not held:
             return
-        state = load_state(job)
-        with state.open_source(job.escalations_file) as source:
-            if state.taken_up is None and source.segments:
-                # Whatever becomes of the file until the config is mended: it goes out from here.
-                state.taken_up = after_lines(source, state.legacy_lines)
-                state.segments, state.seen_at = source.segments, source.opened_at
-            elif state.taken_up is None and not state.legacy_lines:
-                state.seen_at = state.seen_at or source.opened_at
-            seen = summarise(job, state, source, Counts(), "config_invalid")
-            known = {**(state.published or seen), **state.to_json(source)}
-        document = {**known, **{key: seen[key] for key in LINE_COUNTS}}
-        zero = dict.fromkeys(("processedCount", "dispatchedCount", "skippedCount", "failedCount"), 0)
-        document |= zero | {
+        document = read_state_document(job.state_file) or {}
+        # Whatever becomes of the file until the config is valid: a new loop goes out from here.
+        known = document.get("cursor")
+        cursor = Cursor.from_json(known) if known else read_past(job).cursor
+        with contextlib.closing(Source(job.escalations_file, cursor)) as source:
+            cursor = source.cursor if not cursor.number else cursor
+            offset, unread = source.lines_read, source.count_unread()
+        document = {**empty_summary(job, "config_invalid"), **document}
+        document |= {
+            **dict.fromkeys(COUNT_KEYS, 0),
             "updatedAt": iso(time.time()),
             "traceId": job.trace_id,
             "status": "config_invalid",
             "failureReasonCodes": ["config_invalid"],
             "message": cut("; ".join(error.faults), 2000),
+            "escalationsLineOffset": offset,
+            "escalationsLineCount": offset + unread,
+            "unreadCount": unread,
+            "stoppedBy": None,
+            "stateVersion": STATE_VERSION,
+            "cursor": cursor.to_json(),
         }
         replace_file(job.state_file, encode_json(document) + b"\n", durable=False)
 
@@ -6390,6 +7626,7 @@ def note_invalid_config(job: Job, error: ConfigError, wait: float) -> None:
 # ---------------------------------------------------------------------------------------------------------
 # What will happen: the dry run
 # ---------------------------------------------------------------------------------------------------------
+# A pass on a copy of the queue, in which every destination takes what it is sent, and nothing is sent.
 
 
 def plan_loops(jobs: Sequence[Job], environ: Mapping[str, str], *, show_payload: bool) -> dict[str, Result]:
@@ -6397,31 +7634,48 @@ def plan_loops(jobs: Sequence[Job], environ: Mapping[str, str], *, show_payload:
 
     Raises ConfigError.
     """
+    import tempfile
+
     outcomes: dict[str, Result] = {}
     if not jobs:
         return outcomes
     config = load_config(jobs[0].config_file, environ)
-    for job in jobs:
+    with tempfile.TemporaryDirectory(prefix=f"{PROGRAM}-") as folder:
+        copy = os.path.join(folder, "queue.db")
         try:
-            outcomes[job.loop_id] = plan_pass(job, config, show_payload=show_payload)
-        except DispatchError as error:
-            outcomes[job.loop_id] = error
+            queue = Queue.open_to_read(jobs[0].queue_file)
+            if queue is not None:
+                with queue:
+                    queue.copy_to(copy)
+        except DamagedQueueError:  # a pass starts a new one
+            copy = os.path.join(folder, "new.db")
+        with Queue.open(copy) as queue:
+            for job in jobs:
+                try:
+                    outcomes[job.loop_id] = plan_pass(queue, job, config, show_payload=show_payload)
+                except DispatchError as error:
+                    outcomes[job.loop_id] = error
     return outcomes
 
 
-def plan_pass(job: Job, config: Config, *, show_payload: bool) -> JsonObject:
-    """Say for each escalation that waits where it would go, and why not to others. Changes nothing.
-
-    Raises StateError or StorageError.
-    """
-    state = bring_up_to_date(job, *read_sound_state(job))
-    plans: list[JsonObject] = []
+def plan_pass(queue: Queue, job: Job, config: Config, *, show_payload: bool) -> JsonObject:
+    """Say of each escalation that waits where it would go, and why not to others: by a pass on a copy of the
+    queue. Raises StateError or StorageError."""
+    work = Pass(queue, config, Clock(MAX_TIME_BUDGET, threading.Event()), dry_run=True)
+    work.show_payload = show_payload
     notes = config_warnings(config)
-    with state.open_source(job.escalations_file) as source:
-        if source.segments:
-            plan = Plan(job, config, state, source, show_payload=show_payload)
-            plans = list(plan.escalations())
-            notes += dropped_notes(state, config, plan.left)
+    with contextlib.closing(Loop(work, job)) as loop:
+        before = queue.next_id()
+        waited = queue.waiting_in(loop.id)
+        loop.begin()
+        dropped = [
+            row["message"] for _, _, text in queue.outbox(loop.id) if "message" in (row := json.loads(text))
+        ]
+        waited |= queue.waiting_in(loop.id)
+        outcome = work.run([loop])[job.loop_id]
+        if isinstance(outcome, DispatchError):
+            raise outcome
+        plans = plan_escalations(work, loop, before, waited)
     if show_payload and plans:
         for sink in config.sinks.values():
             if sink.enabled and (most := ADAPTERS[sink.type].batch_size(sink)) > 1:
@@ -6429,138 +7683,95 @@ def plan_pass(job: Job, config: Config, *, show_payload: bool) -> JsonObject:
     size, _ = unterminated(job.escalations_file)
     if size:
         notes.append(f"the last {plural(size, 'byte')} of {job.escalations_file} wait for a line feed")
+    written = [plan["timestamp"] for plan in plans if plan["decision"] == "send" and "timestamp" in plan]
     return {
         "schemaVersion": SCHEMA_VERSION,
         "status": "dry_run",
         "loopId": job.loop_id,
+        "oldestAt": min(written, key=lambda moment: parse_time(moment) or 0.0, default=None),
         "escalations": plans,
-        "notes": notes,
+        "notes": [*notes, *dropped],
     }
 
 
-class Plan:
-    """What a pass over a loop would do, where every sink takes what it is sent."""
-
-    def __init__(self, job: Job, config: Config, state: State, source: Source, *, show_payload: bool) -> None:
-        self._job = job
-        self._config = config
-        self._state = state
-        self._source = source
-        self._show_payload = show_payload
-        self._router = Router(config)
-        self._redactor = config.redactor()
-        self._now = time.time()
-        self._taken_up = state.taken_up or after_lines(source, state.legacy_lines)
-        self._memories: dict[str, Memory] = {}
-        # For each sink, the places of the records that wait for it, in order; and how many did already.
-        self.waiting: dict[str, dict[Position, None]] = {}
-        self.left: dict[str, int] = {}
-        for sink_id, lane in state.lanes.items():
-            sink = config.sinks.get(sink_id)
-            if sink is not None:
-                found = backlog(lane, sink, self._router, source, self._taken_up, job.loop_id)
-                self.waiting[sink_id] = {delivery.record.start: None for delivery in found}
-                self.left[sink_id] = len(self.waiting[sink_id])
-        before = router_before(state) if state.config_digest != config.digest else None
-        rerouted = find_rerouted(state, source, before, self._router, job) if before else {}
-        for sink_id, missed in rerouted.items():
-            places = {*self.waiting.get(sink_id, ()), *(place for place, _ in missed)}
-            self.waiting[sink_id] = dict.fromkeys(sorted(places))
-
-    def escalations(self) -> Iterator[JsonObject]:
-        """What would become of each escalation, those that have waited first."""
-        new_from = self._source.readable_from(self._taken_up) or self._taken_up
-        first = min([new_from, *(next(iter(places)) for places in self.waiting.values() if places)])
-        new = 0
-        for record in self._source.read(first):
-            late = record.start < new_from
-            new += not late
-            if self._job.max_escalations and new > self._job.max_escalations:
-                return
-            delivery = self._router.route(record, self._job.loop_id, late=late)
-            if not isinstance(delivery, Unusable):
-                plan = self._of_escalation(delivery)
-                if plan is not None:
-                    yield plan
-            elif not late:
-                decision = {"escalationId": delivery.id, "decision": delivery.reason_code}
-                yield {"line": record.end.line, **decision}
-
-    def _of_escalation(self, delivery: Delivery) -> JsonObject | None:
-        """The plan of one escalation; None where no sink waits for it any more."""
-        record, escalation, resolution = delivery.record, delivery.escalation, delivery.resolution
-        sinks: list[JsonObject] = []
-        for sink in resolution.selected:
-            lane = self._state.lanes.get(sink.id) or Lane(self._taken_up)
-            # The lane may be past a new record, too: settled before a crash that has cost its row.
-            due = (
-                record.start in self.waiting.get(sink.id, ())
-                if delivery.late
-                else lane.position <= record.start
+def plan_escalations(
+    work: Pass, loop: Loop, before: int, waited: Collection[tuple[int, str]]
+) -> list[JsonObject]:
+    """What became of each escalation in the copy: of those that waited (number, sink), and of those that are
+    new (`before`: the number of the first of them)."""
+    plans: list[tuple[int, JsonObject]] = []
+    rows = work.queue.execute(
+        f"SELECT {STORED_COLUMNS} FROM escalations e WHERE loop = ? AND id >= ? ORDER BY id",
+        *(loop.id, min([before, *(number for number, _ in waited)])),
+    )
+    for stored in [Stored(*row) for row in rows]:
+        late = stored.id < before
+        plan = plan_escalation(work, stored, waited if late else None)
+        if plan["sinks"] or not late:
+            plans.append((stored.line, plan))
+    for _, _, text in work.queue.outbox(loop.id, limit=-1):
+        row = json.loads(text)
+        if "position" in row and "route" not in row and "sinkId" not in row:
+            line = row["position"]["line"]
+            plans.append(
+                (line, {"line": line, "escalationId": row["escalationId"], "decision": row["reasonCode"]})
             )
-            if due:
-                sinks.append(self._of_delivery(sink, lane, delivery))
-        if delivery.late and not sinks:
-            return None
-        plan = {
-            "line": record.end.line,
-            "escalationId": escalation.id,
-            "category": self._redactor.mask_value(escalation.category),
-            "eventSeverity": resolution.event_severity,
-            "minSeverity": resolution.min_severity,
-            "timestamp": escalation.written_at,
-            "late": delivery.late,
-            "decision": decide(sinks, resolution),
-            "sinks": sinks,
+    return [plan for _, plan in sorted(plans, key=lambda pair: pair[0])]
+
+
+def plan_escalation(work: Pass, stored: Stored, waited: Collection[tuple[int, str]] | None) -> JsonObject:
+    """The plan of one escalation. `waited`: what waited before, if it is not a new one."""
+    resolution, escalation = work.resolve(stored), work.parse(stored)
+    deliveries = {found.sink: found for found in work.queue.deliveries_of(stored) if found.lead}
+    sinks: list[JsonObject] = []
+    for sink in resolution.selected:
+        found = deliveries.get(sink.id)
+        if found is not None and (waited is None or (stored.id, sink.id) in waited):
+            entry = plan_delivery(work, sink, found)
+        elif found is None and waited is None:
+            entry = {"decision": "skip", "why": why_not(sink, resolution)}
+        else:
+            continue
+        sinks.append({"id": sink.id, "type": sink.type, **entry})
+    plan = {
+        "line": stored.line,
+        "escalationId": stored.escalation_id,
+        "category": escalation.category,
+        "eventSeverity": resolution.event_severity,
+        "minSeverity": resolution.min_severity,
+        "timestamp": stored.written_at,
+        "late": waited is not None,
+        "decision": decide(sinks, resolution),
+        "sinks": sinks,
+    }
+    return {key: value for key, value in plan.items() if value is not None}
+
+
+def plan_delivery(work: Pass, sink: Sink, found: Queued) -> JsonObject:
+    """What a pass would do with a delivery, and why, if that is not to send it."""
+    entry: JsonObject = {}
+    if found.status == "delivered":
+        entry = {"decision": "send"}
+    elif found.status == "skipped":
+        entry = {
+            "decision": "skip",
+            "why": found.message or found.reason_code,
+            "reasonCode": found.reason_code,
         }
-        return {key: value for key, value in plan.items() if value is not None}
-
-    def _of_delivery(self, sink: Sink, lane: Lane, delivery: Delivery) -> JsonObject:
-        memory = self._memories.setdefault(sink.id, Memory(lane.told, self._config.repeat_window))
-        delivery, repeated = memory.look_back(delivery)
-        decision, why = self._decide(sink, lane, delivery)
-        entry: JsonObject = {"id": sink.id, "type": sink.type, "decision": decision}
-        if repeated and decision in ("send", "drop"):
-            memory.hold_back(delivery)
-            decision, why = "skip", f"a repeat of what the sink is told of {repeated.at}"
-            entry |= {"decision": decision, "reasonCode": REPEATED.reason_code}
-        elif decision == "send":
-            memory.tell(delivery)
-        if why is not None:
-            entry["why"] = why
-        if self._show_payload and decision in ("send", "wait"):
-            origin = Origin(str(self._job.repo), self._job.trace_id, self._now)
-            request = ADAPTERS[sink.type].build(sink, [delivery], origin)
-            entry["request"] = show_request(request, self._redactor)
-        return entry
-
-    def _decide(self, sink: Sink, lane: Lane, delivery: Delivery) -> tuple[str, str | None]:
-        """What a pass would do with a delivery that is no repeat, and why, where that is not to send it."""
-        if not sink.enabled and delivery.late:
-            return "keep", "the sink is disabled; it waits until the sink is enabled"
-        if why := why_not(sink, delivery.resolution):
-            return "skip", why
-        if not self._job.now and not lane.due(self._now, self._state.sink_digest(sink)):
-            until = iso(lane.next_attempt_at or self._now)
-            return "wait", f"the sink failed ({lane.reason_code}); next attempt at {until}"
-        if expired(delivery, lane, self._config.policy, self._now):
-            return "drop", "waited longer than giveUpAfterSeconds: a dead letter"
-        return "send", None
-
-
-def dropped_notes(state: State, config: Config, counted: Mapping[str, int] | None = None) -> list[str]:
-    """What waits in a lane and will not be sent, because the config has changed since it was put off.
-
-    `counted`: how much still waits under the routes of this config, where that is known.
-    """
-    notes = []
-    for sink_id, lane in sorted(state.lanes.items()):
-        gone = sink_id not in config.sinks
-        left = (counted or {}).get(sink_id, lane.waiting_count)
-        if (dropped := lane.waiting_count - (0 if gone else left)) > 0:
-            why = "the config has no such sink any more" if gone else "no route leads there any more"
-            notes.append(f"{plural(dropped, 'delivery')} waiting for {sink_id} will be given up: {why}")
-    return notes
+    elif found.status == "dead":
+        entry = {"decision": "drop", "why": "waited longer than giveUpAfterSeconds: a dead letter"}
+    elif not sink.enabled:
+        entry = {"decision": "keep", "why": "the sink is disabled; it waits until the sink is enabled"}
+    else:
+        known = work.known_destination(sink.id, found.peer)
+        until = iso(known.next_attempt_at) if known else "?"
+        entry = {
+            "decision": "wait",
+            "why": f"the sink failed ({known.reason_code if known else '?'}); next attempt at {until}",
+        }
+    if request := work.requests.get(found[:3]):
+        entry["request"] = show_request(request, work.redactor)
+    return entry
 
 
 def why_not(sink: Sink, resolution: Resolution) -> str | None:
@@ -6590,14 +7801,23 @@ def show_request(request: HttpRequest, redactor: Redactor) -> JsonObject:
 
     url = urlsplit(request.url)
     port = f":{url.port}" if url.port else ""
-    headers = {name: redactor.mask(value) for name, value in request.headers.items()}
-    body: JsonObject = redactor.mask_value(json.loads(request.body))
-    return {"url": f"{url.scheme}://{url.hostname}{port}/…", "headers": headers, "body": body}
+    return {
+        "url": f"{url.scheme}://{url.hostname}{port}/…",
+        "headers": redactor.mask_texts(dict(request.headers)),
+        "body": redactor.mask_texts(json.loads(request.body)),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Commands
 # ---------------------------------------------------------------------------------------------------------
+
+MANAGER_FOLDER = ".superloop/ops-manager"
+SOURCE_FILE = "escalations.jsonl"
+STATE_FILE = "alert-dispatch-state.json"
+QUEUE_FILE = "alert-queue.db"
+QUEUE_ENV = "OPS_MANAGER_ALERT_QUEUE_FILE"
+REPO_ENV = "OPS_MANAGER_REPO"
 
 Format = Literal["auto", "text", "json"]
 
@@ -6606,13 +7826,37 @@ MAX_TIME_BUDGET = 86400
 MAX_LOOP_ID_BYTES = 200
 
 
+# The commands in the order in which one needs them.
+COMMAND_ORDER = [
+    *("init", "test", "dispatch", "status", "log", "show"),
+    *("explain", "redeliver", "skip", "config", "demo"),
+]
+
+
 class Commands(click.Group):
     """The command group: an option before any command means `dispatch`, as the host calls it."""
+
+    def list_commands(self, _: click.Context) -> list[str]:
+        return COMMAND_ORDER
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0].startswith("-") and args[0] not in ("--help", "--version", "-h"):
             args = ["dispatch", *args]
         return super().parse_args(ctx, args)
+
+
+def examples(*commands: str) -> str:
+    """The last part of a help page: command lines to try."""
+    return "\n".join(["\b", "Examples:", *(f"  {PROGRAM} {command}" for command in commands), ""])
+
+
+FILES_HELP = f"""
+\b
+Files:
+  The queue is in REPO/{MANAGER_FOLDER}/, the files of a loop are
+  in the folder LOOP/ there, and the config is
+  REPO/{DEFAULT_CONFIG}.
+"""
 
 
 def check_loop_id(_: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -6644,7 +7888,7 @@ def wants_json(form: str, pretty: bool) -> bool:
 def print_json(document: JsonObject, pretty: bool) -> None:
     """Print one JSON object: on one line, or indented."""
     if pretty:
-        text = json.dumps(mend_json(document), indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(strict_value(document), indent=2, ensure_ascii=False, allow_nan=False)
     else:
         text = encode_json(document).decode()
     # JSON escapes the first 32 control characters by itself; a terminal may act on the others too.
@@ -6659,29 +7903,95 @@ def terminal_width() -> int:
     return shutil.get_terminal_size().columns
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+class Styled(str):
+    """A cell that has its colours already, and holds nothing unprintable besides."""
+
+    __slots__ = ()
+
+
+# A text column of a table that is too wide is cut to this first, and at last to the other.
+EASY_WIDTH = 30
+LEAST_WIDTH = 8
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[object]], drop: Collection[str] = ()) -> str:
     """A plain table for people: every cell printable, the columns aligned.
 
-    Where the terminal is too narrow for it, each row becomes a block of lines.
+    If the terminal is too narrow for it, long columns are cut, and those of `drop` are left out, the first
+    one first.
     """
-    cells = [[str(cell) for cell in headings]]
-    cells += [[printable("-" if cell is None else str(cell)) for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(headings))]
-    if is_terminal(sys.stdout) and sum(widths) + 2 * len(widths) - 2 > terminal_width():
-        name = max(map(len, headings))
-        blocks = (
-            "\n".join(f"{title.ljust(name)}  {cell}" for title, cell in zip(headings, row, strict=True))
-            for row in cells[1:]
-        )
-        return "\n\n".join(blocks)
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
+    columns: dict[str, list[str]] = {heading: [] for heading in headings}
+    for row in rows:
+        for heading, cell in zip(headings, row, strict=True):
+            shown = cell if isinstance(cell, Styled) else printable("-" if cell is None else str(cell))
+            columns[heading].append(shown)
+    if is_terminal(sys.stdout):
+        fit_columns(columns, drop, terminal_width())
+    widths = {heading: column_width(heading, cells) for heading, cells in columns.items()}
+    lines = [list(columns), *zip(*columns.values(), strict=True)]
+    texts = [
+        "  ".join(
+            cell + " " * (width - len(click.unstyle(cell)))
+            for cell, width in zip(line, widths.values(), strict=True)
+        ).rstrip()
+        for line in lines
     ]
-    return "\n".join([click.style(lines[0], bold=True), *lines[1:]])
+    return "\n".join([click.style(texts[0], bold=True), *texts[1:]])
+
+
+def column_width(heading: str, cells: Iterable[str]) -> int:
+    return max(len(click.unstyle(cell)) for cell in (heading, *cells))
+
+
+def fit_columns(columns: dict[str, list[str]], drop: Collection[str], room: int) -> None:
+    """Cut and drop columns of a table until it is no wider than the terminal."""
+
+    def excess() -> int:
+        return sum(column_width(*column) + 2 for column in columns.items()) - 2 - room
+
+    def shorten(least: int) -> None:
+        while (over := excess()) > 0:
+            texts = {h: c for h, c in columns.items() if not any(isinstance(cell, Styled) for cell in c)}
+            widest = max(texts, key=lambda heading: column_width(heading, texts[heading]))
+            width = column_width(widest, columns[widest])
+            limit = max(least, len(widest), width - over)
+            if limit >= width:
+                return
+            columns[widest] = [cut(cell, limit) for cell in columns[widest]]
+
+    shorten(EASY_WIDTH)
+    for heading in drop:
+        if excess() > 0:
+            del columns[heading]
+    shorten(LEAST_WIDTH)
 
 
 CONTEXT = {"help_option_names": ["--help", "-h"], "show_default": True, "max_content_width": 100}
+
+
+def complete_loop(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """The loops that a shell may complete a word to."""
+    names: list[str] = []
+    with contextlib.suppress(DispatchError, click.UsageError):
+        names = find_loops(absolute(ctx.params.get("repo") or "."))[0]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_sink(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """The sinks that a shell may complete a word to."""
+    names: Iterable[str] = ()
+    with contextlib.suppress(DispatchError, click.UsageError):
+        path = ctx.params.get("alert_config_file") or os.path.join(
+            ctx.params.get("repo") or ".", DEFAULT_CONFIG
+        )
+        names = load_config(absolute(path), {}, check_env=False).sinks
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_code(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    """The codes that a shell may complete a word to."""
+    return [code for code in CODES if code.startswith(incomplete)]
+
 
 # Made once each: click looks up a translation for every one.
 FOLDER_TYPE = click.Path(exists=True, file_okay=False)
@@ -6689,26 +7999,31 @@ FILE_TYPE = click.Path()
 
 repo_option = click.option(
     "--repo",
-    required=True,
     type=FOLDER_TYPE,
-    help="The repository that the loop works on.",
-)
-here_option = click.option(
-    "--repo",
-    type=FOLDER_TYPE,
+    envvar=REPO_ENV,
+    show_envvar=True,
     default=".",
     show_default="the current folder",
-    help="The repository whose config is meant.",
+    help="The repository that the loops work on.",
 )
 loop_option = click.option(
     "--loop", "loop_id", required=True, metavar="ID", callback=check_loop_id, help="The loop."
+)
+any_loop_option = click.option(
+    "--loop",
+    "loop_id",
+    metavar="ID",
+    callback=check_loop_id,
+    shell_complete=complete_loop,
+    show_default="all loops",
+    help="The loop.",
 )
 config_option = click.option(
     "--alert-config-file",
     envvar=CONFIG_ENV,
     show_envvar=True,
     type=FILE_TYPE,
-    show_default=f"REPO/{DEFAULT_CONFIG}",
+    show_default=DEFAULT_CONFIG,
     help="The sinks and routes.",
 )
 
@@ -6716,24 +8031,25 @@ config_option = click.option(
 def file_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that name a loop's files, for each command that works on them."""
     options = (
-        (
-            "--escalations-file",
-            "escalations.jsonl",
-            "What is to be delivered: one JSON object a line.",
-        ),
-        ("--dispatch-state-file", "alert-dispatch-state.json", "How far each sink has got."),
+        ("--escalations-file", SOURCE_FILE, "The source: one JSON object a line."),
+        ("--dispatch-state-file", STATE_FILE, "The summary of the last pass."),
         (
             "--dispatch-telemetry-file",
             "telemetry/alerts.jsonl",
-            "What became of each escalation; alert-attempts.jsonl beside it has every attempt.",
+            "What became of each escalation; a file beside it has every attempt.",
         ),
     )
+    command = click.option(
+        "--queue-file",
+        envvar=QUEUE_ENV,
+        show_envvar=True,
+        type=FILE_TYPE,
+        show_default=f"{QUEUE_FILE} of the repo",
+        help="The queue of all loops of the repo.",
+    )(command)
     for name, default, text in reversed(options):
         command = click.option(
-            name,
-            type=FILE_TYPE,
-            show_default=f"REPO/.superloop/ops-manager/LOOP/{default}",
-            help=text,
+            name, type=FILE_TYPE, show_default=f"{default} in the loop's folder", help=text
         )(command)
     return command
 
@@ -6748,19 +8064,32 @@ format_option = click.option(
 )
 
 
-@click.group(cls=Commands, context_settings=CONTEXT, epilog=EXIT_CODES_HELP)
+@click.group(
+    cls=Commands,
+    context_settings=CONTEXT,
+    epilog=examples("init", "test", "dispatch --loop night-build", "status") + FILES_HELP + EXIT_CODES_HELP,
+)
 @click.version_option(__version__, prog_name=PROGRAM)
 def cli() -> None:
     """Deliver the escalations of a Superloop ops manager to webhooks, Slack, PagerDuty and Alertmanager.
 
-    An option in place of a command means `dispatch`: so the ops manager calls it. `COMMAND --help` says
-    more about each command.
+    First `init` writes a config, `test` sends a test alert, `dispatch` delivers, and `status` says whether
+    all is well. An option in place of a command means `dispatch`: this is how the ops manager calls it.
+    `COMMAND --help` has more about each command.
     """
 
 
-@cli.command(epilog=EXIT_CODES_HELP)
+@cli.command(
+    epilog=examples(
+        "dispatch --loop night-build",
+        "dispatch --loop night-build --dry-run",
+        "dispatch --all-loops --time-budget 50",
+    )
+)
 @repo_option
-@click.option("--loop", "loop_id", metavar="ID", callback=check_loop_id, help="The loop.")
+@click.option(
+    "--loop", "loop_id", metavar="ID", callback=check_loop_id, shell_complete=complete_loop, help="The loop."
+)
 @click.option("--all-loops", is_flag=True, help="In place of --loop: every loop of the repo, side by side.")
 @file_options
 @click.option(
@@ -6776,7 +8105,7 @@ def cli() -> None:
     type=click.IntRange(min=0),
     default=0,
     metavar="N",
-    help="Take up at most N new escalations; 0: all that are there.",
+    help="Read at most N new escalations; 0: all that are there.",
 )
 @click.option(
     "--time-budget",
@@ -6805,6 +8134,7 @@ def dispatch(
     escalations_file: str | None,
     dispatch_state_file: str | None,
     dispatch_telemetry_file: str | None,
+    queue_file: str | None,
     trace_id: str | None,
     alert_config_file: str | None,
     max_escalations: int,
@@ -6818,8 +8148,8 @@ def dispatch(
 ) -> None:
     """Deliver what is new, and what waits.
 
-    Prints the summary of the pass, which is also the state file's content. A sink that fails stops its own
-    lane only: what it has not taken waits for the next pass.
+    Prints the summary of the pass, which is also the state file's content. A sink that fails holds up no
+    other one: what it has not taken waits for the next pass.
     """
     if show_payload and not dry_run:
         raise click.UsageError("--show-payload goes with --dry-run")
@@ -6833,7 +8163,7 @@ def dispatch(
     if all_loops and any(files):
         raise click.UsageError("--all-loops works on each loop's own files: name none")
     trace = printable(trace_id) if trace_id else new_trace_id()
-    found, unusable = make_jobs(repo, loop_id, alert_config_file, *files, trace_id=trace)
+    found, unusable = make_jobs(repo, loop_id, alert_config_file, queue_file, *files, trace_id=trace)
     # Those first that were served longest ago: so none is left out for ever.
     jobs = [
         job._replace(max_escalations=max_escalations, time_budget=time_budget, now=at_once)
@@ -6842,7 +8172,7 @@ def dispatch(
     if dry_run:
         outcomes = plan_loops(jobs, os.environ, show_payload=show_payload)
     else:
-        with orderly_end() as stop, progress_bar(jobs) as progress:
+        with orderly_end() as stop, progress_bar() as progress:
             outcomes = run_loops(jobs, os.environ, stop, progress)
     outcomes |= unusable
     errors = {name: error for name, error in outcomes.items() if isinstance(error, DispatchError)}
@@ -6850,6 +8180,8 @@ def dispatch(
         raise next(iter(errors.values()))
     if not all_loops:
         document = cast("JsonObject", outcomes[jobs[0].loop_id])
+        if missing := no_such_loop(jobs[0]):
+            document |= {"notes": [missing]} if dry_run else {"message": missing}
     elif dry_run:
         document = summarise_plans(outcomes)
     else:
@@ -6864,9 +8196,17 @@ def dispatch(
         click.echo(f"error: loop {printable(name)}: {error}", err=True)
     if errors:
         raise click.exceptions.Exit(max(error.exit_code for error in errors.values()))
-    failed = ("failedCount", "lateFailedCount", "waitingCount")
-    if strict and not dry_run and any(document[key] for key in failed):
+    if strict and not dry_run and has_failed(document):
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
+
+
+def has_failed(summary: JsonObject) -> bool:
+    """Tell whether a delivery failed in a pass, or waits for a sink that is failing."""
+    if summary["failedCount"] or summary["lateFailedCount"]:
+        return True
+    if "loops" in summary:
+        return any(loop["status"] != "error" and has_failed(loop) for loop in summary["loops"])
+    return any(sink["waitingCount"] and sink["consecutiveFailures"] for sink in summary["sinks"].values())
 
 
 NO_LOOPS = "No loop of this repo has escalations."
@@ -6911,6 +8251,24 @@ def find_loops(repo: str) -> tuple[list[str], dict[str, StorageError]]:
     return sorted(loops.values()), odd
 
 
+def no_such_loop(job: Job) -> str | None:
+    """Say that a loop has never written anything, and which loops of the repo have, the nearest name first;
+    None if it has."""
+    if is_there(job):
+        return None
+    from difflib import SequenceMatcher
+
+    names: list[str] = []
+    with contextlib.suppress(StorageError):
+        names = find_loops(job.repo)[0]
+    names.sort(key=lambda name: -SequenceMatcher(None, job.loop_id, name).ratio())
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    there = (
+        f"loops: {', '.join(names[:LISTED])}{more}" if names else "no loop of this repo has escalations yet"
+    )
+    return f"loop {job.loop_id} has no escalations in {job.repo}; {there}"
+
+
 def is_loop(folder: str) -> bool:
     """Tell whether a folder is that of a loop. One that cannot be looked into is: whoever tries says why."""
     for name in (SOURCE_FILE, STATE_FILE):
@@ -6934,11 +8292,11 @@ def last_served(job: Job) -> tuple[float, str]:
 # What the summary of a loop holds that adds up over loops, and what a column of it is called.
 LOOP_COUNTS = (
     *("processedCount", "dispatchedCount", "skippedCount", "failedCount"),
-    *("lateDispatchedCount", "lateFailedCount", "waitingCount", "deadLetterCount"),
+    *("lateDispatchedCount", "lateFailedCount", "waitingCount", "unreadCount", "deadLetterCount"),
 )
 LOOP_HEADINGS = (
-    *("NEW", "DISPATCHED", "SKIPPED", "FAILED"),
-    *("LATE", "LATE FAILED", "WAITING", "DEAD LETTERS"),
+    *("NEW", "DELIVERED", "SKIPPED", "FAILED"),
+    *("LATE", "LATE FAILED", "WAITING", "UNREAD", "DEAD"),
 )
 
 
@@ -6954,7 +8312,7 @@ def list_loops(outcomes: Mapping[str, Result]) -> list[JsonObject]:
 
 def summarise_loops(repo: str, outcomes: Mapping[str, Result]) -> JsonObject:
     """The summary of a run over many loops: their sums, and each loop's own status and counts."""
-    shown = ("loopId", "status", "message", *LOOP_COUNTS, "failureReasonCodes")
+    shown = ("loopId", "status", "message", "stoppedBy", *LOOP_COUNTS, "failureReasonCodes", "sinks")
     loops = [{key: loop[key] for key in shown if key in loop} for loop in list_loops(outcomes)]
     sums = {key: sum(loop.get(key, 0) for loop in loops) for key in LOOP_COUNTS}
     statuses = [loop["status"] for loop in loops]
@@ -7007,14 +8365,12 @@ def loops_text(summary: JsonObject) -> str:
     colour = STATUS_COLOURS.get(summary["status"], "yellow")
     counted = f"{plural(summary['loopCount'], 'loop')}, {plural(summary['processedCount'], 'new escalation')}"
     lines = [f"{click.style(summary['status'], fg=colour)}  {counted}"]
+    stopped = {loop["stoppedBy"] for loop in loops if loop.get("stoppedBy")}
+    lines += [stopped_words(by, summary["unreadCount"]) for by in sorted(stopped)]
     if rows:
-        lines += ["", table(("LOOP", "STATUS", *(heading for heading, _ in counts), "REASONS"), rows)]
+        headings = ("LOOP", "STATUS", *(heading for heading, _ in counts), "REASONS")
+        lines += ["", table(headings, rows, ("SKIPPED", "REASONS", "LATE FAILED", "LATE"))]
     return "\n".join(lines)
-
-
-MANAGER_FOLDER = ".superloop/ops-manager"
-SOURCE_FILE = "escalations.jsonl"
-STATE_FILE = "alert-dispatch-state.json"
 
 
 def loop_folder(repo: str, loop_id: str) -> str:
@@ -7037,6 +8393,7 @@ def files_of(job: Job) -> dict[str, str]:
         "--dispatch-state-file": job.state_file,
         "--dispatch-telemetry-file": job.telemetry_file,
         "--alert-config-file": job.config_file,
+        "--queue-file": job.queue_file,
     }
 
 
@@ -7083,6 +8440,9 @@ def usual_job(repo: str, loop_id: str, trace_id: str | None = None) -> Job:
         state_file=os.path.join(folder, STATE_FILE),
         telemetry_file=os.path.join(folder, "telemetry", "alerts.jsonl"),
         config_file=os.path.join(repo, DEFAULT_CONFIG),
+        queue_file=os.path.abspath(
+            os.environ.get(QUEUE_ENV) or os.path.join(repo, MANAGER_FOLDER, QUEUE_FILE)
+        ),
     )
 
 
@@ -7090,6 +8450,7 @@ def make_job(
     repo: str,
     loop_id: str,
     config_file: str | None = None,
+    queue_file: str | None = None,
     escalations_file: str | None = None,
     state_file: str | None = None,
     telemetry_file: str | None = None,
@@ -7105,6 +8466,7 @@ def make_job(
         "state_file": state_file,
         "telemetry_file": telemetry_file,
         "config_file": config_file,
+        "queue_file": queue_file,
     }
     named: dict[str, Any] = {name: absolute(path) for name, path in files.items() if path is not None}
     job = usual_job(repo, loop_id, trace_id)._replace(**named)
@@ -7113,32 +8475,30 @@ def make_job(
 
 
 def make_jobs(
-    repo: str, loop_id: str | None, config_file: str | None, *files: str | None, trace_id: str | None = None
+    repo: str,
+    loop_id: str | None,
+    config_file: str | None,
+    queue_file: str | None,
+    *files: str | None,
+    trace_id: str | None = None,
 ) -> tuple[list[Job], dict[str, DispatchError]]:
     """The jobs of one loop or, where none is named, of all; and of those that cannot be served what is wrong.
 
     Raises UsageError, StateError or StorageError where one is named, StorageError where there is no looking.
     """
     if loop_id is not None:
-        return [make_job(repo, loop_id, config_file, *files, trace_id=trace_id)], {}
+        return [make_job(repo, loop_id, config_file, queue_file, *files, trace_id=trace_id)], {}
     names, odd = find_loops(absolute(repo))
     jobs: list[Job] = []
     faults: dict[str, DispatchError] = dict(odd)
     for name in names:
         try:
-            jobs.append(make_job(repo, name, config_file, trace_id=trace_id))
+            jobs.append(make_job(repo, name, config_file, queue_file, trace_id=trace_id))
         except DispatchError as error:
             faults[name] = error
         except click.UsageError as fault:
             faults[name] = StorageError(fault.format_message())
     return jobs, faults
-
-
-def shell_line(*words: str) -> str:
-    """A command to be pasted into a shell."""
-    import shlex
-
-    return printable(shlex.join(words))
 
 
 def command_line(command: str, job: Job, *options: str) -> str:
@@ -7172,66 +8532,93 @@ def orderly_end() -> Iterator[threading.Event]:
 
 
 @contextlib.contextmanager
-def progress_bar(jobs: Sequence[Job]) -> Iterator[Callable[[int], None]]:
-    """A progress bar for a backlog, where a person watches standard error."""
+def progress_bar() -> Iterator[Progress | None]:
+    """A progress bar of deliveries, with the time that the pass has left, if a person watches standard
+    error."""
     if not is_terminal(sys.stderr):
-        yield lambda _: None
+        yield None
         return
-    new = 0
-    for job in jobs:
-        state = State()
-        with contextlib.suppress(ValueError, StateError):
-            state = read_state(job) or state
-        with contextlib.suppress(DispatchError), state.open_source(job.escalations_file) as source:
-            count = source.count_lines(state.taken_up or source.first())
-            new += min(count, job.max_escalations) if job.max_escalations else count
-    if not new:
-        yield lambda _: None
-        return
-    bar = click.progressbar(length=new, label="Dispatching", file=sys.stderr)
+    bar = click.progressbar(length=1, file=sys.stderr, show_pos=True, show_eta=False)
     with contextlib.ExitStack() as shown:
 
-        def advance(count: int) -> None:
-            # An error before anything was taken up stands alone.
-            if not bar.entered:
+        def show(done: int, total: int, left: float) -> None:
+            # An error before anything was ingested stands alone.
+            if not total:
+                return
+            bar.label = f"Delivering, {max(0.0, left):.0f} s left"
+            bar.length, bar.pos = total, done
+            if bar.entered:
+                bar.render_progress()
+            else:
                 shown.enter_context(bar)
-            bar.update(count)
 
-        yield advance
+        yield show
 
 
 STATUS_COLOURS = {"success": "green", "no_new_escalations": "green", "partial": "yellow", "failed": "red"}
 
 
 def summary_text(summary: JsonObject) -> str:
-    """The summary of a pass for people: what happened, and how each lane stands."""
-    status = summary["status"]
-    outcome = ", ".join(f"{summary[f'{word}Count']} {word}" for word in ("dispatched", "skipped", "failed"))
-    new = plural(summary["processedCount"], "new escalation")
-    coloured = click.style(status, fg=STATUS_COLOURS.get(status, "yellow"))
-    lines = [f"{coloured}  loop {summary['loopId']}, {new}: {outcome}"]
-    if status == "no_source":
-        lines.append(printable(f"there are no escalations at {summary['escalationsFile']}"))
+    """The summary of a pass for people: what happened, and what is left for each sink."""
+    status, now = summary["status"], parse_time(summary["updatedAt"]) or 0.0
+    sinks = summary.get("sinks") or {}
+    # By what an older summary said, a sink may be enabled.
+    idle = bool(sinks) and not any(sink.get("enabled", True) for sink in sinks.values())
+    counts = (("delivered", "dispatchedCount"), ("skipped", "skippedCount"), ("failed", "failedCount"))
+    outcome = ", ".join(f"{summary[key]} {word}" for word, key in counts)
+    coloured = click.style(status, fg="yellow" if idle else STATUS_COLOURS.get(status, "yellow"))
+    head = f"{plural(summary['processedCount'], 'new escalation')}: {outcome}"
     if summary["lateDispatchedCount"] or summary["lateFailedCount"]:
-        late = plural(summary["lateDispatchedCount"], "delivery")
-        lines.append(f"late: {late} that had waited, {summary['lateFailedCount']} given up")
+        head += f"; late: {summary['lateDispatchedCount']} delivered, {summary['lateFailedCount']} given up"
+    lines = [f"{coloured}  loop {summary['loopId']}, {head}"]
+    if status == "no_source":
+        missing = f"there are no escalations at {summary['escalationsFile']}"
+        lines.append(printable(summary.get("message") or missing))
+    if idle:
+        lines.append('no sink is enabled: nothing is sent; set "enabled": true on a sink in the config')
+    if summary.get("stoppedBy"):
+        lines.append(stopped_words(summary["stoppedBy"], summary["unreadCount"]))
+    elif summary.get("unreadCount"):
+        lines.append(f"{plural(summary['unreadCount'], 'line')} of the source not read yet")
     if summary["failureReasonCodes"]:
         lines.append(f"reasons: {', '.join(summary['failureReasonCodes'])}")
-    if lanes := summary.get("lanes"):
+    if sinks:
         rows = [
             (
                 sink_id,
-                lane["waitingCount"],
-                lane.get("oldestPendingAt"),
-                lane["deadLetterCount"],
-                lane.get("nextAttemptAt") if lane["consecutiveFailures"] else None,
-                cut(why_it_failed(lane), 60) if lane.get("reasonCode") else None,
+                sink.get("sentCount", 0),
+                sink["waitingCount"],
+                how_long(sink.get("oldestPendingAt"), now),
+                when_due(sink.get("nextAttemptAt"), now) if sink["consecutiveFailures"] else None,
+                sink["deadLetterCount"],
+                what_is_left(sink),
             )
-            for sink_id, lane in lanes.items()
+            for sink_id, sink in sinks.items()
         ]
-        headings = ("SINK", "WAITING", "OLDEST", "DEAD LETTERS", "NEXT ATTEMPT", "LAST FAILURE")
-        lines += ["", table(headings, rows)]
+        headings = ("SINK", "DELIVERED", "WAITING", "OLDEST", "NEXT ATTEMPT", "DEAD", "NOTE")
+        lines += ["", table(headings, rows, ("OLDEST", "NEXT ATTEMPT"))]
     return "\n".join(lines)
+
+
+def stopped_words(by: str, unread: int) -> str:
+    """Why a pass ended before all was sent, and how much of the source it has not read."""
+    why = "a signal" if by == "signal" else "its time budget"
+    left = f", {plural(unread, 'line')} of the source not read yet" if unread else ""
+    return f"stopped by {why}{left}; the next pass goes on"
+
+
+def what_is_left(sink: JsonObject) -> str | None:
+    """What a sink's deliveries wait for: the trouble with it, or its rate and how long that takes."""
+    if sink["consecutiveFailures"] or (sink["deadLetterCount"] and sink.get("reasonCode")):
+        return cut(why_it_failed(sink), 60)
+    if not sink["waitingCount"]:
+        return None
+    if sink.get("enabled") is False:
+        return "disabled"
+    rate = sink.get("perMinute")
+    if not rate:
+        return "waits for the next pass"
+    return f"{rate} a minute, about {duration_words(max(1.0, sink['waitingCount'] * 60 / rate))} left"
 
 
 PLAN_COLOURS = {"send": "green", "wait": "yellow", "keep": "yellow", "drop": "red"}
@@ -7264,6 +8651,8 @@ def plan_text(plan: JsonObject) -> str:
         end += f", leave {waits} waiting"
     if drops := counts.get("drop", 0):
         end += f", give up {drops}"
+    if plan["oldestAt"]:
+        end += f"; the oldest was written {how_long(plan['oldestAt'], time.time())}"
     last = [f"{end}. Nothing was sent or written."]
     if not blocks:
         last = ["Nothing waits: a pass would send nothing."]
@@ -7288,14 +8677,16 @@ def plans_text(document: JsonObject) -> str:
     return "\n\n".join(texts) or f"Nothing waits in {plural(document['loopCount'], 'loop')}."
 
 
-@cli.command(epilog=EXIT_CODES_HELP)
-@here_option
+@cli.command(epilog=examples("config", "config --category health_critical", "config --list-sinks"))
+@repo_option
 @click.option(
+    "--alert-config-file",
     "--config-file",
+    "config_file",
     envvar=CONFIG_ENV,
     show_envvar=True,
     type=FILE_TYPE,
-    show_default=f"REPO/{DEFAULT_CONFIG}",
+    show_default=DEFAULT_CONFIG,
     help="The sinks and routes.",
 )
 @click.option("--category", metavar="NAME", help="Show where an escalation of this category goes.")
@@ -7357,6 +8748,7 @@ def read_severity(word: str) -> str:
 
 def config_document(config: Config) -> JsonObject:
     """What `config` prints: the whole config, resolved."""
+    warnings = quoted_secrets(config.sinks.values())
     return {
         "schemaVersion": SCHEMA_VERSION,
         "sourceFile": config.path,
@@ -7366,6 +8758,7 @@ def config_document(config: Config) -> JsonObject:
         "routing": config.routing,
         "envStatus": config.env_status(),
         "validation": {"envCheckEnabled": config.env_checked},
+        **({"warnings": warnings} if warnings else {}),
     }
 
 
@@ -7451,31 +8844,31 @@ def resolution_text(resolution: Resolution) -> str:
 # ---------------------------------------------------------------------------------------------------------
 # Status: is it working, what is stuck, why, what to do
 # ---------------------------------------------------------------------------------------------------------
+# Reads the queue, the summary, the source and the ends of the telemetry files. Never writes: no file or
+# folder is made, no alert is sent.
 
 # Failure reasons are counted over this much of the end of the telemetry.
 RECENT_BYTES = 1 << 20
-# An unfinished line whose writer has been silent for so many seconds is told of.
+# An unfinished line whose writer has been silent for so many seconds is reported.
 WRITER_GRACE = 60.0
+# Seconds. A clock that is further off is pointed out: signatures and the end of an alert depend on it.
+CLOCK_TOLERANCE = 60.0
 Health = Literal["ok", "warning", "critical", "disabled", "unknown"]
-# Of loops, of which the worst is told to a monitor.
+# Of many loops, a monitor learns of the worst.
 HEALTH_ORDER: tuple[Health, ...] = ("ok", "warning", "unknown", "critical")
 # The monitoring-plugin convention: OK, WARNING, CRITICAL, UNKNOWN.
 PLUGIN_CODES = {"ok": 0, "warning": 1, "critical": 2, "unknown": 3}
 
-STATUS_EXIT_CODES_HELP = """\b
-Exit codes:
-  0  done, whatever it says
-  2  usage: the command line is wrong
-  4  the state file is unusable
-  5  the source, the telemetry, the disk or the output failed
-
+STATUS_EXIT_CODES_HELP = """
 \b
 Exit codes with --check:
   0  OK
-  1  WARNING: something waits or was lost, a sink fails, no sink is enabled, or there are dead letters
-  2  CRITICAL: a sink has been failing, or something has waited for a pass and none has run, for longer
-     than --critical-after; or the config is invalid
-  3  UNKNOWN: no pass has run, the files cannot be read, or the command line is wrong
+  1  WARNING: something waits or was lost, a sink fails, no sink is enabled,
+     or there are dead letters
+  2  CRITICAL: the config is invalid; or a sink has failed, or no pass has run
+     though something waits, for longer than --critical-after
+  3  UNKNOWN: no pass has run, the files cannot be read, or the command line
+     is wrong
 """
 
 DISPATCH_FIELDS = (
@@ -7496,58 +8889,54 @@ class Finding(NamedTuple):
     advice: str | None = None
 
 
-def advise(
-    reason_code: str | None,
-    http_status: int | None,
-    message: str | None,
-    *,
-    waits: bool = True,
-    refused: bool = False,
-) -> str:
-    """Say what to do about a failure. `waits`: what failed waits in a lane, and is tried again by itself.
-    `refused`: it is a dead letter."""
-    text = (message or "").lower()
-    time_will_tell = "nothing to do, what waits goes out by itself" if waits else "try again later"
-    if reason_code == "missing_secret":
-        return "set the variable in the environment that reconcile runs in"
-    if reason_code == "request_failed":
-        # The phrases of `Client`: none is a part of a host's name.
-        if "the proxy " in text:
-            return "check the proxy that the environment names, or name the sink's host in no_proxy"
-        if "no such host: " in text:
-            return "check the host name in the sink's URL, and this machine's DNS"
-        if "tls: the certificate of " in text:
-            return "check the sink's certificate; name the file of a private CA with caFileEnv"
-        if "connection refused by " in text or "no connection to " in text:
-            return "check that the sink is up and reachable from here (firewall, proxy)"
-        return "check that the sink is up; where it is only slow, raise its timeoutSeconds"
-    if refused:
-        return "the sink does not take this record: read its answer, then redeliver or skip"
-    if (
-        http_status in (401, 403)
-        or text == "invalid_token"
-        or (http_status == 400 and re.search(ROUTING_KEY, text))
-    ):
-        return "the credential is wrong or was revoked: make a new one and set its variable"
-    if text in SLACK_SINK_ERRORS and ("channel" in text or "archived" in text):
-        return "Slack does not let this webhook post to its channel: unarchive it, or set another one"
-    if http_status == 407:
-        return "the proxy wants a user name and a password: set them in its URL in the environment"
-    if http_status in (404, 405, 410) or text in SLACK_SINK_ERRORS or text == WEB_PAGE.lower():
-        return "the URL is wrong or was deleted: make a new one and set its variable"
-    if http_status is not None and 300 <= http_status < 400:
-        return "set the URL that the redirect leads to"
-    if http_status == 429 or text in SLACK_RATE_ERRORS:
-        return f"the sink limits the rate: {time_will_tell}"
-    if text in SLACK_WAIT_ERRORS or (
-        http_status is not None and (http_status >= 500 or http_status in SINK_UNWELL)
-    ):
-        return f"the sink has trouble of its own: {time_will_tell}"
-    if text.startswith(NO_ALERTMANAGER.lower()):
-        return "check the sink's URLs: https:// where TLS is spoken, and what a proxy before it wants"
-    if http_status is not None:
-        return "the sink takes nothing as it is set up: read its answer, mend its URL, headers or settings"
-    return "see the last rows of telemetry/alert-attempts.jsonl"
+def advise(fault: object, sink: Sink | None, commands: Mapping[str, str]) -> str:
+    """Say how to fix what a fault code stands for. `commands`: those of `commands_for`.
+
+    Without a sink (the config cannot be read, or no longer has it) its variables go by what they are for.
+    """
+    found = CODES.get(str(fault))
+    if found is None:
+        return words_of("see what the sink answered: `{show}`", commands)
+    names = dict(commands)
+    if sink is not None:
+        adapter, variables = ADAPTERS[sink.type], sink.secret_refs
+        url = variables.get(adapter.url_key) or adapter.default_url or GENERAL_WORDS["url"]
+        names |= {
+            "url": url,
+            "credential": variables.get(adapter.credential_key, url),
+            "unset": " and ".join(adapter.missing_secrets(sink)) or GENERAL_WORDS["unset"],
+            "sink": sink.id,
+        }
+    return words_of(found.fix, names)
+
+
+def commands_for(job: Job) -> dict[str, str]:
+    """The commands that the texts of CODES name, on a job's files, to be pasted into a shell."""
+    return {
+        "ack": command_line("status", job, "--ack"),
+        "config": config_command(job.config_file),
+        "dispatch": command_line("dispatch", job),
+        "failed": command_line("log", job, "--status", "failed"),
+        "log": command_line("log", job),
+        "redeliver": command_line("redeliver", job, "--from-line", "1"),
+        "redeliver_dead": command_line("redeliver", job, "--dead-letters"),
+        "show": command_line("show", job) + " ID",
+        "skip_dead": command_line("skip", job, "--dead-letters"),
+        "status": command_line("status", job),
+    }
+
+
+def config_command(config_file: str) -> str:
+    """The command that checks a config, to be pasted into a shell."""
+    return shell_line(PROGRAM, "config", "--alert-config-file", config_file)
+
+
+def test_command(repo: str, config_file: str, sink_id: str) -> str:
+    """The command that sends a sink a test alert, to be pasted into a shell."""
+    words = [PROGRAM, "test", "--repo", repo, "--sink", sink_id]
+    if config_file != os.path.join(repo, DEFAULT_CONFIG):
+        words += ["--alert-config-file", config_file]
+    return shell_line(*words)
 
 
 def why_it_failed(failure: Mapping[str, Any]) -> str:
@@ -7557,67 +8946,112 @@ def why_it_failed(failure: Mapping[str, Any]) -> str:
     return f"{failure.get('reasonCode') or 'failed'}{answer}" + (f": {message}" if message else "")
 
 
+class LoopFigures(NamedTuple):
+    """What the queue says of a loop: where its source is to be read on, how its sinks stand, by sink id, the
+    lines of the current file that a sink does not take although it is well, what reached nobody of late, and
+    what came of the attempts of the last 24 hours, by sink.
+
+    `past`: what the loop's files say, if the queue does not know the loop. `damage`: what is wrong with the
+    queue.
+    """
+
+    cursor: Cursor
+    sinks: dict[str, JsonObject]
+    stuck: dict[str, int]
+    losses: list[tuple[str, int, float]]
+    hours: dict[str, dict[int, tuple[int, int]]]
+    past: PastRun | None
+    damage: str | None = None
+
+
+def read_figures(job: Job, config: Config | None, now: float) -> LoopFigures:
+    """Read what the queue says of a loop. No pass writes to it meanwhile.
+
+    Raises StateError or StorageError.
+    """
+    damage = None
+    try:
+        queue = Queue.open_to_read(job.queue_file)
+        if queue is not None:
+            with queue, queue.errors():
+                if found := queue.find_loop(job.loop_id):
+                    number, cursor, _ = found
+                    tallies = queue.tallies(number)
+                    sinks = {
+                        sink_id: sink_figure(
+                            queue, number, sink_id, tallies.get(sink_id, {}), queue.destinations_of(sink_id)
+                        )
+                        for sink_id in {**(config.sinks if config else {}), **tallies}
+                    }
+                    stuck = {
+                        sink_id: place[1]
+                        for sink_id in sinks
+                        if (place := queue.stuck_at(number, sink_id, SAME_RECORD_ATTEMPTS))
+                        and place[0] == cursor.segment
+                    }
+                    losses, hours = queue.losses(number, now), queue.hours(number, now)
+                    return LoopFigures(cursor, sinks, stuck, losses, hours, None)
+    except DamagedQueueError as error:
+        damage = str(error).partition("\n")[0]
+    past = read_past(job)
+    return LoopFigures(past.cursor, {}, {}, [], {}, past, damage)
+
+
 def loop_status(job: Job, critical_after: float) -> JsonObject:
-    """How each sink of a loop fares, right now: the state is brought up to date in memory from the rows that
-    were written after it. Needs neither config nor secrets; what it cannot know without, it says.
+    """How each sink of a loop fares, right now. Needs neither config nor secrets, and works without a queue:
+    what it cannot know, it says.
 
     Raises StateError or StorageError.
     """
     now = time.time()
     notes: list[str] = []
-    kept, damaged = read_sound_state(job)
-    document = kept.published if kept else None
-    state = bring_up_to_date(job, kept, damaged)
-    known = state.taken_up is not None or state.legacy_lines > 0
-    if document is None and (damaged or known):
-        notes.append(
-            f"the state file {job.state_file} is {'damaged' if damaged else 'not there'}: "
-            + (
-                "this is from the telemetry, from which the next pass rebuilds it"
-                if known
-                else "the next pass begins anew"
-            )
-        )
-    config, config_valid, told = config_of_status(job, state)
-    notes += told
-    with state.open_source(job.escalations_file) as source:
-        new, oldest_new, pending = count_new(job, state, config, source)
-        if state.recount and state.taken_up is not None and config is not None:
-            router = Router(config)
-            for sink_id, lane in state.lanes.items():
-                if sink := config.sinks.get(sink_id):
-                    waiting = backlog(lane, sink, router, source, state.taken_up, job.loop_id)
-                    count_backlog(lane, waiting)
-        pending_lines = find_pending_lines(job, state, config, source)
+    try:
+        document = read_state_document(job.state_file)
+    except ValueError:
+        document = None
+        notes.append(f"the state file {job.state_file} is damaged: the next pass writes a new one")
+    config, config_valid, said = config_of_status(job, document)
+    figures = read_figures(job, config, now)
+    known = figures.past is None or bool(figures.cursor.number or figures.cursor.line)
+    if document is None and not notes and known:
+        notes.append(f"the state file {job.state_file} is not there: the next pass writes a new one")
+    if figures.damage:
+        notes.append(f"{figures.damage}: the next pass keeps it aside and starts a new one")
+    notes += said
+    new, oldest_new, pending = count_unread(job, figures.cursor, config)
     if new and config is None:
         notes.append(
-            f"{plural(new, 'escalation')} not taken up yet, for which sinks is not known without a config"
+            f"{plural(new, 'escalation')} not read yet: without a config it is not known for which sinks"
         )
     failures = last_failures(job)
+    commands = commands_for(job)
     sinks = [
         sink_status(
-            sink_id,
-            config,
-            state.lanes.get(sink_id),
-            failures.get(sink_id, {}),
-            pending.get(sink_id),
-            pending_lines.get(sink_id),
-            critical_after,
-            now,
+            job, sink_id, config, figures, failures, pending.get(sink_id), commands, critical_after, now
         )
-        for sink_id in sorted({*state.lanes, *(config.sinks if config else ())})
+        for sink_id in sorted({*figures.sinks, *(config.sinks if config else ())})
+        if config is None or sink_id in config.sinks or has_open_deliveries(figures.sinks[sink_id])
     ]
-    notes += [
-        f"{plural(sink['lagCount'], 'delivery')} waiting for {sink['id']}, which is disabled: kept until it "
-        f"is enabled, or given up with `skip`"
-        for sink in sinks
-        if sink["enabled"] is False and sink["lagCount"]
-    ]
-    # The file is well; a secret was unset, or it has been mended since.
+    for sink in sinks:
+        waiting = plural(sink["lagCount"], "delivery")
+        if sink["enabled"] is False and sink["lagCount"]:
+            notes.append(
+                f"{waiting} waiting for {sink['id']}, which is disabled: kept until it is enabled, or given "
+                "up with `skip`"
+            )
+        elif config is not None and sink["id"] not in config.sinks and sink["lagCount"]:
+            notes.append(
+                f"{waiting} waiting for {sink['id']} will be given up: the config has no such sink any more"
+            )
+    # The file is valid now; a secret was unset, or it was corrected since.
     was_invalid = (document or {}).get("status") == "config_invalid" and config_valid is not False
     if was_invalid:
         config_valid = False
         notes.append(f"the last pass found the config invalid: {(document or {}).get('message')}")
+    if config_valid is False:
+        for sink in sinks:
+            # Nothing is sent to it.
+            sink["health"] = "disabled" if sink["health"] == "disabled" else "critical"
     rows = recent_rows(job.telemetry_file)
     found = {
         "schemaVersion": SCHEMA_VERSION,
@@ -7640,16 +9074,17 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
         "configValid": config_valid,
         "silent": is_silent(document, last, sinks, new, oldest_new, critical_after, now),
     }
-    findings = list(find_troubles(job, found, known or document is not None, was_invalid=was_invalid))
-    if not (config_valid is False or not (known or document)):
+    ran = known or document is not None
+    findings = list(find_troubles(job, found, ran, commands, was_invalid=was_invalid))
+    if config_valid is not False and ran:
         findings += [
-            *find_lost(job, state, now),
+            *find_lost(job, figures, rows, commands),
             *find_unfinished(job, now),
             *find_broken_pass(document, last),
         ]
     if not findings:
         findings = [
-            Finding("ok", "nothing waits: all that was taken up is delivered, or its row says why not")
+            Finding("ok", "nothing waits: each escalation is delivered, or its row says why it is not")
         ]
     return {
         **found,
@@ -7660,138 +9095,170 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
     }
 
 
-def config_of_status(job: Job, state: State) -> tuple[Config | None, bool | None, list[str]]:
-    """The config, as far as it can be had; whether it is valid, None where there is none; and what is to be
-    said of it."""
+def config_of_status(job: Job, document: JsonObject | None) -> tuple[Config | None, bool | None, list[str]]:
+    """The config, if it can be read; whether it is valid, None if there is none; and what is to be said of
+    it."""
     try:
-        config = load_config(job.config_file, {}, check_env=False, known_digest=state.config_digest)
+        known = as_text((document or {}).get("configDigest"))
+        config = load_config(job.config_file, {}, check_env=False, known_digest=known)
     except ConfigError as error:
         if os.path.exists(job.config_file):
             return None, False, [error.headline, *error.faults]
-        # No fault where status is asked on another machine.
+        # No fault if status is asked on another machine.
         return None, None, [f"config not read: {job.config_file} is not there"]
     enabled = any(sink.enabled for sink in config.sinks.values())
-    return config, True, [*(config_warnings(config) if enabled else ()), *dropped_notes(state, config)]
+    return config, True, list(config_warnings(config)) if enabled else []
 
 
-def count_new(
-    job: Job, state: State, config: Config | None, source: Source
+def count_unread(
+    job: Job, cursor: Cursor, config: Config | None
 ) -> tuple[int, str | None, dict[str, tuple[int, str | None]]]:
-    """Count what no pass has taken up yet: in all, and for each sink; with the timestamp of the oldest."""
+    """Count what no pass has ingested yet: in all, and for each sink; with the timestamp of the oldest.
+
+    Raises StorageError.
+    """
     router = Router(config) if config else None
     new, oldest_new = 0, None
     pending: dict[str, tuple[int, str | None]] = {}
-    if not source.segments:
-        return 0, None, {}
-    start = state.taken_up or after_lines(source, state.legacy_lines)
-    for record in source.read(source.readable_from(start) or start):
-        new += 1
-        line = parse_escalation(record, job.loop_id)
-        if isinstance(line, Unusable):
-            continue
-        oldest_new = oldest_new or line.written_at
-        for sink in router.resolve(line.category, line.severity).dispatchable if router else ():
-            lane = state.lanes.get(sink.id)
-            if lane is None or lane.position <= record.start:  # else it has been sent, its row is to come
-                count, oldest = pending.get(sink.id, (0, line.written_at))
-                pending[sink.id] = (count + 1, oldest)
+    with contextlib.closing(Source(job.escalations_file, cursor)) as source:
+        for line in (line for chunk in source.chunks() for line in chunk.lines):
+            for found in parse_line(line.text, line.size, job.loop_id):
+                new += 1
+                if isinstance(found, Unusable):
+                    continue
+                oldest_new = oldest_new or found.written_at
+                for sink in router.resolve(found.category, found.severity).dispatchable if router else ():
+                    count, oldest = pending.get(sink.id, (0, found.written_at))
+                    pending[sink.id] = (count + 1, oldest)
     return new, oldest_new, pending
 
 
-def find_pending_lines(job: Job, state: State, config: Config | None, source: Source) -> dict[str, int]:
-    """For sinks that fail on the same record again and again, its line in the current file."""
-    found: dict[str, int] = {}
-    for sink_id, lane in state.lanes.items():
-        sink = config.sinks.get(sink_id) if config else None
-        if config and sink and state.taken_up and source.current and lane.attempts > SAME_RECORD_ATTEMPTS:
-            waiting = backlog(lane, sink, Router(config), source, state.taken_up, job.loop_id)
-            first = next(waiting, None)
-            if first is not None and first.record.start.segment == source.current.number:
-                found[sink_id] = first.record.end.line
-    return found
+def has_open_deliveries(figure: JsonObject) -> bool:
+    return bool(figure["waitingCount"] or figure["deadLetterCount"])
+
+
+NO_FIGURE: JsonObject = {
+    **dict.fromkeys(("waitingCount", "deadLetterCount", "deliveredCount", "failedAttemptCount"), 0),
+    **dict.fromkeys(("givenUpCount", "skippedCount", "consecutiveFailures"), 0),
+    **dict.fromkeys(("oldestPendingAt", "lastSuccessAt", "lastFailureAt", "failingSince", "nextAttemptAt")),
+    **dict.fromkeys(("reasonCode", "faultCode", "httpStatus", "message", "clockOffsetSeconds")),
+    "laggingPeers": [],
+}
 
 
 def sink_status(
+    job: Job,
     sink_id: str,
     config: Config | None,
-    lane: Lane | None,
-    failure: JsonObject,
+    figures: LoopFigures,
+    failures: Mapping[str, JsonObject],
     new: tuple[int, str | None] | None,
-    pending_line: int | None,
+    commands: Mapping[str, str],
     critical_after: float,
     now: float,
 ) -> JsonObject:
-    """How one sink fares. `failure`: the attempts row of its last failure, as far as it is at hand.
-    `pending_line`: where that is, the line of the record that it fails on again and again."""
+    """How one sink fares. `failures`: the attempts rows of the last failures, as far as they are at hand.
+    `new`: how many escalations for it no pass has ingested, and the timestamp of the oldest."""
     sink = config.sinks.get(sink_id) if config else None
-    lane = lane or Lane(Position(1, 0, 0))
-    lag = lane.waiting_count + (new[0] if new else 0)
-    # Where nothing is left to be sent, nothing is stuck, whatever became of it.
-    failing = lane.consecutive_failures > 0 and lag > 0
+    figure = figures.sinks.get(sink_id, NO_FIGURE)
+    commands = {**commands, "test": test_command(job.repo, job.config_file, sink_id)}
+    lag = figure["waitingCount"] + (new[0] if new else 0)
+    # If nothing is left to be sent, nothing is stuck, whatever became of it.
+    failing = figure["consecutiveFailures"] > 0 and lag > 0
+    since = parse_time(figure["failingSince"])
     health: Health = "ok"
     if sink is not None and not sink.enabled:
         health = "disabled"
-    elif failing and lane.failing_since is not None and now - lane.failing_since > critical_after:
+    elif failing and since is not None and now - since > critical_after:
         health = "critical"
-    elif lag or lane.dead_letter_count or lane.peers:
+    elif lag or figure["deadLetterCount"] or figure["laggingPeers"]:
         health = "warning"
-    # The lane itself forgets why it failed as soon as a delivery is made.
-    reason = (
-        failure
-        if lane.last_failure_at and lane.reason_code is None
-        else {"reasonCode": lane.reason_code, "httpStatus": lane.http_status, "message": lane.message}
-    )
+    # A record that was refused is no failure of its destination.
+    refused = failures.get(sink_id) if not failing else None
+    reason = refused or figure
     return {
         "id": sink_id,
         "type": sink.type if sink else None,
         "enabled": sink.enabled if sink else None,
         "health": health,
         "lagCount": lag,
-        "oldestPendingAt": (lane.oldest_pending_at if lane.waiting_count else None)
-        or (new[1] if new else None),
-        "lastSuccessAt": iso(lane.last_success_at) if lane.last_success_at else None,
-        "lastFailureAt": iso(lane.last_failure_at) if lane.last_failure_at else None,
-        **{key: reason.get(key) for key in ("reasonCode", "httpStatus", "message")},
-        "consecutiveFailures": lane.consecutive_failures,
-        "pendingLine": pending_line if failing else None,
-        "failingSince": iso(lane.failing_since) if failing and lane.failing_since else None,
-        "nextAttemptAt": iso(lane.next_attempt_at) if failing and lane.next_attempt_at else None,
-        "deadLetterCount": lane.dead_letter_count,
-        "deliveredCount": lane.delivered_count,
-        "failedAttemptCount": lane.failed_attempt_count,
-        "givenUpCount": lane.given_up_count,
-        "skippedCount": lane.skipped_count,
+        "waitingCount": figure["waitingCount"],
+        "oldestPendingAt": figure["oldestPendingAt"] or (new[1] if new else None),
+        "lastSuccessAt": figure["lastSuccessAt"],
+        "lastFailureAt": refused["timestamp"] if refused else figure["lastFailureAt"],
+        **{key: reason.get(key) for key in ("reasonCode", "httpStatus", "message", "faultCode")},
+        "advice": advise(reason.get("faultCode"), sink, commands) if failing else None,
+        "consecutiveFailures": figure["consecutiveFailures"],
+        "pendingLine": None if failing else figures.stuck.get(sink_id),
+        "failingSince": figure["failingSince"] if failing else None,
+        "nextAttemptAt": figure["nextAttemptAt"] if failing else None,
+        "deadLetterCount": figure["deadLetterCount"],
+        "deliveredCount": figure["deliveredCount"],
+        "failedAttemptCount": figure["failedAttemptCount"],
+        "givenUpCount": figure["givenUpCount"],
+        "skippedCount": figure["skippedCount"],
+        "clockOffsetSeconds": figure["clockOffsetSeconds"],
+        "hours": last_hours(figures.hours.get(sink_id, {}), now),
         # Of a cluster: the peers that have missed what another one took.
         "laggingPeers": [
-            {
-                "peer": name,
-                "since": iso(behind.since),
-                "reasonCode": behind.reason_code,
-                "httpStatus": behind.http_status,
-                "message": behind.message,
-                "nextAttemptAt": behind.next_attempt_at and iso(behind.next_attempt_at),
-            }
-            for name, behind in sorted(lane.peers.items())
+            {**peer, "advice": advise(peer["faultCode"], sink, commands)}
+            for peer in sorted(figure["laggingPeers"], key=lambda peer: str(peer["peer"]))
         ],
     }
 
 
-def find_troubles(job: Job, status: JsonObject, ran: bool, *, was_invalid: bool) -> Iterator[Finding]:
-    """What is wrong with a loop's config, passes and lanes, worst first.
+def last_hours(counts: Mapping[int, tuple[int, int]], now: float) -> list[JsonObject]:
+    """The last 24 hours, the oldest first: when each began, what was delivered, the attempts that failed."""
+    last = int(now // 3600)
+    return [
+        {"at": iso(hour * 3600), "delivered": delivered, "failed": failed}
+        for hour in range(last - 23, last + 1)
+        for delivered, failed in [counts.get(hour, (0, 0))]
+    ]
+
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def bar_chart(hours: Sequence[JsonObject]) -> Styled:
+    """The attempts of the last hours in one cell: green if all delivered, red if all failed, else yellow."""
+    highest = max((hour["delivered"] + hour["failed"] for hour in hours), default=0)
+    bars = []
+    for hour in hours:
+        count = hour["delivered"] + hour["failed"]
+        if not count:
+            bars.append(BARS[0])
+            continue
+        colour = "green" if not hour["failed"] else "yellow" if hour["delivered"] else "red"
+        # What is not nothing is seen, however little it is.
+        height = max(1, round(count / highest * (len(BARS) - 1)))
+        bars.append(click.style(BARS[height], fg=colour))
+    return Styled("".join(bars))
+
+
+def find_troubles(
+    job: Job, status: JsonObject, ran: bool, commands: Mapping[str, str], *, was_invalid: bool
+) -> Iterator[Finding]:
+    """What is wrong with a loop's config, passes and sinks, worst first.
 
     `ran`: a pass has. `was_invalid`: the last one found the config invalid, which it does not look now.
     """
     if was_invalid:
         words = "the last pass found the config invalid, and sent nothing"
-        advice = "mend what the note names where reconcile runs; where that is done, the next pass sends all"
+        advice = (
+            "fix what the note below names, in the environment that reconcile runs in; the next pass sends "
+            f"everything, and `{commands['dispatch']}` runs one now"
+        )
         yield Finding("critical", words, advice)
         return
     if status["configValid"] is False:
-        checked = shell_line(PROGRAM, "config", "--config-file", job.config_file)
-        advice = f"run `{checked}`, mend what it names; then all that waits goes out"
+        advice = f"run `{commands['config']}` and fix what it names; the next pass sends what waits"
         yield Finding("critical", "the config is invalid: nothing is sent", advice)
         return
-    dispatch = f"`{command_line('dispatch', job)}`"
+    dispatch = f"`{commands['dispatch']}`"
+    if not ran and (missing := no_such_loop(job)):
+        yield Finding("unknown", missing)
+        return
     if not ran:
         yield Finding("unknown", "no pass has run yet", f"run {dispatch}, or hook it into reconcile")
         return
@@ -7802,55 +9269,77 @@ def find_troubles(job: Job, status: JsonObject, ran: bool, *, was_invalid: bool)
             "critical", words, f"see why reconcile, or the timer, runs none; {dispatch} runs one now"
         )
     active = [sink for sink in status["sinks"] if sink["health"] != "disabled"]
-    stuck = [sink for sink in active if sink["consecutiveFailures"] and sink["lagCount"]]
-    for sink in sorted(stuck, key=lambda sink: sink["health"] != "critical"):
-        waiting = plural(sink["lagCount"], "delivery")
-        words = f"{sink['id']} is failing ({why_it_failed(sink)}), {waiting} waiting"
-        advice = advise(sink["reasonCode"], sink["httpStatus"], sink["message"])
-        if sink["pendingLine"] and (sink["httpStatus"] or 0) >= 500:
-            given_up = command_line("skip", job, "--sink", sink["id"], "--to-line", str(sink["pendingLine"]))
-            advice += (
-                f"; where others get through to it, it is line {sink['pendingLine']} that it fails on, "
-                f"which `{given_up}` gives up"
-            )
-        elif sink["nextAttemptAt"]:
+    failing = [sink for sink in active if sink["consecutiveFailures"] and sink["lagCount"]]
+    for sink in sorted(failing, key=lambda sink: sink["health"] != "critical"):
+        words = (
+            f"{sink['id']} is failing ({why_it_failed(sink)}), {plural(sink['lagCount'], 'delivery')} waiting"
+        )
+        advice = sink["advice"]
+        if sink["nextAttemptAt"]:
             at_once = command_line("dispatch", job, "--now")
-            advice += f"; the next attempt is at {sink['nextAttemptAt']}, or at once with `{at_once}`"
-        named = f"{sink['id']}: " if len(stuck) > 1 else ""
+            advice += f"; next attempt {sink['nextAttemptAt']}, or at once with `{at_once}`"
+        named = f"{sink['id']}: " if len(failing) > 1 else ""
         yield Finding(sink["health"], words, named + advice)
-    if lagging := [sink for sink in active if sink["lagCount"] and sink not in stuck]:
+    stuck = [sink for sink in active if sink["pendingLine"]]
+    for sink in stuck:
+        line = sink["pendingLine"]
+        given_up = command_line("skip", job, "--sink", sink["id"], "--to-line", str(line))
+        waiting = plural(sink["lagCount"], "delivery")
+        words = f"{sink['id']} fails on line {line} again and again, {waiting} waiting"
+        yield Finding("warning", words, f"others get through to {sink['id']}: `{given_up}` gives that one up")
+    if lagging := [sink for sink in active if sink["lagCount"] and sink not in failing + stuck]:
         waiting = plural(sum(sink["lagCount"] for sink in lagging), "delivery")
         words = f"{waiting} waiting for {', '.join(sink['id'] for sink in lagging)}"
+        if status["untakenCount"]:
+            words += f", {plural(status['untakenCount'], 'escalation')} of them not read yet"
         yield Finding("warning", words, f"the next pass goes on with them; {dispatch} does so now")
     for sink in active:
-        for behind in sink["laggingPeers"]:
-            why = f" ({why_it_failed(behind)})" if behind["reasonCode"] else ""
-            words = (
-                f"{behind['peer']} of {sink['id']} misses what its peers have, since {behind['since']}{why}"
+        for peer in sink["laggingPeers"]:
+            why = f" ({why_it_failed(peer)})" if peer["reasonCode"] else ""
+            words = f"{peer['peer']} of {sink['id']} misses what its peers have, since {peer['since']}{why}"
+            yield Finding(
+                "warning", words, f"{peer['peer']}: {peer['advice']}; it gets what it misses by itself"
             )
-            advice = advise(behind["reasonCode"], behind["httpStatus"], behind["message"])
-            yield Finding("warning", words, f"{behind['peer']}: {advice}; it gets what it misses by itself")
     if dead := [sink for sink in active if sink["deadLetterCount"]]:
         count = plural(sum(sink["deadLetterCount"] for sink in dead), "dead letter")
         words = f"{count} of {', '.join(sink['id'] for sink in dead)}"
-        again = f"`{command_line('redeliver', job, '--dead-letters')}` sends them again"
-        yield Finding("warning", words, f"{again}, `skip` in its place dismisses them")
+        listed = f"`{command_line('log', job, '--status', 'dead')}` says why"
+        again = f"fix the cause, then `{commands['redeliver_dead']}` sends them again"
+        advice = f"{listed}; {again}, or `{commands['skip_dead']}` dismisses them"
+        yield Finding("warning", words, advice)
+    for sink in active:
+        if wrong := clock_words(sink["clockOffsetSeconds"]):
+            words = f"the clock of {sink['id']} is {wrong} this machine's"
+            yield Finding(
+                "warning", words, f"compare `date -u` with {sink['id']}, and set the one that is wrong"
+            )
     if status["untakenCount"] and status["configValid"] is None:
-        words = f"{plural(status['untakenCount'], 'escalation')} not taken up yet"
+        words = f"{plural(status['untakenCount'], 'escalation')} not read yet"
         yield Finding("warning", words, f"run {dispatch}")
     if status["sinks"] and not active:
         words = "no sink is enabled: nothing is sent"
         yield Finding("warning", words, 'set "enabled": true on a sink in the config')
 
 
+def clock_words(offset: float | None) -> str | None:
+    """How far a clock is off; None if that does not matter."""
+    if offset is None or abs(offset) <= CLOCK_TOLERANCE:
+        return None
+    return f"{abs(offset):.0f} s {'ahead of' if offset > 0 else 'behind'}"
+
+
 def where_it_worked(job: Job) -> Job:
-    """A job on the source and the telemetry of the last pass, where there are none at the places that this
+    """A job on the queue, source and telemetry of the last pass, if there are none at the places that this
     one names."""
     document: JsonObject = {}
     files: dict[str, Any] = {}
     with contextlib.suppress(ValueError, StateError):
         document = read_state_document(job.state_file) or {}
-    for key, name in (("escalationsFile", "escalations_file"), ("dispatchTelemetryFile", "telemetry_file")):
+    for key, name in (
+        ("escalationsFile", "escalations_file"),
+        ("dispatchTelemetryFile", "telemetry_file"),
+        ("queueFile", "queue_file"),
+    ):
         path = document.get(key)
         if isinstance(path, str) and os.path.isfile(path) and not os.path.lexists(getattr(job, name)):
             files[name] = path
@@ -7868,8 +9357,8 @@ def is_silent(
 ) -> bool:
     """Tell whether no pass runs any more, though something has waited for one for too long.
 
-    `last`: the last row of the telemetry, for when the state does not say when a pass has run. Of what has no
-    timestamp it is not known since when it waits: for long, that is.
+    `last`: the last row of the telemetry, in case the state does not say when a pass has run. Something
+    without a timestamp counts as waiting for long.
     """
     waiting = [sink["oldestPendingAt"] for sink in sinks if sink["lagCount"] and sink["health"] != "disabled"]
     waiting += [oldest_new] if new else []
@@ -7879,46 +9368,47 @@ def is_silent(
     return now - max(worked, 0.0) > critical_after and now - since > critical_after
 
 
-def find_lost(job: Job, state: State, now: float) -> Iterator[Finding]:
-    """Tell of escalations that reached no sink and never will by themselves, for as long as LOSS_SHOWN."""
-    for code, (count, at) in state.lost.items():
-        if now - at >= LOSS_SHOWN:
-            continue
-        last = iso(at)
-        if code == "source_replaced":
-            words = f"the source was replaced, perhaps before all of it was read ({code}, at {last})"
-            advice = f"compare what is there with the last rows of {job.telemetry_file}"
-        elif code == "source_lost":
-            words = f"{plural(count, 'delivery')} lost ({code}, at {last})"
-            advice = "keep a few rotations of the source, uncompressed, for as long as a sink may be down"
-        elif code == "sink_removed":
-            words = f"{plural(count, 'delivery')} given up with a sink that was removed ({code}, at {last})"
-            advice = "where that was not wanted, put the sink back under its id, then `redeliver` to it"
-        elif code == "no_dispatchable_sinks":
-            words = f"{plural(count, 'escalation')} reached nobody: no sink enabled ({code}, last at {last})"
-            advice = (
-                "enable a sink of their route, then `redeliver` what was missed; where nobody is to be told, "
-                "raise the route's minSeverity"
-            )
-        else:
-            words = f"{plural(count, 'line')} of the source sent to nobody ({code}, last at {last})"
-            select = shell_line("jq", "-c", f'select(.reasonCode == "{code}")', job.telemetry_file)
-            advice = f"`{select}` shows them; mend their writer, append what is worth it to the source"
-        yield Finding("warning", words, advice)
+def find_lost(
+    job: Job, figures: LoopFigures, rows: Sequence[JsonObject], commands: Mapping[str, str]
+) -> Iterator[Finding]:
+    """Report what reached no sink and never will by itself, for as long as LOSS_SHOWN. `rows`: those at the
+    end of the telemetry."""
+    if figures.past is not None and figures.past.waiting:
+        waited = plural(figures.past.waiting, "delivery")
+        state = "damaged" if figures.damage else "gone"
+        words = f"{waited} waited in the queue {job.queue_file}, which is {state} (queue_lost)"
+        again = send_what_was_lost(job, figures.past)
+        yield Finding("warning", words, f"put the queue back, or run {again}")
+    for code, count, at in figures.losses:
+        # The row of a lost queue names the lines.
+        messages = (row.get("message") for row in reversed(rows) if row.get("reasonCode") == code)
+        said = f"{next(messages, '')} " if code == "queue_lost" else ""
+        words, noun = LOSSES.get(code, ("{} of the source sent to nobody", "line"))
+        words = f"{words.format(plural(count, noun))} ({code}, last {iso(at)})"
+        yield Finding("warning", words, said + words_of(CODES[code].fix, commands))
+
+
+# What is lost by reason code, and what it is counted in; if it is not here, it is lines.
+LOSSES = {
+    "source_replaced": ("the source was replaced, perhaps before all of it was read", ""),
+    "queue_lost": ("{} waited in a queue that was lost", "delivery"),
+    "sink_removed": ("{} given up with a sink that was removed", "delivery"),
+    "no_dispatchable_sinks": ("{} reached nobody: no sink enabled", "escalation"),
+}
 
 
 def find_unfinished(job: Job, now: float) -> Iterator[Finding]:
-    """Tell of a last line that nobody finishes: it waits for its line feed, and spoils the next one."""
+    """Report a last line that nobody finishes: it waits for its line feed, and spoils the next one."""
     size, written = unterminated(job.escalations_file)
     if size and now - written > WRITER_GRACE:
         words = f"the source ends in {plural(size, 'byte')} without a line feed, since {iso(written)}"
         end = f"`echo >>{shell_line(job.escalations_file)}`"
-        advice = f"where its writer has gone, end the line: {end}; the next pass takes it up"
+        advice = f"if its writer has gone, end the line: {end}; the next pass sends it"
         yield Finding("warning", words, advice)
 
 
 def find_broken_pass(document: JsonObject | None, last: JsonObject | None) -> Iterator[Finding]:
-    """Tell of a last pass that ended with an error, of which only reconcile's own row knows."""
+    """Report a last pass that ended with an error, of which only reconcile's own row knows."""
     if last is not None and last.get("status") == "failed_command":
         ended, worked = parse_time(last.get("timestamp")), parse_time((document or {}).get("updatedAt"))
         if ended is not None and (worked is None or ended >= worked):
@@ -7927,21 +9417,14 @@ def find_broken_pass(document: JsonObject | None, last: JsonObject | None) -> It
 
 
 def last_lines(path: str, size: int) -> list[bytes]:
-    """The whole lines in the last `size` bytes of a file, as far as there are any."""
-    try:
-        with open(path, "rb") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - size))
-            lines = file.read().splitlines()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise storage_error("read", path, error) from None
-    return lines[1:] if end > size else lines
+    """The whole lines in the last `size` bytes of a file, if there are any. Raises StorageError."""
+    data = last_bytes(path, size)
+    lines = data.splitlines()
+    return lines[1:] if len(data) == size else lines
 
 
 def last_row(path: str) -> JsonObject | None:
-    """The last line of the telemetry, as the status script reads it; None where it is no row."""
+    """The last line of the telemetry, as the status script reads it; None if it is no row."""
     for size in (RECENT_BYTES, 2 * MAX_RECORD_BYTES):
         if lines := last_lines(path, size):
             with contextlib.suppress(ValueError, RecursionError):
@@ -7960,9 +9443,9 @@ def recent_rows(path: str) -> list[JsonObject]:
 
 
 def last_failures(job: Job) -> dict[str, JsonObject]:
-    """The last failed attempt of each sink, as far as the end of the attempts file has one."""
+    """The last failed attempt of each sink, if the end of the attempts file has one."""
     return {
-        str(row.get("sinkId")): row
+        str(row.get("sinkId")): {"timestamp": None, **row}
         for row in recent_rows(job.attempts_file)
         if row.get("loopId") == job.loop_id
         and "peer" not in row
@@ -7993,51 +9476,69 @@ HEALTH_COLOURS = {"ok": "green", "warning": "yellow", "critical": "red", "unknow
 def status_text(status: JsonObject) -> str:
     """The status of a loop for people: the verdict and the advice, then each sink, then the evidence."""
     head = click.style(status["health"].upper(), fg=HEALTH_COLOURS[status["health"]], bold=True)
-    lines = [f"{head}  loop {status['loopId']}: {printable(status['verdict'])}"]
-    lines += [f"What to do: {printable(advice)}" for advice in status["advice"]]
     now = parse_time(status["generatedAt"]) or 0.0
+    lines = [f"{head}  loop {status['loopId']}: {say_times(printable(status['verdict']), now)}"]
+    lines += [f"What to do: {say_times(printable(advice), now)}" for advice in status["advice"]]
     rows = [
         (
             sink["id"],
             sink["health"],
-            sink["lagCount"],
+            sink["waitingCount"],
             how_long(sink["oldestPendingAt"], now),
             how_long(sink["lastSuccessAt"], now),
             how_long(sink["lastFailureAt"], now),
-            sink["consecutiveFailures"],
-            how_long(sink["nextAttemptAt"], now),
+            when_due(sink["nextAttemptAt"], now),
             sink["deadLetterCount"],
+            bar_chart(sink["hours"]),
         )
         for sink in status["sinks"]
     ]
-    headings = ("SINK", "HEALTH", "LAG", "OLDEST", "LAST SUCCESS", "LAST FAILURE", "FAILURES")
+    headings = ("SINK", "HEALTH", "WAITING", "OLDEST", "LAST SUCCESS", "LAST FAILURE", "NEXT ATTEMPT")
     if rows:
-        lines += ["", table((*headings, "NEXT ATTEMPT", "DEAD"), rows), ""]
+        drop = ("LAST FAILURE", "LAST SUCCESS", "NEXT ATTEMPT", "OLDEST", "LAST 24 HOURS", "DEAD")
+        lines += ["", table((*headings, "DEAD", "LAST 24 HOURS"), rows, drop), ""]
+    if status["untakenCount"]:
+        lines.append(f"Not read yet: {plural(status['untakenCount'], 'escalation')}")
     for sink in status["sinks"]:
         if sink["reasonCode"]:
             why = cut(why_it_failed(sink), 200)
-            lines.append(printable(f"{sink['id']}: last failure at {sink['lastFailureAt']}: {why}"))
+            ago = how_long(sink["lastFailureAt"], now)
+            lines.append(printable(f"{sink['id']}: last failure {ago}: {why}"))
     if status["failureReasons"]:
         reasons = (
-            f"{r['reasonCode']} {r['count']} (last {r['lastSeenAt']})" for r in status["failureReasons"]
+            f"{r['reasonCode']} {r['count']} (last {how_long(r['lastSeenAt'], now)})"
+            for r in status["failureReasons"]
         )
         lines.append(f"Recent failures: {printable(', '.join(reasons))}")
     if last := status["alerts"]["dispatch"]:
         ago = how_long(last["updatedAt"], now) or last["updatedAt"]
-        lines.append(printable(f"Last pass: {ago} ({last['updatedAt']}), {last['status']}"))
+        lines.append(printable(f"Last pass: {ago}, {last['status']}"))
     return "\n".join([*lines, *note_lines(status["notes"])])
 
 
-def how_long(moment: str | None, now: float) -> str | None:
-    """A time as people at a terminal say it: `40 s ago`, `in 3 min`. What is no time is shown as it is."""
+def say_times(text: str, now: float) -> str:
+    """A text with its times as people say them; commands stay as they are."""
+
+    def say(found: re.Match[str]) -> str:
+        if found["time"] is None:
+            return found[0]
+        due = found["next"]
+        return f"{due or ''}{(when_due if due else how_long)(found['time'], now)}"
+
+    return re.sub(r"`[^`]*`|(?P<next>next attempt )?(?P<time>\b\d{4}-\d\d-\d\dT[\d:.]+Z)", say, text)
+
+
+def when_due(moment: str | None, now: float) -> str | None:
+    """When something will happen, as people say it: `in 3 min`; `due now` if that time has come."""
     at = parse_time(moment)
-    if at is None:
-        return cut(moment, 20) if moment else None
-    seconds = abs(now - at)
+    return "due now" if at is not None and at < now + 1 else how_long(moment, now)
+
+
+def duration_words(seconds: float) -> str:
+    """Some time as people say it: `40 s`, `3 min`, `5 h`, `2 days`."""
     units = ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"))
     length, unit = next((pair for pair in units if seconds >= 2 * pair[0]), (1, "s"))
-    amount = f"{seconds // length:.0f} {unit}"
-    return f"in {amount}" if at > now else f"{amount} ago"
+    return f"{seconds // length:.0f} {unit}"
 
 
 def prometheus_text(statuses: Sequence[JsonObject], unreadable: Sequence[str] = ()) -> str:
@@ -8061,7 +9562,7 @@ def prometheus_text(statuses: Sequence[JsonObject], unreadable: Sequence[str] = 
     of_loops: list[tuple[str, str, Callable[[JsonObject], float | None]]] = [
         ("health", "0 ok, 1 warning, 2 critical, 3 unknown.", lambda s: PLUGIN_CODES[s["health"]]),
         ("config_valid", "1 where the config is valid, else 0.", lambda s: s["configValid"]),
-        ("untaken", "Escalations that no pass has taken up.", lambda s: s["untakenCount"]),
+        ("untaken", "Escalations that no pass has read yet.", lambda s: s["untakenCount"]),
         (
             "last_pass_timestamp_seconds",
             "When the last pass ended.",
@@ -8145,14 +9646,26 @@ def unknown_to_a_monitor(*, check: bool) -> Iterator[None]:
         raise click.exceptions.Exit(PLUGIN_CODES["unknown"]) from None
 
 
-@cli.command(cls=StatusCommand, epilog=STATUS_EXIT_CODES_HELP)
-@repo_option
-@click.option(
-    "--loop", "loop_id", metavar="ID", callback=check_loop_id, show_default="all loops", help="The loop."
+@cli.command(
+    cls=StatusCommand,
+    epilog=examples(
+        "status",
+        "status --loop night-build --ack",
+        "status --check --critical-after 900",
+        "status --format prometheus",
+    )
+    + STATUS_EXIT_CODES_HELP,
 )
+@repo_option
+@any_loop_option
 @config_option
 @file_options
 @click.option("--check", is_flag=True, help="One line for a monitor, and its exit codes.")
+@click.option(
+    "--ack",
+    is_flag=True,
+    help="Note that you have seen what was lost and cannot be undone: it is in `log` only from now on.",
+)
 @click.option(
     "--critical-after",
     type=click.FloatRange(min=0),
@@ -8177,15 +9690,17 @@ def status(
     escalations_file: str | None,
     dispatch_state_file: str | None,
     dispatch_telemetry_file: str | None,
+    queue_file: str | None,
     check: bool,
+    ack: bool,
     critical_after: float,
     form: str,
     pretty: bool,
 ) -> None:
-    """Is it working, what is stuck, why, what to do.
+    """Say whether it works, what is stuck, why, what to do.
 
-    Says how each sink of a loop fares, from the files alone: it sends nothing and changes nothing. The files
-    that can be named are those of one loop: they go with --loop.
+    Says how each sink of a loop fares, from the files alone: it sends nothing and, without --ack, changes
+    nothing. The files that can be named are those of one loop: they go with --loop.
     """
     files = (escalations_file, dispatch_state_file, dispatch_telemetry_file)
     statuses: list[JsonObject] = []
@@ -8193,10 +9708,13 @@ def status(
         raise click.BadParameter(f"{critical_after:g} is no time", param_hint="--critical-after")
     if loop_id is None and any(files):
         raise click.UsageError("a loop's own files go with --loop")
-    jobs, errors = make_jobs(repo, loop_id, alert_config_file, *files)
+    jobs, errors = make_jobs(repo, loop_id, alert_config_file, queue_file, *files)
+    jobs = list(map(where_it_worked, jobs))
     for job in jobs:
         try:
-            statuses.append(loop_status(where_it_worked(job), critical_after))
+            if ack:
+                acknowledge_losses(job)
+            statuses.append(loop_status(job, critical_after))
         except DispatchError as error:  # it does not hide the other loops
             errors[job.loop_id] = error
     if check:
@@ -8225,78 +9743,565 @@ def status(
         raise click.exceptions.Exit(max(error.exit_code for error in errors.values()))
 
 
+def acknowledge_losses(job: Job) -> None:
+    """Note that an operator has seen the losses of a loop. Raises StateError or StorageError."""
+    if os.path.exists(job.queue_file):
+        with Queue.open(job.queue_file) as queue, queue.transaction():
+            if found := queue.find_loop(job.loop_id):
+                queue.acknowledge(found[0], time.time())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What happened: log, show
+# ---------------------------------------------------------------------------------------------------------
+# Reads the queue and, for what the queue has let go or never keeps (lines that are no escalation, losses),
+# the telemetry. Never writes.
+
+# How a delivery stands, the worst first. `failed`: it waits, and its last attempt or its sink failed.
+DeliveryWord = Literal["dead", "failed", "waiting", "skipped", "delivered"]
+DELIVERY_WORDS: tuple[DeliveryWord, ...] = get_args(DeliveryWord)
+DELIVERY_COLOURS = {
+    "dead": "red",
+    "failed": "red",
+    "waiting": "yellow",
+    "skipped": "yellow",
+    "delivered": "green",
+}
+# What one asks for, and the words that mean it.
+ASKED_WORDS: dict[str, set[DeliveryWord]] = {
+    "waiting": {"waiting", "failed"},
+    "delivered": {"delivered"},
+    "dead": {"dead"},
+    "skipped": {"skipped"},
+    "failed": {"failed", "dead"},
+}
+# The words of a row of the telemetry for the same.
+ROW_WORDS: dict[object, DeliveryWord] = {
+    "success": "delivered",
+    "failed": "failed",
+    "skipped": "skipped",
+    "waiting": "waiting",
+}
+
+
+class Filter(NamedTuple):
+    """Which escalations `log` lists. `since`: seconds since the epoch."""
+
+    sink: str | None
+    status: str | None
+    category: str | None
+    since: float
+
+    def matches(self, entry: JsonObject) -> bool:
+        """Tell whether an entry of the log is meant."""
+        words = {sink["status"] for sink in entry["sinks"] if self.sink in (None, sink["id"])}
+        if not entry["sinks"] and self.sink is None:
+            words = {entry["status"]}
+        return (
+            bool(words & ASKED_WORDS[self.status] if self.status else words)
+            and self.category in (None, entry["category"])
+            and (parse_time(entry["ingestedAt"]) or 0.0) >= self.since
+        )
+
+
+def delivery_word(found: Queued, failing: Collection[str]) -> DeliveryWord:
+    """How a delivery stands. `failing`: the sinks that do not answer."""
+    if found.status == "waiting" and (found.reason_code or found.sink in failing):
+        return "failed"
+    return cast("DeliveryWord", found.status)
+
+
+def log_entry(found: JsonObject, sinks: Sequence[JsonObject], otherwise: DeliveryWord) -> JsonObject:
+    """An entry of the log. Its own status is the worst of its sinks'; `otherwise`: if it has none."""
+    words = [sink["status"] for sink in sinks]
+    status = min(words, key=DELIVERY_WORDS.index, default=otherwise)
+    return {**found, "status": status, "sinks": list(sinks)}
+
+
+def entry_of_queue(
+    loop_id: str, stored: Stored, deliveries: Sequence[Queued], failing: Collection[str]
+) -> JsonObject:
+    """An escalation that is in the queue, as `log` lists it."""
+    leads = [found for found in deliveries if found.lead]
+    worst = max((found.severity for found in leads), default=None)
+    head = {
+        "escalationId": stored.escalation_id,
+        "loopId": loop_id,
+        "line": stored.line,
+        "timestamp": stored.written_at,
+        "ingestedAt": iso(stored.ingested_at),
+        "severity": stored.severity if worst is None else SEVERITIES[worst],
+        "category": stored.category,
+    }
+    sinks = [
+        {
+            "id": found.sink,
+            "status": delivery_word(found, failing),
+            "httpStatus": found.http_status,
+            "reasonCode": found.reason_code,
+            "message": found.message,
+        }
+        for found in leads
+    ]
+    return log_entry(head, sinks, "skipped")
+
+
+def entry_of_row(row: JsonObject, later: Mapping[str, JsonObject]) -> JsonObject:
+    """A row of the telemetry, as `log` lists it. `later`: what later rows say of its sinks, by their id."""
+    entries = row.get("sinks")
+    listed = [mapping(entry) for entry in entries] if isinstance(entries, list) else []
+    if row.get("sinkId"):  # of something that happened to all that waited for a sink
+        listed = [{"id": row["sinkId"], "status": row.get("status"), "reasonCode": row.get("reasonCode")}]
+    listed = list({**{str(entry.get("id")): entry for entry in listed}, **later}.values())
+    head = {
+        "escalationId": as_text(row.get("escalationId")),
+        "loopId": as_text(row.get("loopId")),
+        "line": mapping(row.get("position")).get("line"),
+        "timestamp": as_text(row.get("escalationTimestamp")) or as_text(row.get("timestamp")),
+        "ingestedAt": as_text(row.get("timestamp")),
+        "severity": as_text(row.get("eventSeverity")),
+        "category": as_text(row.get("escalationCategory")),
+        "reasonCode": as_text(row.get("reasonCode")),
+        "message": as_text(row.get("message")),
+    }
+    sinks = [
+        {
+            "id": as_text(entry.get("id")),
+            "status": "dead" if entry.get("deadLetter") else ROW_WORDS.get(entry.get("status"), "failed"),
+            **{key: entry.get(key) for key in ("httpStatus", "reasonCode", "message")},
+        }
+        for entry in listed
+    ]
+    return log_entry(head, sinks, "skipped" if row.get("status") == "skipped" else "failed")
+
+
+def read_log(jobs: Sequence[Job], loop_id: str | None, wanted: Filter, count: int) -> list[JsonObject]:
+    """The last escalations that are wanted, and what else is on record of the loops, in the order in which it
+    was ingested. Raises StateError or StorageError."""
+    entries: list[JsonObject] = []
+    kept: set[str] = set()
+    queue = Queue.open_to_read(jobs[0].queue_file) if jobs else None
+    if queue is not None:
+        with queue, queue.errors():
+            failing, kept = queue.failing_sinks(), queue.kept_ids()
+            found = queue.latest(
+                "(?1 IS NULL OR l.loop_id = ?1) AND (?2 IS NULL OR e.category = ?2) AND e.ingested_at >= ?3",
+                *(loop_id, wanted.category, wanted.since),
+            )
+            listed = (entry_of_queue(*item, failing) for item in found)
+            entries = list(itertools.islice(filter(wanted.matches, listed), count))
+    # Older ones than the last that is shown are not looked for.
+    oldest = (parse_time(entries[-1]["ingestedAt"]) or 0.0) if len(entries) == count else wanted.since
+    # What is of the same second stays in its order.
+    entries.reverse()
+    for job in jobs:
+        entries += [*itertools.islice(filter(wanted.matches, read_old(job, kept, oldest)), count)][::-1]
+    return sorted(entries, key=lambda entry: entry["ingestedAt"] or "")[-count:]
+
+
+def read_old(job: Job, kept: Collection[str], oldest: float) -> Iterator[JsonObject]:
+    """What the telemetry of a loop has on record and the queue has not, the last one first, back to a time.
+    Raises StorageError."""
+    later: dict[str, dict[str, JsonObject]] = {}
+    for row in rows_backwards(job.telemetry_file):
+        if (parse_time(row.get("timestamp")) or oldest) < oldest:
+            return
+        identity = str(row.get("escalationId"))
+        if row.get("loopId") != job.loop_id or identity in kept:
+            continue
+        if row.get("late"):
+            for entry in map(mapping, row.get("sinks") or ()):
+                later.setdefault(identity, {}).setdefault(str(entry.get("id")), entry)
+        elif row.get("status") != "failed_command":
+            yield entry_of_row(row, later.pop(identity, {}))
+
+
+def log_text(entries: Sequence[JsonObject], now: float, *, several: bool) -> str:
+    """Entries of the log for people. `several`: of more than one loop."""
+    if not entries:
+        return "Nothing on record matches."
+    rows = []
+    for entry in entries:
+        words: dict[str, list[str]] = {}
+        for sink in sorted(entry["sinks"], key=lambda sink: DELIVERY_WORDS.index(sink["status"])):
+            words.setdefault(sink["status"], []).append(str(sink["id"]))
+        said = "; ".join(f"{word}: {', '.join(names)}" for word, names in words.items())
+        said = said if len(words) > 1 else next(iter(words), "")
+        rows.append(
+            (
+                how_long(entry["timestamp"], now),
+                *([entry["loopId"]] if several else []),
+                entry["severity"],
+                entry["category"] or entry.get("reasonCode"),
+                short_id(entry["escalationId"]),
+                said or f"{entry['status']}: {entry.get('message') or entry.get('reasonCode') or 'no sink'}",
+            )
+        )
+    headings = ("TIME", *(["LOOP"] if several else []), "SEVERITY", "CATEGORY", "ID", "SINKS")
+    return table(headings, rows)
+
+
+def short_id(escalation: str | None) -> str | None:
+    """As much of an escalation's id as tells it from others, for people."""
+    return escalation and escalation[:12]
+
+
+def read_since(_: click.Context, param: click.Parameter, value: str | None) -> float:
+    """When something began, in seconds since the epoch, by how long ago that was: `90s`, `2h`, `3d`."""
+    if value is None:
+        return 0.0
+    found = re.fullmatch(r"(\d{1,9})([smhd])", value.strip())
+    if found is None:
+        raise click.BadParameter(f"{printable(value)!r} is no time: write 30m, 2h or 3d", param=param)
+    return time.time() - int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
+@cli.command(
+    epilog=examples(
+        "log --since 2h",
+        "log --loop night-build --status dead",
+        "log --sink slack-default --status failed -n 50",
+    )
+)
+@repo_option
+@any_loop_option
+@config_option
+@file_options
+@click.option(
+    "--sink", "sink_id", metavar="ID", shell_complete=complete_sink, help="Deliveries to this sink."
+)
+@click.option(
+    "--status",
+    "word",
+    type=click.Choice(list(ASKED_WORDS)),
+    help="With a delivery that stands like this; failed: dead, or waiting after a failure.",
+)
+@click.option("--category", metavar="NAME", help="Of this category.")
+@click.option("--since", metavar="TIME", callback=read_since, help="Ingested since: 30m, 2h or 3d ago.")
+@click.option("-n", "count", type=click.IntRange(min=1), default=20, metavar="N", help="At most so many.")
+@format_option
+@pretty_option
+def log(
+    repo: str,
+    loop_id: str | None,
+    alert_config_file: str | None,
+    escalations_file: str | None,
+    dispatch_state_file: str | None,
+    dispatch_telemetry_file: str | None,
+    queue_file: str | None,
+    sink_id: str | None,
+    word: str | None,
+    category: str | None,
+    since: float,
+    count: int,
+    form: Format,
+    pretty: bool,
+) -> None:
+    """List what happened lately, the newest last.
+
+    One line for each escalation, and how its deliveries stand; also lines that are no escalation, and losses.
+    """
+    files = (escalations_file, dispatch_state_file, dispatch_telemetry_file)
+    jobs, _ = make_jobs(repo, loop_id, alert_config_file, queue_file, *files)
+    jobs = list(map(where_it_worked, jobs))
+    entries = read_log(jobs, loop_id, Filter(sink_id, word, category, since), count)
+    if loop_id and not entries and (missing := no_such_loop(jobs[0])):
+        raise click.BadParameter(missing, param_hint="--loop")
+    if wants_json(form, pretty):
+        print_json({"schemaVersion": SCHEMA_VERSION, "escalations": entries}, pretty)
+    else:
+        several = len({entry["loopId"] for entry in entries}) > 1
+        click.echo(log_text(entries, time.time(), several=several))
+
+
+def find_one(
+    jobs: Sequence[Job], loop_id: str | None, prefix: str
+) -> tuple[JsonObject, Stored | None, list[Queued], JsonObject]:
+    """The escalation whose id begins like this: its entry, what the queue has of it, and its row.
+
+    Raises BadParameter if there is none, or more than one; StateError or StorageError.
+    """
+    found: dict[str, tuple[JsonObject, Stored | None, list[Queued], JsonObject]] = {}
+    queue = Queue.open_to_read(jobs[0].queue_file) if jobs else None
+    if queue is not None:
+        with queue, queue.errors():
+            failing = queue.failing_sinks()
+            items = queue.latest(
+                "(?1 IS NULL OR l.loop_id = ?1) AND substr(e.escalation_id, 1, ?2) = ?3",
+                *(loop_id, len(prefix), prefix),
+            )
+            for item in itertools.islice(items, LISTED):
+                entry = entry_of_queue(*item, failing)
+                found.setdefault(entry["escalationId"], (entry, item[1], item[2], {}))
+    later: dict[str, dict[str, JsonObject]] = {}
+    for job in jobs:
+        for row in rows_backwards(job.telemetry_file, prefix.encode("utf-8", "replace")):
+            identity = str(row.get("escalationId"))
+            if not identity.startswith(prefix) or row.get("loopId") != job.loop_id:
+                continue
+            if row.get("late"):
+                for said in map(mapping, row.get("sinks") or ()):
+                    later.setdefault(identity, {}).setdefault(str(said.get("id")), said)
+            elif identity not in found:
+                found[identity] = (entry_of_row(row, later.get(identity, {})), None, [], row)
+            elif not found[identity][3]:
+                found[identity] = (*found[identity][:3], row)
+    if not found and loop_id and (missing := no_such_loop(jobs[0])):
+        raise click.BadParameter(missing, param_hint="--loop")
+    if not found:
+        where = f"loop {loop_id}" if loop_id else "this repo"
+        unknown = f"no escalation of {where} has an id that begins with {printable(prefix)!r}: see `log`"
+        raise click.BadParameter(unknown, param_hint="ID")
+    if len(found) > 1:
+        listed = ", ".join(sorted(found)[:LISTED])
+        raise click.BadParameter(
+            f"{printable(prefix)!r} is ambiguous, give more of one of: {listed}", param_hint="ID"
+        )
+    return next(iter(found.values()))
+
+
+def read_attempts(job: Job, escalation: str) -> list[JsonObject]:
+    """The attempts rows of an escalation, the first one first. Raises StorageError."""
+    rows = rows_backwards(job.attempts_file, escalation.encode("utf-8", "replace"))
+    found = [
+        row for row in rows if row.get("escalationId") == escalation and row.get("loopId") == job.loop_id
+    ]
+    return found[::-1]
+
+
+def describe_escalation(
+    job: Job, entry: JsonObject, stored: Stored | None, deliveries: Sequence[Queued], row: JsonObject
+) -> JsonObject:
+    """One escalation whole: its record, its route and why, each delivery with its attempts."""
+    attempts = read_attempts(job, entry["escalationId"])
+    route = row.get("route")
+    if route is None and stored is not None:
+        with contextlib.suppress(ConfigError):  # then the route is not known
+            config = load_config(job.config_file, {}, check_env=False)
+            route = Router(config).resolve(stored.category, stored.severity).route
+    peers = {(sink["id"], ""): sink for sink in entry["sinks"]}
+    if deliveries:
+        words = {sink["id"]: sink for sink in entry["sinks"]}
+        peers = {
+            (found.sink, found.peer): {
+                "status": words[found.sink]["status"] if found.lead else delivery_word(found, ()),
+                "httpStatus": found.http_status,
+                "reasonCode": found.reason_code,
+                "faultCode": found.fault,
+                "message": found.message,
+            }
+            for found in sorted(deliveries, key=lambda found: (found.sink, found.peer))
+        }
+    shown = ("timestamp", "attempt", "outcome", "httpStatus", "reasonCode", "faultCode", "message")
+    return {
+        "schemaVersion": SCHEMA_VERSION,
+        **{key: value for key, value in entry.items() if key != "sinks"},
+        "route": route,
+        "why": why_routed(mapping(route), entry),
+        "deliveries": [
+            {
+                "sinkId": sink_id,
+                **({"peer": peer} if peer else {}),
+                **{key: said.get(key) for key in ("status", "httpStatus", "reasonCode", "faultCode")},
+                "message": said.get("message"),
+                "attempts": [
+                    {key: attempt[key] for key in (*shown, "durationMs") if attempt.get(key) is not None}
+                    for attempt in attempts
+                    if attempt.get("sinkId") == sink_id and attempt.get("peer", "") == peer
+                ],
+            }
+            for (sink_id, peer), said in peers.items()
+        ],
+        **({"record": decode_json(stored.record.decode("utf-8", "replace"))} if stored else {}),
+        **({"record": row["escalation"]} if not stored and "escalation" in row else {}),
+        **({"rawLine": row["rawLine"]} if "rawLine" in row else {}),
+    }
+
+
+def why_routed(route: JsonObject, entry: JsonObject) -> str:
+    """Why an escalation went where it went."""
+    if not route:
+        code = entry.get("reasonCode")
+        return CODES[code].meaning if code in CODES else "its route is not known: the config cannot be read"
+    name = route.get("pattern") or route.get("category")
+    why = f"the route {name}" if route.get("matched") else "no route of its category: the default sinks"
+    why += f", from {route.get('minSeverity')} on, to {', '.join(route.get('sinks') or ['no sink'])}"
+    code = entry.get("reasonCode")
+    return f"{why}. {CODES[code].meaning}" if not entry["sinks"] and code in CODES else why
+
+
+def escalation_text(found: JsonObject, now: float) -> str:
+    """One escalation whole, for people."""
+    head = f"{found['category'] or found.get('reasonCode')}, severity {found['severity'] or 'not known'}"
+    ago = how_long(found["timestamp"], now)
+    lines = [
+        f"{click.style(printable(head), bold=True)}: loop {found['loopId']}, line {found['line']}, {ago}",
+        f"Id: {found['escalationId']}",
+        printable(f"Route: {found['why']}"),
+    ]
+    for item in found["deliveries"]:
+        name = f"{item['sinkId']} ({item['peer']})" if "peer" in item else item["sinkId"]
+        word = click.style(item["status"], fg=DELIVERY_COLOURS[item["status"]])
+        why = f": {cut(why_it_failed(item), 200)}" if item["reasonCode"] else ""
+        lines.append(f"{printable(name)}  {word}{printable(why)}")
+        for attempt in item["attempts"]:
+            said = why_it_failed(attempt) if attempt.get("reasonCode") else attempt.get("httpStatus", "")
+            when = how_long(as_text(attempt.get("timestamp")), now)
+            took = f", {attempt.get('durationMs', 0)} ms" if attempt.get("attempt") else ""
+            lines.append(printable(f"  {when}: {attempt.get('outcome')} {cut(str(said), 200)}{took}"))
+    if "record" in found:
+        shown = json.dumps(strict_value(found["record"]), indent=2, ensure_ascii=False)
+        lines += ["Record:", *(f"  {printable(line)}" for line in shown.splitlines())]
+    if "rawLine" in found:
+        lines += ["Line:", printable(f"  {found['rawLine']}")]
+    return "\n".join(lines)
+
+
+@cli.command(epilog=examples("show esc_4f2a", "show esc_4f2a --loop night-build --pretty"))
+@click.argument("escalation", metavar="ID")
+@repo_option
+@any_loop_option
+@config_option
+@file_options
+@format_option
+@pretty_option
+def show(
+    escalation: str,
+    repo: str,
+    loop_id: str | None,
+    alert_config_file: str | None,
+    escalations_file: str | None,
+    dispatch_state_file: str | None,
+    dispatch_telemetry_file: str | None,
+    queue_file: str | None,
+    form: Format,
+    pretty: bool,
+) -> None:
+    """Show one escalation whole.
+
+    Its record, its route and why, and each delivery with its attempts. ID is its id, or as much of it as
+    tells it from others.
+    """
+    files = (escalations_file, dispatch_state_file, dispatch_telemetry_file)
+    jobs, _ = make_jobs(repo, loop_id, alert_config_file, queue_file, *files)
+    by_loop = {job.loop_id: where_it_worked(job) for job in jobs}
+    if not escalation.strip():
+        raise click.BadParameter("is empty", param_hint="ID")
+    found = find_one(list(by_loop.values()), loop_id, escalation.strip())
+    job = by_loop.get(found[0]["loopId"]) or make_job(repo, found[0]["loopId"], alert_config_file, queue_file)
+    document = describe_escalation(job, *found)
+    if wants_json(form, pretty):
+        print_json(document, pretty)
+    else:
+        click.echo(escalation_text(document, time.time()))
+
+
 # ---------------------------------------------------------------------------------------------------------
 # What an operator does: test, redeliver, skip, init
 # ---------------------------------------------------------------------------------------------------------
+# `redeliver` and `skip` change deliveries in the queue and write rows, as a pass does. They hold the loop's
+# lock twice: to look for what is named, and, after the question, to do it.
+
+# So long an operator's command waits for a pass to end, in seconds.
+OPERATOR_WAIT = 10.0
+# So many deliveries are listed; of more, a summary.
+LISTED = 20
 
 
 def check_sink(config: Config, sink_id: str | None) -> None:
-    """Raises BadParameter where a sink that was named is not in the config."""
+    """Raises BadParameter if a sink that was named is not in the config."""
     if sink_id is not None and sink_id not in config.sinks:
         known = suggest(sink_id, list(config.sinks))
         raise click.BadParameter(f"there is no sink {printable(sink_id)!r}; {known}", param_hint="--sink")
 
 
 def check_credentials(config: Config, sinks: Iterable[Sink]) -> None:
-    """Raises ConfigError where a sink that is about to be asked, enabled or not, has unusable secrets."""
+    """Raises ConfigError if a sink that is about to be asked, enabled or not, has unusable secrets."""
     document = {"sinks": {sink.id: {**sink.settings, "enabled": True} for sink in sinks}}
     if faults := check_secrets(document, os.environ):
         raise config_error(config.path, faults)
 
 
 def attempt_once(
-    connections: Connections, delivery: Delivery, origin: Origin, redactor: Redactor
-) -> tuple[dict[str, Verdict], float]:
-    """Make one attempt outside of any lane, within the timeout.
+    sink: Sink, delivery: Delivery, origin: Origin, redactor: Redactor
+) -> dict[str, tuple[Verdict, float]]:
+    """Send a delivery outside of any pass, to all peers at once, in no more than `attempt_seconds`.
 
-    Returns what came of it at each peer, of which most sinks are the only one, and the seconds it took.
+    Returns for each peer, of which most sinks have one without a name, what came of it, and the seconds it
+    took.
     """
-    sink = connections.sink
-    verdicts: dict[str, Verdict] = {}
-    request = connections.build([delivery], origin)
+    adapter = ADAPTERS[sink.type]
+    peers = adapter.peers(sink)
+    request = build_request(adapter, sink, [delivery], origin)
+    if isinstance(request, Verdict):
+        return dict.fromkeys(peers, (request, 0.0))
+    found: dict[str, tuple[Verdict, float]] = {}
+
+    def ask(peer: str, url: str) -> None:
+        began = time.monotonic()
+        client = Client(sink.timeout_seconds, sink.secrets.get(CA_FILE_KEY))
+        found[peer] = attempt(adapter, sink, client, url, request, redactor), time.monotonic() - began
+
+    workers = [threading.Thread(target=ask, args=pair, daemon=True) for pair in peers.items()]
     began = time.monotonic()
-    worker = threading.Thread(
-        target=lambda: verdicts.update(connections.ask(request, redactor, connections.peers)),
-        daemon=True,
-    )
-    worker.start()
-    worker.join(sink.timeout_seconds + TIMEOUT_GRACE)
-    return verdicts or {sink.id: timed_out(sink, *connections.peers)}, time.monotonic() - began
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(max(0.0, began + attempt_seconds(sink.timeout_seconds) - time.monotonic()))
+    in_time = dict(found)
+    seconds = time.monotonic() - began
+    return {peer: in_time.get(peer) or (timed_out(sink, peer or sink.id), seconds) for peer in peers}
 
 
-def outcome_json(verdict: Verdict, seconds: float) -> JsonObject:
-    """What came of an attempt, for scripts."""
+def outcome_json(verdict: Verdict, seconds: float, sink: Sink, test: str) -> JsonObject:
+    """What came of a test alert, for scripts. `test`: the command that sends the sink another one."""
     delivered = verdict.outcome == "delivered"
     result: JsonObject = {
         "status": "success" if delivered else "failed",
         "httpStatus": verdict.http_status,
         "reasonCode": verdict.reason_code,
+        "faultCode": verdict.fault,
         "message": verdict.message,
         "durationMs": round(seconds * 1000),
     }
+    if verdict.clock_offset is not None and clock_words(verdict.clock_offset):
+        result["clockOffsetSeconds"] = round(verdict.clock_offset)
     if not delivered:
-        said = verdict.reason_code, verdict.http_status, verdict.message
-        result["advice"] = advise(*said, waits=False, refused=verdict.outcome == "dead_letter")
+        # A refused test alert is nothing to redeliver: the sink does not take what is set up like this.
+        fault = "rejected" if verdict.fault == "record_refused" else verdict.fault
+        result["advice"] = advise(fault, sink, {"test": test})
     return result
 
 
-def outcome_text(what: str, verdict: Verdict, seconds: float) -> str:
-    """What came of an attempt, for people: what happened, how long it took, what to do about it."""
-    duration = f"{seconds * 1000:.0f} ms"
-    if verdict.outcome == "delivered":
-        said = click.style(f"delivered ({verdict.http_status})", fg="green")
-        said += f" {verdict.message}" if verdict.message else ""
-        return f"{printable(what)}: {said}, {duration}"
-    failure = outcome_json(verdict, seconds)
-    why = click.style(printable(why_it_failed(failure)), fg="red")
-    return f"{printable(what)}: {why}, {duration}\n  what to do: {failure['advice']}"
+def outcome_text(what: str, result: JsonObject) -> str:
+    """What came of an attempt or a delivery, for people: what happened, how long it took, what to do."""
+    duration = f", {result['durationMs']} ms" if "durationMs" in result else ""
+    lines = []
+    if result["status"] == "success":
+        said = click.style(f"delivered ({result['httpStatus']})", fg="green")
+        said += f" {result['message']}" if result["message"] else ""
+        lines.append(f"{printable(what)}: {said}{duration}")
+    elif result["status"] == "waiting":
+        lines.append(printable(f"{what}: waits for its turn"))
+    else:
+        why = click.style(printable(why_it_failed(result)), fg="red")
+        later = "; it waits, and is tried again" if result.get("willRetry") else ""
+        lines += [f"{printable(what)}: {why}{duration}{later}", f"  what to do: {result['advice']}"]
+    if wrong := clock_words(result.get("clockOffsetSeconds")):
+        lines.append(f"  its clock is {wrong} this machine's: set the one that is wrong")
+    return "\n".join(lines)
 
 
-@cli.command("test", epilog=EXIT_CODES_HELP)
-@here_option
+@cli.command("test", epilog=examples("test", "test --sink slack-default --severity critical"))
+@repo_option
 @config_option
 @click.option(
-    "--sink", "sink_ids", multiple=True, metavar="ID", help="Only this sink, enabled or not. Repeatable."
+    "--sink",
+    "sink_ids",
+    multiple=True,
+    metavar="ID",
+    shell_complete=complete_sink,
+    help="Only this sink, enabled or not. Repeatable.",
 )
 @click.option("--severity", default="info", metavar="LEVEL", help="The severity of the test alert.")
 @format_option
@@ -8311,8 +10316,8 @@ def send_test(
 ) -> None:
     """Send a marked test alert to each enabled sink.
 
-    Says for each what came of it, how long it took and, when it failed, what to do. Goes through the real
-    adapters with the real credentials, and touches no offset.
+    Says for each what came of it, how long it took and, if it failed, what to do. Goes through the real
+    adapters with the real credentials, and leaves no trace in any file.
     """
     level = read_severity(severity)
     repo = absolute(repo)
@@ -8334,286 +10339,372 @@ def send_test(
         "transport": "local",
         "message": "This is a test alert. Nothing is wrong, and there is nothing to do.",
     }
+    line = encode_json(body)
+    escalation = cast("Escalation", parse_line(line, len(line), PROGRAM)[0])
+    delivery = Delivery(escalation, Router(loaded).resolve(escalation.category, escalation.severity))
     results = []
     for sink in chosen:
-        delivery = delivery_of(encode_json(body), Router(loaded), PROGRAM, Position(1, 0, 0))
-        origin = Origin(repo, trace_id, time.time())
-        verdicts, seconds = attempt_once(Connections(sink), delivery, origin, loaded.redactor())
-        for peer, verdict in verdicts.items():
+        verdicts = attempt_once(sink, delivery, Origin(repo, trace_id, time.time()), loaded.redactor())
+        for peer, (verdict, seconds) in verdicts.items():
             named = {"peer": peer} if len(verdicts) > 1 else {}
-            results.append({"id": sink.id, "type": sink.type, **named, **outcome_json(verdict, seconds)})
+            outcome = outcome_json(verdict, seconds, sink, test_command(repo, config_file, sink.id))
+            results.append({"id": sink.id, "type": sink.type, **named, **outcome})
             if not wants_json(form, pretty):
-                what = f"{sink.id} ({peer})" if named else sink.id
-                click.echo(outcome_text(what, verdict, seconds))
+                click.echo(outcome_text(f"{sink.id} ({peer})" if named else sink.id, outcome))
+    hints = quoted_secrets(chosen)
     if wants_json(form, pretty):
-        print_json({"schemaVersion": SCHEMA_VERSION, "sinks": results}, pretty)
+        warnings = {"warnings": hints} if hints else {}
+        print_json({"schemaVersion": SCHEMA_VERSION, "sinks": results, **warnings}, pretty)
+    else:
+        click.echo("".join(f"warning: {printable(hint)}\n" for hint in hints), nl=False)
     if any(result["status"] == "failed" for result in results):
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
 
 
-def delivery_of(line: bytes, router: Router, loop_id: str, place: Position) -> Delivery:
-    """A delivery of a line that is an escalation. Raises ValueError where it is none."""
-    record = Record(
-        place, place._replace(offset=place.offset + len(line) + 1, line=place.line + 1), line, len(line)
-    )
-    delivery = router.route(record, loop_id, late=True)
-    if isinstance(delivery, Unusable):
-        raise ValueError(delivery.reason_code)
-    return delivery
+class Selection(NamedTuple):
+    """What an operator names: all dead letters, what waits for a sink up to a line (0: all of it), one
+    escalation, or lines from-to; of one sink or of each."""
+
+    dead_letters: bool = False
+    waiting_to: int | None = None
+    escalation: str | None = None
+    lines: tuple[int, int | None] | None = None
+    sink_id: str | None = None
 
 
-class Redelivery(NamedTuple):
-    """A delivery that its lane is past, which an operator names, and what its rows say of its place."""
+class Chosen(NamedTuple):
+    """A delivery that an operator means. `named.escalation`: 0 if the queue does not have the record."""
 
+    named: Named
     sink: Sink
-    delivery: Delivery
-    place: JsonObject
     dead_letter: bool
 
     @property
-    def key(self) -> Key:
+    def key(self) -> tuple[str, int, str, str]:
         """Which delivery it is. Lines that are the same have one escalationId: it does not tell."""
-        return (*self.delivery.record.start[:2], self.sink.id)
+        return (self.named.segment, self.named.offset, self.named.escalation_id, self.sink.id)
 
-    def to_json(self, redactor: Redactor) -> JsonObject:
+    def to_json(self) -> JsonObject:
         """The delivery as a command's JSON names it."""
         return {
-            "escalationId": self.delivery.escalation.id,
-            "escalationCategory": redactor.mask_value(self.delivery.escalation.category),
-            "escalationTimestamp": redactor.mask_value(self.delivery.escalation.timestamp),
+            "escalationId": self.named.escalation_id,
+            "escalationCategory": self.named.category,
+            "escalationTimestamp": self.named.written_at,
             "sinkId": self.sink.id,
             "sinkType": self.sink.type,
             "deadLetter": self.dead_letter,
         }
 
 
-class Wanted(NamedTuple):
-    """What an operator names: all dead letters, one escalation, or lines from-to; of one sink or of each."""
-
-    dead_letters: bool = False
-    escalation: str | None = None
-    lines: tuple[int, int | None] | None = None
-    sink_id: str | None = None
-
-
-def find_settled(job: Job, config: Config, state: State, wanted: Wanted) -> list[Redelivery]:
-    """Find the deliveries that an operator names. What still waits in a lane is left to it.
-
-    Raises BadParameter where there is no such escalation or line.
-    """
-    router = Router(config)
-    dead = find_dead_letters(job)
-    found: dict[Key | tuple[str, str], Redelivery] = {}
-    if wanted.lines is not None:
-        candidates = settled_in_source(job, router, state, *wanted.lines)
-    else:
-        candidates = settled_on_record(job, router, wanted.escalation, {key[:2] for key in dead})
-    for delivery, place, sinks in candidates:
-        resolution = delivery.resolution
-        # A disabled sink is meant where it is named.
-        routed = resolution.reached if wanted.sink_id else resolution.dispatchable
-        for name in [*sinks, *(sink.id for sink in routed)]:
-            sink, lane = config.sinks.get(name), state.lanes.get(name)
-            key = (*delivery.record.start[:2], name)
-            waits = lane is not None and lane.position <= delivery.record.start and key not in dead
-            if sink is None or waits or wanted.sink_id not in (None, name):
-                continue
-            # Lines that are the same have one id: asked for by that, they are one.
-            found_by = key if wanted.escalation is None else (delivery.escalation.id, name)
-            if key in dead or (not wanted.dead_letters and found_by not in found):
-                found[found_by] = Redelivery(sink, delivery, place, key in dead)
-    if wanted.escalation is not None and not found:
-        check_on_record(job, wanted.escalation)
-    return list(found.values())
-
-
-# A delivery, its place, and the sinks that are known to have been meant.
-Candidate = tuple[Delivery, JsonObject, Sequence[str]]
-
-
-def settled_in_source(
-    job: Job, router: Router, state: State, first: int, last: int | None
-) -> Iterator[Candidate]:
-    """The escalations of these lines of the current file. Raises BadParameter where it has fewer."""
-    line = 0
-    with state.open_source(job.escalations_file) as source:
-        for record in source.read(Position(source.current.number, 0, 0)) if source.current else ():
-            line = record.end.line
-            if line < first or (last is not None and line > last):
-                continue
-            delivery = router.route(record, job.loop_id, late=True)
-            if not isinstance(delivery, Unusable):
-                yield delivery, record_place(record, source), ()
-    if line < first:
-        said = f"{first} is beyond the end: {job.escalations_file} has {plural(line, 'line')}"
-        raise click.BadParameter(said, param_hint="--from-line")
-
-
-def settled_on_record(
-    job: Job, router: Router, escalation: str | None, places: Collection[tuple[int, int]]
-) -> Iterator[Candidate]:
-    """What the telemetry has of one escalation, or of the records at these places."""
-    rows, _ = loop_rows(job, job.telemetry_file, Checkpoint())
-    for row in rows:
-        identity = row.get("escalationId")
-        if identity != escalation if escalation is not None else not is_at(row, places):
-            continue
-        with contextlib.suppress(*MALFORMED):
-            body, place = row["escalation"], row["position"]
-            sinks = [str(entry["id"]) for entry in row["sinks"]]
-            if isinstance(body, dict):
-                delivery = delivery_of(encode_json(body), router, job.loop_id, start_of_row(row))
-                named = delivery.escalation._replace(id=str(identity))
-                yield delivery._replace(escalation=named), place, sinks
-
-
-def check_on_record(job: Job, escalation: str) -> None:
-    """Say why an escalation cannot be sent again, where that is so: it is not on record, or it is none.
-
-    Raises BadParameter.
-    """
-    rows, _ = loop_rows(job, job.telemetry_file, Checkpoint())
-    codes = {str(row.get("reasonCode")) for row in rows if row.get("escalationId") == escalation}
-    if not codes:
-        where = f"see escalationId in {job.telemetry_file}"
-        said = f"no escalation {printable(escalation)!r} is on record; {where}"
-        raise click.BadParameter(said, param_hint="--id")
-    if unusable := codes & {*UNUSABLE, "blank_line"}:
-        said = f"its line is no escalation ({unusable.pop()}): append a mended one to the source"
-        raise click.BadParameter(said, param_hint="--id")
-
-
-def is_at(row: JsonObject, places: Collection[tuple[int, int]]) -> bool:
-    """Tell whether the record of a row stands at one of these places."""
-    try:
-        return start_of_row(row)[:2] in places
-    except MALFORMED:
-        return False
-
-
-# A sink that has failed is not asked again for the rest of a command.
-NOT_TRIED = "not_tried"
-
-
-# An operator's command that takes longer lets a pass have the lock after so many seconds, for so long at
-# least: a pass waits for it for LOCK_WAIT_SECONDS.
-TURN_SECONDS = LOCK_WAIT_SECONDS / 2
-TURN_PAUSE = 0.2
-# No pass that has the lock then takes longer than this: it is bounded by its budget and a timeout.
-LONGEST_PASS = 600.0
-
-
-def redeliver_all(
-    job: Job,
-    config: Config,
-    deliveries: Sequence[Redelivery],
-    since: Checkpoint,
-    stop: threading.Event,
-    tell: Callable[[Redelivery, Verdict | None, float], None],
-) -> None:
-    """Send again what an operator asked for, under the same ids and at each sink's rate, and write down what
-    came of it. The alerts of the moment come first: no pass is held up for longer than one request.
-
-    What another command has settled after `since`, a place in the attempts, is not sent again. `tell` learns
-    of each delivery as it ends. No verdict: it was not tried, because its sink had failed, or on `stop`.
-    """
-    redactor = config.redactor()
-    sinks = {item.sink.id: item.sink for item in deliveries}
-    connections = {name: Connections(sink) for name, sink in sinks.items()}
-    paces = {name: Pace.of(sink) for name, sink in sinks.items()}
-    failing: set[str] = set()
-    left = deque(deliveries)
-    pause = 0.0
-    while left:
-        stop.wait(pause)
-        with (
-            operator_session(job, wait=LONGEST_PASS) as state,
-            state.open_source(job.escalations_file) as source,
-        ):
-            settled = settled_by_operator(job, since)
-            left = deque(item for item in left if item.key not in settled)
-            ledger = Ledger(job, state, source, redactor)
-            ledger.prepare()
-            turn, pause = Clock(TURN_SECONDS, threading.Event()), TURN_PAUSE
-            try:
-                while left and turn.left > 0:
-                    item, lane = left[0], state.lanes.get(left[0].sink.id)
-                    if stop.is_set() or item.sink.id in failing:
-                        tell(left.popleft(), None, 0.0)
-                        continue
-                    if pace := paces[item.sink.id]:
-                        if lane:
-                            pace.take_over(lane.paced_until or 0.0, time.time())
-                        if wait := pace.wait(time.time()):
-                            pause = max(pause, wait)
-                            break
-                        pace.spend(time.time())
-                        if lane:
-                            lane.paced_until = pace.until
-                    verdict, seconds = redeliver_one(item, ledger, connections[item.sink.id], redactor)
-                    if verdict.outcome not in SETTLED:
-                        failing.add(item.sink.id)
-                    tell(left.popleft(), verdict, seconds)
-            finally:
-                ledger.flush()
-                save_lanes(job, state, source)
-            since = state.attempts
-
-
-def redeliver_one(
-    item: Redelivery, ledger: Ledger, connections: Connections, redactor: Redactor
-) -> tuple[Verdict, float]:
-    """Send one delivery again, and write down what came of it. Returns that, and the seconds it took."""
-    origin = Origin(ledger.job.repo, ledger.job.trace_id, time.time())
-    verdicts, seconds = attempt_once(connections, item.delivery, origin, redactor)
-    verdict = best_verdict(verdicts)
-    without: dict[str, Verdict] = {}
-    if verdict.outcome == "delivered":
-        without = {peer: said for peer, said in verdicts.items() if said.outcome != "delivered"}
-    if without:
-        verdict = verdict._replace(message=f"but not to {', '.join(without)}")
-    ledger.record_by_operator(
-        item.sink,
-        item.delivery,
-        verdict,
-        place=item.place,
-        dead=item.dead_letter,
-        duration=seconds,
-        missed_by=without,
-    )
-    return verdict, seconds
-
-
-def settled_by_operator(job: Job, since: Checkpoint) -> set[Key]:
-    """What operators have sent again or dismissed after a place in the attempts."""
-    settled: set[Key] = set()
-    rows, _ = loop_rows(job, job.attempts_file, since, operator=True)
-    for row in rows:
-        with contextlib.suppress(*MALFORMED):
-            if "byOperator" in row and "peer" not in row and row["outcome"] in ("delivered", "skipped"):
-                settled.add(key_of_row(row, str(row["sinkId"])))
-    return settled
-
-
-def save_lanes(job: Job, state: State, source: Source) -> None:
-    """Write the lanes as an operator's command has left them. What the last pass published stays, and what
-    has become of the source since then is left to the next one."""
-    document = {**state.published, **state.to_json(source), **count_lanes(state)}
-    replace_file(job.state_file, encode_json(document) + b"\n", durable=True)
-
-
 @contextlib.contextmanager
-def operator_session(job: Job, wait: float = 10.0) -> Iterator[State]:
-    """Hold a loop's lock, with its state at hand, for a command that changes it; `wait` seconds for it."""
-    with loop_lock(job.lock_file, wait) as held:
+def operator_lock(job: Job) -> Iterator[None]:
+    """Hold a loop's lock for a command that changes it. Raises StateError if a pass has it for too long, or
+    if there is no such loop."""
+    if missing := no_such_loop(job):
+        raise StateError(f"no pass has run for loop {job.loop_id} yet", [missing])
+    with loop_lock(job.lock_file, OPERATOR_WAIT) as held:
         if not held:
             raise StateError(
                 f"another pass works on loop {job.loop_id}", ["wait until it has ended, then try again"]
             )
-        state = load_state(job)
-        if state.taken_up is None:
-            raise StateError(f"no pass has run for loop {job.loop_id} yet", ["run `dispatch` first"])
-        yield state
+        yield
+
+
+def look_at(job: Job, config: Config, selection: Selection) -> tuple[list[Chosen], bool, bool]:
+    """Find the deliveries that an operator names; and tell whether the queue knows the loop, and whether a
+    pass has ingested anything. Nothing changes.
+
+    Raises BadParameter if there is no such escalation or line, StateError or StorageError.
+    """
+    with contextlib.ExitStack() as opened:
+        queue = Queue.open_to_read(job.queue_file)
+        if queue is not None:
+            opened.enter_context(queue)
+        found = queue.find_loop(job.loop_id) if queue else None
+        cursor = found[1] if found else read_past(job).cursor
+        source = opened.enter_context(contextlib.closing(Source(job.escalations_file, cursor)))
+        known = find_named(queue, found[0], cursor, selection) if queue and found else []
+        if queue is not None:
+            queue.close()  # reading the source takes time, in which passes can go on
+        if selection.waiting_to is not None and not found:
+            up_to = selection.waiting_to or sys.maxsize
+            known = [name_of(stored) for stored in read_new(job, source) if stored.line <= up_to]
+        elif selection.lines is not None:
+            check_lines(job, source, selection.lines[0])
+            known += [name_of(stored) for stored in read_unknown(job, source, selection.lines, known)]
+        chosen = choose(known, Router(config), selection)
+    if selection.escalation is not None and not known:
+        explain_unknown(job, selection.escalation)
+    return chosen, found is not None, bool(found or cursor.number or cursor.line)
+
+
+def find_named(queue: Queue, loop: int, cursor: Cursor, selection: Selection) -> list[Named]:
+    """What the queue has of the deliveries that an operator names."""
+    if selection.dead_letters:
+        dead = "SELECT escalation FROM deliveries INDEXED BY dead WHERE status = 'dead' AND loop = ?"
+        return queue.named(loop, f"e.id IN ({dead}) AND d.status = 'dead'", loop)
+    if selection.waiting_to is not None:
+        waiting = "SELECT escalation FROM deliveries INDEXED BY waiting WHERE status = 'waiting' AND sink = ?"
+        up_to = selection.waiting_to or sys.maxsize
+        return queue.named(
+            loop,
+            f"e.id IN ({waiting}) AND d.status = 'waiting' AND d.sink = ? "
+            "AND (e.segment <> ? OR e.line <= ?)",
+            *(selection.sink_id, selection.sink_id, cursor.segment, up_to),
+        )
+    if selection.lines is not None:
+        first, last = selection.lines
+        condition = "e.segment = ? AND e.line BETWEEN ? AND ?"
+        return queue.named(loop, condition, cursor.segment, first, last or sys.maxsize)
+    return queue.named(loop, "e.escalation_id = ?", selection.escalation)
+
+
+def read_new(job: Job, source: Source) -> Iterator[Stored]:
+    """The escalations that no pass has ingested. Raises StorageError."""
+    for chunk in source.chunks():
+        for line in chunk.lines:
+            yield from escalations_of(job, chunk.cursor.segment, line)
+
+
+def read_unknown(
+    job: Job, source: Source, lines: tuple[int, int | None], known: Iterable[Named]
+) -> Iterator[Stored]:
+    """The escalations of lines that were read, of which the queue has nothing: they were ingested before
+    there was this queue, or settled longer ago than it keeps them. Raises StorageError."""
+    there = {(named.offset, named.escalation_id) for named in known}
+    for line in source.read_again(*lines):
+        for stored in escalations_of(job, source.cursor.segment, line):
+            if (stored.offset, stored.escalation_id) not in there:
+                yield stored
+
+
+def escalations_of(job: Job, segment: str, line: Line) -> Iterator[Stored]:
+    """The escalations of a line, as the queue keeps them; without numbers."""
+    for found in parse_line(line.text, line.size, job.loop_id):
+        if not isinstance(found, Unusable):
+            now = time.time()
+            yield Stored(
+                id=0,
+                loop=0,
+                escalation_id=found.id,
+                segment=segment,
+                offset=line.offset,
+                end=line.end,
+                line=line.number,
+                category=found.category,
+                severity=found.severity,
+                written_at=found.written_at,
+                ingested_at=now,
+                reported=True,
+                settled_at=now,
+                raw_line=found.raw_line,
+                record=found.raw,
+            )
+
+
+def name_of(stored: Stored) -> Named:
+    """An escalation of which there is no delivery."""
+    return Named(
+        *(stored.id, stored.escalation_id, stored.segment, stored.offset, stored.line),
+        *(stored.category, stored.severity, stored.written_at),
+    )
+
+
+def choose(known: Sequence[Named], router: Router, selection: Selection) -> list[Chosen]:
+    """The deliveries that an operator means: to the sinks that the escalations went to, and to those that
+    their routes name now."""
+    chosen: dict[object, Chosen] = {}
+    for _, group in itertools.groupby(
+        known, key=lambda named: (named.escalation, named.offset, named.escalation_id)
+    ):
+        rows = list(group)
+        there = {named.sink: named.status for named in rows if named.sink is not None}
+        resolution = router.resolve(rows[0].category, rows[0].severity)
+        waits = selection.waiting_to is not None
+        # A disabled sink is sent something again if it is named; nothing is ingested for it.
+        routed = resolution.reached if selection.sink_id and not waits else resolution.dispatchable
+        if selection.dead_letters or (waits and there):
+            routed = ()
+        for name in dict.fromkeys([*there, *(sink.id for sink in routed)]):
+            sink, dead = router.config.sinks.get(name), there.get(name) == "dead"
+            if sink is None or selection.sink_id not in (None, name):
+                continue
+            if (there.get(name) == "waiting") != (waits and name in there):
+                continue
+            found = Chosen(rows[0], sink, dead)
+            # Lines that are the same have one id: asked for by that, they are one.
+            key = found.key if selection.escalation is None else name
+            if dead or key not in chosen:
+                chosen[key] = found
+    return list(chosen.values())
+
+
+def check_lines(job: Job, source: Source, first: int) -> None:
+    """Raises BadParameter if the source has fewer lines."""
+    count = source.lines_read + source.count_unread()
+    if count < first:
+        said = f"{first} is beyond the end: {job.escalations_file} has {plural(count, 'line')}"
+        raise click.BadParameter(said, param_hint="--from-line")
+
+
+def explain_unknown(job: Job, escalation: str) -> NoReturn:
+    """Say why an escalation that the queue does not have cannot be sent again: it is not on record, its line
+    is none, or it was settled too long ago. Raises BadParameter."""
+    rows = iterate_rows(job.telemetry_file) if os.path.exists(job.telemetry_file) else ()
+    found = [
+        row for row in rows if row.get("loopId") == job.loop_id and row.get("escalationId") == escalation
+    ]
+    unusable = {str(row.get("reasonCode")) for row in found} & {*UNUSABLE, "blank_line"}
+    if unusable:
+        said = f"its line is no escalation ({unusable.pop()}): append a corrected one to the source"
+    elif found:
+        line = mapping(found[0].get("position")).get("line", "N")
+        said = (
+            f"{printable(escalation)} was settled more than {RETENTION_SECONDS / 86400:g} days ago, or "
+            f"before {RETENTION_COUNT} others, and is in the queue no more; if its line is still in "
+            f"{job.escalations_file}, `redeliver --from-line {line} --to-line {line}` sends it"
+        )
+    else:
+        where = f"see escalationId in {job.telemetry_file}"
+        said = f"no escalation {printable(escalation)!r} is on record; {where}"
+    raise click.BadParameter(said, param_hint="--id")
+
+
+@contextlib.contextmanager
+def operator_pass(
+    job: Job, config: Config, stop: threading.Event, named: Collection[str] = ()
+) -> Iterator[tuple[Pass, Loop]]:
+    """A pass over one loop that has begun, for a command that changes what waits. The loop's lock is held.
+
+    `named`: disabled sinks that may be sent to. Raises DispatchError.
+    """
+    with operator_lock(job), contextlib.closing(QueueHolder(job.queue_file)) as queues:
+        work = Pass(queues.get(), config, Clock(job.time_budget, stop), named=named)
+        with contextlib.closing(Loop(work, job)) as loop:
+            work.loops = {loop.id: loop}
+            loop.begin()
+            yield work, loop
+
+
+def send_again(
+    job: Job, config: Config, selection: Selection, shown: Sequence[Chosen], stop: threading.Event
+) -> list[JsonObject]:
+    """Let deliveries wait that an operator was shown, and run a pass. Returns what came of each. Those that
+    another command has dealt with since are left alone. Raises DispatchError."""
+    keys = {item.key for item in shown}
+    with operator_pass(job, config, stop, {item.sink.id for item in shown}) as (work, loop):
+        queue = work.queue
+        with queue.transaction():
+            cursor = loop.source.cursor
+            known = find_named(queue, loop.id, cursor, selection)
+            if selection.lines is not None:
+                places = {key[:3] for key in keys}
+                fresh = [
+                    stored
+                    for stored in read_unknown(job, loop.source, selection.lines, known)
+                    if (stored.segment, stored.offset, stored.escalation_id) in places
+                ]
+                number = queue.next_id()
+                queue.add_escalations(
+                    [stored._replace(id=number + place, loop=loop.id) for place, stored in enumerate(fresh)]
+                )
+                known = find_named(queue, loop.id, cursor, selection)
+            chosen = [item for item in choose(known, work.router, selection) if item.key in keys]
+            for item in chosen:
+                resolution = work.router.resolve(item.named.category, item.named.severity)
+                severity = SEVERITIES.index(resolution.event_severity)
+                peers = work.peers[item.sink.id]
+                queue.send_again(item.named.escalation, item.sink.id, peers, loop.id, severity, time.time())
+            for sink_id in {item.sink.id for item in chosen}:
+                queue.try_sink_at_once(sink_id)
+        outcome = work.run([loop])[job.loop_id]
+        if isinstance(outcome, DispatchError):
+            raise outcome
+        return [{**item.to_json(), **redelivery_outcome(work, job, item)} for item in chosen]
+
+
+def redelivery_outcome(work: Pass, job: Job, item: Chosen) -> JsonObject:
+    """What came of a delivery that was sent again."""
+    found = work.queue.lead(item.named.escalation, item.sink.id)
+    if found is None:
+        return {"status": "waiting"}
+    result: JsonObject = {
+        "httpStatus": found.http_status,
+        "reasonCode": found.reason_code,
+        "faultCode": found.fault,
+        "message": found.message,
+    }
+    if found.status == "delivered":
+        missed = [
+            other.peer
+            for other in work.queue.deliveries_of(found.stored)
+            if other.sink == found.sink and other.status != "delivered"
+        ]
+        if missed:
+            result["message"] = f"but not to {', '.join(missed)}"
+        return {"status": "success", **result}
+    known = work.known_destination(found.sink, found.peer)
+    if found.status == "waiting" and found.reason_code is None:
+        if known is None or not known.consecutive_failures:
+            return {"status": "waiting", **result}
+        result = {
+            "httpStatus": known.http_status,
+            "reasonCode": known.reason_code,
+            "faultCode": known.fault,
+            "message": known.message,
+        }
+    commands = {**commands_for(job), "test": test_command(job.repo, job.config_file, item.sink.id)}
+    result["advice"] = advise(result["faultCode"], item.sink, commands)
+    return {"status": "failed", **result, "willRetry": found.status == "waiting"}
+
+
+def skip_deliveries(
+    job: Job, config: Config, selection: Selection, shown: Sequence[Chosen], *, ingest: bool
+) -> list[Chosen]:
+    """Give up deliveries that an operator was shown, on record. Returns those that were still there.
+
+    `ingest`: read what is in the source first, because no pass has. Raises DispatchError.
+    """
+    keys = {item.key for item in shown}
+    with operator_pass(job, config, threading.Event()) as (work, loop):
+        queue = work.queue
+        while ingest and loop.ingest():
+            queue.tidy()
+        known = find_named(queue, loop.id, loop.source.cursor, selection)
+        chosen = [item for item in choose(known, work.router, selection) if item.key in keys]
+        for start in range(0, len(chosen), ROWS_AT_ONCE):
+            with queue.transaction():
+                for item in chosen[start : start + ROWS_AT_ONCE]:
+                    found = queue.lead(item.named.escalation, item.sink.id)
+                    if found is not None:
+                        found = found._replace(by_operator=True)
+                        row = attempt_row(job, item.sink, found, None, GIVEN_UP, 0, 0.0)
+                        loop.write_attempts([row])
+                        speaks = queue.settle(found, "skipped", GIVEN_UP, found.attempts)
+                        loop.note_end(found, speaks=speaks)
+            loop.flush_rows(all_of_them=True)
+        with queue.transaction():
+            for sink_id in {item.sink.id for item in chosen}:
+                queue.forget_failures(sink_id)
+        loop.report(at_end=True)
+        loop.flush_rows(all_of_them=True)
+        save_summary(job, loop)
+    return chosen
+
+
+# What the summary says of the last pass, and not of how things are.
+LAST_PASS = (
+    *("updatedAt", "traceId", "status", *COUNT_KEYS, "failureReasonCodes", "message"),
+    *("lateDispatchedCount", "lateFailedCount"),
+)
+
+
+def save_summary(job: Job, loop: Loop) -> None:
+    """Write the summary as an operator's command leaves it. What it says of the last pass stays, unless the
+    command has ingested something, as a pass does. Raises StateError or StorageError."""
+    before = read_summary(job) if not loop.counts.processed else {}
+    kept = {key: before[key] for key in LAST_PASS if key in before}
+    replace_file(job.state_file, encode_json({**loop.summary(), **kept}) + b"\n", durable=True)
 
 
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
@@ -8635,27 +10726,44 @@ def ask(question: str, what: str, *, err: bool) -> None:
         raise
 
 
-# So many deliveries are listed before a question; the rest is counted.
-LISTED = 20
-
-
-def listing(deliveries: Sequence[Redelivery], redactor: Redactor) -> str:
-    """Deliveries as a table, to be looked at before something is done with them."""
-    rows = (
-        (
-            item.delivery.record.end.line,
-            item.sink.id,
-            redactor.mask_value(item.delivery.escalation.category),
-            item.delivery.escalation.written_at,
-            item.delivery.escalation.id,
+def listing(deliveries: Sequence[Chosen]) -> str:
+    """Deliveries as a table, to be looked at before something is done with them; of many, a summary."""
+    now = time.time()
+    if len(deliveries) <= LISTED:
+        rows = (
+            (
+                item.named.line,
+                item.sink.id,
+                item.named.category,
+                how_long(item.named.written_at, now),
+                item.named.escalation_id,
+            )
+            for item in deliveries
         )
-        for item in deliveries[:LISTED]
+        return table(("LINE", "SINK", "CATEGORY", "TIME", "ID"), rows)
+    groups: dict[tuple[str, str], list[str]] = {}
+    for item in deliveries:
+        groups.setdefault((item.sink.id, item.named.category), []).append(item.named.written_at or "")
+    summary = [
+        (
+            *group,
+            len(times),
+            how_long(min(filter(None, times), default=None), now),
+            how_long(max(times) or None, now),
+        )
+        for group, times in sorted(groups.items(), key=lambda group: -len(group[1]))
+    ]
+    more = f"\n… and {plural(len(summary) - LISTED, 'other group')}" if len(summary) > LISTED else ""
+    return table(("SINK", "CATEGORY", "COUNT", "OLDEST", "NEWEST"), summary[:LISTED]) + more
+
+
+@cli.command(
+    epilog=examples(
+        "redeliver --loop night-build --dead-letters",
+        "redeliver --loop night-build --id esc_4f2a…",
+        "redeliver --loop night-build --from-line 120",
     )
-    text = table(("LINE", "SINK", "CATEGORY", "TIMESTAMP", "ESCALATION"), rows)
-    return f"{text}\n… and {len(deliveries) - LISTED} more" if len(deliveries) > LISTED else text
-
-
-@cli.command(epilog=EXIT_CODES_HELP)
+)
 @repo_option
 @loop_option
 @config_option
@@ -8666,7 +10774,7 @@ def listing(deliveries: Sequence[Redelivery], redactor: Redactor) -> str:
     "--from-line", type=click.IntRange(min=1), metavar="N", help="From this line of escalations.jsonl …"
 )
 @click.option("--to-line", type=click.IntRange(min=1), metavar="M", help="… to this one, or to the end.")
-@click.option("--sink", "sink_id", metavar="ID", help="To this sink only.")
+@click.option("--sink", "sink_id", metavar="ID", shell_complete=complete_sink, help="To this sink only.")
 @yes_option
 @format_option
 @pretty_option
@@ -8677,6 +10785,7 @@ def redeliver(
     escalations_file: str | None,
     dispatch_state_file: str | None,
     dispatch_telemetry_file: str | None,
+    queue_file: str | None,
     dead_letters: bool,
     escalation: str | None,
     from_line: int | None,
@@ -8688,9 +10797,9 @@ def redeliver(
 ) -> None:
     """Send again what was given up, skipped or delivered.
 
-    Shows what it will send, asks, and sends it under the same ids. A dead letter that is delivered is one no
-    longer. What still waits in a lane is left to it, and a disabled sink left out unless --sink names it.
-    After a sink has failed it is not asked again: the rest stays as it was.
+    Shows what it will send, asks, and runs a pass that sends it under the same ids. What fails is retried
+    like anything else. A dead letter that is delivered is one no longer. What waits goes out by itself, and
+    a disabled sink is left out unless --sink names it.
     """
     if (dead_letters + (escalation is not None) + (from_line is not None)) != 1:
         raise click.UsageError("say what: one of --dead-letters, --id, --from-line")
@@ -8698,85 +10807,89 @@ def redeliver(
         raise click.UsageError("--to-line goes with --from-line")
     if to_line is not None and from_line is not None and to_line < from_line:
         raise click.UsageError(f"--to-line {to_line} is before --from-line {from_line}")
-    job = make_job(
-        repo, loop_id, alert_config_file, escalations_file, dispatch_state_file, dispatch_telemetry_file
-    )
+    files = (escalations_file, dispatch_state_file, dispatch_telemetry_file)
+    job = make_job(repo, loop_id, alert_config_file, queue_file, *files)
     lines = None if from_line is None else (from_line, to_line)
-    wanted = Wanted(dead_letters, escalation, lines, sink_id)
+    selection = Selection(dead_letters, None, escalation, lines, sink_id)
     as_json = wants_json(form, pretty)
-    results: list[JsonObject] = []
-
-    def tell(item: Redelivery, verdict: Verdict | None, seconds: float) -> None:
-        if verdict is None:
-            results.append({**item.to_json(loaded.redactor()), "status": NOT_TRIED})
-        else:
-            results.append({**item.to_json(loaded.redactor()), **outcome_json(verdict, seconds)})
-        if as_json:
-            return
-        what = f"{item.delivery.escalation.id} to {item.sink.id}"
-        if verdict is None:
-            why = "the command was told to end" if stop.is_set() else "the sink has just failed"
-            click.echo(printable(f"{what}: not tried, because {why}"))
-        else:
-            click.echo(outcome_text(what, verdict, seconds))
-
-    stop = threading.Event()
     loaded = load_config(job.config_file, os.environ)
     check_sink(loaded, sink_id)
-    with operator_session(job) as state:
-        found = find_settled(job, loaded, state, wanted)
-        faded = faded_dead_letters(state, found, sink_id).total() if dead_letters else 0
+    with operator_lock(job):
+        found, _, has_run = look_at(job, loaded, selection)
+    if not has_run:
+        raise StateError(f"no pass has run for loop {job.loop_id} yet", ["run `dispatch` first"])
     shown = [item for item in found if item.sink.enabled or item.sink.id == sink_id]
     for name in dict.fromkeys(item.sink.id for item in found if item not in shown):
         click.echo(f"note: nothing is sent to {name}, which is disabled: --sink {name} does", err=True)
     check_credentials(loaded, {item.sink.id: item.sink for item in shown}.values())
+    results: list[JsonObject] = []
     if shown:
         if not yes:
-            ask(f"Send {plural(len(shown), 'delivery')}?", listing(shown, loaded.redactor()), err=as_json)
+            ask(f"Send {plural(len(shown), 'delivery')}?", listing(shown), err=as_json)
         # No lock was held while a person thought.
         with orderly_end() as stop:
-            redeliver_all(job, loaded, shown, state.attempts, stop, tell)
-    delivered = sum(result["status"] == "success" for result in results)
-    failed = len(results) - delivered
+            results = send_again(job, loaded, selection, shown, stop)
+    counts = Counter(result["status"] for result in results)
     if as_json:
         summary = {
             "schemaVersion": SCHEMA_VERSION,
             "loopId": loop_id,
-            "status": "nothing_to_do" if not results else batch_status(delivered, failed),
-            "deliveredCount": delivered,
-            "failedCount": failed,
+            "status": redelivery_status(counts),
+            "deliveredCount": counts["success"],
+            "failedCount": counts["failed"],
+            "waitingCount": counts["waiting"],
             "deliveries": results,
         }
         print_json(summary, pretty)
-    elif not found and faded:
-        click.echo(
-            f"Nothing to redeliver: the rows of {plural(faded, 'dead letter')} are in no file any more. "
-            "`redeliver --from-line` may find the records, `skip --dead-letters` dismisses them."
-        )
+    elif results:
+        click.echo(redelivery_text(results))
     elif not found and dead_letters:
         click.echo(f"Nothing to redeliver: there is no dead letter{f' of {sink_id}' if sink_id else ''}.")
-    elif not results:
-        click.echo("Nothing to redeliver. What still waits in a lane goes out by itself: see `status`.")
     else:
-        click.echo(f"{plural(delivered, 'delivery')} made, {failed} not.")
-    if failed:
+        click.echo("Nothing to redeliver. What waits goes out by itself: see `status`.")
+    if counts["failed"]:
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
 
 
-def batch_status(done: int, failed: int) -> str:
+def redelivery_status(counts: Mapping[str, int]) -> str:
     """The status of several deliveries, in the words of a pass."""
-    if not failed:
+    if not counts:
+        return "nothing_to_do"
+    if not counts["failed"]:
         return "success"
-    return "partial" if done else "failed"
+    return "partial" if counts["success"] else "failed"
 
 
-@cli.command(epilog=EXIT_CODES_HELP)
+def redelivery_text(results: Sequence[JsonObject]) -> str:
+    """What came of deliveries, for people: each of a few, of many how many had the same end."""
+    counts = Counter(result["status"] for result in results)
+    if len(results) <= LISTED:
+        lines = [outcome_text(f"{r['escalationId']} to {r['sinkId']}", r) for r in results]
+    else:
+        alike = Counter(outcome_text(f"to {result['sinkId']}", result) for result in results)
+        lines = [f"{count} {text}" for text, count in alike.most_common(LISTED)]
+    end = f"{counts['success']} delivered, {counts['failed']} failed"
+    end += f", {counts['waiting']} waiting" if counts["waiting"] else ""
+    return "\n".join([*lines, f"{end}."])
+
+
+@cli.command(
+    epilog=examples(
+        "skip --loop night-build --sink slack-default",
+        "skip --loop night-build --sink slack-default --to-line 9",
+        "skip --loop night-build --dead-letters",
+    )
+)
 @repo_option
 @loop_option
 @config_option
 @file_options
 @click.option(
-    "--sink", "sink_id", metavar="ID", help="The sink that is meant.  [required without --dead-letters]"
+    "--sink",
+    "sink_id",
+    metavar="ID",
+    shell_complete=complete_sink,
+    help="The sink that is meant.  [required without --dead-letters]",
 )
 @click.option(
     "--to-line", type=click.IntRange(min=1), metavar="N", show_default="all", help="Up to this line."
@@ -8794,6 +10907,7 @@ def skip(
     escalations_file: str | None,
     dispatch_state_file: str | None,
     dispatch_telemetry_file: str | None,
+    queue_file: str | None,
     sink_id: str | None,
     to_line: int | None,
     dead_letters: bool,
@@ -8803,133 +10917,48 @@ def skip(
 ) -> None:
     """Give up what waits for a sink, or its dead letters.
 
-    Shows what it will pass over, and asks. Each delivery is on record as skipped_by_operator; `redeliver` can
-    send it after all.
+    Shows what it will pass over, and asks. Before a loop's first pass, that is all that is in its source.
+    Each delivery is on record as skipped_by_operator; `redeliver` can send it after all.
     """
     if dead_letters and to_line is not None:
         raise click.UsageError("--to-line does not go with --dead-letters")
     if sink_id is None and not dead_letters:
         raise click.UsageError("say which: --sink ID, or --dead-letters")
-    job = make_job(
-        repo, loop_id, alert_config_file, escalations_file, dispatch_state_file, dispatch_telemetry_file
-    )
+    files = (escalations_file, dispatch_state_file, dispatch_telemetry_file)
+    job = make_job(repo, loop_id, alert_config_file, queue_file, *files)
     as_json = wants_json(form, pretty)
-
-    def find(state: State, source: Source) -> list[Redelivery]:
-        if dead_letters:
-            return find_settled(job, loaded, state, Wanted(dead_letters=True, sink_id=sink_id))
-        newest = source.current.number if source.current else 0
-        return [
-            Redelivery(loaded.sinks[str(sink_id)], delivery, record_place(delivery.record, source), False)
-            for delivery in find_backlog(job, loaded, state, source, str(sink_id))
-            if to_line is None
-            or delivery.record.start.segment < newest
-            or delivery.record.end.line <= to_line
-        ]
-
+    selection = Selection(dead_letters, None if dead_letters else to_line or 0, sink_id=sink_id)
     loaded = load_config(job.config_file, os.environ)
-    with operator_session(job) as state, state.open_source(job.escalations_file) as source:
-        if dead_letters:
-            check_sink(loaded, sink_id)
-        shown = find(state, source)
-        faded = faded_dead_letters(state, shown, sink_id) if dead_letters else Counter()
-    skipped: list[Redelivery] = []
-    if shown or faded:
-        what = listing(shown, loaded.redactor())
-        if faded:
-            what += f"\nand {plural(faded.total(), 'dead letter')} whose rows are in no file any more"
+    check_sink(loaded, sink_id)
+    with operator_lock(job):
+        shown, is_known, _ = look_at(job, loaded, selection)
+    skipped: list[Chosen] = []
+    if shown:
         if not yes:
             noun = "dead letter" if dead_letters else "delivery"
-            ask(f"Give up {plural(len(shown) + faded.total(), noun)}?", what, err=as_json)
+            ask(f"Give up {plural(len(shown), noun)}?", listing(shown), err=as_json)
         # No lock was held while a person thought: what a pass has delivered since then is not skipped.
-        keys = {item.key for item in shown}
-        with operator_session(job) as state, state.open_source(job.escalations_file) as source:
-            found = find(state, source)
-            ledger = Ledger(job, state, source, loaded.redactor())
-            ledger.prepare()
-            if dead_letters:
-                faded = faded_dead_letters(state, found, sink_id)
-                skipped = [item for item in found if item.key in keys]
-                dismiss(ledger, skipped, faded)
-            else:
-                # Nobody was shown what a changed config has put among them since.
-                skipped = list(itertools.takewhile(lambda item: item.key in keys, found))
-                skip_backlog(ledger, skipped, find_backlog(job, loaded, state, source, str(sink_id)))
-            ledger.flush()
-            save_lanes(job, state, source)
+        skipped = skip_deliveries(job, loaded, selection, shown, ingest=not is_known)
     if as_json:
         results = [
-            {**item.to_json(loaded.redactor()), "status": "skipped", "reasonCode": SKIPPED_BY_OPERATOR}
-            for item in skipped
+            {**item.to_json(), "status": "skipped", "reasonCode": SKIPPED_BY_OPERATOR} for item in skipped
         ]
         summary = {
             "schemaVersion": SCHEMA_VERSION,
             "loopId": loop_id,
-            "status": "success" if skipped or faded else "nothing_to_do",
-            "skippedCount": len(skipped) + faded.total(),
+            "status": "success" if skipped else "nothing_to_do",
+            "skippedCount": len(skipped),
             "deliveries": results,
         }
         print_json(summary, pretty)
-    elif not shown and not faded:
+    elif not shown:
         click.echo("There is no dead letter." if dead_letters else "Nothing waits there.")
     elif dead_letters:
-        click.echo(
-            f"{plural(len(skipped) + faded.total(), 'dead letter')} dismissed. To send one after all: "
-            "redeliver --id."
-        )
+        dismissed = plural(len(skipped), "dead letter")
+        click.echo(f"{dismissed} dismissed. To send one after all: redeliver --id.")
     else:
         said = f"{plural(len(skipped), 'delivery')} skipped"
         click.echo(f"{said}. To send them after all: redeliver --from-line or --id.")
-
-
-GIVEN_UP = Verdict("skipped", SKIPPED_BY_OPERATOR, message="given up by an operator")
-
-
-def skip_backlog(ledger: Ledger, skipped: Sequence[Redelivery], backlog: Sequence[Delivery]) -> None:
-    """Pass over the first of what waits in a lane, on record."""
-    if not skipped:
-        return
-    deliveries = [item.delivery for item in skipped]
-    ledger.record(skipped[0].sink, deliveries, GIVEN_UP, attempt=0, duration=0.0)
-    lane = ledger.state.lanes[skipped[0].sink.id]
-    left = backlog[len(skipped) :]
-    lane.oldest_pending_at = left[0].escalation.written_at if left else None
-    if not left:
-        # Nothing is stuck any more: the next delivery is a new start.
-        lane.consecutive_failures = lane.backoff_step = lane.attempts = 0
-        lane.lagging_since = lane.failing_since = lane.waiting_since = lane.next_attempt_at = None
-
-
-def dismiss(ledger: Ledger, dead: Sequence[Redelivery], faded: Mapping[str, int]) -> None:
-    """Take dead letters off the count, on record. `faded`: so many of each sink, too."""
-    for item in dead:
-        ledger.record_by_operator(
-            item.sink, item.delivery, GIVEN_UP, place=item.place, dead=True, duration=0.0
-        )
-    for name, count in faded.items():
-        message = "dead letters dismissed by an operator, whose own rows are in no file any more"
-        ledger.write_event(name, "skipped", SKIPPED_BY_OPERATOR, count, message)
-        ledger.state.lanes[name].dead_letter_count -= count
-
-
-def faded_dead_letters(state: State, found: Iterable[Redelivery], sink_id: str | None) -> Counter[str]:
-    """How many dead letters of each sink are counted whose rows were rotated away: they cannot be sent any
-    more."""
-    counted = Counter(
-        {name: lane.dead_letter_count for name, lane in state.lanes.items() if sink_id in (None, name)}
-    )
-    return +(counted - Counter(item.sink.id for item in found))
-
-
-def find_backlog(job: Job, config: Config, state: State, source: Source, sink_id: str) -> list[Delivery]:
-    """What waits in a sink's lane, in order. Raises BadParameter where there is no such lane."""
-    lane, sink = state.lanes.get(sink_id), config.sinks.get(sink_id)
-    if lane is None or sink is None or state.taken_up is None:
-        raise click.BadParameter(
-            f"there is no lane {printable(sink_id)!r}; {suggest(sink_id, list(state.lanes))}",
-            param_hint="--sink",
-        )
-    return list(backlog(lane, sink, Router(config), source, state.taken_up, job.loop_id))
 
 
 def initial_config() -> JsonObject:
@@ -8984,7 +11013,7 @@ def initial_config() -> JsonObject:
     }
 
 
-@cli.command(epilog=EXIT_CODES_HELP)
+@cli.command(epilog=examples("init", "init --repo /srv/shop"))
 @repo_option
 @format_option
 @pretty_option
@@ -8995,7 +11024,10 @@ def init(repo: str, form: Format, pretty: bool) -> None:
     """
     path = os.path.join(absolute(repo), DEFAULT_CONFIG)
     if os.path.lexists(path):
-        raise click.UsageError(f"{path} is there already, and is left as it is")
+        raise StorageError(
+            f"{path} is there already, and is left as it is",
+            [f"`{config_command(path)}` checks it; to start anew, move it away"],
+        )
     document = initial_config()
     make_folder(os.path.dirname(path))
     replace_file(path, json.dumps(document, indent=2).encode() + b"\n", durable=True)
@@ -9118,7 +11150,44 @@ def demo_config() -> JsonObject:
     }
 
 
-@cli.command(epilog=EXIT_CODES_HELP)
+@cli.command("explain", epilog=examples("explain", "explain unauthorized"))
+@click.argument("code", required=False, shell_complete=complete_code)
+@format_option
+@pretty_option
+def explain_codes(code: str | None, form: Format, pretty: bool) -> None:
+    """Explain a reason code or a fault code.
+
+    Says what it means, how to see it and how to fix it. Without a code: lists all of them.
+    """
+    if code is not None and code not in CODES:
+        near = suggest(code, sorted(CODES))
+        raise click.BadParameter(f"there is no code {printable(code)!r}; {near}", param_hint="CODE")
+    described = [describe_code(name) for name in (CODES if code is None else [code])]
+    if wants_json(form, pretty):
+        print_json(described[0] if code else {"schemaVersion": SCHEMA_VERSION, "codes": described}, pretty)
+    elif code is None:
+        rows = ((found["code"], found["kind"], found["meaning"]) for found in described)
+        click.echo(table(("CODE", "KIND", "MEANING"), rows))
+    else:
+        [found] = described
+        click.echo(f"{click.style(found['code'], bold=True)}: {found['meaning']}")
+        click.echo(f"How to see it: {found['howToSee']}")
+        click.echo(f"How to fix it: {found['howToFix']}")
+
+
+def describe_code(code: str) -> JsonObject:
+    """A code of CODES for people who ask for no sink or loop in particular."""
+    meaning, look, fix = map(words_of, CODES[code])
+    return {
+        "code": code,
+        "kind": "fault" if code in get_args(FaultCode) else "reason",
+        "meaning": meaning,
+        "howToSee": look,
+        "howToFix": f"{fix[0].upper()}{fix[1:]}.",
+    }
+
+
+@cli.command(epilog=examples("demo", "demo | less -R"))
 def demo() -> None:
     """Show it all on this machine: no account, no network.
 
@@ -9267,6 +11336,11 @@ def program() -> NoReturn:
     Leaves without taking the interpreter apart, which costs a tenth of an idle pass: no file is open any
     more, what was printed is flushed, and a thread that still hangs on a sink is not waited for.
     """
+    import warnings
+
+    # A library that warns of something, as requests does of a chardet that it does not know, would spoil what
+    # reconcile reads.
+    warnings.simplefilter("ignore")
     os._exit(main())
 
 

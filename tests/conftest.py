@@ -7,12 +7,14 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import termios
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,10 @@ class Repo:
     @property
     def state_file(self) -> Path:
         return self.folder / "alert-dispatch-state.json"
+
+    @property
+    def queue_file(self) -> Path:
+        return self.root / ".superloop" / "ops-manager" / "alert-queue.db"
 
     @property
     def telemetry_file(self) -> Path:
@@ -210,6 +216,49 @@ class Repo:
             content = path.read_bytes() if path.is_file() else b""
             found[str(path.relative_to(self.root))] = (stat.st_mode, stat.st_mtime_ns, content)
         return found
+
+
+# Every column of the queue that holds a time, in seconds since the epoch. Those of the records themselves
+# stay.
+TIMES = {
+    "escalations": ("ingested_at", "settled_at"),
+    "deliveries": ("waiting_since", "not_before", "first_failed_at"),
+    "destinations": (
+        *("used_at", "paced_until", "next_attempt_at", "failing_since", "last_success_at", "last_failure_at"),
+    ),
+    "losses": ("last_at", "acknowledged_at"),
+}
+
+
+def edit_queue(repo: Repo, *statements: str) -> None:
+    """Run statements on the queue, while no pass does."""
+    with contextlib.closing(sqlite3.connect(repo.queue_file)) as queue, queue:
+        for statement in statements:
+            queue.execute(statement)
+
+
+def queue_rows(repo: Repo, sql: str, *values: object) -> list[tuple[Any, ...]]:
+    """What a query of the queue gives, while no pass works."""
+    with contextlib.closing(sqlite3.connect(repo.queue_file)) as queue:
+        return queue.execute(sql, values).fetchall()
+
+
+def time_passes(repo: Repo, seconds: float) -> None:
+    """Make everything that the program remembers this much older."""
+    edit_queue(
+        repo,
+        *(
+            # 0 is no time.
+            f"UPDATE {table} SET {column} = {column} - {seconds!r} WHERE {column} > 0"
+            for table, columns in TIMES.items()
+            for column in columns
+        ),
+    )
+    if repo.state_file.exists():
+        state = repo.state()
+        then = datetime.fromisoformat(state["updatedAt"]) - timedelta(seconds=seconds)
+        state["updatedAt"] = then.strftime("%Y-%m-%dT%H:%M:%SZ")
+        repo.state_file.write_text(json.dumps(state), encoding="utf-8")
 
 
 # Folders that were looked through already.

@@ -1,4 +1,4 @@
-"""What reads text of others, under any bytes: a record, the config, an answer, a `Retry-After`, the state.
+"""What reads text of others, under any bytes: a record, the config, an answer, a `Retry-After`, a summary.
 
 Each target takes bytes, and raises only where the program breaks a promise: where it crashes on what is only
 bad input, say, or sends what is no JSON. As a coverage-guided fuzzer (needs `pip install -e '.[fuzz]'`):
@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-import click
 from escalations import HOOK_TOKEN, sink_config, sink_env
 
 CORPUS = Path(__file__).with_name("corpus")
@@ -86,22 +85,20 @@ ORIGIN = program.Origin("/srv/shop", "a-trace", 1_772_366_400.0)
 
 
 def fuzz_record(data: bytes) -> None:
-    """Any line is an escalation, of which every sink gets valid JSON, or has a reason not to be one."""
-    record = program.Record(program.Position(1, 0, 0), program.Position(1, len(data) + 1, 1), data, len(data))
-    line = program.parse_escalation(record, "a-loop")
-    if isinstance(line, program.Unusable):
-        assert re.fullmatch("[a-z_]+", line.reason_code)
-        strict_json(program.encode_json([line.raw_line, line.body, line.message]))
-        return
-    strict_json(program.encode_json(REDACTOR.mask_value(line.body)))
-    resolution = ROUTER.resolve(line.category, line.severity)
-    delivery = program.Delivery(record, line, resolution, late=False)
-    for sink in CONFIG.sinks.values():
-        request = program.ADAPTERS[sink.type].build(sink, [delivery], ORIGIN)
-        assert isinstance(strict_json(request.body), dict)
-        assert all((name + value).isprintable() for name, value in request.headers.items())
-        shown = program.show_request(request, REDACTOR)
-        assert HOOK_TOKEN not in json.dumps(shown)
+    """Any line holds escalations, of which every sink gets valid JSON, or has a reason not to hold any."""
+    for line in program.parse_line(data, len(data), "a-loop"):
+        if isinstance(line, program.Unusable):
+            assert re.fullmatch("[a-z_]+", line.reason_code)
+            strict_json(program.encode_json([line.raw_line, line.body, line.message]))
+            continue
+        strict_json(program.encode_with_record({"a": 1}, line))
+        delivery = program.Delivery(line, ROUTER.resolve(line.category, line.severity))
+        for sink in CONFIG.sinks.values():
+            request = program.ADAPTERS[sink.type].build(sink, [delivery], ORIGIN)
+            assert isinstance(strict_json(request.body), dict)
+            assert all((name + value).isprintable() for name, value in request.headers.items())
+            shown = program.show_request(request, REDACTOR)
+            assert HOOK_TOKEN not in json.dumps(shown)
 
 
 def fuzz_config(data: bytes) -> None:
@@ -141,26 +138,29 @@ def fuzz_answer(data: bytes) -> None:
             assert HOOK_TOKEN.lower() not in said.lower()
 
 
-def fuzz_state(data: bytes) -> None:
-    """Any state file is used, or refused as a newer one, or taken for damaged and rebuilt."""
+def fuzz_summary(data: bytes) -> None:
+    """Any summary and any telemetry say where to go on, or nothing, or that they cannot be used."""
     with file_with(data) as path:
-        source_file = path.with_name("escalations.jsonl")
+        # A queue that is there, but is none: what is read here must not need one.
+        source_file, rows, queue = (path.with_name(name) for name in ("source", "rows", "queue"))
         source_file.write_bytes(b'{"category":"health_critical"}\n')
+        rows.write_bytes(data)
+        queue.write_bytes(b"none")
         job = program.usual_job(str(path.parent), "a-loop")._replace(
             state_file=str(path),
             escalations_file=str(source_file),
-            telemetry_file=str(path.with_name("alerts.jsonl")),
+            telemetry_file=str(rows),
+            queue_file=str(queue),
         )
         with contextlib.suppress(program.StateError):
-            state = program.bring_up_to_date(job, *program.read_sound_state(job))
-            with program.Source(job.escalations_file, state.segments) as source:
-                strict_json(program.encode_json(state.to_json(source)))
-            for sink in CONFIG.sinks.values():
-                state.sink_digest(sink)
-        with contextlib.suppress(program.StateError):
-            status = program.loop_status(job, 900.0)
-            for text in (program.status_text(status), program.prometheus_text([status])):
-                assert all(harmless(line) for line in click.unstyle(text).split("\n"))
+            past = program.read_past(job)
+            strict_json(program.encode_json(past.cursor.to_json()))
+            with contextlib.closing(program.Source(job.escalations_file, past.cursor)) as source:
+                assert all(chunk.cursor.offset >= 0 for chunk in source.chunks())
+            strict_json(program.encode_json(program.locked_summary(job)))
+            queues = program.QueueHolder(job.queue_file)
+            idle = program.idle_summary(job, program.read_summary(job), CONFIG, queues, always=True)
+            strict_json(program.encode_json(idle))
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
@@ -168,7 +168,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "config": fuzz_config,
     "retry_after": fuzz_retry_after,
     "answer": fuzz_answer,
-    "state": fuzz_state,
+    "summary": fuzz_summary,
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import time
@@ -16,7 +15,7 @@ import pytest
 from alertmanager import Node, new_node, running_cluster, start_cluster, wait_until
 from conftest import MODULE_FILE, Repo, clean_env
 from escalations import LOOP, MAKERS, Record, health_critical, health_degraded, timestamp
-from loopback import HOST, TLS_PEM, Answer, Received, SinkServer, accepted, error, hang, ok
+from loopback import HOST, TLS_PEM, SinkServer, accepted, error, hang, ok
 from tools import needs_tool
 
 import ops_alert_dispatch as program
@@ -50,12 +49,10 @@ def fleet_sink(urls: str = PEERS, **settings: Any) -> program.Sink:
 
 def delivery(record: Record, severity: str = "warning") -> program.Delivery:
     line = json.dumps(record).encode()
-    start, end = program.Position(1, 0, 0), program.Position(1, len(line) + 1, 1)
-    read = program.Record(start, end, line, len(line))
-    escalation = program.parse_escalation(read, LOOP)
+    [escalation] = program.parse_line(line, len(line), LOOP)
     assert isinstance(escalation, program.Escalation)
     resolution = program.Resolution(escalation.category, severity, None, "info", True, {}, (), (), ())
-    return program.Delivery(read, escalation, resolution, late=False)
+    return program.Delivery(escalation, resolution)
 
 
 def alerts_of(
@@ -196,8 +193,9 @@ def test_each_peer_is_sent_to_once(value: str, urls: list[str]) -> None:
     sink = fleet_sink(value)
     request = ADAPTER.build(sink, [delivery(health_critical())], program.Origin("/srv/shop", "t", NOW))
 
-    assert ADAPTER.urls(sink) == tuple(f"{url}/api/v2/alerts" for url in urls)
-    assert request.url == ADAPTER.urls(sink)[0]
+    peers = list(ADAPTER.peers(sink).values())
+    assert peers == [f"{url}/api/v2/alerts" for url in urls]
+    assert request.url == peers[0]
 
 
 # --- The config
@@ -260,7 +258,6 @@ def test_no_password_in_any_of_the_urls_is_ever_shown(tmp_path: Path) -> None:
 
     for secret, redactor in redactors.items():
         assert secret not in redactor.mask(f"denied: {secret}")
-        assert secret not in redactor.mask_value(f"denied: {secret}")
 
 
 # --- One real Alertmanager
@@ -320,7 +317,7 @@ def test_plain_http_to_a_tls_port_does_not_give_alerts_up(tmp_path: Path) -> Non
 
     verdict = ADAPTER.judge(program.Answer(status, {}, text.encode()), NOW)
     assert (verdict.outcome, verdict.http_status) == ("misconfigured", 400)
-    assert "https://" in program.advise(verdict.reason_code, verdict.http_status, verdict.message)
+    assert "https://" in program.advise(verdict.fault, None, {})
 
 
 # --- A cluster
@@ -480,9 +477,10 @@ def test_a_peer_that_hangs_costs_all_loops_together_one_timeout(
     assert (summary["dispatchedCount"], summary["waitingCount"]) == (4, 0)
     assert sorted(told(well)) == ["0", "1", "2", "3"]
     assert len(hanging.requests) == 1
-    for number in range(4):
-        rows = [row for row in replace(pair, loop=f"loop-{number}").attempts() if "peer" in row]
-        assert [(row["peer"], row["outcome"]) for row in rows] == [(hanging.url[7:], "retry")]
+    rows = [row for number in range(4) for row in replace(pair, loop=f"loop-{number}").attempts()]
+    assert [row["outcome"] for row in rows if row["peer"] == well.url[7:]] == ["delivered"] * 4
+    # Only what was on its way to it has an attempt.
+    assert {row["outcome"] for row in rows if row["peer"] == hanging.url[7:]} == {"retry"}
 
     hanging.answer(ALERTS, ok())
     hanging.forget()
@@ -558,7 +556,7 @@ def test_what_an_operator_gave_up_is_not_sent_to_a_peer_later(
 
     assert "given up" not in told(one) + told(other)
     assert told(one) == ["new"]
-    assert told(other)[-1] == "new"
+    assert sorted(told(other)) == ["new", "sent"]
 
 
 def test_a_lost_state_costs_no_peer_what_it_missed_after_an_operator_gave_something_up(
@@ -573,52 +571,7 @@ def test_a_lost_state_costs_no_peer_what_it_missed_after_an_operator_gave_someth
     other.answer(ALERTS, ok())
     other.forget()
     pair.dispatch()
-    assert told(other) == ["missed"]
-
-
-def test_a_loop_that_fails_between_two_requests_waits_for_no_answer(
-    pair: Repo, peers: tuple[SinkServer, SinkServer]
-) -> None:
-    """What one peer has missed cannot be read any more, as the other one fails."""
-    one, behind = peers
-    config = fleet_config(timeoutSeconds=60)
-    pair.write_config(config)
-    behind.answer(ALERTS, error(503))
-    pair.append(alert("missed"))
-    pair.dispatch()
-
-    def fail(_: Received) -> Answer:
-        os.truncate(pair.source, 0)
-        return error(503)
-
-    one.answer(ALERTS, fail)
-    pair.append(alert("new"))
-    began = time.monotonic()
-    assert pair.dispatch().exit_code == 5
-    assert time.monotonic() - began < 30
-
-
-def test_a_peer_that_is_down_is_not_asked_again_after_the_time_budget(
-    pair: Repo, peers: tuple[SinkServer, SinkServer]
-) -> None:
-    """One loop has found it down; in another one the only other peer has to catch up first, slowly."""
-    slow, down = peers
-    pair.write_config({**fleet_config(timeoutSeconds=5), "delivery": {"maxAttemptsPerPass": 1}})
-    other = replace(pair, loop="lagging")
-    slow.answer(ALERTS, error(503))
-    other.append(alert("missed"))
-    other.dispatch()
-    state = other.state()
-    del state["lanes"][SINK]["peers"][slow.url[7:]]["nextAttemptAt"]
-    other.state_file.write_text(json.dumps(state))
-    slow.answer(ALERTS, ok().after(1.5))
-    down.answer(ALERTS, error(503))
-    down.forget()
-    pair.append(alert("first"))
-    other.append(alert("second"))
-    pair.run("dispatch", "--repo", str(pair.root), "--all-loops", "--time-budget", "2.5")
-    assert told(slow)[-2:] == ["first", "missed"]
-    assert told(down) == ["first"]
+    assert sorted(told(other)) == ["missed", "sent"]
 
 
 def test_an_operator_who_sends_again_learns_which_peer_did_not_take_it(
@@ -629,12 +582,12 @@ def test_an_operator_who_sends_again_learns_which_peer_did_not_take_it(
     peers[1].answer(ALERTS, error(503))
     sent = pair.run("redeliver", *pair.target, "--from-line", "1", "--yes").json
     assert [row["message"] for row in sent["deliveries"]] == [f"but not to {peers[1].url[7:]}"]
-    *_, took, missed = pair.attempts()
-    assert (took["outcome"], took["byOperator"], "peer" in took) == ("delivered", True, False)
-    assert (missed["peer"], missed["httpStatus"], missed["byOperator"]) == (peers[1].url[7:], 503, True)
-    lane = pair.state()["lanes"][SINK]
+    again = {row["peer"]: row for row in pair.attempts() if "byOperator" in row}
+    took, missed = (again[peer.url[7:]] for peer in peers)
+    assert (took["outcome"], missed["outcome"], missed["httpStatus"]) == ("delivered", "retry", 503)
+    before = pair.state()["sinks"][SINK]
     pair.dispatch()
-    assert pair.state()["lanes"][SINK]["deliveredCount"] == lane["deliveredCount"] == 2
+    assert pair.state()["sinks"][SINK]["deliveredCount"] == before["deliveredCount"] == 2
 
 
 @pytest.mark.parametrize("kind", ["alertmanager", "pagerduty_events"])
@@ -668,7 +621,7 @@ README = MODULE_FILE.with_name("README.md").read_text(encoding="utf-8")
 def test_the_example_config_works_and_pages_for_what_is_critical(
     tmp_path: Path, severity: str, receiver: str
 ) -> None:
-    (example,) = re.findall(r"^```yaml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    (example,) = re.findall(r"^```yaml\n(route:\n.*?)^```$", README, re.MULTILINE | re.DOTALL)
     config = tmp_path / "alertmanager.yml"
     config.write_text(example)
     amtool = needs_tool("amtool")
@@ -688,7 +641,7 @@ def test_the_example_config_works_and_pages_for_what_is_critical(
 
 def test_the_example_config_tells_people_what_they_need_to_know(tmp_path: Path, server: SinkServer) -> None:
     """The providers are on loopback, and half a minute of waiting is a second; all else is as it stands."""
-    (example,) = re.findall(r"^```yaml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    (example,) = re.findall(r"^```yaml\n(route:\n.*?)^```$", README, re.MULTILINE | re.DOTALL)
     for place, secret in (("slack-webhook-url", f"{server.url}/chat"), ("pagerduty-routing-key", "k" * 32)):
         (tmp_path / place).write_text(secret)
     example = example.replace("/etc/alertmanager", str(tmp_path)).replace("group_wait: 30s", "group_wait: 1s")
@@ -714,7 +667,7 @@ def test_the_example_config_tells_people_what_they_need_to_know(tmp_path: Path, 
 
 
 def test_the_example_of_the_sink_is_valid_and_has_every_key(tmp_path: Path) -> None:
-    _, example = re.findall(r"^```json\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    (example,) = re.findall(r"^```json\n(\"fleet\".*?)^```$", README, re.MULTILINE | re.DOTALL)
     config = {**fleet_config(), "sinks": json.loads(f"{{{example}}}")}
     (tmp_path / "config.json").write_text(json.dumps(config))
     prefix = "OPS_MANAGER_ALERT_ALERTMANAGER"

@@ -1,4 +1,4 @@
-"""The sink config: the resolver command, routing and severities, and faults that an operator can mend."""
+"""The sink config: the resolver command, routing and severities, and faults that an operator can correct."""
 
 from __future__ import annotations
 
@@ -455,8 +455,8 @@ SEVERITIES = ["info", "warning", "critical"]
         *((word, "warning") for word in ("warn", "degraded", "Minor")),
         *((word, "critical") for word in ("crit", "error", "ERR", "fatal", "emergency", "alert", "high")),
         *((word, "info") for word in ("notice", "informational", "debug", "ok")),
-        *((word, None) for word in ("", "  ", "catastrophic", "warnings!", "критично", "0", "5")),
-        *((value, None) for value in (None, 5, 1.5, True, [], ["critical"], {"severity": "critical"})),
+        *((word, None) for word in ("", "  ", "catastrophic", "warnings!", "критично")),
+        *((value, None) for value in (None, 1.5, True, [], ["critical"], {"severity": "critical"})),
     ],
 )
 def test_a_severity_is_understood_in_its_usual_spellings(word: Any, severity: str | None) -> None:

@@ -11,7 +11,6 @@ import resource
 import shutil
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -237,8 +236,6 @@ def test_a_backlog_is_read_from_the_rotated_files_through_more_rotations(
     assert names(server) == ["one", "one-b", "two", "two-b", "three", "three-b", "four"]
     assert names(server, PAGER) == ["four"]
     check_promise(repo)
-    # What nobody reads any more is forgotten.
-    assert len(repo.state()["source"]["segments"]) == 1
 
 
 def test_files_that_no_rotation_made_are_left_alone(repo: Repo, server: SinkServer) -> None:
@@ -361,22 +358,6 @@ def test_an_emptied_source_is_no_fault_and_goes_on(repo: Repo, server: SinkServe
     repo.append(record("two"))
     repo.dispatch()
     every_sink_got(server, "one", "two")
-    check_promise(repo)
-
-
-def test_what_a_truncation_took_from_a_backlog_is_on_record(repo: Repo, server: SinkServer) -> None:
-    server.answer("/hook", error(503))
-    repo.append(record("one"), record("two"))
-    repo.dispatch()
-    os.truncate(repo.source, 0)
-    repo.append(record("three"))
-    server.answer("/hook", ok())
-    server.forget()
-    done = repo.dispatch().json
-    assert (done["waitingCount"], done["processedCount"]) == (0, 1)
-    [row] = [row for row in repo.telemetry() if row.get("reasonCode") == "source_lost"]
-    assert (row["status"], row["sinkId"], row["droppedCount"]) == ("failed", HOOK, 2)
-    assert names(server) == ["three"]
     check_promise(repo)
 
 
@@ -514,7 +495,6 @@ LINES: dict[str, tuple[bytes, bool]] = {
     "number": (b"42\n", False),
     "array": (b"[1,2]\n", False),
     "cut_in_the_middle": (line(record("odd")).encode()[:80] + b"\n", False),
-    "two_records_in_one_line": (line(record("a")).encode().rstrip() + line(record("b")).encode(), False),
     "nested_without_end": (b"[" * 100_000 + b"\n", False),
     "a_number_of_9999_digits": (
         line(record("odd", n=0)).encode().replace(b'"n":0', b'"n":' + b"7" * 9999),
@@ -625,9 +605,8 @@ def damage(text: str) -> dict[str, bytes]:
     """What may stand in place of a state."""
     document = json.loads(text)
 
-    def taken_up_at(offset: float) -> bytes:
-        place = {"segment": "1-a", "offset": offset, "line": 0}
-        return json.dumps({**document, "source": {**document["source"], "takenUp": place}}).encode()
+    def read_up_to(offset: float) -> bytes:
+        return json.dumps({**document, "cursor": {**document["cursor"], "offset": offset}}).encode()
 
     return {
         "empty": b"",
@@ -639,9 +618,9 @@ def damage(text: str) -> dict[str, bytes]:
         "of_another_loop": json.dumps({**document, "loopId": "another-loop"}).encode(),
         "nested_without_end": b"[" * 100_000,
         "larger_than_any": text.encode() + b" " * MAX_STATE_BYTES,
-        "lanes_of_the_wrong_kind": json.dumps({**document, "lanes": [1]}).encode(),
-        "a_place_that_is_none": taken_up_at(float("inf")),
-        "a_place_before_the_beginning": taken_up_at(-5),
+        "sinks_of_the_wrong_kind": json.dumps({**document, "sinks": [1]}).encode(),
+        "a_place_that_is_none": read_up_to(float("inf")),
+        "a_place_before_the_beginning": read_up_to(-5),
     }
 
 
@@ -655,14 +634,16 @@ DAMAGES = [
     "of_another_loop",
     "nested_without_end",
     "larger_than_any",
-    "lanes_of_the_wrong_kind",
+    "sinks_of_the_wrong_kind",
     "a_place_that_is_none",
     "a_place_before_the_beginning",
 ]
+# JSON of this program and this loop: there is nothing to keep.
+READABLE = DAMAGES[-3:]
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_state_is_kept_aside_and_rebuilt_without_a_repeat_or_a_gap(
+def test_a_damaged_state_is_kept_aside_and_costs_neither_a_repeat_nor_a_gap(
     repo: Repo, server: SinkServer, how: str
 ) -> None:
     """With a sink behind, a dead letter, and something that no pass has seen."""
@@ -681,25 +662,9 @@ def test_a_damaged_state_is_kept_aside_and_rebuilt_without_a_repeat_or_a_gap(
     assert names(server) == ["one", "two", "three", "four"]
     assert names(server, PAGER) == ["four"]
     assert len(server.received("/chat")) == 1
-    [kept] = repo.folder.glob("alert-dispatch-state.json.damaged-*")
-    assert kept.read_bytes() == damaged
+    kept = [path.read_bytes() for path in repo.folder.glob("alert-dispatch-state.json.damaged-*")]
+    assert kept == ([] if how in READABLE else [damaged])
     check_promise(repo)
-
-
-def test_a_lost_state_does_not_bring_back_a_dead_letter_that_was_redelivered(
-    repo: Repo, server: SinkServer
-) -> None:
-    server.script("/hook", error(422), error(422))
-    repo.append(record("one"), record("two"))
-    assert repo.dispatch().json["deadLetterCount"] == 2
-    [dead, _] = [row["escalationId"] for row in repo.telemetry()]
-    done = repo.run("redeliver", *repo.target, "--id", dead, "--yes")
-    assert done.exit_code == 0, done.stderr
-    assert repo.dispatch().json["deadLetterCount"] == 1
-    repo.state_file.unlink()
-    server.forget()
-    assert repo.dispatch().json["deadLetterCount"] == 1
-    assert server.requests == []
 
 
 def test_a_lost_state_is_rebuilt_while_a_sink_is_still_down(repo: Repo, server: SinkServer) -> None:
@@ -849,7 +814,7 @@ def test_only_a_state_that_cannot_be_rebuilt_is_an_error_with_advice(repo: Repo,
     every_sink_got(server, "two")
 
 
-@pytest.mark.parametrize("newer", [{"stateVersion": 2}, {"schemaVersion": "v2"}, {"schemaVersion": "v10"}])
+@pytest.mark.parametrize("newer", [{"stateVersion": 3}, {"schemaVersion": "v2"}, {"schemaVersion": "v10"}])
 def test_a_state_of_a_newer_version_is_refused_and_left_as_it_is(
     repo: Repo, server: SinkServer, newer: dict[str, Any]
 ) -> None:
@@ -1006,9 +971,12 @@ def test_a_quota_that_is_used_up_loses_nothing_and_repeats_only_what_was_in_flig
             got = names(server, sink)
             assert list(dict.fromkeys(got)) == sent
             assert len(got) <= len(sent) + 1
-        # At its quota a btrfs does not let a file be made shorter either: the row that met it stays torn.
+        # At its quota a btrfs does not let a file be made shorter either, and loses what it has just taken:
+        # the row that met it stays torn, and one before it may be full of NULs. Both are there whole as well.
         rows = whole_rows(repo.telemetry_file)
-        assert repo.telemetry_file.read_bytes().count(b"\n") - len(rows) <= 1
+        assert repo.telemetry_file.read_bytes().count(b"\n") - len(rows) <= 2
+        # What was lost was written again, at the end.
+        rows.sort(key=lambda row: json.loads(row)["position"]["line"])
         repo.telemetry_file.write_bytes(b"".join(rows))
         check_promise(repo)
 
@@ -1019,7 +987,8 @@ def limited(repo: Repo, limit: int) -> Run:
         [*repo.command, "dispatch", *repo.target],
         capture_output=True,
         encoding="utf-8",
-        env=repo.env,
+        # Else Python would leave half of its compiled form of the program behind.
+        env={**repo.env, "PYTHONDONTWRITEBYTECODE": "1"},
         cwd=repo.root,
         timeout=60,
         check=False,
@@ -1255,7 +1224,7 @@ def test_copytruncate_while_a_pass_reads_loses_nothing_and_repeats_nothing(
     check_promise(repo)
 
 
-def test_a_truncation_without_a_copy_while_a_pass_reads_is_told_and_repeats_nothing(
+def test_a_truncation_without_a_copy_during_a_pass_is_reported_and_costs_nothing_that_was_ingested(
     repo: Repo, server: SinkServer
 ) -> None:
     def truncate() -> None:
@@ -1264,118 +1233,11 @@ def test_a_truncation_without_a_copy_while_a_pass_reads_is_told_and_repeats_noth
 
     repo.append(*many(200))
     server.answer("/hook", at_request(2, truncate))
-    failed = repo.dispatch()
-    assert failed.exit_code == 5
-    assert "truncated while it was read" in failed.stderr
-    sent = {sink: len(server.received(PATHS[sink])) for sink in SINK_TYPES}
-    assert sent[HOOK] > 0
-    assert max(sent.values()) < 200
+    assert repo.dispatch().json["processedCount"] == 200
     repo.dispatch()
-    assert {sink: len(server.received(PATHS[sink])) for sink in SINK_TYPES} == {
-        sink: count + 1 for sink, count in sent.items()
-    }
+    assert {sink: len(server.received(PATHS[sink])) for sink in SINK_TYPES} == dict.fromkeys(SINK_TYPES, 201)
     assert names(server)[-1] == "fresh"
     assert "source_replaced" in repo.run("status", *repo.target).json["verdict"]
-
-
-def test_an_answer_that_comes_after_a_pass_has_failed_is_on_record_and_not_repeated(
-    repo: Repo, server: SinkServer
-) -> None:
-    """One sink is asked while the source that another lane reads is taken away."""
-    repo.append(*many(200))
-    server.answer("/chat", ok().after(2.0))
-    server.answer("/hook", at_request(2, lambda: os.truncate(repo.source, 0)))
-    assert repo.dispatch().exit_code == 5
-    [chat] = server.received("/chat")
-    told = [row["outcome"] for row in repo.attempts() if row["sinkId"] == CHAT]
-    assert told == ["delivered"]
-    assert chat.json
-
-
-@pytest.mark.parametrize("how", ["compressed", "deleted"])
-def test_what_a_missing_file_in_mid_backlog_took_along_is_on_record(
-    repo: Repo, server: SinkServer, how: str
-) -> None:
-    server.answer("/hook", error(503))
-    for name in ("one", "two", "three"):
-        repo.append(record(name), record(f"{name}-b"))
-        repo.dispatch()
-        rotate(repo)
-    middle = repo.source.with_name(repo.source.name + ".2")
-    if how == "compressed":
-        with gzip.open(f"{middle}.gz", "wb") as packed:
-            packed.write(middle.read_bytes())
-    middle.unlink()
-    repo.append(record("four"))
-    assert repo.dispatch().json["waitingCount"] == 5
-    [row] = [row for row in repo.telemetry() if "droppedCount" in row]
-    assert (row["reasonCode"], row["status"], row["sinkId"], row["droppedCount"]) == (
-        "source_lost",
-        "failed",
-        HOOK,
-        2,
-    )
-    check_promise(repo)
-    server.answer("/hook", ok())
-    server.forget()
-    assert repo.dispatch().json["waitingCount"] == 0
-    assert names(server) == ["one", "one-b", "three", "three-b", "four"]
-    assert sum("droppedCount" in row for row in repo.telemetry()) == 1
-    check_promise(repo)
-
-
-def test_a_file_that_is_back_before_its_turn_is_sent_after_all(
-    repo: Repo, server: SinkServer, tmp_path: Path
-) -> None:
-    server.answer("/hook", error(503))
-    for name in ("one", "two"):
-        repo.append(record(name))
-        repo.dispatch()
-        rotate(repo)
-    oldest = repo.source.with_name(repo.source.name + ".2")
-    away = oldest.rename(tmp_path / "away")
-    repo.append(record("three"))
-    assert repo.dispatch().json["waitingCount"] == 2
-    shutil.copy(away, oldest)
-    assert repo.dispatch().json["waitingCount"] == 3
-    assert "source_lost" not in repo.state().get("lost", {}), "it is not lost any more"
-    server.answer("/hook", ok())
-    server.forget()
-    assert repo.dispatch().json["waitingCount"] == 0
-    assert names(server) == ["one", "two", "three"]
-
-
-def test_a_file_that_goes_is_on_record_though_another_one_comes_back(
-    repo: Repo, server: SinkServer, tmp_path: Path
-) -> None:
-    server.answer("/hook", error(503))
-    for name in ("one", "two"):
-        repo.append(record(name))
-        repo.dispatch()
-        rotate(repo)
-    first, second = (repo.source.with_name(f"{repo.source.name}.{number}") for number in (2, 1))
-    repo.append(record("three"))
-    first.rename(tmp_path / "first")
-    assert repo.dispatch().json["waitingCount"] == 2
-    second.unlink()
-    (tmp_path / "first").rename(first)
-    assert repo.dispatch().json["waitingCount"] == 2
-    assert [row["droppedCount"] for row in repo.telemetry() if "droppedCount" in row] == [1, 1]
-
-
-def test_a_known_file_that_is_gone_before_its_turn_is_on_record(repo: Repo, server: SinkServer) -> None:
-    """A pass that stopped in the rotated file knows the new one, which is then emptied."""
-    repo.append(record("one"))
-    repo.dispatch()
-    repo.append(record("two"), record("three"))
-    rotate(repo)
-    repo.append(record("four"))
-    repo.dispatch("--max-escalations", "1")
-    os.truncate(repo.source, 0)
-    repo.append(record("five"))
-    repo.dispatch()
-    every_sink_got(server, "one", "two", "three", "five")
-    assert [row["reasonCode"] for row in repo.telemetry() if "position" not in row] == ["source_replaced"]
 
 
 def test_a_file_that_is_gone_is_on_record_while_the_source_is_away(repo: Repo, server: SinkServer) -> None:
@@ -1450,31 +1312,6 @@ def test_a_pass_that_root_runs_does_not_lock_out_the_user_of_the_loop(repo: Repo
     assert repo.dispatch().json["dispatchedCount"] == 1
     assert repo.dispatch().json["status"] == "no_new_escalations"
     assert {path.stat().st_uid for path in repo.root.rglob("*")} == {user}
-
-
-def test_a_pass_whose_lock_file_is_removed_stops_before_another_one_repeats_it(
-    repo: Repo, server: SinkServer
-) -> None:
-    """Somebody takes it for stale and clears it away."""
-    repo.append(*[record(f"r{number}") for number in range(40)])
-    lock = repo.state_file.with_name(repo.state_file.name + ".lock")
-    second: list[Run] = []
-
-    def remove() -> None:
-        lock.unlink()
-        second.append(repo.dispatch())
-
-    server.answer("/hook", at_request(3, remove))
-    first = repo.dispatch()
-    assert first.exit_code == 5
-    assert "lock file" in first.stderr
-    assert second[0].exit_code == 0
-    assert repo.dispatch().json["waitingCount"] == 0
-    for sink in SINK_TYPES:
-        counted = Counter(escalation_id(request) for request in server.received(PATHS[sink]))
-        assert len(counted) == 40
-        # Only what was on its way as the second one began.
-        assert counted.total() <= 41
 
 
 # --- The source: what no pass has seen before it was rotated

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 from benchmarks.model import COST_HELP, Costs, Fleet, compute
 from conftest import MODULE_FILE, Repo, clean_env
-from escalations import PAGER_KEY, health_critical
+from escalations import health_critical
 from loopback import SinkServer
 from tools import needs_tool
 
@@ -50,11 +49,17 @@ def analyze(*arguments: str | Path) -> str:
     return done.stdout + done.stderr
 
 
+SEALED = re.compile(r"^#(?=LoadCredentialEncrypted=|Environment=)", re.MULTILINE)
+
+
 @pytest.mark.parametrize("sealed", [False, True])
 def test_systemd_takes_the_units_without_a_complaint(units: Path, sealed: bool) -> None:
-    if not sealed:
-        (units / f"{SERVICE}.d" / "sealed.conf").unlink()
-    assert analyze("verify", units / SERVICE, units / TIMER) == ""
+    service = units / SERVICE
+    if sealed:
+        service.write_text(
+            SEALED.sub("", service.read_text()).replace(f"EnvironmentFile={SECRETS_FILE}\n", "")
+        )
+    assert analyze("verify", service, units / TIMER) == ""
 
 
 def test_the_service_may_do_little(units: Path) -> None:
@@ -120,17 +125,31 @@ def test_the_service_delivers_with_the_secrets_of_its_file(shop: Repo, server: S
     assert len(server.requests) == 3
 
 
-def test_the_sealed_secrets_reach_the_program(shop: Repo, server: SinkServer) -> None:
-    """systemd puts the opened credential into a folder of its own, and takes `$$` for `$`."""
-    *_, drop_in = code_blocks("ini")
-    command = re.findall(r"^ExecStart=(.+)$", drop_in, re.MULTILINE)[0].replace("$$", "$")
-    shell, options, script = shlex.split(command)
-    assert (shell, options) == ("/bin/sh", "-ac")
-    script = script.replace(INSTALLED, str(PROGRAM)).replace("/srv/shop", str(shop.root))
-    folder = str(shop.root.parent)
-
-    assert json.loads(run_shell(f"set -a; {script}", shop, CREDENTIALS_DIRECTORY=folder))["loopCount"] == 1
-    assert PAGER_KEY in str([request.json for request in server.requests])
+def test_the_sealed_secret_reaches_the_program(shop: Repo, server: SinkServer) -> None:
+    """systemd puts the opened credential into a folder, which `%d` stands for."""
+    service, *_ = code_blocks("ini")
+    [(credential, variable, name)] = re.findall(
+        r"^LoadCredentialEncrypted=(.+?):.*\nEnvironment=(\w+)_FILE=%d/(.+)$",
+        SEALED.sub("", service),
+        re.MULTILINE,
+    )
+    assert credential == name
+    place = shop.root.parent / name
+    place.write_text(f"{server.url}/sealed\n")
+    sink = {"enabled": True, "type": "slack", "webhookUrlEnv": variable}
+    shop.write_config(
+        {
+            "schemaVersion": "v1",
+            "defaultMinSeverity": "info",
+            "sinks": {"slack-default": sink},
+            "routing": {"defaultSinks": ["slack-default"]},
+        }
+    )
+    command = re.findall(r"^ExecStart=(.*)$", service, re.MULTILINE)[0]
+    command = command.replace(INSTALLED, str(PROGRAM)).replace("/srv/shop", str(shop.root))
+    run_shell(command, shop, **{f"{variable}_FILE": str(place)})
+    place.unlink()
+    assert len(server.received("/sealed")) == 1
 
 
 # --- The model

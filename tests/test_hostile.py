@@ -179,4 +179,4 @@ def test_a_url_that_holds_a_word_of_the_programs_own_spoils_no_row(
     assert {row["outcome"] for row in repo.attempts()} == {"delivered"}
     assert {row["status"] for row in repo.telemetry()} == {"dispatched"}
     assert repo.dispatch(env=env).json["status"] == "no_new_escalations"
-    assert PAGER in repo.state()["lanes"]
+    assert PAGER in repo.state()["sinks"]

@@ -6,14 +6,16 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RUN_TIMEOUT, Repo, read_rows
+from conftest import RUN_TIMEOUT, Repo, queue_rows, read_rows, time_passes
 from escalations import (
     CHAT,
     HOOK,
@@ -24,6 +26,7 @@ from escalations import (
     SECRETS,
     SINK_TYPES,
     batch,
+    escalation_id,
     health_critical,
     health_degraded,
     lines,
@@ -31,6 +34,7 @@ from escalations import (
 )
 from loopback import Answer, SinkServer, closed_port, echo, error, ok, rate_limited
 from operate import check, ids_at, make_backlog, make_dead_letter, on_terminal, sink_of, to_all
+from promise import check_promise
 from tools import needs_tool
 
 import ops_alert_dispatch
@@ -181,7 +185,7 @@ def test_status_works_without_config_and_secrets_and_says_what_it_cannot_know(
     chat = sink_of(found, CHAT)
     assert (chat["type"], chat["enabled"], chat["lagCount"]) == (None, None, 2)
     assert any("is not there" in note for note in found["notes"])
-    assert any("1 escalation not taken up yet" in note for note in found["notes"])
+    assert any("1 escalation not read yet" in note for note in found["notes"])
     # The config may just be elsewhere: nobody is sent to mend it, even when the sink is critical.
     code, line = check(repo, "--critical-after", "0")
     assert code == 2
@@ -202,7 +206,7 @@ def test_an_invalid_config_is_critical(repo: Repo, ran: bool) -> None:
     text = repo.run("status", *repo.target, "--format", "text").stdout
     head, advice, *_ = text.splitlines()
     assert head == f"CRITICAL  loop {repo.loop}: the config is invalid: nothing is sent"
-    assert f"run `ops-alert-dispatch config --config-file {repo.config_file}`" in advice
+    assert f"run `ops-alert-dispatch config --alert-config-file {repo.config_file}`" in advice
     assert check(repo) == (2, f"ALERT DISPATCH CRITICAL: {repo.loop}: the config is invalid: nothing is sent")
 
 
@@ -217,15 +221,25 @@ def test_an_unset_secret_is_critical_once_a_pass_has_met_it(repo: Repo) -> None:
 ADVICE: list[tuple[str, Answer, str, str]] = [
     ("a wrong credential", error(401, "who are you"), "http_error 401", "credential is wrong"),
     ("a deleted webhook", error(404, "no_service"), "http_error 404", "URL is wrong or was deleted"),
-    ("an archived channel", error(410, "channel_is_archived"), "http_error 410", "unarchive it"),
-    ("an outage", error(502, "bad gateway"), "http_error 502", "trouble of its own"),
+    ("an archived channel", error(410, "channel_is_archived"), "http_error 410", "unarchive the channel"),
+    ("an outage", error(502, "bad gateway"), "http_error 502", "the sink has trouble"),
     ("a rate limit", rate_limited(60), "http_error 429", "limits the rate"),
     ("a moved webhook", error(302), "http_error 302", "the URL that the redirect leads to"),
-    ("a refused record", error(422, "bad field"), "http_error 422", "read its answer"),
-    ("a proxy's page", error(200, "<html>Log in"), "http_error 200", "URL is wrong or was deleted"),
-    ("words of refusal", error(200, '{"ok":false,"error":"no_text"}'), "http_error 200", "this record"),
-    ("a failing queue", error(500, "no routing key is bound"), "http_error 500", "trouble of its own"),
-    ("words of trouble", error(200, '{"ok":false,"error":"internal_error"}'), "http_error 200", "its own"),
+    ("a refused record", error(422, "bad field"), "http_error 422", "read the sink's answer"),
+    ("a proxy's page", error(200, "<html>Log in"), "http_error 200", "what stands before the sink"),
+    (
+        "words of refusal",
+        error(200, '{"ok":false,"error":"no_text"}'),
+        "http_error 200",
+        "read the sink's answer",
+    ),
+    ("a failing queue", error(500, "no routing key is bound"), "http_error 500", "the sink has trouble"),
+    (
+        "words of trouble",
+        error(200, '{"ok":false,"error":"internal_error"}'),
+        "http_error 200",
+        "the sink has trouble",
+    ),
     ("words of haste", error(200, '{"ok":false,"error":"ratelimited"}'), "http_error 200", "limits the rate"),
 ]
 
@@ -253,12 +267,6 @@ def test_a_failed_test_alert_says_what_to_do(repo: Repo, server: SinkServer) -> 
         assert advice in said[2 * number + 1], name
 
 
-@pytest.mark.parametrize("host", ["certificate.example.org", "the-proxy.example.org", "refused.example.org"])
-def test_no_name_of_a_host_leads_an_operator_astray(host: str) -> None:
-    slow = ops_alert_dispatch.advise("request_failed", None, f"no complete answer from {host} within 5 s")
-    assert "timeoutSeconds" in slow
-
-
 def test_status_says_the_verdict_and_the_advice_first(repo: Repo, server: SinkServer) -> None:
     server.answer(PATHS[CHAT], error(403, "invalid_token"))
     repo.append(*batch(2))
@@ -268,9 +276,11 @@ def test_status_says_the_verdict_and_the_advice_first(repo: Repo, server: SinkSe
     assert head == (
         f"WARNING  loop {repo.loop}: {CHAT} is failing (http_error 403: invalid_token), 2 deliveries waiting"
     )
-    assert advice.startswith("What to do: the credential is wrong or was revoked: make a new one and set its")
+    assert advice.startswith(
+        "What to do: the credential is wrong or was revoked: make a new one, set it in ALERT_CHAT_URL,"
+    )
     assert blank == ""
-    assert titles.split()[:3] == ["SINK", "HEALTH", "LAG"]
+    assert titles.split()[:3] == ["SINK", "HEALTH", "WAITING"]
     assert "Recent failures: delivery_deferred 1" in text
 
 
@@ -499,14 +509,147 @@ def test_a_wrong_command_line_is_exit_2_and_says_what_is_wrong(
     assert says in run.stderr
 
 
-@pytest.mark.parametrize("command", [["redeliver", "--dead-letters"], ["skip", "--sink", CHAT]])
-def test_a_loop_that_no_pass_has_seen_is_named_as_such(repo: Repo, command: list[str]) -> None:
+def test_a_loop_that_no_pass_has_seen_is_named_as_such(repo: Repo) -> None:
+    command = ["redeliver", "--dead-letters"]
     repo.append(health_critical())
     run = repo.run(*command, *repo.target, "--yes")
     assert (run.exit_code, run.stdout) == (4, "")
     assert "run `dispatch` first" in run.stderr
     repo.write_config("{}")
     assert repo.run(*command, *repo.target, "--yes").exit_code == 3
+
+
+@pytest.mark.parametrize("command", [["redeliver", "--dead-letters"], ["skip", "--sink", CHAT]])
+def test_a_command_for_a_loop_that_does_not_exist_makes_no_folder(repo: Repo, command: list[str]) -> None:
+    run = repo.run(*command, *repo.target, "--yes")
+    assert (run.exit_code, run.stdout) == (4, "")
+    assert str(repo.root) in run.stderr
+    assert not repo.folder.exists()
+
+
+def test_history_can_be_skipped_before_the_first_pass_pages_somebody(repo: Repo, server: SinkServer) -> None:
+    repo.append(*batch(5), "no JSON\n")
+    before = repo.snapshot()
+    shown = repo.run("skip", *repo.target, "--sink", PAGER, stdin="n\n")
+    assert (shown.exit_code, "Give up 5 deliveries?" in shown.stderr) == (130, True)
+    lock = str((repo.folder / "alert-dispatch-state.json.lock").relative_to(repo.root))
+    folder = str(repo.folder.relative_to(repo.root))
+    left = {name: found for name, found in repo.snapshot().items() if name not in (lock, folder)}
+    assert left == {name: found for name, found in before.items() if name != folder}
+
+    done = repo.run("skip", *repo.target, "--sink", PAGER, "--yes").json
+    assert done["skippedCount"] == 5
+    assert server.requests == []
+    rows = [row for row in repo.telemetry() if "escalationCategory" in row]
+    assert [{entry["id"]: entry["reasonCode"] for entry in row["sinks"]}[PAGER] for row in rows] == [
+        "skipped_by_operator"
+    ] * 5
+    assert repo.state()["escalationsLineOffset"] == 6
+    repo.append(health_critical(traceId="new"))
+    repo.dispatch()
+    assert len(ids_at(server, HOOK)) == 6
+    assert len(server.received(PATHS[PAGER])) == 1
+    check_promise(repo)
+
+
+def test_what_waited_in_a_lost_queue_is_reported_and_sent_with_the_command_that_status_prints(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.append(health_critical(traceId="delivered everywhere"))
+    repo.dispatch()
+    make_backlog(repo, server, 3)
+    waiting = {row["escalationId"] for row in repo.telemetry()[1:]}
+    repo.queue_file.unlink()
+    found = status(repo)
+    assert (found["health"], "3 deliveries waited in the queue" in found["verdict"]) == ("warning", True)
+    assert not repo.queue_file.exists()
+    server.answer(PATHS[CHAT], ok())
+    repo.dispatch()
+    assert server.requests == []
+    found = status(repo)
+    assert "queue_lost" in found["verdict"]
+    [command] = re.findall("`ops-alert-dispatch (redeliver [^`]+)`", " ".join(found["advice"]))
+    sent = repo.run(*shlex.split(command), "--yes").json
+    assert {item["escalationId"] for item in sent["deliveries"]} == waiting
+    assert set(ids_at(server, CHAT)) == waiting
+    rows = repo.telemetry()
+    late = [row for row in rows if row.get("byOperator")]
+    assert len(late) == 3
+    assert {(row["late"], row["status"], "escalation" in row) for row in late} == {
+        (True, "dispatched", False)
+    }
+    assert len([row for row in rows if "escalation" in row]) == 4
+    server.forget()
+    repo.dispatch()
+    assert server.requests == []
+
+
+def test_what_a_damaged_queue_held_is_reported_before_the_next_pass(repo: Repo, server: SinkServer) -> None:
+    make_backlog(repo, server, 2)
+    repo.queue_file.write_bytes(b"not a database at all, but long enough to look at" * 100)
+    before = repo.snapshot()
+    found = status(repo)
+    assert (found["health"], "which is damaged (queue_lost)" in found["verdict"]) == ("warning", True)
+    assert any("keeps it aside" in note for note in found["notes"])
+    assert repo.snapshot() == before
+
+
+def test_what_was_redelivered_and_fails_is_given_up_as_anything_else_is(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.append(health_critical())
+    repo.dispatch()
+    server.answer(PATHS[CHAT], error(503))
+    again = ["redeliver", *repo.target, "--from-line", "1", "--sink", CHAT, "--yes"]
+    assert repo.run(*again).exit_code == 1
+    time_passes(repo, 86_500)
+    assert repo.dispatch().json["deadLetterCount"] == 1
+
+
+def test_an_escalation_that_the_queue_has_let_go_says_so_and_is_sent_by_its_line(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.append(health_critical(), health_critical(traceId="another"))
+    repo.dispatch()
+    time_passes(repo, 8 * 86_400)
+    repo.append(health_degraded())
+    repo.dispatch()
+    assert queue_rows(repo, "SELECT count(*) FROM escalations") == [(1,)]
+    server.forget()
+    gone = repo.telemetry()[1]["escalationId"]
+    run = repo.run("redeliver", *repo.target, "--id", gone, "--yes")
+    assert (run.exit_code, run.stdout) == (2, "")
+    assert "settled more than 7 days ago" in run.stderr
+    assert "--from-line 2 --to-line 2" in run.stderr
+    lines_2 = ("redeliver", *repo.target, "--from-line", "2", "--to-line", "2", "--sink", HOOK, "--yes")
+    assert repo.run(*lines_2).json["deliveredCount"] == 1
+    assert ids_at(server, HOOK) == [gone]
+
+
+def test_a_disabled_sink_that_is_named_is_sent_only_what_was_asked_for(
+    repo: Repo, server: SinkServer
+) -> None:
+    ids = make_backlog(repo, server, 2)
+    server.answer(PATHS[CHAT], ok())
+    repo.run("skip", *repo.target, "--sink", CHAT, "--to-line", "1", "--yes")
+    config = to_all()
+    config["sinks"][CHAT]["enabled"] = False
+    repo.write_config(config)
+    done = repo.run("redeliver", *repo.target, "--id", ids[0], "--sink", CHAT, "--yes").json
+    assert done["deliveredCount"] == 1
+    assert ids_at(server, CHAT) == [ids[0]]
+    assert repo.dispatch().json["waitingCount"] == 1
+
+
+def test_a_clock_that_is_off_is_a_warning(repo: Repo, server: SinkServer) -> None:
+    ahead = formatdate(time.time() + 7200, usegmt=True)
+    server.answer(PATHS[HOOK], Answer(200, b"ok", {"Date": ahead}))
+    repo.append(health_critical())
+    repo.dispatch()
+    found = status(repo)
+    assert found["health"] == "warning"
+    assert f"the clock of {HOOK} is 7" in found["verdict"]
+    assert abs(sink_of(found, HOOK)["clockOffsetSeconds"] - 7200) < 60
 
 
 def test_the_commands_work_on_the_files_that_are_named(repo: Repo, server: SinkServer) -> None:
@@ -564,7 +707,7 @@ def test_a_question_does_not_spoil_the_json(
 
 
 def test_redeliver_says_in_json_what_came_of_each(repo: Repo, server: SinkServer) -> None:
-    repo.append(*batch(2))
+    repo.append(health_critical(traceId="1"), health_critical(traceId="2"))
     repo.dispatch()
     server.script(PATHS[HOOK], ok(), error(422, "no thanks"))
     run = repo.run("redeliver", *repo.target, "--from-line", "1", "--sink", HOOK, "--yes")
@@ -574,8 +717,8 @@ def test_redeliver_says_in_json_what_came_of_each(repo: Repo, server: SinkServer
     first, second = said["deliveries"]
     assert (first["status"], first["httpStatus"], first["reasonCode"]) == ("success", 200, None)
     assert (second["status"], second["httpStatus"], second["message"]) == ("failed", 422, "no thanks")
-    assert "read its answer" in second["advice"]
-    assert {d["durationMs"] >= 0 for d in said["deliveries"]} == {True}
+    assert (second["faultCode"], second["willRetry"]) == ("record_refused", False)
+    assert "read the sink's answer" in second["advice"]
 
 
 def test_a_sink_that_is_down_is_not_asked_for_each_of_many(repo: Repo, server: SinkServer) -> None:
@@ -587,13 +730,16 @@ def test_a_sink_that_is_down_is_not_asked_for_each_of_many(repo: Repo, server: S
     run = repo.run("redeliver", *repo.target, "--from-line", "1", "--yes")
     assert run.exit_code == 1
     said = json.loads(run.stdout)
-    assert [d["status"] for d in said["deliveries"] if d["sinkId"] == CHAT] == ["failed", *["not_tried"] * 2]
+    failed = [d for d in said["deliveries"] if d["sinkId"] == CHAT]
+    assert [(d["status"], d["willRetry"], d["httpStatus"]) for d in failed] == [("failed", True, 503)] * 3
     assert (said["deliveredCount"], said["failedCount"]) == (6, 3)
     assert len(server.received(PATHS[CHAT])) == 1
-    # What an operator sends is in no lane: nothing sends it again by itself.
-    assert {d["advice"] for d in said["deliveries"] if d["status"] == "failed"} == {
-        "the sink has trouble of its own: try again later"
-    }
+    assert {d["advice"] for d in failed} == {"the sink has trouble: wait, or repair it if it is yours"}
+    # It is retried like anything else.
+    server.answer(PATHS[CHAT], ok())
+    server.forget()
+    repo.dispatch()
+    assert sorted(ids_at(server, CHAT)) == sorted(d["escalationId"] for d in failed)
 
 
 @pytest.mark.parametrize(
@@ -649,7 +795,7 @@ def test_a_dead_letter_that_is_redelivered_is_one_no_longer(repo: Repo, server: 
     [request] = server.requests
     assert (request.path, request.headers["webhook-id"]) == (PATHS[HOOK], dead)
     assert repo.state()["deadLetterCount"] == 0
-    assert repo.state()["lanes"][HOOK]["deadLetterCount"] == 0
+    assert repo.state()["sinks"][HOOK]["deadLetterCount"] == 0
     assert (repo.attempts()[-1]["outcome"], repo.attempts()[-1]["escalationId"]) == ("delivered", dead)
     row = repo.telemetry()[-1]
     assert (row["escalationId"], row["status"], [s["id"] for s in row["sinks"]]) == (
@@ -703,17 +849,20 @@ def test_a_range_of_lines_is_redelivered_under_the_same_ids(repo: Repo, server: 
     repo.append(*batch(5))
     repo.dispatch()
     ids = [row["escalationId"] for row in repo.telemetry()]
-    assert ids_at(server, HOOK) == ids
-    bodies = [request.json["escalation"] for request in server.received(PATHS[HOOK])]
+    bodies = {escalation_id(sent): sent.json["escalation"] for sent in server.received(PATHS[HOOK])}
+    assert set(bodies) == set(ids)
     server.forget()
     done = repo.run("redeliver", *repo.target, "--from-line", "2", "--to-line", "3", "--sink", HOOK, "--yes")
     assert done.exit_code == 0
-    assert ids_at(server, HOOK) == ids[1:3]
-    assert [request.json["escalation"] for request in server.received(PATHS[HOOK])] == bodies[1:3]
+    assert sorted(ids_at(server, HOOK)) == sorted(ids[1:3])
+    for sent in server.received(PATHS[HOOK]):
+        assert sent.json["escalation"] == bodies[escalation_id(sent)]
     assert len(server.requests) == 2
     server.forget()
     assert repo.run("redeliver", *repo.target, "--from-line", "4", "--yes").exit_code == 0
-    assert {sink: ids_at(server, sink) for sink in SINK_TYPES} == dict.fromkeys(SINK_TYPES, ids[3:])
+    assert {sink: sorted(ids_at(server, sink)) for sink in SINK_TYPES} == dict.fromkeys(
+        SINK_TYPES, sorted(ids[3:])
+    )
     assert repo.state()["escalationsLineOffset"] == 5
     assert repo.dispatch().json["status"] == "no_new_escalations"
 
@@ -722,15 +871,16 @@ def test_what_waits_in_a_lane_is_left_to_the_lane(repo: Repo, server: SinkServer
     ids = make_backlog(repo, server, 3)
     server.answer(PATHS[CHAT], ok())
     repo.append(health_degraded())  # not taken up yet: not a redelivery's business either
-    run = repo.run("redeliver", *repo.target, "--from-line", "1", "--yes")
-    assert run.exit_code == 0
-    assert ids_at(server, CHAT) == []
-    assert ids_at(server, HOOK) == ids
     again = ["redeliver", *repo.target, "--id", ids[0], "--sink", CHAT]
     assert repo.run(*again).json["status"] == "nothing_to_do"
     assert "goes out by itself" in repo.run(*again, "--format", "text").stdout
-    repo.dispatch()
-    assert ids_at(server, CHAT)[:3] == ids
+    done = repo.run("redeliver", *repo.target, "--from-line", "1", "--yes").json
+    assert {(d["escalationId"], d["sinkId"]) for d in done["deliveries"]} == {
+        (name, sink) for name in ids for sink in (HOOK, PAGER)
+    }
+    assert {name: ids_at(server, HOOK).count(name) for name in ids} == dict.fromkeys(ids, 1)
+    # The pass that it runs sends what waits as well, once.
+    assert {name: ids_at(server, CHAT).count(name) for name in ids} == dict.fromkeys(ids, 1)
 
 
 @contextlib.contextmanager
@@ -778,7 +928,7 @@ def test_a_prompt_that_nobody_answers_does_not_hold_up_alerts(repo: Repo, server
     assert repo.dispatch().json["processedCount"] == 0
 
 
-def test_a_long_redelivery_keeps_the_rate_and_holds_up_no_alert(repo: Repo, server: SinkServer) -> None:
+def test_a_long_redelivery_that_is_ended_goes_on_with_the_next_pass(repo: Repo, server: SinkServer) -> None:
     config = to_all()
     config["sinks"][CHAT]["maxPerMinute"] = 60
     repo.write_config(config)
@@ -788,22 +938,23 @@ def test_a_long_redelivery_keeps_the_rate_and_holds_up_no_alert(repo: Repo, serv
     process = repo.start("redeliver", *repo.target, "--from-line", "1", "--sink", CHAT, "--yes")
     try:
         server.wait_for(1, PATHS[CHAT])
-        repo.append(health_critical(traceId="meanwhile"))
-        assert repo.dispatch().json["status"] in ("success", "partial", "failed")
-        [alert] = server.received(PATHS[HOOK])
-        assert alert.json["escalation"]["traceId"] == "meanwhile"
-        assert len(ids_at(server, CHAT)) < 14
         process.terminate()
         stdout, stderr = process.communicate(timeout=RUN_TIMEOUT)
     finally:
         process.kill()
         process.communicate()
-    assert (process.returncode, stderr) == (1, "")
+    assert (process.returncode, stderr) == (0, "")
     done = json.loads(stdout)
-    sent = [item["escalationId"] for item in done["deliveries"] if item["status"] == "success"]
+    sent = {item["escalationId"] for item in done["deliveries"] if item["status"] == "success"}
     assert 0 < done["deliveredCount"] == len(sent) < 14
-    assert {item["status"] for item in done["deliveries"]} == {"success", "not_tried"}
-    assert [row["escalationId"] for row in repo.attempts() if row.get("byOperator")] == sent
+    assert done["waitingCount"] == 14 - len(sent)
+    assert {row["escalationId"] for row in repo.attempts() if row.get("byOperator")} == sent
+    # The next pass goes on with it, and the alert of the moment comes first.
+    repo.append(health_critical(traceId="meanwhile"))
+    repo.dispatch("--time-budget", "60")
+    assert sorted(ids_at(server, CHAT)) == sorted(
+        row["escalationId"] for row in repo.telemetry() if "late" not in row
+    )
 
 
 def test_lines_are_redelivered_to_a_disabled_sink_that_is_named(repo: Repo, server: SinkServer) -> None:
@@ -876,7 +1027,8 @@ def test_only_what_was_shown_is_skipped_where_two_lines_are_the_same(repo: Repo,
     server.answer(PATHS[CHAT], ok())
     server.forget()
     repo.dispatch()
-    assert ids_at(server, CHAT) == [row["escalationId"] for row in repo.telemetry() if "late" not in row][1:]
+    left = [row["escalationId"] for row in repo.telemetry() if "late" not in row][1:]
+    assert sorted(ids_at(server, CHAT)) == sorted(left)
 
 
 def test_a_dead_letter_that_came_after_the_question_is_not_dismissed(repo: Repo, server: SinkServer) -> None:
@@ -901,7 +1053,7 @@ def test_a_backlog_is_given_up_on_record_and_can_be_redelivered(repo: Repo, serv
     server.forget()
     command = ["skip", *repo.target, "--sink", CHAT, "--format", "text"]
 
-    run = on_terminal(repo, *command, answer="n")
+    run = on_terminal(repo, *command, answer="n", COLUMNS="160")
     assert run.exit_code == 130
     assert "Give up 5 deliveries?" in run.stdout
     assert all(run.stdout.count(name) == 1 for name in ids)
@@ -920,8 +1072,9 @@ def test_a_backlog_is_given_up_on_record_and_can_be_redelivered(repo: Repo, serv
     assert (chat["lagCount"], chat["oldestPendingAt"]) == (2, repo.telemetry()[3]["escalationTimestamp"])
     after = repo.state()
     assert (after["waitingCount"], after["deadLetterCount"]) == (state["waitingCount"] - 3, 0)
-    assert after["lanes"][HOOK] == state["lanes"][HOOK]
-    assert after["lanes"][PAGER] == state["lanes"][PAGER]
+    assert after["sinks"][HOOK] == state["sinks"][HOOK]
+    # What the pass before this one sent is no longer what this one did.
+    assert after["sinks"][PAGER] | {"sentCount": 1} == state["sinks"][PAGER] | {"sentCount": 1}
     assert after["escalationsLineOffset"] == state["escalationsLineOffset"]
 
     assert repo.run(*command, "--yes").exit_code == 0
@@ -935,7 +1088,7 @@ def test_a_backlog_is_given_up_on_record_and_can_be_redelivered(repo: Repo, serv
     assert len(ids_at(server, HOOK)) == 1
     done = repo.run("redeliver", *repo.target, "--from-line", "1", "--to-line", "4", "--sink", CHAT, "--yes")
     assert done.exit_code == 0
-    assert ids_at(server, CHAT) == ids
+    assert sorted(ids_at(server, CHAT)) == sorted(ids)
     done = repo.run("redeliver", *repo.target, "--id", ids[0], "--sink", CHAT, "--yes")
     assert done.json["deliveredCount"] == 1
 
@@ -1033,20 +1186,15 @@ def test_a_dead_letter_that_no_sink_will_ever_take_is_dismissed_on_record(
     assert ids_at(server, HOOK) == [dead]
 
 
-def test_dead_letters_whose_rows_were_rotated_away_can_be_dismissed(repo: Repo, server: SinkServer) -> None:
-    make_dead_letter(repo, server)
-    for path in (repo.telemetry_file, repo.attempts_file):
+def test_dead_letters_can_be_sent_when_neither_their_rows_nor_the_source_are_left(
+    repo: Repo, server: SinkServer
+) -> None:
+    dead = make_dead_letter(repo, server)
+    for path in (repo.telemetry_file, repo.attempts_file, repo.source):
         path.unlink()
-    redeliver = ("redeliver", *repo.target, "--dead-letters", "--yes")
-    assert repo.run(*redeliver).json["status"] == "nothing_to_do"
-    assert (
-        "the rows of 1 dead letter are in no file any more" in repo.run(*redeliver, "--format", "text").stdout
-    )
-    run = on_terminal(repo, "skip", *repo.target, "--dead-letters", answer="y")
-    assert "1 dead letter whose rows are in no file any more" in run.stdout
-    assert "1 dead letter dismissed" in run.stdout
+    assert repo.run("redeliver", *repo.target, "--dead-letters", "--yes").json["deliveredCount"] == 1
+    assert ids_at(server, HOOK) == [dead]
     assert repo.state()["deadLetterCount"] == 0
-    assert repo.telemetry()[-1]["reasonCode"] == "skipped_by_operator"
 
 
 # --- init
@@ -1077,12 +1225,11 @@ def test_init_writes_a_config_that_is_valid_and_sends_nothing(repo: Repo, server
     assert "no sink is enabled" in run.stderr
 
 
-def test_a_state_of_a_config_without_an_enabled_sink_is_rebuilt_too(repo: Repo) -> None:
+def test_a_lost_state_of_a_config_without_an_enabled_sink_costs_nothing(repo: Repo) -> None:
     repo.config_file.unlink()
     repo.run("init", "--repo", str(repo.root))
     repo.append(*batch(2))
     repo.dispatch()
-    assert repo.state()["lanes"] == {}
     repo.state_file.unlink()
     assert status(repo)["verdict"].startswith("no sink is enabled: nothing is sent")
     assert repo.dispatch().json["processedCount"] == 0
@@ -1116,12 +1263,12 @@ def test_with_the_sinks_of_init_enabled_every_category_of_the_host_reaches_someb
 def test_init_never_overwrites(repo: Repo, tmp_path: Path) -> None:
     before = repo.snapshot()
     run = repo.run("init", "--repo", str(repo.root))
-    assert (run.exit_code, run.stdout) == (2, "")
+    assert (run.exit_code, run.stdout) == (5, "")
     assert "is there already" in run.stderr
     assert repo.snapshot() == before
     repo.config_file.unlink()
     repo.config_file.symlink_to(tmp_path / "elsewhere.json")  # one that leads nowhere yet
-    assert repo.run("init", "--repo", str(repo.root)).exit_code == 2
+    assert repo.run("init", "--repo", str(repo.root)).exit_code == 5
     assert not (tmp_path / "elsewhere.json").exists()
 
 
@@ -1159,29 +1306,26 @@ def test_a_dry_run_says_of_each_delivery_what_becomes_of_it_and_why(repo: Repo, 
     }
     assert "next attempt at" in decided[1, CHAT][1]
     assert "waits until the sink is enabled" in decided[1, HOOK][1]
+    assert "sink old was removed while 1 delivery waited" in plan["notes"]
     gone = "1 delivery waiting for old will be given up: the config has no such sink any more"
-    assert gone in plan["notes"]
     assert gone in status(repo)["notes"]
     text = repo.dispatch("--dry-run", "--format", "text").stdout
     assert "  skip  sent to nobody, on record as invalid_escalation_json" in text
-    assert (
-        "A pass would make 1 delivery of 3 escalations, leave 3 waiting. Nothing was sent or written." in text
-    )
+    assert "A pass would make 1 delivery of 3 escalations, leave 3 waiting; the oldest was written " in text
+    assert "Nothing was sent or written." in text
     assert repo.snapshot() == before
     # It is what happens.
     server.forget()
     repo.dispatch()
     assert [request.path for request in server.requests] == [PATHS[PAGER]]
     assert "sink_removed" in {row.get("reasonCode") for row in repo.telemetry()}
-    assert repo.state()["lanes"][HOOK]["waitingCount"] == 1
+    assert repo.state()["sinks"][HOOK]["waitingCount"] == 1
 
 
 def test_a_dry_run_says_what_is_too_old_to_be_sent(repo: Repo, server: SinkServer) -> None:
     make_backlog(repo, server, 1)
     repo.write_config(to_all(giveUpAfterSeconds=60))
-    state = repo.state()
-    state["lanes"][CHAT]["laggingSince"] = timestamp(3600)
-    repo.state_file.write_text(json.dumps(state))
+    time_passes(repo, 3600)
     repo.append(health_degraded())
     plan = repo.dispatch("--dry-run").json
     [sink] = plan["escalations"][0]["sinks"]
@@ -1218,24 +1362,31 @@ def test_config_is_text_for_people_and_the_resolvers_json_for_scripts(repo: Repo
 # --- on a terminal
 
 
-def test_a_terminal_that_is_too_narrow_for_a_table_gets_a_block_for_each_sink(
+def test_a_terminal_that_is_too_narrow_for_a_table_gets_its_first_columns(
     repo: Repo, server: SinkServer
 ) -> None:
     make_backlog(repo, server, 1)
-    plain = {"NO_COLOR": "1", "COLUMNS": "60"}
-    narrow = repo.run_on_terminal("status", *repo.target, env=plain).stdout
-    assert f"SINK          {CHAT}\nHEALTH        warning\nLAG           1\n" in narrow
-    headings = re.compile("^SINK +HEALTH +LAG", re.MULTILINE)
-    assert not headings.search(narrow)
-    assert headings.search(repo.run_on_terminal("status", *repo.target, env={"NO_COLOR": "1"}).stdout)
-    assert headings.search(repo.run("status", *repo.target, "--format", "text", env=plain).stdout)
+    for width in (160, 80, 60):
+        env = {"NO_COLOR": "1", "COLUMNS": str(width)}
+        text = repo.run_on_terminal("status", *repo.target, env=env).stdout
+        found = re.search(r"^SINK +HEALTH +WAITING.*(\n.+)+", text, re.MULTILINE)
+        assert found is not None
+        table = found[0].splitlines()
+        assert max(map(len, table)) <= width
+        assert sum(line.startswith((CHAT, HOOK, PAGER)) for line in table) == 3
+        assert ("LAST FAILURE" in table[0]) == (width == 160)
 
 
-def test_a_long_backlog_is_listed_in_part_before_the_question(repo: Repo, server: SinkServer) -> None:
+def test_a_long_backlog_is_summed_up_before_the_question(repo: Repo, server: SinkServer) -> None:
     make_backlog(repo, server, 25)
-    run = on_terminal(repo, "skip", *repo.target, "--sink", CHAT, answer="n")
-    assert run.stdout.count("esc_") == 20
-    assert "… and 5 more\nGive up 25 deliveries?" in run.stdout
+    run = on_terminal(repo, "skip", *repo.target, "--sink", CHAT, answer="n", NO_COLOR="1")
+    lines = run.stdout.splitlines()
+    titles = lines.index(next(line for line in lines if line.startswith("SINK")))
+    assert lines[titles].split() == ["SINK", "CATEGORY", "COUNT", "OLDEST", "NEWEST"]
+    counts = [int(line.split()[2]) for line in lines[titles + 1 :] if line.startswith(CHAT)]
+    assert sum(counts) == 25
+    assert len(lines) < 12
+    assert "Give up 25 deliveries?" in run.stdout
 
 
 def test_colour_only_on_a_terminal_and_not_with_no_color(repo: Repo, server: SinkServer) -> None:
@@ -1307,11 +1458,7 @@ def test_no_secret_is_in_any_output(repo: Repo, server: SinkServer) -> None:
         assert secret.rpartition("/")[2] not in text
 
 
-def test_every_command_explains_itself_with_its_exit_codes(repo: Repo) -> None:
-    for command in ("status", "test", "redeliver", "skip", "init"):
-        run = repo.run(command, "--help")
-        assert run.exit_code == 0
-        assert "Exit codes:" in run.stdout, command
+def test_the_exit_codes_of_a_check_are_in_its_help(repo: Repo) -> None:
     told = repo.run("status", "--help").stdout.partition("Exit codes with --check:")[2]
     assert re.findall(r"^ +(\d)  (\w+)", told, re.MULTILINE) == [
         ("0", "OK"),

@@ -64,10 +64,15 @@ def sent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sent]:
         moment = timestamp(30)
         repo.append(*(MAKERS[category](transport, timestamp=moment) for category, transport in keys))
         assert repo.dispatch("--trace-id", TRACE).json["dispatchedCount"] == len(keys)
-        arrived = {sink: server.received(PATHS[sink]) for sink in SINK_TYPES}
+        ids = [row["escalationId"] for row in repo.telemetry()]
+        arrived = {
+            (escalation_id(request), sink): request
+            for sink in SINK_TYPES
+            for request in server.received(PATHS[sink])
+        }
         yield {
-            key: {sink: requests[index] for sink, requests in arrived.items()}
-            for index, key in enumerate(keys)
+            key: {sink: arrived[identity, sink] for sink in SINK_TYPES}
+            for key, identity in zip(keys, ids, strict=True)
         }
 
 
@@ -448,11 +453,7 @@ def test_any_line_is_an_escalation_or_has_a_reason_not_to_be_one(line: bytes) ->
 
 
 def parse(line: bytes) -> ops_alert_dispatch.Escalation | ops_alert_dispatch.Unusable:
-    start = ops_alert_dispatch.Position(1, 0, 0)
-    end = ops_alert_dispatch.Position(1, len(line) + 1, 1)
-    return ops_alert_dispatch.parse_escalation(
-        ops_alert_dispatch.Record(start, end, line, len(line)), "night-build"
-    )
+    return ops_alert_dispatch.parse_line(line, len(line), "night-build")[0]
 
 
 def build(kind: str, line: bytes) -> ops_alert_dispatch.HttpRequest:
@@ -478,9 +479,7 @@ def build(kind: str, line: bytes) -> ops_alert_dispatch.HttpRequest:
         reached=(sink,),
         dispatchable=(sink,),
     )
-    start, end = ops_alert_dispatch.Position(1, 0, 0), ops_alert_dispatch.Position(1, len(line) + 1, 1)
-    record = ops_alert_dispatch.Record(start, end, line, len(line))
-    delivery = ops_alert_dispatch.Delivery(record, escalation, resolution, late=False)
+    delivery = ops_alert_dispatch.Delivery(escalation, resolution)
     return ADAPTERS[kind].build(
         sink, [delivery], ops_alert_dispatch.Origin("/repo", "trace", NOW.timestamp())
     )

@@ -89,7 +89,7 @@ def test_a_forked_run_says_and_does_what_an_executed_one_does(
 
 
 def test_a_forked_run_knows_a_terminal_from_a_pipe(repo: Repo, executed: Repo) -> None:
-    repo.append(health_critical())
+    repo.append(health_critical(seconds_ago=100_000))
     for streams in (["stdout"], ["stderr"]):
         found = [
             one.run_on_terminal("dispatch", *repo.target, "--dry-run", streams=streams)

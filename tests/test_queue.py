@@ -1,0 +1,382 @@
+"""What the queue is there for: an escalation that was ingested is delivered, whatever becomes of the files,
+and what one pass has learned of a destination holds for all of them."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Repo, Run, edit_queue, time_passes
+from escalations import (
+    CHAT,
+    HOOK,
+    MARK,
+    PATHS,
+    batch,
+    escalation_ids,
+    health_critical,
+    health_degraded,
+    sink_config,
+)
+from loopback import SinkServer, error, hang, ok
+from promise import check_promise
+
+NO_WAIT = {"initial": 0, "max": 0}
+
+
+def only(sink: str, *, delivery: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
+    """Each record to this sink alone."""
+    config = sink_config(everywhere=True)
+    config["sinks"] = {sink: {**config["sinks"][sink], **settings}}
+    config["routing"]["defaultSinks"] = [sink]
+    config["delivery"] = {"backoffSeconds": NO_WAIT, **(delivery or {})}
+    return config
+
+
+def loops_of(repo: Repo, count: int) -> list[Repo]:
+    return [Repo(repo.root, repo.env, f"loop-{number:02d}") for number in range(count)]
+
+
+def all_at_once(loops: list[Repo], *options: str) -> list[Run]:
+    with ThreadPoolExecutor(len(loops)) as pool:
+        return list(pool.map(lambda loop: loop.dispatch(*options), loops))
+
+
+def numbers(server: SinkServer, sink: str = HOOK) -> list[int]:
+    return [request.json["escalation"]["number"] for request in server.received(PATHS[sink])]
+
+
+# --- 1: the source, once ingested, is not needed
+
+
+def gzip_away(source: Path) -> None:
+    source.with_suffix(".jsonl.1.gz").write_bytes(gzip.compress(source.read_bytes(), mtime=0))
+    source.unlink()
+
+
+def edit(source: Path) -> None:
+    source.write_text(source.read_text().replace("health", "wealth"))
+
+
+FATES: dict[str, Callable[[Path], None]] = {
+    "removed": Path.unlink,
+    "truncated": lambda source: os.truncate(source, 0),
+    "cut short": lambda source: os.truncate(source, 100),
+    "compressed": gzip_away,
+    "edited": edit,
+}
+
+
+@pytest.mark.parametrize("fate", FATES)
+def test_what_waits_for_a_sink_that_is_down_survives_its_source_and_is_delivered_once(
+    repo: Repo, server: SinkServer, fate: str
+) -> None:
+    repo.write_config(only(HOOK))
+    server.answer(PATHS[HOOK], error(503))
+    repo.append(*(health_degraded(number=number) for number in range(5)))
+    assert repo.dispatch().json["waitingCount"] == 5
+    FATES[fate](repo.source)
+    repo.dispatch()
+    server.answer(PATHS[HOOK], ok())
+    server.forget()
+    done = repo.dispatch().json
+
+    assert (done["waitingCount"], done["deadLetterCount"]) == (0, 0)
+    # What an edited file holds is new.
+    received = [request.json["escalation"] for request in server.received(PATHS[HOOK])]
+    assert [record["number"] for record in received if record["category"] == "health_degraded"] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert len(received) == (10 if fate == "edited" else 5)
+    server.forget()
+    repo.dispatch()
+    assert server.requests == []
+
+
+# --- 3: the worst first, and loops by turns
+
+
+def test_a_critical_escalation_does_not_wait_behind_a_backlog_of_lesser_ones(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.write_config(only(HOOK, maxPerMinute=30))
+    repo.append(*(health_degraded(number=number) for number in range(20)))
+    first = repo.dispatch("--time-budget", "0.5").json
+    assert (first["status"], first["failedCount"]) == ("success", 0)
+    sent = len(numbers(server))
+    assert first["waitingCount"] == 20 - sent > 0
+    time_passes(repo, 8)
+    repo.append(health_critical(number=99), health_degraded(number=20))
+    repo.dispatch("--time-budget", "0.5")
+
+    assert numbers(server)[sent] == 99
+    assert numbers(server)[sent + 1 :] == [*range(sent, len(numbers(server)) - 1)], "then the oldest"
+    check_promise(repo)
+
+
+def test_the_backlog_of_one_loop_does_not_keep_another_loop_waiting(repo: Repo, server: SinkServer) -> None:
+    repo.write_config(only(HOOK, maxPerMinute=6000))
+    loud, quiet = loops_of(repo, 2)
+    loud.append(*(health_degraded(number=number) for number in range(60)))
+    quiet.append(*(health_degraded(number=number) for number in range(100, 103)))
+    run = repo.run("dispatch", "--repo", str(repo.root), "--all-loops")
+
+    assert run.exit_code == 0
+    order = numbers(server)
+    assert len(order) == 63
+    assert max(order.index(number) for number in (100, 101, 102)) < 12
+    for loop in (loud, quiet):
+        check_promise(loop)
+
+
+# --- 4: one rate, and no quarrel about the queue
+
+
+def test_the_rate_of_a_destination_holds_over_the_passes_of_all_loops(repo: Repo, server: SinkServer) -> None:
+    repo.write_config(only(CHAT, maxPerMinute=60))
+    loops = loops_of(repo, 6)
+    for loop in loops:
+        loop.append(*batch(10))
+    started = time.monotonic()
+    for loop in loops[:3]:
+        loop.dispatch("--time-budget", "0.5")
+    for run in all_at_once(loops, "--time-budget", "1.5"):
+        assert run.json["failedCount"] == 0
+    seconds = time.monotonic() - started
+
+    # A sixth of 60 at once, then less than one a second.
+    assert 10 <= len(server.received(PATHS[CHAT])) <= 10 + seconds + 1
+    for loop in loops:
+        check_promise(loop)
+
+
+def test_forty_passes_that_start_at_once_deliver_each_escalation_once(repo: Repo, server: SinkServer) -> None:
+    repo.write_config(only(HOOK))
+    loops = loops_of(repo, 40)
+    for number, loop in enumerate(loops):
+        loop.append(*(health_degraded(number=100 * number + index) for index in range(5)))
+    runs = all_at_once(loops)
+
+    assert [(run.exit_code, run.stderr) for run in runs] == [(0, "")] * 40
+    assert [run.json["waitingCount"] for run in runs] == [0] * 40
+    assert sorted(numbers(server)) == sorted(
+        100 * number + index for number in range(40) for index in range(5)
+    )
+    for loop in loops:
+        check_promise(loop)
+
+
+# --- 5: a failure is found out once
+
+
+DOWN = {"hangs": hang(), "fails": error(503), "refuses": error(401)}
+
+
+@pytest.mark.parametrize("how", DOWN)
+@pytest.mark.parametrize("together", [False, True], ids=["one after the other", "at once"])
+def test_that_a_destination_is_down_is_found_out_once_for_the_passes_of_twelve_loops(
+    repo: Repo, server: SinkServer, how: str, together: bool
+) -> None:
+    config = only(HOOK, timeoutSeconds=1)
+    config["delivery"] = {"maxAttemptsPerPass": 1, "backoffSeconds": {"initial": 600, "max": 600}}
+    repo.write_config(config)
+    server.answer(PATHS[HOOK], DOWN[how])
+    loops = loops_of(repo, 12)
+    for loop in loops:
+        loop.append(*batch(3))
+    started = time.monotonic()
+    if together:
+        runs = all_at_once(loops)
+    else:
+        # Jitter may take nearly all of a wait.
+        runs = [loops[0].dispatch()]
+        edit_queue(repo, f"UPDATE destinations SET next_attempt_at = {time.time() + 300}")
+        runs += [loop.dispatch() for loop in loops[1:]]
+
+    assert time.monotonic() - started < 12
+    assert [run.json["waitingCount"] for run in runs] == [3] * 12
+    assert [run.json["failedCount"] for run in runs] == [3] * 12
+    # One more, where jitter has made the wait a moment.
+    assert len(server.received(PATHS[HOOK])) <= (2 if together else 1)
+    for loop in loops:
+        check_promise(loop)
+
+
+@pytest.mark.parametrize("change", ["url", "secret"])
+def test_a_changed_url_or_secret_is_tried_at_once(repo: Repo, server: SinkServer, change: str) -> None:
+    repo.write_config(only(HOOK, delivery={"backoffSeconds": {"initial": 900, "max": 900}}))
+    server.answer(PATHS[HOOK], error(401))
+    first, second = loops_of(repo, 2)
+    first.append(health_critical(number=1))
+    second.append(health_critical(number=2))
+    assert first.dispatch().json["waitingCount"] == 1
+    assert second.dispatch().json["waitingCount"] == 1
+    assert len(server.received(PATHS[HOOK])) == 1
+    server.answer(PATHS[HOOK], ok())
+    server.forget()
+    if change == "url":
+        repo.env["ALERT_HOOK_URL"] = f"{server.url}{PATHS[HOOK]}/other"
+    else:
+        repo.env["ALERT_HOOK_TOKEN"] = f"another-token-{MARK}"
+
+    assert first.dispatch().json["waitingCount"] == 0
+    assert second.dispatch().json["waitingCount"] == 0
+    assert sorted(numbers(server)) == [1, 2]
+
+
+# --- 6: output is output, and a lost queue is reported
+
+
+def test_nothing_is_sent_again_when_telemetry_and_summary_are_deleted(repo: Repo, server: SinkServer) -> None:
+    repo.write_config(only(HOOK))
+    repo.append(*(health_degraded(number=number) for number in range(4)))
+    repo.dispatch()
+    server.answer(PATHS[HOOK], error(503))
+    repo.append(health_degraded(number=4))
+    repo.dispatch()
+    for file in (repo.telemetry_file, repo.attempts_file, repo.state_file):
+        file.unlink()
+    server.forget()
+    server.answer(PATHS[HOOK], ok())
+    repo.append(health_degraded(number=5))
+    done = repo.dispatch().json
+
+    assert sorted(numbers(server)) == [4, 5]
+    assert (done["processedCount"], done["lateDispatchedCount"], done["waitingCount"]) == (1, 1, 0)
+
+
+def damage(queue: Path) -> None:
+    queue.write_bytes(b"no database " * 500)
+
+
+def damage_pages(queue: Path) -> None:
+    """Leave the head, so that it opens."""
+    size = queue.stat().st_size
+    with queue.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xa5" * (size - 4096))
+
+
+LOSSES: dict[str, Callable[[Path], None]] = {
+    "deleted": Path.unlink,
+    "damaged": damage,
+    "emptied": lambda queue: os.truncate(queue, 0),
+    "damaged inside": damage_pages,
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_lost_queue_repeats_nothing_and_what_waited_is_reported_with_the_command_that_sends_it(
+    repo: Repo, server: SinkServer, loss: str
+) -> None:
+    repo.write_config(only(HOOK, delivery={"maxAttemptsPerPass": 1}))
+    repo.append(*(health_degraded(number=number) for number in range(3)))
+    repo.dispatch()
+    server.answer(PATHS[HOOK], error(503))
+    repo.append(*(health_degraded(number=number) for number in range(3, 7)))
+    repo.dispatch()
+    LOSSES[loss](repo.queue_file)
+    server.answer(PATHS[HOOK], ok())
+    server.forget()
+    repo.append(health_degraded(number=7))
+    run = repo.dispatch()
+
+    assert (run.exit_code, run.stderr) == (0, "")
+    assert numbers(server) == [7]
+    [row] = [row for row in repo.telemetry() if row.get("reasonCode") == "queue_lost"]
+    assert (row["status"], row["droppedCount"]) == ("failed", 4)
+    assert "redeliver" in row["message"]
+    assert "--from-line 4" in row["message"]
+    check_promise(repo)
+    server.forget()
+    repo.dispatch()
+    assert server.requests == []
+    assert [row.get("reasonCode") for row in repo.telemetry()].count("queue_lost") == 1
+    kept = list(repo.queue_file.parent.glob("alert-queue.db.damaged-*"))
+    assert len(kept) == (1 if "damaged" in loss else 0), "a damaged one is kept aside"
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_lost_queue_of_a_loop_for_which_nothing_waits_repeats_nothing(
+    repo: Repo, server: SinkServer, loss: str
+) -> None:
+    repo.write_config(only(HOOK))
+    repo.append(*(health_degraded(number=number) for number in range(3)))
+    repo.dispatch()
+    LOSSES[loss](repo.queue_file)
+    server.forget()
+    for number in (7, 8):
+        repo.append(health_degraded(number=number))
+        assert repo.dispatch().exit_code == 0
+
+    assert numbers(server) == [7, 8]
+    check_promise(repo)
+
+
+def test_a_queue_and_a_summary_that_are_both_lost_repeat_nothing(repo: Repo, server: SinkServer) -> None:
+    repo.write_config(only(HOOK))
+    repo.append(*(health_degraded(number=number) for number in range(3)))
+    repo.dispatch()
+    repo.queue_file.unlink()
+    repo.state_file.unlink()
+    server.forget()
+    repo.append(health_degraded(number=7))
+    repo.dispatch()
+
+    assert numbers(server) == [7]
+
+
+# --- 8: a record that its sink cannot take
+
+
+@pytest.mark.parametrize("tries", [1, 3])
+@pytest.mark.parametrize("poison", [1, 4])
+def test_records_that_their_sink_always_answers_with_500_block_the_others_for_five_attempts_each_at_most(
+    repo: Repo, server: SinkServer, tries: int, poison: int
+) -> None:
+    backoff = {"initial": 60, "max": 60}
+    repo.write_config(only(HOOK, delivery={"maxAttemptsPerPass": tries, "backoffSeconds": backoff}))
+    server.answer(
+        PATHS[HOOK], lambda request: error(500) if request.json["escalation"]["number"] < poison else ok()
+    )
+    repo.append(*(health_degraded(number=number) for number in range(10)))
+    for _ in range(5 * poison + 1):
+        repo.dispatch()
+        time_passes(repo, 60)
+
+    received = numbers(server)
+    assert [number for number in received if number >= poison] == [*range(poison, 10)]
+    # In between, those that have had their five have one more now and then: the sink may be well again.
+    assert received.index(poison) <= (5 if poison == 1 else 10 * poison)
+    assert repo.state()["waitingCount"] == poison
+    check_promise(repo)
+
+
+def test_a_digest_that_fails_five_times_is_sent_one_by_one(repo: Repo, server: SinkServer) -> None:
+    repo.write_config(only(CHAT, maxPerMessage=10, delivery={"maxAttemptsPerPass": 1}))
+    server.answer(PATHS[CHAT], lambda request: error(500) if "poison" in request.body.decode() else ok())
+    records = [health_degraded(number=number, reasonCodes=["fine"], reasons=[]) for number in range(6)]
+    records[2] = health_degraded(number=2, reasonCodes=["poison"], reasons=[])
+    repo.append(*records)
+    for _ in range(7):
+        repo.dispatch()
+        time_passes(repo, 1)
+
+    rows = [row for row in repo.telemetry() if "late" not in row]
+    delivered = Counter(row["escalationId"] for row in repo.attempts() if row["outcome"] == "delivered")
+    assert delivered == Counter(row["escalationId"] for index, row in enumerate(rows) if index != 2)
+    sizes = [len(escalation_ids(request)) for request in server.received(PATHS[CHAT])]
+    assert sizes[:6] == [6, 6, 6, 6, 6, 1]
+    assert repo.state()["waitingCount"] == 1
+    check_promise(repo)

@@ -1,0 +1,481 @@
+"""What people see and ask for: `explain`, `log`, `show`, the tables, the help."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import shlex
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import Repo, Run, edit_queue
+from escalations import CHAT, HOOK, LOOP, PAGER, PATHS, batch, health_critical, health_degraded
+from loopback import SinkServer, error, ok
+from operate import check, make_backlog, make_dead_letter, sink_of, to_all
+
+import ops_alert_dispatch as program
+
+
+def look(repo: Repo, command: str, *options: str) -> Run:
+    """What a person sees."""
+    return repo.run(command, *repo.target, *options, "--format", "text")
+
+
+# --- explain
+
+
+@pytest.mark.parametrize("code", ["unauthorized", "no_dispatchable_sinks"])
+def test_a_code_is_explained_in_three_lines(repo: Repo, code: str) -> None:
+    run = repo.run("explain", code, "--format", "text")
+    meaning, look, fix = run.stdout.splitlines()
+    assert meaning.startswith(f"{code}: ")
+    assert look.startswith("How to see it: ")
+    assert fix.startswith("How to fix it: ")
+    assert not set("{}") & set(run.stdout)
+    assert repo.run("explain", code).json["meaning"] in meaning
+
+
+def test_all_codes_are_listed_one_a_line(repo: Repo) -> None:
+    run = repo.run("explain", "--format", "text")
+    listed = [line.split()[0] for line in run.stdout.splitlines()[1:]]
+    assert listed == list(program.CODES)
+    assert [found["code"] for found in repo.run("explain").json["codes"]] == listed
+
+
+def test_a_mistyped_code_is_answered_with_the_nearest_one(repo: Repo) -> None:
+    run = repo.run("explain", "unauthorised")
+    assert run.exit_code == 2
+    assert "did you mean 'unauthorized'?" in run.stderr
+
+
+# --- log
+
+
+def make_trouble(repo: Repo, server: SinkServer) -> None:
+    """Two records: all sinks take the first one, chat fails at the second."""
+    repo.write_config(to_all())
+    repo.append(health_degraded(seconds_ago=90))
+    repo.dispatch()
+    server.answer(PATHS[CHAT], error(503, "down"))
+    repo.append(health_critical())
+    repo.dispatch()
+
+
+def test_the_log_says_what_happened_lately_the_newest_last(repo: Repo, server: SinkServer) -> None:
+    make_trouble(repo, server)
+    older, newer = repo.run("log", *repo.target).json["escalations"]
+    assert (older["category"], older["status"]) == ("health_degraded", "delivered")
+    assert (newer["category"], newer["severity"], newer["status"]) == (
+        "health_critical",
+        "critical",
+        "failed",
+    )
+    assert {sink["id"]: sink["status"] for sink in newer["sinks"]} == {
+        **dict.fromkeys((HOOK, PAGER), "delivered"),
+        CHAT: "failed",
+    }
+    head, first, second = look(repo, "log").stdout.splitlines()
+    assert head.split() == ["TIME", "SEVERITY", "CATEGORY", "ID", "SINKS"]
+    assert re.match(r"\d+ s ago", first)
+    assert f"failed: {CHAT}; delivered: " in second
+    assert newer["escalationId"][:12] in second
+
+
+@pytest.mark.parametrize(
+    ("options", "categories"),
+    [
+        (["--status", "failed"], ["health_critical"]),
+        (["--status", "waiting"], ["health_critical"]),
+        (["--status", "dead"], []),
+        (["--status", "delivered", "--sink", CHAT], ["health_degraded"]),
+        (["--category", "health_degraded"], ["health_degraded"]),
+        (["-n", "1"], ["health_critical"]),
+        (["--since", "2h"], ["health_degraded", "health_critical"]),
+    ],
+)
+def test_the_log_lists_only_what_was_asked_for(
+    repo: Repo, server: SinkServer, options: list[str], categories: list[str]
+) -> None:
+    make_trouble(repo, server)
+    for loops in (repo.target, repo.target[:2]):
+        found = repo.run("log", *loops, *options).json["escalations"]
+        assert [entry["category"] for entry in found] == categories
+
+
+def test_the_log_still_has_what_the_queue_let_go_and_lines_that_are_no_escalation(
+    repo: Repo, server: SinkServer
+) -> None:
+    make_trouble(repo, server)
+    server.answer(PATHS[CHAT], error(422, "no"))
+    repo.append("this is no record\n")
+    repo.dispatch()
+    before = repo.run("log", *repo.target).json["escalations"]
+    assert [entry["status"] for entry in before] == ["delivered", "dead", "failed"]
+    edit_queue(repo, "DELETE FROM deliveries", "DELETE FROM escalations")
+    after = repo.run("log", *repo.target).json["escalations"]
+    told = [(entry["escalationId"], entry["status"], entry["timestamp"]) for entry in before]
+    assert [(entry["escalationId"], entry["status"], entry["timestamp"]) for entry in after] == told
+    [dead] = repo.run("log", *repo.target, "--status", "dead").json["escalations"]
+    assert dead["category"] == "health_critical"
+    assert "invalid_escalation_json" in look(repo, "log").stdout.splitlines()[-1]
+
+
+def test_the_log_changes_nothing_and_a_wrong_time_is_named(repo: Repo, server: SinkServer) -> None:
+    make_trouble(repo, server)
+    before = repo.snapshot()
+    look(repo, "log")
+    look(repo, "show", repo.telemetry()[0]["escalationId"])
+    assert repo.snapshot() == before
+    run = look(repo, "log", "--since", "yesterday")
+    assert (run.exit_code, "write 30m, 2h or 3d" in run.stderr) == (2, True)
+
+
+# --- show
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_one_escalation_is_shown_whole_by_the_beginning_of_its_id(
+    repo: Repo, server: SinkServer, *, forgotten: bool
+) -> None:
+    repo.write_config(to_all())
+    identity = make_dead_letter(repo, server)
+    if forgotten:
+        edit_queue(repo, "DELETE FROM deliveries", "DELETE FROM escalations")
+    found = repo.run("show", identity[:-2], *repo.target).json
+    assert (found["escalationId"], found["loopId"], found["status"]) == (identity, LOOP, "dead")
+    assert found["record"]["category"] == found["category"]
+    assert found["route"]["sinks"]
+    assert {item["sinkId"]: item["status"] for item in found["deliveries"]} == {
+        **dict.fromkeys((CHAT, PAGER), "delivered"),
+        HOOK: "dead",
+    }
+    [hook] = [item for item in found["deliveries"] if item["sinkId"] == HOOK]
+    [attempt] = hook["attempts"]
+    assert (attempt["httpStatus"], attempt["outcome"]) == (422, "dead_letter")
+    text = look(repo, "show", identity).stdout
+    assert f"{HOOK}  dead: http_error 422: I do not take this" in text
+    assert "Route: " in text
+    assert '"traceId"' in text
+
+
+def test_an_ambiguous_or_unknown_id_is_named_as_such(repo: Repo) -> None:
+    repo.append(*batch(17))
+    repo.dispatch()
+    ids = [row["escalationId"] for row in repo.telemetry()]
+    # Of more than 16 ids two begin with the same digit.
+    shared = next(i[0] for i in ids if sum(other[0] == i[0] for other in ids) > 1)
+    run = repo.run("show", shared, *repo.target)
+    assert (run.exit_code, "is ambiguous" in run.stderr) == (2, True)
+    assert sum(identity in re.sub(r"\s+", "", run.stderr) for identity in ids) > 1
+    run = repo.run("show", "xyz", *repo.target)
+    assert (run.exit_code, "has an id that begins with 'xyz'" in run.stderr) == (2, True)
+
+
+# --- A mistyped loop
+
+
+@pytest.mark.parametrize("command", ["dispatch", "dry run", "status", "log", "show", "redeliver", "skip"])
+def test_a_mistyped_loop_makes_nothing_and_is_answered_with_those_there_are(repo: Repo, command: str) -> None:
+    for loop in ("another", LOOP):
+        replace(repo, loop=loop).append(health_critical())
+    arguments = {
+        "dry run": ["dispatch", "--dry-run"],
+        "show": ["show", "esc"],
+        "redeliver": ["redeliver", "--dead-letters"],
+        "skip": ["skip", "--sink", CHAT],
+    }
+    before = repo.snapshot()
+    words = arguments.get(command, [command])
+    run = repo.run(*words, "--repo", str(repo.root), "--loop", "nigth-build", "--format", "text")
+    said = re.sub(r"\s+", " ", run.stdout + run.stderr)
+    assert "loop nigth-build has no escalations" in said
+    assert f"loops: {LOOP}, another" in said
+    assert repo.snapshot() == before
+
+
+def test_a_loop_without_escalations_is_no_error_for_reconcile(repo: Repo) -> None:
+    before = repo.snapshot()
+    run = repo.dispatch()
+    assert (run.json["status"], run.stderr) == ("no_source", "")
+    assert "no loop of this repo has escalations yet" in run.json["message"]
+    assert repo.snapshot() == before
+
+
+# --- What a pass did, and what is left
+
+
+def test_a_pass_says_by_sink_what_is_left_and_how_long_that_takes(repo: Repo) -> None:
+    config = to_all()
+    config["sinks"][CHAT]["maxPerMinute"] = 12
+    repo.write_config(config)
+    repo.append(*batch(20))
+    run = repo.dispatch("--time-budget", "2", "--format", "text")
+    state = repo.state()
+    chat = state["sinks"][CHAT]
+    assert (state["stoppedBy"], state["sinks"][HOOK]["sentCount"]) == ("time_budget", 20)
+    assert chat["sentCount"] + chat["waitingCount"] == 20
+    assert chat["waitingCount"] > 10
+    assert "stopped by its time budget; the next pass goes on" in run.stdout
+    [line] = [line for line in run.stdout.splitlines() if line.startswith(CHAT)]
+    assert line.split()[1:3] == [str(chat["sentCount"]), str(chat["waitingCount"])]
+    assert re.search(r"12 a minute, about (\d+ s|\d min) left$", line)
+    # The one and the other say the same.
+    status = sink_of(repo.run("status", *repo.target).json, CHAT)
+    assert (status["waitingCount"], status["lagCount"]) == (chat["waitingCount"],) * 2
+    assert repo.dispatch("--time-budget", "0.1").json["sinks"][HOOK]["sentCount"] == 0
+
+
+def test_a_pass_that_a_signal_stopped_says_so_and_how_much_is_unread(repo: Repo, server: SinkServer) -> None:
+    config = to_all()
+    config["sinks"][CHAT]["maxPerMinute"] = 12
+    repo.write_config(config)
+    repo.append(*batch(9))
+    process = repo.start("dispatch", *repo.target)
+    server.wait_for(2, PATHS[CHAT])
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (0, "")
+    assert json.loads(stdout)["stoppedBy"] == "signal"
+    assert json.loads(stdout)["unreadCount"] == 0
+
+
+def test_what_was_not_read_is_counted(repo: Repo) -> None:
+    repo.append(*batch(5))
+    run = repo.dispatch("--max-escalations", "2", "--format", "text")
+    assert (repo.state()["unreadCount"], repo.state()["stoppedBy"]) == (3, None)
+    assert "3 lines of the source not read yet" in run.stdout
+    assert "Not read yet: 3 escalations" in look(repo, "status").stdout
+
+
+def test_late_deliveries_stand_in_the_headline(repo: Repo, server: SinkServer) -> None:
+    repo.write_config(to_all())
+    make_backlog(repo, server, 2)
+    server.answer(PATHS[CHAT], ok())
+    head = look(repo, "dispatch").stdout.splitlines()[0]
+    assert head.endswith("0 new escalations: 0 delivered, 0 skipped, 0 failed; late: 2 delivered, 0 given up")
+
+
+def test_a_time_that_has_come_is_due_now(repo: Repo, server: SinkServer) -> None:
+    repo.write_config(to_all())
+    make_backlog(repo, server, 1)
+    for command in ("status", "dispatch"):
+        text = look(repo, command).stdout
+        assert "due now" in text
+        assert " 0 s ago" not in text
+
+
+def test_no_sink_is_called_ok_while_the_config_is_invalid(repo: Repo) -> None:
+    repo.append(health_critical())
+    repo.dispatch()
+    repo.config_file.write_text("{")
+    status = repo.run("status", *repo.target).json
+    assert {sink["health"] for sink in status["sinks"]} == {"critical"}
+
+
+def test_a_pass_without_an_enabled_sink_is_not_green(repo: Repo) -> None:
+    config = to_all()
+    for sink in config["sinks"].values():
+        sink["enabled"] = False
+    repo.write_config(config)
+    repo.append(health_critical())
+    for _ in range(2):
+        text = repo.run_on_terminal("dispatch", *repo.target).stdout
+        assert "\x1b[33m" in text.splitlines()[0]
+        assert "no sink is enabled: nothing is sent" in text
+
+
+# --- Losses that were seen
+
+
+def test_a_loss_that_was_acknowledged_leaves_status_and_stays_in_the_log(repo: Repo) -> None:
+    repo.append("this is no record\n", health_critical())
+    repo.dispatch()
+    before = repo.run("status", *repo.target).json
+    assert before["health"] == "warning"
+    [advice] = before["advice"]
+    [ack] = re.findall(r"`(ops-alert-dispatch status [^`]*--ack)`", advice)
+    assert repo.run(*shlex.split(ack)[1:]).json["health"] == "ok"
+    assert check(repo)[0] == 0
+    assert repo.run("log", *repo.target, "--status", "failed").json["escalations"]
+    # What comes later is a loss of its own.
+    repo.append("nor is this\n")
+    repo.dispatch()
+    assert "1 line of the source sent to nobody" in repo.run("status", *repo.target).json["verdict"]
+
+
+def test_acknowledging_makes_no_queue_where_there_is_none(repo: Repo) -> None:
+    repo.append(health_critical())
+    before = repo.snapshot()
+    repo.run("status", *repo.target, "--ack")
+    assert repo.snapshot() == before
+
+
+# --- Advice
+
+
+def test_a_missing_config_is_answered_with_the_command_that_writes_one(repo: Repo) -> None:
+    repo.config_file.unlink()
+    run = repo.run("config")
+    assert (run.exit_code, f"`ops-alert-dispatch init --repo {repo.root}` writes one" in run.stderr) == (
+        3,
+        True,
+    )
+
+
+def test_a_config_that_may_not_be_read_is_not_called_missing(repo: Repo) -> None:
+    repo.config_file.unlink()
+    repo.config_file.mkdir()
+    run = repo.run("config")
+    assert (run.exit_code, "init" in run.stderr, "--alert-config-file" in run.stderr) == (3, False, False)
+
+
+def test_a_refused_test_alert_is_nothing_to_redeliver(repo: Repo, server: SinkServer) -> None:
+    server.answer(PATHS[HOOK], error(400, "unknown field"))
+    run = repo.run("test", "--sink", HOOK, "--format", "text")
+    assert (run.exit_code, "redeliver" in run.stdout) == (1, False)
+    assert "read the sink's answer, and correct ALERT_HOOK_URL" in run.stdout
+
+
+def test_dead_letters_say_to_fix_the_cause_first(repo: Repo, server: SinkServer) -> None:
+    repo.write_config(to_all())
+    make_dead_letter(repo, server)
+    [advice] = repo.run("status", *repo.target).json["advice"]
+    assert advice.index("--status dead` says why") < advice.index("fix the cause") < advice.index("redeliver")
+    for command in re.findall("`([^`]+)`", advice):
+        answer = repo.run(*shlex.split(command)[1:], stdin="n\n")
+        assert answer.exit_code in (0, 130), command
+
+
+# --- The command line
+
+
+def test_the_repo_is_that_of_the_current_folder_or_of_the_environment(repo: Repo, tmp_path: Path) -> None:
+    repo.append(health_critical())
+    assert repo.run("--loop", LOOP).json["dispatchedCount"] == 1
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for command in (["status"], ["log"], ["config"], ["test"], ["dispatch", "--all-loops"]):
+        run = repo.run(*command, env={"OPS_MANAGER_REPO": str(elsewhere)})
+        assert LOOP not in run.stdout, command
+        assert repo.run(*command).exit_code == 0, command
+
+
+def test_an_exit_code_says_what_the_help_says(repo: Repo) -> None:
+    assert repo.run("init").exit_code == 5
+    repo.append(health_critical())
+    repo.dispatch()
+    with Path(f"{repo.state_file}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert repo.run("skip", *repo.target, "--sink", CHAT, "--yes").exit_code == 4
+    text = repo.run("--help").stdout
+    assert "4    the state file or the queue cannot be used, or a pass is using it" in text
+
+
+# --- Help and completion
+
+
+def test_the_help_has_examples_that_work_and_breaks_no_word(repo: Repo) -> None:
+    narrow = {"COLUMNS": "80"}
+    first = repo.run("--help", env=narrow).stdout
+    commands = first.partition("Commands:")[2].partition("Examples:")[0]
+    listed = re.findall(r"^  ([a-z]+)  +", commands, re.MULTILINE)
+    assert listed[:4] == ["init", "test", "dispatch", "status"]
+    assert set(listed) == set(program.cli.commands)
+    pages = {command: repo.run(command, "--help", env=narrow).stdout for command in listed}
+    assert "..." not in first.partition("Commands:")[2]
+    assert "Exit codes:" in first
+    for command, page in [("", first), *pages.items()]:
+        assert max(map(len, page.splitlines())) <= 80, command
+        assert not re.search(r"\w-$", page, re.MULTILINE), command
+        assert ("Exit codes:" in page) == (command == "")
+        examples = re.findall(r"^    ops-alert-dispatch (.+)", page.partition("Examples:")[2], re.MULTILINE)
+        assert len(examples) >= 2, command
+        for example in examples:
+            words = example.partition("|")[0].split()
+            assert command in ("", words[0])
+            assert {word for word in words if word.startswith("-")} <= set(
+                re.findall(r"--?[a-z-]+", pages[words[0]])
+            )
+
+
+@pytest.mark.parametrize(
+    ("words", "completions"),
+    [
+        (["status", "--loop", "ni"], [LOOP]),
+        (["skip", "--sink", "ops"], [CHAT]),
+        (["test", "--sink", ""], [CHAT, PAGER, HOOK]),
+        (["explain", "unauth"], ["unauthorized"]),
+    ],
+)
+def test_a_shell_completes_loops_sinks_and_codes(
+    repo: Repo, words: list[str], completions: list[str]
+) -> None:
+    repo.append(health_critical())
+    line = [words[0], "--repo", str(repo.root), *words[1:]]
+    env = {
+        "_OPS_ALERT_DISPATCH_COMPLETE": "bash_complete",
+        "COMP_WORDS": shlex.join(["ops-alert-dispatch", *line]),
+        "COMP_CWORD": str(len(line)),
+    }
+    said = repo.run(env=env).stdout.split()
+    assert sorted(said) == sorted(f"plain,{word}" for word in completions)
+
+
+# --- The last day, and how far a pass is
+
+
+def test_status_shows_the_last_day_of_each_sink_in_one_cell(repo: Repo, server: SinkServer) -> None:
+    repo.write_config(to_all())
+    repo.append(*batch(8))
+    repo.dispatch()
+    edit_queue(repo, "UPDATE hours SET hour = hour - 2")
+    server.answer(PATHS[CHAT], error(503, "down"))
+    repo.append(health_critical())
+    repo.dispatch()
+    hours = sink_of(repo.run("status", *repo.target).json, CHAT)["hours"]
+    assert len(hours) == 24
+    assert [(hour["delivered"], hour["failed"]) for hour in hours[-3:]] == [(8, 0), (0, 0), (0, 1)]
+    text = repo.run_on_terminal("status", *repo.target).stdout
+    [line] = [line for line in text.splitlines() if line.startswith(CHAT) and "█" in line]
+    # Green what was delivered, red what failed; each hour keeps its place.
+    assert line.endswith("▁" * 21 + "\x1b[32m█\x1b[0m▁\x1b[31m▂\x1b[0m")
+    assert "▁█▁▂" in look(repo, "status").stdout
+
+
+def test_the_progress_bar_counts_deliveries_and_shows_the_time_left(repo: Repo, server: SinkServer) -> None:
+    config = to_all()
+    config["sinks"][CHAT]["maxPerMinute"] = 60
+    repo.write_config(config)
+    repo.append(*batch(12))
+    run = repo.run_on_terminal("dispatch", *repo.target, "--time-budget", "20", streams=["stderr"])
+    shown = re.findall(r"Delivering, (\d+) s left .*?(\d+)/(\d+)", run.stderr)
+    assert shown[-1][1:] == ("36", "36")
+    assert int(shown[0][0]) <= 20
+    assert int(shown[-1][0]) < int(shown[0][0])
+
+
+def test_people_read_ages_and_scripts_read_times(repo: Repo, server: SinkServer) -> None:
+    config = to_all(backoffSeconds={"initial": 600, "max": 600})
+    repo.write_config(config)
+    server.answer(PATHS[CHAT], error(503, "down"))
+    repo.append(health_critical(), "no record\n")
+    repo.dispatch()
+    said = repo.run("status", *repo.target).json
+    assert re.search(r"next attempt \d{4}-\d\d-\d\dT", said["advice"][0])
+    text = look(repo, "status").stdout
+    assert re.search(r"next attempt in \d+ (s|min), or at once with `", text)
+    assert not re.search(r"\d{4}-\d\d-\d\dT", text)
+
+
+def test_a_narrow_summary_still_says_why_and_how_long(repo: Repo, server: SinkServer) -> None:
+    repo.write_config(to_all())
+    server.answer(PATHS[CHAT], error(503, "down"))
+    repo.append(health_critical())
+    env = {"NO_COLOR": "1", "COLUMNS": "80"}
+    text = repo.run_on_terminal("dispatch", *repo.target, env=env).stdout
+    [line] = [line for line in text.splitlines() if line.startswith(CHAT)]
+    assert len(line) <= 80
+    assert "http_error 503: down" in line
