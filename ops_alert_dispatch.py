@@ -709,22 +709,6 @@ class Config(NamedTuple):
             routing["categorySeverity"] = self.routing["categorySeverity"]
         return {"defaultMinSeverity": self.default_min_severity, "sinks": sinks, "routing": routing}
 
-    @classmethod
-    def of_rules(cls, rules: JsonObject) -> Self:
-        """A config that routes by what `rules` gave. Raises one of MALFORMED else."""
-        for settings in rules["sinks"].values():
-            SEVERITIES.index(settings.get("minSeverity", "info"))
-        return cls(
-            path="",
-            digest="",
-            document=rules,
-            default_min_severity=rules["defaultMinSeverity"],
-            sinks=sinks_of(rules, {}),
-            policy=DeliveryPolicy(),
-            env_checked=False,
-            hidden=(),
-        )
-
     def redactor(self) -> Redactor:
         """A redactor for every secret that the environment holds for this config."""
         return make_redactor(self.document, self.hidden)
@@ -2047,7 +2031,7 @@ def rotation_key(base: str, name: str) -> tuple[int, str] | None:
     """Order rotated files, oldest first; None for a neighbour that no rotation made.
 
     `base.3` < `base.2` < `base.1`; `base-20260101` < `base-20260102`, in any usual form of a date, and with
-    the extension last, too. Each may be compressed (`.gz`, `.bz2`, `.xz`).
+    the extension last, too; numbers in it count as numbers. Each may be compressed (`.gz`, `.bz2`, `.xz`).
     """
     if name.endswith(COMPRESSED):
         name = os.path.splitext(name)[0]
@@ -2061,7 +2045,7 @@ def rotation_key(base: str, name: str) -> tuple[int, str] | None:
     if match := re.fullmatch(r"\.(\d{1,7})", suffix):
         return (10_000_000 - int(match[1]), "")
     if re.fullmatch(r"[-._]\d{4}([-_.]?)\d{2}\1\d{2}[-_.:T\d]*Z?", suffix):
-        return (0, suffix)
+        return (0, re.sub(r"\d+", lambda number: number[0].zfill(20), suffix))
     return None
 
 
@@ -5196,6 +5180,20 @@ class Queue:
         self._end(delivery, status, verdict, attempts)
         return lead
 
+    def speak_instead(self, peers: Sequence[Queued]) -> Queued:
+        """Let one of these peers' deliveries speak for their sink, in place of one that is gone: one that is
+        delivered, or else one that waits. If all have refused, the sink has, and the delivery is dead."""
+        order = ("delivered", "waiting")
+        best = min(peers, key=lambda d: order.index(d.status) if d.status in order else len(order))
+        self._speak(best, [])
+        if best.status not in order:
+            self.execute(
+                "UPDATE deliveries SET status = 'dead' WHERE escalation = ? AND sink = ? AND peer = ?",
+                *best[:3],
+            )
+            return best._replace(status="dead", lead=True)
+        return best._replace(lead=True)
+
     def _speak(self, delivery: Queued, others: Iterable[Queued]) -> None:
         """Let a delivery to a peer speak for its sink, in place of the others."""
         for lead, found in [*((0, other) for other in others if other.lead), (1, delivery)]:
@@ -5220,6 +5218,14 @@ class Queue:
             "UPDATE escalations SET settled_at = ?1 WHERE id = ?2 AND NOT EXISTS "
             "(SELECT 1 FROM deliveries WHERE escalation = ?2 AND status = 'waiting')",
             *(now, stored.id),
+        )
+
+    def note_all_settled(self, loop: int, now: float) -> None:
+        """Note of all of a loop's escalations for which nothing waits any more that they are settled."""
+        self.execute(
+            "UPDATE escalations SET settled_at = ? WHERE loop = ? AND settled_at IS NULL AND NOT EXISTS "
+            "(SELECT 1 FROM deliveries WHERE escalation = escalations.id AND status = 'waiting')",
+            *(now, loop),
         )
 
     def note_reported(self, found: Iterable[tuple[Stored, bool]], now: float) -> None:
@@ -5267,19 +5273,30 @@ class Queue:
         return Destination(*row)
 
     def destinations_of(self, sink: str) -> dict[str, Destination]:
-        """What is known of a sink's destinations, by peer: of each the one that was used last."""
+        """What is known of a sink's destinations, by peer: of each the one that was used last, but for
+        peers that are retired."""
         rows = self.execute(
-            f"SELECT peer, {DESTINATION_COLUMNS} FROM destinations WHERE sink = ? ORDER BY used_at", sink
+            f"SELECT peer, {DESTINATION_COLUMNS} FROM destinations WHERE sink = ? AND used_at > 0 "
+            "ORDER BY used_at",
+            sink,
         )
         return {row[0]: Destination(*row[1:]) for row in rows}
+
+    def retire_peers(self, sink: str, peers: Collection[str]) -> None:
+        """Let what is known of a sink's former peers, all but these, no longer speak for it."""
+        marks = ", ".join("?" * len(peers))
+        self.execute(
+            f"UPDATE destinations SET used_at = 0 WHERE sink = ? AND used_at > 0 AND peer NOT IN ({marks})",
+            *(sink, *peers),
+        )
 
     def paced_until(self, digest: str) -> float:
         """Up to when the requests to a destination are paid for, whichever sinks point at it."""
         row = self.execute("SELECT max(paced_until) FROM destinations WHERE digest = ?", digest).fetchone()
         return float(row[0] or 0.0)
 
-    def spend_rate(self, destination: Destination, until: float) -> None:
-        self.execute("UPDATE destinations SET paced_until = ? WHERE id = ?", until, destination.id)
+    def spend_rate(self, digest: str, until: float) -> None:
+        self.execute("UPDATE destinations SET paced_until = ? WHERE digest = ?", until, digest)
 
     def note_turn(self, destination: Destination, loop: int) -> None:
         """Note which loop a destination has served last: in the next pass, it is another one's turn."""
@@ -5576,6 +5593,12 @@ class Queue:
             self.tidy()
         with self._locked(), self.errors():
             self.execute("DELETE FROM hours WHERE hour < ?", int(now // 3600) - 24)
+            # Of a destination whose URL has changed since: `destinations_of` gives the last one.
+            self.execute(
+                "DELETE FROM destinations AS old WHERE used_at < ? AND EXISTS (SELECT 1 FROM destinations "
+                "WHERE sink = old.sink AND peer = old.peer AND used_at > old.used_at)",
+                now - RETENTION_SECONDS,
+            )
             # `execute` would stop after one page.
             self._db.executescript("PRAGMA incremental_vacuum")
 
@@ -5766,10 +5789,10 @@ class Pace:
         self._credit = (burst - 1) * self._interval
 
     @classmethod
-    def of(cls, sink: Sink) -> Self | None:
-        """The pace of a sink; None for one without a limit."""
-        per_minute = sink.settings.get("maxPerMinute", ADAPTERS[sink.type].max_per_minute)
-        return cls(per_minute) if per_minute else None
+    def of(cls, sinks: Iterable[Sink]) -> Self | None:
+        """The pace of sinks that point at one destination: the slowest; None if none has a limit."""
+        rates = [rate for rate in map(requests_a_minute, sinks) if rate]
+        return cls(min(rates)) if rates else None
 
     def wait(self, paid_until: float, now: float) -> float:
         """Seconds until the next request may start."""
@@ -5783,11 +5806,16 @@ class Pace:
         return max(min(paid_until, now + self._credit), now) + self._interval
 
 
+def requests_a_minute(sink: Sink) -> int | None:
+    """How many requests a sink's rate allows in a minute; None if it has none."""
+    per_minute: int | None = sink.settings.get("maxPerMinute", ADAPTERS[sink.type].max_per_minute)
+    return per_minute
+
+
 def deliveries_a_minute(sink: Sink) -> int | None:
     """How many deliveries a sink's rate allows in a minute; None if it has none."""
-    adapter = ADAPTERS[sink.type]
-    per_minute = sink.settings.get("maxPerMinute", adapter.max_per_minute)
-    return per_minute * adapter.batch_size(sink) if per_minute else None
+    per_minute = requests_a_minute(sink)
+    return per_minute * ADAPTERS[sink.type].batch_size(sink) if per_minute else None
 
 
 class Batch(NamedTuple):
@@ -5973,6 +6001,7 @@ class Loop:
         self._written = 0
         self._flushed = False
         self.id, cursor, self._rules = self._find(job)
+        work.loops[self.id] = self
         self._before = self.queue.tallies(self.id)
         self.source = Source(job.escalations_file, cursor)
         self.chunks = self.source.chunks(job.max_escalations)
@@ -6102,11 +6131,6 @@ class Loop:
         """Bring what waits in line with a changed config: it goes to the sinks that its route names now,
         those that were in the config before, and no more to the others."""
         queue, router = self.queue, self.work.router
-        for sink_id, tally in queue.tallies(self.id).items():
-            if sink_id not in self.work.config.sinks and tally["waiting"]:
-                count = self._skip_waiting(sink_id, "sink_removed")
-                message = f"sink {sink_id} was removed while {plural(count, 'delivery')} waited"
-                self.write_event("skipped", "sink_removed", sink_id, count, message)
         kinds = queue.execute(
             "SELECT DISTINCT e.category, e.severity FROM deliveries d INDEXED BY waiting JOIN escalations e "
             "ON e.id = d.escalation WHERE d.status = 'waiting' AND d.loop = ?",
@@ -6143,6 +6167,12 @@ class Loop:
                 f"AND escalation IN ({of_kind})",
                 *(rank, self.id, rank, self.id, category, severity),
             )
+        # What waited for a sink that is gone has its new sinks by now.
+        for sink_id, tally in queue.tallies(self.id).items():
+            if sink_id not in self.work.config.sinks and tally["waiting"]:
+                count = self._skip_waiting(sink_id, "sink_removed")
+                message = f"sink {sink_id} was removed while {plural(count, 'delivery')} waited"
+                self.write_event("skipped", "sink_removed", sink_id, count, message)
         for sink_id, count in dropped.items():
             if count:
                 message = (
@@ -6155,11 +6185,7 @@ class Loop:
                     f"{plural(count, 'delivery')} waited for another sink, and a route leads to {sink_id} now"
                 )
                 self.write_event("skipped", "route_changed", sink_id, None, message, rerouted=count)
-        queue.execute(
-            "UPDATE escalations SET settled_at = ? WHERE loop = ? AND settled_at IS NULL AND NOT EXISTS "
-            "(SELECT 1 FROM deliveries WHERE escalation = escalations.id AND status = 'waiting')",
-            *(time.time(), self.id),
-        )
+        queue.note_all_settled(self.id, time.time())
 
     def _skip_waiting(self, sink_id: str, reason_code: str, of_kind: str = "", *kind: object) -> int:
         """Skip what waits for a sink; returns how many deliveries of the sink that were."""
@@ -6174,7 +6200,9 @@ class Loop:
 
     def _align_peers(self) -> None:
         """Bring what waits for a cluster in line with its peers, which are in the environment."""
+        moved = False
         for sink_id, peers in self.work.peers.items():
+            self.queue.retire_peers(sink_id, peers)
             if not any(peers):
                 continue
             waiting = self.queue.execute(
@@ -6194,20 +6222,23 @@ class Loop:
                 ).fetchall()
                 for found in map(queued, rows):
                     self._move_to_peers(found, peers)
+                    moved = True
+        if moved:
+            self.queue.note_all_settled(self.id, time.time())
 
     def _move_to_peers(self, found: Queued, peers: Sequence[str]) -> None:
         """Let a delivery go to the peers that there are now, in place of one that is gone."""
-        present = {d.peer for d in self.queue.deliveries_of(found.stored) if d.sink == found.sink}
+        others = [d for d in self.queue.deliveries_of(found.stored) if d.sink == found.sink]
+        others = [d for d in others if d.peer != found.peer]
         self.queue.execute(
             "DELETE FROM deliveries WHERE escalation = ? AND sink = ? AND peer = ?", *found[:3]
         )
-        missing = [peer for peer in peers if peer not in present]
+        missing = [peer for peer in peers if peer not in {d.peer for d in others}]
         lead = found.lead
         if lead and not missing:
-            self.queue.execute(
-                "UPDATE deliveries SET lead = 1 WHERE escalation = ? AND sink = ? AND peer = ?",
-                *(found.escalation, found.sink, peers[0]),
-            )
+            speaker = self.queue.speak_instead(others)
+            if speaker.status != "waiting":
+                self.note_end(speaker, speaks=True)
         self.queue.add_deliveries(
             (*found[:2], peer, self.id, found.severity, int(lead and place == 0), found.waiting_since)
             for place, peer in enumerate(missing)
@@ -6718,7 +6749,7 @@ class Sender:
         # When the main thread gives up waiting for the attempt that is on its way. Monotonic seconds.
         self.deadline: float | None = None
         self._url = url
-        self._pace = Pace.of(sink)
+        self._pace = Pace.of(work.sinks_at(self.digest))
         # No wait after a failure is longer, unless the clock was ahead.
         self._longest_wait = max(work.config.policy.backoff_max, RETRY_AFTER_MAX)
         self._client: Client | None = None
@@ -6821,7 +6852,7 @@ class Sender:
         if not isinstance(batch, Batch):
             return batch
         if self._pace:
-            self.queue.spend_rate(destination, self._pace.spend(paid_until, now))
+            self.queue.spend_rate(self.digest, self._pace.spend(paid_until, now))
         return batch
 
     def has_turn(self) -> bool:
@@ -6957,6 +6988,7 @@ class Sender:
         origin = Origin(job.repo, job.trace_id, time.time())
         if self.work.dry_run:
             return self.work.pretend(self, batch, origin)
+        self._started = 0.0
         # On a busy machine both take longer than many a request: that time is not the sink's.
         request = build_request(self.adapter, self.sink, batch.deliveries, origin)
         if isinstance(request, Verdict):
@@ -7201,6 +7233,14 @@ class Pass:
             blake2b(text, digest_size=8, key=self.queue.salt).hexdigest() for text in (target, setup)
         )  # type: ignore[return-value]
 
+    def sinks_at(self, digest: str) -> list[Sink]:
+        """The sinks that point at the destination with this digest."""
+        return [
+            sink
+            for sink in self.sinks
+            if any(self.digests(sink, url)[0] == digest for url in ADAPTERS[sink.type].peers(sink).values())
+        ]
+
     def pretend(self, sender: Sender, batch: Batch, origin: Origin) -> Verdict:
         """Take a request in place of its destination, in a dry run."""
         if self.show_payload:
@@ -7299,7 +7339,8 @@ class Pass:
             if wait and any(not sender.ended for sender in self._senders.values()):
                 self.queue.changed.wait(wait)
             for sender in self._senders.values():
-                if sender.deadline is not None and time.monotonic() > sender.deadline:
+                deadline = sender.deadline  # its thread clears it without the lock
+                if deadline is not None and time.monotonic() > deadline:
                     sender.give_up_waiting()
             if self._error is not None:
                 for sender in self._senders.values():
@@ -10581,7 +10622,6 @@ def operator_pass(
     with operator_lock(job), contextlib.closing(QueueHolder(job.queue_file)) as queues:
         work = Pass(queues.get(), config, Clock(job.time_budget, stop), named=named)
         with contextlib.closing(Loop(work, job)) as loop:
-            work.loops = {loop.id: loop}
             loop.begin()
             yield work, loop
 

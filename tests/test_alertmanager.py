@@ -488,6 +488,30 @@ def test_a_peer_that_hangs_costs_all_loops_together_one_timeout(
     assert sorted(told(hanging)) == ["0", "1", "2", "3"]
 
 
+def test_a_peer_that_was_taken_out_hides_neither_a_refusal_nor_an_outage(
+    pair: Repo, peers: tuple[SinkServer, SinkServer]
+) -> None:
+    down, refuses = peers
+    down.answer(ALERTS, error(503))
+    refuses.answer(ALERTS, error(400, '"bad label"'))
+    pair.append(alert("one"))
+    assert pair.dispatch().json["waitingCount"] == 1
+    pair.env["ALERT_FLEET_URLS"] = refuses.url
+    summary = pair.dispatch().json
+
+    assert (summary["waitingCount"], summary["deadLetterCount"], summary["lateFailedCount"]) == (0, 1, 1)
+    [entry] = pair.telemetry()[-1]["sinks"]
+    assert (entry["status"], entry["reasonCode"]) == ("failed", "http_error")
+
+    refuses.answer(ALERTS, ok())
+    pair.append(alert("two"))
+    pair.dispatch()
+    pair.env["ALERT_FLEET_URLS"] = down.url
+    pair.append(alert("three"))
+    [sink] = pair.dispatch().json["sinks"].values()
+    assert sink["consecutiveFailures"] > 0
+
+
 def test_what_is_new_goes_out_before_what_one_peer_has_missed(
     pair: Repo, peers: tuple[SinkServer, SinkServer]
 ) -> None:

@@ -697,6 +697,23 @@ def test_the_backlog_of_a_disabled_sink_is_kept_for_when_it_is_enabled(
     check_promise(repo)
 
 
+def test_what_waited_for_a_removed_sink_goes_where_its_route_leads_now(
+    repo: Repo, server: SinkServer
+) -> None:
+    config = everywhere()
+    config["routing"]["defaultSinks"] = [HOOK]
+    repo.write_config(config)
+    server.answer("/hook", error(503))
+    repo.append(*records("one", "two"))
+    repo.dispatch()
+    del config["sinks"][HOOK]
+    config["routing"]["defaultSinks"] = [CHAT]
+    repo.write_config(config)
+    assert repo.dispatch().json["waitingCount"] == 0
+    assert ids(server, CHAT) == row_ids(repo)
+    check_promise(repo)
+
+
 def test_the_backlog_of_a_removed_sink_is_dropped_on_record(repo: Repo, server: SinkServer) -> None:
     config = everywhere()
     repo.write_config(config)

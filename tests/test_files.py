@@ -119,6 +119,7 @@ def test_several_rotations_between_two_passes_lose_nothing(repo: Repo, server: S
         ("escalations.jsonl-2026-11-22", "escalations.jsonl-2026-11-23"),  # logrotate, dateformat
         ("escalations-20261122.jsonl", "escalations-20261123.jsonl"),  # logrotate, extension
         ("escalations.jsonl.99999", "escalations.jsonl.9999"),
+        ("escalations.jsonl-20261122-9", "escalations.jsonl-20261122-10"),
     ],
 )
 def test_several_rotations_lose_nothing_however_the_files_are_named(

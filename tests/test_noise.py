@@ -593,6 +593,19 @@ def test_a_sink_with_a_slow_pace_does_not_hold_up_the_others(repo: Repo, server:
     check_promise(repo)
 
 
+def test_of_two_sinks_at_one_place_the_slower_rate_holds_for_both(repo: Repo, server: SinkServer) -> None:
+    config = paced(60)
+    config["sinks"]["twin"] = {**config["sinks"][HOOK], "maxPerMinute": 1}
+    config["routing"]["defaultSinks"].append("twin")
+    repo.write_config(config)
+    repo.append(*(health_critical(number=number) for number in range(4)))
+    summary = repo.dispatch("--time-budget", "1").json
+
+    assert len(server.received(PATHS[HOOK])) == 1
+    assert repo.dispatch("--time-budget", "1").json["waitingCount"] == summary["waitingCount"]
+    assert len(server.received(PATHS[HOOK])) == 1
+
+
 def test_slack_and_pagerduty_are_paced_as_their_providers_ask_and_a_webhook_is_not(
     repo: Repo, server: SinkServer
 ) -> None:
