@@ -5163,6 +5163,8 @@ class Queue:
         lead = delivery.lead
         if delivery.peer:
             others = [other for other in self.deliveries_of(delivery.stored) if other.sink == delivery.sink]
+            # Another peer may have begun to speak while this request was on its way.
+            lead = any(other.lead for other in others if other.peer == delivery.peer)
             others = [other for other in others if other.peer != delivery.peer]
             delivered = any(other.status == "delivered" for other in others)
             waiting = [other for other in others if other.status == "waiting"]

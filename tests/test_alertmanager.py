@@ -15,7 +15,7 @@ import pytest
 from alertmanager import Node, new_node, running_cluster, start_cluster, wait_until
 from conftest import MODULE_FILE, Repo, clean_env
 from escalations import LOOP, MAKERS, Record, health_critical, health_degraded, timestamp
-from loopback import HOST, TLS_PEM, SinkServer, accepted, error, hang, ok
+from loopback import HOST, TLS_PEM, Answer, SinkServer, accepted, error, hang, ok
 from tools import needs_tool
 
 import ops_alert_dispatch as program
@@ -510,6 +510,20 @@ def test_a_peer_that_was_taken_out_hides_neither_a_refusal_nor_an_outage(
     pair.append(alert("three"))
     [sink] = pair.dispatch().json["sinks"].values()
     assert sink["consecutiveFailures"] > 0
+
+
+def test_a_cluster_that_takes_an_alert_late_is_on_record_once(
+    pair: Repo, peers: tuple[SinkServer, SinkServer]
+) -> None:
+    slow, quick = peers
+    for peer in peers:
+        peer.answer(ALERTS, error(503))
+    pair.append(alert("one"))
+    pair.dispatch()
+    slow.answer(ALERTS, Answer(delay=0.5))
+    quick.answer(ALERTS, ok())
+    assert pair.dispatch().json["lateDispatchedCount"] == 1
+    assert [row.get("late") for row in pair.telemetry()] == [None, True]
 
 
 def test_what_is_new_goes_out_before_what_one_peer_has_missed(
