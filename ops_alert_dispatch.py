@@ -5267,6 +5267,16 @@ class Queue:
         )
         return self.known_destination(sink, peer, digest)
 
+    def forget_waits(self, sink: str, peer: str, setup: str) -> None:
+        """Let what was set aside for a while go out now, if the settings or secrets of its destination have
+        changed since it was used last."""
+        self.execute(
+            "UPDATE deliveries SET not_before = 0 WHERE status = 'waiting' AND sink = ?1 AND peer = ?2 "
+            "AND not_before > 0 AND ?3 <> (SELECT setup FROM destinations WHERE sink = ?1 AND peer = ?2 "
+            "ORDER BY used_at DESC LIMIT 1)",
+            *(sink, peer, setup),
+        )
+
     def known_destination(self, sink: str, peer: str, digest: str) -> Destination:
         row = self.execute(
             f"SELECT {DESTINATION_COLUMNS} FROM destinations WHERE sink = ? AND peer = ? AND digest = ?",
@@ -6788,6 +6798,8 @@ class Sender:
         """Send until there is a reason to pause; tells whether to go on after it."""
         clock = self.work.clock
         with self.queue.transaction():
+            if self._turn < 0:
+                self.queue.forget_waits(self.sink.id, self.peer, self.setup)
             destination = self._destination()
             if self._turn < 0:
                 self._turn = destination.last_loop

@@ -746,7 +746,7 @@ def test_where_a_shell_state_is_gone_and_its_telemetry_tells_nothing_all_is_new(
     every_sink_got(server, "two")
 
 
-@pytest.mark.parametrize("first", ["a command that cannot go on", "a pass on a full disk"])
+@pytest.mark.parametrize("first", ["an operator's command", "a pass on a full disk"])
 def test_a_damaged_shell_state_stays_until_a_new_one_is_written(
     repo: Repo, server: SinkServer, first: str
 ) -> None:
@@ -760,7 +760,11 @@ def test_a_damaged_shell_state_stays_until_a_new_one_is_written(
     if first == "a pass on a full disk":
         assert limited(repo, 100).exit_code == 5
     else:
-        assert repo.run("skip", *repo.target, "--sink", HOOK, "--yes").exit_code == 4
+        # What the telemetry says was delivered is not among it, so there is nothing to skip there.
+        assert (
+            repo.run("skip", *repo.target, "--sink", HOOK, "--to-line", "1", "--yes").json["skippedCount"]
+            == 0
+        )
     assert server.requests == []
     repo.dispatch()
     every_sink_got(server, "two")
