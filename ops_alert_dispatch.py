@@ -5,14 +5,15 @@
 # ///
 """Deliver the escalations of a Superloop ops manager to webhooks, Slack, PagerDuty and Alertmanager.
 
-The host appends one JSON object a line to ``escalations.jsonl``. One pass of ``dispatch`` takes up what is
-new there and delivers it, each sink in a lane of its own:
+The host appends one JSON object a line to ``escalations.jsonl``. One pass of ``dispatch`` ingests what is new
+there into a queue, and delivers from the queue:
 
-    escalations.jsonl -> Source -> Escalation -> Router -> Lane (one a sink) -> Adapter -> Client -> sink
-                                                      \\-> Ledger: attempts, telemetry, state
+    escalations.jsonl -> Source -> Escalation -> Router -> Queue (SQLite)
+    Queue -> Sender (a thread for each destination) -> Adapter -> Client -> sink
+    Queue -> outbox -> telemetry, attempts; summary in the state file
 
 The promise: an escalation that was written reaches each sink that should have it, or an operator can see
-that it did not, and why. The file reads from top to bottom as a record travels.
+that it did not, and why. Start at `Pass`, `Loop` and `Sender`; `QUEUE_SCHEMA` says what the queue holds.
 """
 
 # Without `from __future__ import annotations`: with it each NamedTuple compiles the texts of its fields'
@@ -662,7 +663,7 @@ def kind_of_variable(key: str) -> VariableKind:
 
 
 class DeliveryPolicy(NamedTuple):
-    """How a lane treats failures. Times are in seconds."""
+    """How failures are treated. Times are in seconds."""
 
     max_attempts_per_pass: int = 3
     backoff_initial: float = 30.0
@@ -690,7 +691,7 @@ class Config(NamedTuple):
 
     @property
     def repeat_window(self) -> float:
-        """For how many seconds a sink is not told the same again; 0: it always is."""
+        """For how many seconds a sink is not sent the same again; 0: it always is."""
         window: float = self.routing.get("repeat", {}).get("windowSeconds", 0)
         return window
 
@@ -3055,7 +3056,7 @@ def signature(key: bytes, signed: bytes) -> str:
 
 
 def held_back_fields(delivery: Delivery) -> JsonObject:
-    """What a program is told of repeats that were held back; nothing where there are none."""
+    """What a payload says of repeats that were held back; nothing if there are none."""
     held_back = delivery.held_back
     if held_back is None:
         return {}

@@ -89,7 +89,7 @@ def webhook_ids(server: SinkServer, name: str) -> list[str]:
 
 
 def row_ids(repo: Repo) -> list[str]:
-    """The ids of what was taken up, in the order of the source."""
+    """The ids of what was ingested, in the order of the source."""
     return [row["escalationId"] for row in repo.telemetry() if "position" in row and "late" not in row]
 
 

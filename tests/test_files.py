@@ -399,7 +399,7 @@ def test_a_source_restored_as_a_copy_goes_on_where_it_was(
 
 
 def link_source(repo: Repo, real: Path) -> Path:
-    """Let the source be a link to a file in a folder of its own, of which one record was taken up."""
+    """Let the source be a link to a file in a folder of its own, of which one record was ingested."""
     real.parent.mkdir()
     real.write_text(line(record("one")))
     repo.folder.mkdir(parents=True)
@@ -825,7 +825,7 @@ def test_a_state_of_a_newer_version_is_refused_and_left_as_it_is(
 ) -> None:
     repo.append(record("one"))
     repo.dispatch()
-    repo.state_file.write_text(json.dumps({**repo.state(), **newer, "lanes": "of a new kind"}))
+    repo.state_file.write_text(json.dumps({**repo.state(), **newer, "queues": "of a new kind"}))
     repo.append(record("two"))
     before = repo.snapshot()
     failed = repo.dispatch()

@@ -55,7 +55,7 @@ def arrived(server: SinkServer, sink: str = HOOK) -> list[tuple[str, int]]:
 
 
 def end_waits(config: dict[str, Any], repo: Repo) -> None:
-    """A changed sink ends the wait of its lanes."""
+    """A changed sink ends its wait."""
     for settings in config["sinks"].values():
         settings["timeoutSeconds"] = 11
     repo.write_config(config)
@@ -154,11 +154,11 @@ def test_a_sink_that_is_down_is_asked_once_and_all_loops_wait_alike(repo: Repo, 
         len(loops),
         len(loops),
     )
-    lanes = [loop.state()["sinks"][HOOK] for loop in loops]
-    assert len({lane["nextAttemptAt"] for lane in lanes}) == 1
-    assert {lane["reasonCode"] for lane in lanes} == {"http_error"}
-    assert {lane["message"] for lane in lanes} == {"maintenance"}
-    assert min(lane["consecutiveFailures"] for lane in lanes) == 1
+    sinks = [loop.state()["sinks"][HOOK] for loop in loops]
+    assert len({sink["nextAttemptAt"] for sink in sinks}) == 1
+    assert {sink["reasonCode"] for sink in sinks} == {"http_error"}
+    assert {sink["message"] for sink in sinks} == {"maintenance"}
+    assert min(sink["consecutiveFailures"] for sink in sinks) == 1
     assert sum(len([row for row in loop.attempts() if row["sinkId"] == HOOK]) for loop in loops) == 1
 
     server.answer(PATHS[HOOK], ok())

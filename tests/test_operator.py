@@ -298,7 +298,7 @@ def test_a_monitor_gets_one_line_and_the_exit_code_of_its_convention(repo: Repo,
 
     server.answer(PATHS[CHAT], error(503, "down"))
     repo.append(health_degraded())
-    assert check(repo)[0] == 1  # not taken up yet
+    assert check(repo)[0] == 1  # not ingested yet
     repo.dispatch()
     code, line = check(repo)
     assert (code, line.split(":")[0]) == (1, "ALERT DISPATCH WARNING")
@@ -867,10 +867,10 @@ def test_a_range_of_lines_is_redelivered_under_the_same_ids(repo: Repo, server: 
     assert repo.dispatch().json["status"] == "no_new_escalations"
 
 
-def test_what_waits_in_a_lane_is_left_to_the_lane(repo: Repo, server: SinkServer) -> None:
+def test_what_waits_is_left_to_the_next_pass(repo: Repo, server: SinkServer) -> None:
     ids = make_backlog(repo, server, 3)
     server.answer(PATHS[CHAT], ok())
-    repo.append(health_degraded())  # not taken up yet: not a redelivery's business either
+    repo.append(health_degraded())  # not ingested yet: not a redelivery's business either
     again = ["redeliver", *repo.target, "--id", ids[0], "--sink", CHAT]
     assert repo.run(*again).json["status"] == "nothing_to_do"
     assert "goes out by itself" in repo.run(*again, "--format", "text").stdout
@@ -1045,7 +1045,7 @@ def test_a_dead_letter_that_came_after_the_question_is_not_dismissed(repo: Repo,
 
 def test_a_backlog_is_given_up_on_record_and_can_be_redelivered(repo: Repo, server: SinkServer) -> None:
     ids = make_backlog(repo, server)
-    with closed_port() as port:  # another lane that waits, and is not meant
+    with closed_port() as port:  # another sink that waits, and is not meant
         repo.append(health_critical())
         repo.dispatch(env={"ALERT_HOOK_URL": f"http://127.0.0.1:{port}/hook"})
     rows_before, attempts_before = len(repo.telemetry()), len(repo.attempts())

@@ -410,7 +410,7 @@ def test_what_follows_an_answer_is_none_to_the_next_request(server: SinkServer) 
 @pytest.mark.parametrize("kept", [False, True], ids=["new connection", "kept connection"])
 @pytest.mark.parametrize("interim", ["100 Continue", "102 Processing", "103 Early Hints"])
 def test_an_interim_answer_is_not_taken_for_the_answer(interim: str, kept: bool) -> None:
-    """A lane that took it for one would send an alert again that its sink has taken."""
+    """A sender that took it for one would send an alert again that its sink has taken."""
     early = f"HTTP/1.1 {interim}\r\nLink: </a>\r\n\r\n".encode()
     with scripted_port([PLAIN, 2 * early + PLAIN] if kept else [2 * early + PLAIN]) as port:
         assert send(Client(5.0), f"http://127.0.0.1:{port}/hook", 2 if kept else 1) == [b"ok"] * (1 + kept)
