@@ -4467,9 +4467,9 @@ CREATE INDEX unreported ON escalations (loop, id) WHERE reported = 0;
 CREATE INDEX settled ON escalations (settled_at) WHERE settled_at IS NOT NULL;
 
 -- One escalation to one sink, or to one peer of a cluster. severity is an index into SEVERITIES. lead: this
--- row speaks for the sink; of a cluster's rows exactly one does. in_flight: a request was on its way; if it
--- still is when a pass begins, that pass was killed. alone: it goes out in a request without others.
--- by_operator: an operator asked for it.
+-- row speaks for the sink; of a cluster's rows exactly one does. in_flight: chosen for a request; if it
+-- still is when a pass begins, that pass was killed, perhaps after the sink had taken it. alone: it goes
+-- out in a request without others. by_operator: an operator asked for it.
 CREATE TABLE deliveries (
     escalation INTEGER NOT NULL,
     sink TEXT NOT NULL,
@@ -5159,7 +5159,8 @@ class Queue:
     def settle(self, delivery: Queued, status: str, verdict: Verdict, attempts: int) -> bool:
         """End a delivery: `delivered`, `dead` or `skipped`. Tells whether that is the sink's answer, too.
 
-        One peer of a cluster that delivers speaks for the sink. One that refuses leaves it to the others.
+        One peer of a cluster that delivers speaks for the sink. One that refuses leaves it to the others, and
+        is skipped; the last one to refuse, if none has delivered, is dead.
         """
         lead = delivery.lead
         if delivery.peer:
@@ -5722,7 +5723,7 @@ LOOPS_AT_ONCE = 64
 FILES_OF_A_LOOP = 8
 FILES_BESIDES = 64
 
-# What did not reach a sink is reported for so many seconds: until whoever is on duty has seen it.
+# The reason codes of what reaches no sink and never will by itself. `status` reports it.
 LOST = {*UNUSABLE, "no_dispatchable_sinks", "sink_removed", "source_replaced", "queue_lost"}
 
 # What ends deliveries without a request.
