@@ -2797,11 +2797,28 @@ def words_of(text: str, names: Mapping[str, str] | None = None) -> str:
 
 
 class Origin(NamedTuple):
-    """What every payload says of where it comes from."""
+    """What every payload says of where it comes from.
+
+    `emitted_at`: seconds since the epoch, by our clock. `clock_offset`: by how many seconds that of the sink
+    is ahead, if it is far off.
+    """
 
     repo_path: str
     trace_id: str
     emitted_at: float
+    clock_offset: float = 0.0
+
+
+# Seconds. A clock that is further off is pointed out: signatures and the end of an alert depend on it.
+CLOCK_TOLERANCE = 60.0
+
+
+def far_off(clock_offset: float | None) -> float:
+    """By how much a sink's clock is ahead of ours, to the minute; 0.0 if that does not matter, or nobody
+    knows."""
+    if clock_offset is None or abs(clock_offset) <= CLOCK_TOLERANCE:
+        return 0.0
+    return round(clock_offset / 60) * 60.0
 
 
 class HttpRequest(NamedTuple):
@@ -2961,6 +2978,8 @@ class Adapter:
     max_per_minute: ClassVar[int | None] = None
     # Whether deliveries that are refused together are tried one by one.
     splits: ClassVar[bool] = False
+    # Whether what it is sent ends at a time that it reads off its own clock.
+    ends_by_clock: ClassVar[bool] = False
     # The key of the secret by which a sink knows us; if it is not set, that is the URL.
     credential_key: ClassVar[str] = "authTokenEnv"
 
@@ -3469,6 +3488,7 @@ class AlertmanagerAdapter(Adapter):
     """
 
     splits = True
+    ends_by_clock = True
 
     def peers(self, sink: Sink) -> dict[str, str]:
         named: dict[str, str] = {}
@@ -3514,7 +3534,7 @@ class AlertmanagerAdapter(Adapter):
             "source": "ops-manager",
             **sink.settings.get("labels", {}),
         }
-        starts, ends = alert_times(sink, escalation, origin.emitted_at)
+        starts, ends = alert_times(sink, escalation, origin.emitted_at + origin.clock_offset)
         return {
             "labels": {name: cut_identity(value, ALERT_LABEL) for name, value in labels.items()},
             "annotations": {
@@ -6768,6 +6788,7 @@ class Sender:
         self._longest_wait = max(work.config.policy.backoff_max, RETRY_AFTER_MAX)
         self._client: Client | None = None
         self._batch: Batch | None = None
+        self._clock_offset: float | None = None
         self._started = 0.0
         # Attempts in a row that failed in this pass, and the loop that was served last.
         self._tries = 0
@@ -6803,6 +6824,7 @@ class Sender:
             if self._turn < 0:
                 self.queue.forget_waits(self.sink.id, self.peer, self.setup)
             destination = self._destination()
+            self._clock_offset = destination.clock_offset
             if self._turn < 0:
                 self._turn = destination.last_loop
         with self.queue.probing(destination, max(0.0, clock.left), FRESH_SECONDS) as turn:
@@ -7001,9 +7023,19 @@ class Sender:
     def _send(self, batch: Batch) -> Verdict:
         """Send one request with these deliveries, and judge what comes back."""
         job = self.work.loops[batch.queued[0].loop].job
-        origin = Origin(job.repo, job.trace_id, time.time())
+        origin = Origin(job.repo, job.trace_id, time.time(), far_off(self._clock_offset))
         if self.work.dry_run:
             return self.work.pretend(self, batch, origin)
+        verdict = self._attempt(batch, origin)
+        offset = far_off(verdict.clock_offset)
+        if verdict.outcome == "delivered" and self.adapter.ends_by_clock and offset != origin.clock_offset:
+            # What it took may have ended by its clock. To the sink the same alert with another end is no
+            # new one.
+            self._clock_offset = offset
+            verdict = self._attempt(batch, origin._replace(clock_offset=offset))
+        return verdict
+
+    def _attempt(self, batch: Batch, origin: Origin) -> Verdict:
         self._started = 0.0
         # On a busy machine both take longer than many a request: that time is not the sink's.
         request = build_request(self.adapter, self.sink, batch.deliveries, origin)
@@ -8908,8 +8940,6 @@ def resolution_text(resolution: Resolution) -> str:
 RECENT_BYTES = 1 << 20
 # An unfinished line whose writer has been silent for so many seconds is reported.
 WRITER_GRACE = 60.0
-# Seconds. A clock that is further off is pointed out: signatures and the end of an alert depend on it.
-CLOCK_TOLERANCE = 60.0
 Health = Literal["ok", "warning", "critical", "disabled", "unknown"]
 # Of many loops, a monitor learns of the worst.
 HEALTH_ORDER: tuple[Health, ...] = ("ok", "warning", "unknown", "critical")
@@ -9640,6 +9670,7 @@ def prometheus_text(statuses: Sequence[JsonObject], unreadable: Sequence[str] = 
         ),
         ("consecutive_failures", "Failed attempts in a row.", lambda s: s["consecutiveFailures"]),
         ("dead_letters", "Deliveries given up for good.", lambda s: s["deadLetterCount"]),
+        ("clock_offset_seconds", "How far the sink's clock is ahead.", lambda s: s["clockOffsetSeconds"]),
         ("lagging_peers", "Peers of a cluster that miss deliveries.", lambda s: len(s["laggingPeers"])),
     ]
     lines: list[str] = []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import email.utils
 import json
 import re
 import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -524,6 +526,22 @@ def test_a_cluster_that_takes_an_alert_late_is_on_record_once(
     quick.answer(ALERTS, ok())
     assert pair.dispatch().json["lateDispatchedCount"] == 1
     assert [row.get("late") for row in pair.telemetry()] == [None, True]
+
+
+def test_an_alert_lasts_by_the_clock_of_a_peer_that_is_hours_ahead(
+    pair: Repo, peers: tuple[SinkServer, SinkServer]
+) -> None:
+    """By its clock it would have ended before it came, and a peer says nothing of that."""
+    ahead = time.time() + 7200
+    peers[0].answer(ALERTS, Answer(headers={"Date": email.utils.formatdate(ahead, usegmt=True)}))
+    for name in ("one", "two"):
+        pair.append(alert(name))
+        assert pair.dispatch().json["status"] == "success"
+
+    assert (told(peers[0]), told(peers[1])) == (["one", "one", "two"], ["one", "two"])
+    for sent in peers[0].received(ALERTS)[1:]:
+        [found] = sent.json
+        assert datetime.fromisoformat(found["endsAt"]).timestamp() > ahead + 600
 
 
 def test_what_is_new_goes_out_before_what_one_peer_has_missed(
