@@ -1878,14 +1878,15 @@ class Source:
                 self.loss = f"the source was rotated, and what {names} may hold of it was not read"
         else:
             self._files = self._written_since(files)
-            if cursor.number and not cursor.rotated and (current is not None or self._files):
-                same_file = current is not None and current.identity == cursor.identity
-                change = "truncated" if same_file else "replaced" if current is not None else "removed"
-                self.loss = (
-                    f"the file that was read to line {cursor.line} is gone ({change}): if anything was "
-                    "appended to it after that, it was not read"
-                )
-                # Its number is used up; no file has these marks.
+            if cursor.number and (current is not None or self._files):
+                if not cursor.rotated:
+                    same_file = current is not None and current.identity == cursor.identity
+                    change = "truncated" if same_file else "replaced" if current is not None else "removed"
+                    self.loss = (
+                        f"the file that was read to line {cursor.line} is gone ({change}): if anything was "
+                        "appended to it after that, it was not read"
+                    )
+                # Its number is used up, and a new file may have its inode.
                 self.cursor = cursor._replace(device=0, inode=0)
         if current is not None:
             self._files.append(current)

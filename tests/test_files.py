@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Repo, Run
+from conftest import Repo, Run, edit_queue
 from escalations import (
     CHAT,
     HOOK,
@@ -1407,6 +1407,20 @@ def test_what_was_rotated_before_any_pass_took_it_up_goes_out(
     for _ in range(2):
         assert repo.dispatch().exit_code == 0
     assert [name for name in names(server) if name != "before"] == ["r0", "r1", "r2", "new"]
+
+
+def test_a_new_file_with_the_inode_of_a_removed_one_holds_up_nothing(repo: Repo, server: SinkServer) -> None:
+    quiet_nights(repo)
+    rotated = shutil.copy(repo.source, repo.source.with_name(repo.source.name + ".1"))
+    os.truncate(repo.source, 0)
+    edit_queue(
+        repo,
+        f"UPDATE loops SET cursor = json_set(cursor, '$.inode', {os.stat(rotated).st_ino}, "
+        f"'$.device', {os.stat(rotated).st_dev})",
+    )
+    repo.append(record("new"))
+    assert repo.dispatch().exit_code == 0
+    every_sink_got(server, "before", "r0", "r1", "r2", "new")
 
 
 def test_a_file_that_was_taken_up_while_the_source_was_away_is_known_after_a_kill(
