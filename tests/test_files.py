@@ -1415,8 +1415,8 @@ def test_a_new_file_with_the_inode_of_a_removed_one_holds_up_nothing(repo: Repo,
     os.truncate(repo.source, 0)
     edit_queue(
         repo,
-        f"UPDATE loops SET cursor = json_set(cursor, '$.inode', {os.stat(rotated).st_ino}, "
-        f"'$.device', {os.stat(rotated).st_dev})",
+        f"UPDATE loops SET cursor = json_set(cursor, '$.inode', {rotated.stat().st_ino}, "
+        f"'$.device', {rotated.stat().st_dev})",
     )
     repo.append(record("new"))
     assert repo.dispatch().exit_code == 0
