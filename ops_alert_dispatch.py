@@ -9964,6 +9964,30 @@ def entry_of_row(row: JsonObject, later: Mapping[str, JsonObject]) -> JsonObject
     return log_entry(head, sinks, "skipped" if row.get("status") == "skipped" else "failed")
 
 
+def with_reason(entry: JsonObject, row: JsonObject) -> JsonObject:
+    """An entry with the reason that its row gives if no sink was to get it: the queue does not keep that."""
+    return entry if entry["sinks"] else {**entry, "reasonCode": as_text(row.get("reasonCode"))}
+
+
+def with_reasons(job: Job, entries: Sequence[JsonObject]) -> list[JsonObject]:
+    """Entries of a loop, with the reasons of those that no sink was to get. Raises StorageError."""
+    open_ids = {
+        entry["escalationId"]: entry["ingestedAt"]
+        for entry in entries
+        if entry["loopId"] == job.loop_id and not entry["sinks"] and "reasonCode" not in entry
+    }
+    reasons: dict[str, JsonObject] = {}
+    for row in rows_backwards(job.telemetry_file) if open_ids else ():
+        if len(reasons) == len(open_ids) or str(row.get("timestamp")) < min(open_ids.values()):
+            break
+        if row.get("escalationId") in open_ids and not row.get("late"):
+            reasons.setdefault(row["escalationId"], row)
+    return [
+        with_reason(entry, reasons[entry["escalationId"]]) if entry["escalationId"] in reasons else entry
+        for entry in entries
+    ]
+
+
 def read_log(jobs: Sequence[Job], loop_id: str | None, wanted: Filter, count: int) -> list[JsonObject]:
     """The last escalations that are wanted, and what else is on record of the loops, in the order in which it
     was ingested. Raises StateError or StorageError."""
@@ -9984,6 +10008,7 @@ def read_log(jobs: Sequence[Job], loop_id: str | None, wanted: Filter, count: in
     # What is of the same second stays in its order.
     entries.reverse()
     for job in jobs:
+        entries = with_reasons(job, entries)
         entries += [*itertools.islice(filter(wanted.matches, read_old(job, kept, oldest)), count)][::-1]
     return sorted(entries, key=lambda entry: entry["ingestedAt"] or "")[-count:]
 
@@ -10011,14 +10036,18 @@ def log_text(entries: Sequence[JsonObject], now: float, *, several: bool) -> str
         return "Nothing on record matches."
     rows = []
     for entry in entries:
-        words: dict[str, list[str]] = {}
+        words: dict[str, list[JsonObject]] = {}
         for sink in sorted(entry["sinks"], key=lambda sink: DELIVERY_WORDS.index(sink["status"])):
-            words.setdefault(sink["status"], []).append(str(sink["id"]))
-        said = "; ".join(f"{word}: {', '.join(names)}" for word, names in words.items())
-        said = said if len(words) > 1 else next(iter(words), "")
+            words.setdefault(sink["status"], []).append(sink)
+        parts = []
+        for word, sinks in words.items():
+            codes = sorted({sink["reasonCode"] for sink in sinks if sink["reasonCode"]})
+            names = f": {', '.join(str(sink['id']) for sink in sinks)}" if len(words) > 1 else ""
+            parts.append(f"{word}{names}" + (f" ({', '.join(codes)})" if codes else ""))
+        said = "; ".join(parts)
         rows.append(
             (
-                how_long(entry["timestamp"], now),
+                how_long(entry["timestamp"] or entry["ingestedAt"], now),
                 *([entry["loopId"]] if several else []),
                 entry["severity"],
                 entry["category"] or entry.get("reasonCode"),
@@ -10134,7 +10163,7 @@ def find_one(
             elif identity not in found:
                 found[identity] = (entry_of_row(row, later.get(identity, {})), None, [], row)
             elif not found[identity][3]:
-                found[identity] = (*found[identity][:3], row)
+                found[identity] = (with_reason(found[identity][0], row), *found[identity][1:3], row)
     if not found and loop_id and (missing := no_such_loop(jobs[0])):
         raise click.BadParameter(missing, param_hint="--loop")
     if not found:
@@ -10222,7 +10251,7 @@ def why_routed(route: JsonObject, entry: JsonObject) -> str:
 def escalation_text(found: JsonObject, now: float) -> str:
     """One escalation whole, for people."""
     head = f"{found['category'] or found.get('reasonCode')}, severity {found['severity'] or 'not known'}"
-    ago = how_long(found["timestamp"], now)
+    ago = how_long(found["timestamp"] or found["ingestedAt"], now)
     lines = [
         f"{click.style(printable(head), bold=True)}: loop {found['loopId']}, line {found['line']}, {ago}",
         f"Id: {found['escalationId']}",
@@ -10636,6 +10665,24 @@ def check_lines(job: Job, source: Source, first: int) -> None:
         raise click.BadParameter(said, param_hint="--from-line")
 
 
+def whole_id(job: Job, prefix: str) -> str:
+    """The id of a loop's escalation that begins like this; as given, if the queue has none. Raises
+    BadParameter if there are several."""
+    queue = Queue.open_to_read(job.queue_file)
+    if queue is None:
+        return prefix
+    with queue, queue.errors():
+        items = queue.latest(
+            "l.loop_id = ?1 AND substr(e.escalation_id, 1, ?2) = ?3", job.loop_id, len(prefix), prefix
+        )
+        found = {stored.escalation_id for _, stored, _ in items}
+    if len(found) > 1 and prefix not in found:
+        listed = ", ".join(sorted(found)[:LISTED])
+        said = f"{printable(prefix)!r} is ambiguous, give more of one of: {listed}"
+        raise click.BadParameter(said, param_hint="--id")
+    return found.pop() if len(found) == 1 else prefix
+
+
 def explain_unknown(job: Job, escalation: str) -> NoReturn:
     """Say why an escalation that the queue does not have cannot be sent again: it is not on record, its line
     is none, or it was settled too long ago. Raises BadParameter."""
@@ -10857,7 +10904,7 @@ def listing(deliveries: Sequence[Chosen]) -> str:
 @config_option
 @file_options
 @click.option("--dead-letters", is_flag=True, help="All dead letters.")
-@click.option("--id", "escalation", metavar="ESCALATION_ID", help="One escalation.")
+@click.option("--id", "escalation", metavar="ESCALATION_ID", help="One escalation: its id, or the beginning.")
 @click.option(
     "--from-line", type=click.IntRange(min=1), metavar="N", help="From this line of escalations.jsonl …"
 )
@@ -10898,6 +10945,7 @@ def redeliver(
     files = (escalations_file, dispatch_state_file, dispatch_telemetry_file)
     job = make_job(repo, loop_id, alert_config_file, queue_file, *files)
     lines = None if from_line is None else (from_line, to_line)
+    escalation = escalation and whole_id(job, escalation)
     selection = Selection(dead_letters, None, escalation, lines, sink_id)
     as_json = wants_json(form, pretty)
     loaded = load_config(job.config_file, os.environ)

@@ -1411,7 +1411,8 @@ def test_what_was_rotated_before_any_pass_took_it_up_goes_out(
 
 def test_a_new_file_with_the_inode_of_a_removed_one_holds_up_nothing(repo: Repo, server: SinkServer) -> None:
     quiet_nights(repo)
-    rotated = shutil.copy(repo.source, repo.source.with_name(repo.source.name + ".1"))
+    rotated = repo.source.with_name(repo.source.name + ".1")
+    shutil.copy(repo.source, rotated)
     os.truncate(repo.source, 0)
     edit_queue(
         repo,

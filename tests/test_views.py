@@ -80,7 +80,7 @@ def test_the_log_says_what_happened_lately_the_newest_last(repo: Repo, server: S
     head, first, second = look(repo, "log").stdout.splitlines()
     assert head.split() == ["TIME", "SEVERITY", "CATEGORY", "ID", "SINKS"]
     assert re.match(r"\d+ s ago", first)
-    assert f"failed: {CHAT}; delivered: " in second
+    assert f"failed: {CHAT} (http_error); delivered: " in second
     assert newer["escalationId"][:12] in second
 
 
@@ -159,6 +159,30 @@ def test_one_escalation_is_shown_whole_by_the_beginning_of_its_id(
     assert f"{HOOK}  dead: http_error 422: I do not take this" in text
     assert "Route: " in text
     assert '"traceId"' in text
+
+
+def test_what_no_sink_was_to_get_says_why(repo: Repo, server: SinkServer) -> None:
+    config = to_all()
+    for sink in config["sinks"].values():
+        sink["minSeverity"] = "critical"
+    repo.write_config(config)
+    repo.append(health_degraded(severity="info"))
+    repo.dispatch()
+    [entry] = repo.run("log", *repo.target).json["escalations"]
+    assert (entry["status"], entry["reasonCode"]) == ("skipped", "severity_below_min")
+    assert "skipped: severity_below_min" in look(repo, "log").stdout
+    assert program.CODES["severity_below_min"].meaning in look(repo, "show", entry["escalationId"]).stdout
+
+
+def test_the_id_that_the_log_shows_is_enough_to_send_again(repo: Repo, server: SinkServer) -> None:
+    repo.write_config(to_all())
+    identity = make_dead_letter(repo, server)
+    shown = look(repo, "log", "--status", "dead").stdout
+    [prefix] = re.findall(r"esc_\w+", shown)
+    assert "http_error" in shown
+    server.forget()
+    sent = repo.run("redeliver", *repo.target, "--id", prefix, "--sink", HOOK, "--yes").json["deliveries"]
+    assert [item["escalationId"] for item in sent] == [identity]
 
 
 def test_an_ambiguous_or_unknown_id_is_named_as_such(repo: Repo) -> None:
