@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Repo
+from conftest import Repo, time_passes
 from crash import PER_MESSAGE, crash, rotated
 from escalations import CHAT, HOOK, PAGER, PATHS, escalation_id, health_critical, health_degraded, sink_config
 from loopback import Answer, SinkServer, accepted, error, ok
@@ -327,3 +327,45 @@ def test_a_backoff_is_never_slept_through_within_a_pass(
 
     assert repo.dispatch().json["status"] == "partial"
     assert len(server.received("/hook")) == (3 if answer.status == 503 else 1)
+
+
+# --- What a kill must not cost, or give
+
+
+def kill_while_hook_hangs(repo: Repo, server: SinkServer) -> None:
+    server.answer(PATHS[HOOK], Answer(fault="hang"))
+    process = repo.start("dispatch", *repo.target)
+    server.wait_for(1, PATHS[HOOK])
+    process.kill()
+    end_of(process)
+    server.answer(PATHS[HOOK], ok())
+    server.forget()
+
+
+def test_what_a_killed_pass_spent_of_a_rate_stays_spent(repo: Repo, server: SinkServer) -> None:
+    config = everywhere()
+    config["sinks"][HOOK]["maxPerMinute"] = 1
+    config["routing"]["defaultSinks"] = [HOOK]
+    repo.write_config(config)
+    repo.append(health_critical())
+    kill_while_hook_hangs(repo, server)
+
+    assert repo.dispatch("--time-budget", "1").json["waitingCount"] == 1
+    assert server.received(PATHS[HOOK]) == []
+    time_passes(repo, 60)
+    assert repo.dispatch().json["waitingCount"] == 0
+
+
+def test_what_was_sent_and_lost_its_note_in_a_kill_is_not_given_up_for_its_age(
+    repo: Repo, server: SinkServer
+) -> None:
+    config = everywhere(giveUpAfterSeconds=60)
+    config["routing"]["defaultSinks"] = [HOOK]
+    repo.write_config(config)
+    repo.append(health_critical())
+    kill_while_hook_hangs(repo, server)
+    time_passes(repo, 3600)
+
+    summary = repo.dispatch().json
+    assert (summary["waitingCount"], summary["deadLetterCount"]) == (0, 0)
+    assert len(server.received(PATHS[HOOK])) == 1

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import string
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
-from conftest import Repo
+from conftest import MODULE_FILE, Repo
 from escalations import CHAT, HOOK, PAGER, PATHS, health_critical, sink_config
 from loopback import SinkServer, closed_port, error, rate_limited
 
@@ -297,3 +300,54 @@ def test_each_failed_attempt_is_on_record_with_its_fault_code(repo: Repo, server
     [advice] = [text for text in repo.run("status", *repo.target).json["advice"] if CHAT in text]
     assert "set it in ALERT_CHAT_URL" in advice
     assert f"`ops-alert-dispatch test --repo {repo.root} --sink {CHAT}`" in advice
+
+
+BROKEN_ADAPTER = """
+import sys
+import ops_alert_dispatch as program
+
+class Broken(program.WebhookAdapter):
+    def judge(self, answer, now):
+        raise OverflowError("the words of a secret")
+
+program.ADAPTERS["webhook"] = Broken()
+sys.exit(program.main())
+"""
+
+
+def broken(repo: Repo, tmp_path: Path) -> Repo:
+    """The repo, with a program whose webhook adapter fails at every answer."""
+    script = tmp_path / "broken.py"
+    script.write_text(BROKEN_ADAPTER)
+    env = {**repo.env, "PYTHONPATH": str(MODULE_FILE.parent)}
+    return replace(repo, command=[sys.executable, str(script)], env=env)
+
+
+def test_an_adapter_that_fails_at_an_answer_of_200_costs_nothing(
+    repo: Repo, server: SinkServer, tmp_path: Path
+) -> None:
+    repo.append(health_critical())
+    run = broken(repo, tmp_path).dispatch()
+    assert (run.exit_code, run.json["status"], run.json["waitingCount"]) == (0, "success", 0)
+    hook = [row for row in repo.attempts() if row["sinkId"] == HOOK]
+    assert [(row["outcome"], row["faultCode"]) for row in hook] == [("delivered", "adapter_fault")]
+    assert "words of a secret" not in repo.attempts_file.read_text()
+    assert repo.dispatch().json["processedCount"] == 0
+    assert len(server.received(PATHS[HOOK])) == 1
+
+
+def test_an_adapter_that_fails_at_other_answers_costs_one_delivery_and_no_other_sink(
+    repo: Repo, server: SinkServer, tmp_path: Path
+) -> None:
+    server.answer(PATHS[HOOK], error(503))
+    repo.append(health_critical())
+    failing = broken(repo, tmp_path)
+    for _ in range(program.SAME_RECORD_ATTEMPTS):
+        assert failing.dispatch("--now").exit_code == 0
+    hook = [row for row in repo.attempts() if row["sinkId"] == HOOK]
+    assert [row["outcome"] for row in hook] == ["retry"] * (program.SAME_RECORD_ATTEMPTS - 1) + [
+        "dead_letter"
+    ]
+    assert {row["faultCode"] for row in hook} == {"adapter_fault"}
+    assert {row["outcome"] for row in repo.attempts() if row["sinkId"] != HOOK} == {"delivered"}
+    assert "OverflowError in judge, line " in repo.run("status", *repo.target, "--format", "text").stdout
