@@ -1462,3 +1462,16 @@ def test_a_link_into_a_folder_that_may_not_be_listed_stops_no_alert(
         real.parent.chmod(0o755)
     every_sink_got(server, "one", "two")
     assert "source_replaced" in {row.get("reasonCode") for row in repo.telemetry()}
+
+
+def test_a_hole_before_a_record_costs_nothing_however_large(repo: Repo, server: SinkServer) -> None:
+    """As copytruncate leaves it under a writer that goes on where it was."""
+    repo.append(record("one"))
+    repo.dispatch()
+    with repo.source.open("r+b") as source:
+        source.truncate(0)
+        source.seek(40 << 20)
+        source.write(line(record("two")).encode())
+    repo.dispatch()
+    every_sink_got(server, "one", "two")
+    assert "blank_line" not in repo.telemetry_file.read_text()
