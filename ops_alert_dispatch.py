@@ -8299,9 +8299,6 @@ def has_failed(summary: JsonObject) -> bool:
     return any(sink["waitingCount"] and sink["consecutiveFailures"] for sink in summary["sinks"].values())
 
 
-NO_LOOPS = "No loop of this repo has escalations."
-
-
 def find_loops(repo: str) -> tuple[list[str], dict[str, StorageError]]:
     """The loops of a repo: folders that have escalations or a dispatcher's state; and those with
     escalations that cannot be served, with the reason.
@@ -9824,7 +9821,7 @@ def status(
         statuses.sort(key=lambda known: HEALTH_ORDER.index(known["health"]), reverse=True)
         click.echo("\n\n".join(map(status_text, statuses)))
     else:
-        click.echo(NO_LOOPS)
+        click.echo(f"No loop of {printable(repo)} has escalations. --repo names another folder.")
     for name, problem in errors.items():
         click.echo(f"error: loop {name}: {problem}", err=True)
     # The metrics of the other loops are to reach their collector; of these they say that nothing is known.
