@@ -4743,19 +4743,13 @@ class Queue:
         """
         queue = cls(path)
         make_folder(os.path.dirname(path))
-        try:
+        with queue._closed_if_it_fails("open"):
             queue._lock_file = open_own(f"{path}.lock", os.O_RDWR)
             with queue._locked():
                 # SQLite follows links, and makes files that others can read. Closed before SQLite opens it:
                 # closing any descriptor of a file drops SQLite's locks on it.
                 os.close(open_own(path, os.O_RDWR))
                 queue._connect(f"file:{quote_path(path)}")
-        except OSError as error:
-            queue.close()
-            raise storage_error("open", path, error) from None
-        except BaseException:
-            queue.close()
-            raise
         return queue
 
     @classmethod
@@ -4769,7 +4763,7 @@ class Queue:
 
         queue = cls(path)
         queue._read_only = True
-        try:
+        with queue._closed_if_it_fails("read"):
             if not os.path.exists(path) or not os.path.getsize(path):
                 return None
             with contextlib.suppress(FileNotFoundError):
@@ -4782,13 +4776,18 @@ class Queue:
                     f"file:{quote_path(path)}?{mode}", uri=True, isolation_level=None, check_same_thread=False
                 )
                 queue._check_version()
-        except OSError as error:
-            queue.close()
-            raise storage_error("read", path, error) from None
-        except BaseException:
-            queue.close()
-            raise
         return queue
+
+    @contextlib.contextmanager
+    def _closed_if_it_fails(self, verb: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.close()
+            raise storage_error(verb, self.path, error) from None
+        except BaseException:
+            self.close()
+            raise
 
     def _connect(self, uri: str) -> None:
         import sqlite3
@@ -5733,6 +5732,8 @@ PARSED_BYTES = 4 << 10
 # So many deliveries are fetched at a time, and sent within so many seconds: what is worse waits no longer.
 AHEAD_COUNT = 20
 AHEAD_SECONDS = 0.1
+# Of the telemetry files this much of the end is read: for rows that a kill left, and to count failures.
+RECENT_BYTES = 1 << 20
 # How often rows are moved from the outbox into the files while senders work.
 ROW_INTERVAL = 0.25
 # So many rows are made and written at a time.
@@ -6237,7 +6238,6 @@ class Loop:
         """Bring what waits for a cluster in line with its peers, which are in the environment."""
         moved = False
         for sink_id, peers in self.work.peers.items():
-            self.queue.retire_peers(sink_id, peers)
             if not any(peers):
                 continue
             waiting = self.queue.execute(
@@ -7310,6 +7310,9 @@ class Pass:
         """Take loops that have begun to their ends, side by side. Returns what came of each, by its id."""
         self.loops = {loop.id: loop for loop in loops}
         self.active = set(self.loops)
+        with self.queue.transaction():
+            for sink_id, peers in self.peers.items():
+                self.queue.retire_peers(sink_id, peers)
         outcomes: dict[str, Result] = {}
         ingest_until = self.clock.left * (1 - INGEST_SHARE)
         try:
@@ -8934,8 +8937,6 @@ def resolution_text(resolution: Resolution) -> str:
 # Reads the queue, the summary, the source and the ends of the telemetry files. Never writes: no file or
 # folder is made, no alert is sent.
 
-# Failure reasons are counted over this much of the end of the telemetry.
-RECENT_BYTES = 1 << 20
 # An unfinished line whose writer has been silent for so many seconds is reported.
 WRITER_GRACE = 60.0
 Health = Literal["ok", "warning", "critical", "disabled", "unknown"]
@@ -10168,11 +10169,15 @@ def find_one(
         unknown = f"no escalation of {where} has an id that begins with {printable(prefix)!r}: see `log`"
         raise click.BadParameter(unknown, param_hint="ID")
     if len(found) > 1:
-        listed = ", ".join(sorted(found)[:LISTED])
-        raise click.BadParameter(
-            f"{printable(prefix)!r} is ambiguous, give more of one of: {listed}", param_hint="ID"
-        )
+        raise ambiguous(prefix, found, "ID")
     return next(iter(found.values()))
+
+
+def ambiguous(prefix: str, found: Iterable[str], hint: str) -> click.BadParameter:
+    """That several ids begin like this. `hint`: the argument or option that gave it."""
+    listed = ", ".join(sorted(found)[:LISTED])
+    said = f"{printable(prefix)!r} is ambiguous, give more of one of: {listed}"
+    return click.BadParameter(said, param_hint=hint)
 
 
 def read_attempts(job: Job, escalation: str) -> list[JsonObject]:
@@ -10674,9 +10679,7 @@ def whole_id(job: Job, prefix: str) -> str:
         )
         found = {stored.escalation_id for _, stored, _ in items}
     if len(found) > 1 and prefix not in found:
-        listed = ", ".join(sorted(found)[:LISTED])
-        said = f"{printable(prefix)!r} is ambiguous, give more of one of: {listed}"
-        raise click.BadParameter(said, param_hint="--id")
+        raise ambiguous(prefix, found, "--id")
     return found.pop() if len(found) == 1 else prefix
 
 
