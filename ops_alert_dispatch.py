@@ -66,8 +66,9 @@ SCHEMA_VERSION = "v1"
 JsonObject = dict[str, Any]
 
 # ---------------------------------------------------------------------------------------------------------
-# Errors, time, JSON
+# Errors, time, JSON, words
 # ---------------------------------------------------------------------------------------------------------
+# What every section may use: the errors that end a command, and how times, JSON and text are read and shown.
 
 EXIT_CHECK_FAILED = 1
 EXIT_USAGE = 2
@@ -337,11 +338,6 @@ def cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def beside(path: str, name: str) -> str:
-    """The path of another file in the folder of a file."""
-    return os.path.join(os.path.dirname(path), name)
-
-
 def stat_of(path: str) -> os.stat_result | None:
     """What the file system says of a file; None where there is none. Raises OSError."""
     try:
@@ -357,6 +353,30 @@ def shell_line(*words: str) -> str:
     return printable(shlex.join(words))
 
 
+def as_text(value: object) -> str | None:
+    """Normalise a field to text; None where there is nothing in it."""
+    if value is None:
+        return None
+    text = value if isinstance(value, str) else encode_json(value).decode()
+    return text.strip() or None
+
+
+# A value of a record is shown to people with at most this many characters, so that a long one leaves room for
+# the others; then a line with all its values.
+SHOWN_CHARACTERS = 200
+SHOWN_LINE = 500
+
+
+def shown(value: object, limit: int = SHOWN_CHARACTERS) -> str:
+    """A field as a person is shown it: one line of at most `limit` characters, empty if it says nothing."""
+    return cut(printable(as_text(value) or "").strip(), limit)
+
+
+def shown_list(values: object) -> list[str]:
+    """The items of a list, each as it is shown; of anything else none."""
+    return [text for value in values if (text := shown(value))] if isinstance(values, list) else []
+
+
 def how_long(moment: str | None, now: float) -> str | None:
     """A time as people at a terminal say it: `40 s ago`, `in 3 min`. What is no time is shown as it is."""
     at = parse_time(moment)
@@ -367,6 +387,31 @@ def how_long(moment: str | None, now: float) -> str | None:
     return f"in {duration_words(at - now)}" if at > now else f"{duration_words(now - at)} ago"
 
 
+def when_due(moment: str | None, now: float) -> str | None:
+    """When something will happen, as people say it: `in 3 min`; `due now` if that time has come."""
+    at = parse_time(moment)
+    return "due now" if at is not None and at < now + 1 else how_long(moment, now)
+
+
+def duration_words(seconds: float) -> str:
+    """Some time as people say it: `40 s`, `3 min`, `5 h`, `2 days`."""
+    units = ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"))
+    length, unit = next((pair for pair in units if seconds >= 2 * pair[0]), (1, "s"))
+    return f"{seconds // length:.0f} {unit}"
+
+
+def say_times(text: str, now: float) -> str:
+    """A text with its times as people say them; commands stay as they are."""
+
+    def say(found: re.Match[str]) -> str:
+        if found["time"] is None:
+            return found[0]
+        due = found["next"]
+        return f"{due or ''}{(when_due if due else how_long)(found['time'], now)}"
+
+    return re.sub(r"`[^`]*`|(?P<next>next attempt )?(?P<time>\b\d{4}-\d\d-\d\dT[\d:.]+Z)", say, text)
+
+
 def plural(count: int, noun: str) -> str:
     """`3 escalations`, `1 escalation`, `2 deliveries`."""
     if count == 1:
@@ -375,8 +420,266 @@ def plural(count: int, noun: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Secrets
+# Files: append, replace, lock
 # ---------------------------------------------------------------------------------------------------------
+# Knows how the program makes, replaces, extends and locks files of its own. Never follows a symbolic link
+# there, and never leaves half a row.
+
+
+def beside(path: str, name: str) -> str:
+    """The path of another file in the folder of a file."""
+    return os.path.join(os.path.dirname(path), name)
+
+
+# What must fit on the disk before anything is sent.
+RESERVE_BYTES = 256 << 10
+LOCK_WAIT_SECONDS = 1.0
+
+
+def make_folder(path: str) -> None:
+    """Make a folder for this user alone; one that is there keeps its mode."""
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(path)
+    if parent != path:  # not `os.makedirs`, which gives what lies between the usual mode
+        make_folder(parent)
+    try:
+        os.mkdir(path, 0o700)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        give_to_owner_of(parent, descriptor)
+        os.close(descriptor)
+    except OSError as error:
+        if not os.path.isdir(path):  # else another pass was quicker
+            raise storage_error("make the folder", path, error) from None
+
+
+def give_to_owner_of(other: str, descriptor: int) -> None:
+    """Let a file that root has made belong to whoever has the other one, its folder say: a pass that root
+    runs by hand must not lock out those of the user who runs it otherwise."""
+    if os.geteuid() == 0:
+        owner = os.stat(other)
+        if (owner.st_uid, owner.st_gid) != (0, 0):
+            with contextlib.suppress(OSError):  # there are file systems on which nobody may
+                os.fchown(descriptor, owner.st_uid, owner.st_gid)
+
+
+def open_own(path: str, flags: int) -> int:
+    """Open a file of the program's own in a folder that is there. One that is new is for the folder's owner
+    alone; a symbolic link is not followed. Raises OSError."""
+    flags |= os.O_CLOEXEC | os.O_NOFOLLOW
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(path, flags)
+        with contextlib.suppress(FileExistsError):  # another pass was quicker
+            descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            give_to_owner_of(os.path.dirname(path), descriptor)
+            return descriptor
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write every byte at the descriptor's place. What an error cuts short is taken back, where it is at the
+    end of a file. Raises OSError."""
+    view = memoryview(data)
+    try:
+        while view:
+            view = view[os.write(descriptor, view) :]
+    except OSError:
+        if len(view) < len(data):
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, os.fstat(descriptor).st_size - len(data) + len(view))
+        raise
+
+
+def append_rows(path: str, rows: bytes) -> None:
+    """Append whole lines to a file with one write, and close a line that a crash or a full disk has torn.
+    They are on the disk when this returns: some file systems say only then that there is no room.
+
+    Raises StorageError.
+    """
+    make_folder(os.path.dirname(path))
+    try:
+        descriptor = open_own(path, os.O_RDWR | os.O_APPEND)
+        try:
+            size = os.fstat(descriptor).st_size
+            torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
+            write_all(descriptor, b"\n" + rows if torn else rows)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise storage_error("append to", path, error) from None
+
+
+def check_appendable(path: str) -> None:
+    """Find out, before anything is sent, whether rows can be appended to a file. Raises StorageError."""
+    try:
+        os.close(open_own(path, os.O_RDWR | os.O_APPEND))
+    except OSError as error:
+        raise storage_error("append to", path, error) from None
+
+
+def last_bytes(path: str, size: int) -> bytes:
+    """The last `size` bytes of a file, or all of a shorter one; nothing if it is not there.
+
+    Raises StorageError.
+    """
+    try:
+        with open(path, "rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - size))
+            return file.read()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise storage_error("read", path, error) from None
+
+
+def replace_file(path: str, data: bytes, *, durable: bool) -> None:
+    """Replace a file in one step: a reader sees the old content or the new one. Mode and owner are kept. The
+    folder is there.
+
+    `durable`: flush to disk before and after the rename. Raises StorageError.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        mode, owned_like = 0o600, os.path.dirname(path)
+        with contextlib.suppress(FileNotFoundError):
+            mode, owned_like = os.lstat(path).st_mode, path
+        if stat.S_ISLNK(mode):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            descriptor = os.open(temporary, flags, 0o600)
+        except FileExistsError:  # left by a pass that was killed
+            os.unlink(temporary)
+            descriptor = os.open(temporary, flags, 0o600)
+        try:
+            give_to_owner_of(owned_like, descriptor)
+            if mode & 0o777 != 0o600:
+                os.fchmod(descriptor, mode & 0o777)
+            write_all(descriptor, data)
+            if durable:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+        if durable:
+            folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise storage_error("write", str(error.filename or path), error) from None
+
+
+def check_room(folder: str, *files: str) -> None:
+    """Find out before anything is sent whether what happens to it can be written down.
+
+    Takes RESERVE_BYTES of the disk for a moment (free space, quota, a read-only mount), and looks at the file
+    size limit. Raises StorageError.
+    """
+    import resource
+
+    make_folder(folder)
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = RESERVE_BYTES if limit == resource.RLIM_INFINITY else max(1, min(RESERVE_BYTES, limit))
+    probe = os.path.join(folder, f".{PROGRAM}.reserve")
+    try:
+        for file in files:
+            if limit == resource.RLIM_INFINITY:
+                break
+            if (found := stat_of(file)) and found.st_size + room > limit:
+                raise storage_error("append to", file, OSError(errno.EFBIG, os.strerror(errno.EFBIG)))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(probe)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(probe, flags, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, room)
+        finally:
+            os.close(descriptor)
+            os.unlink(probe)
+    except OSError as error:
+        raise storage_error(f"reserve {RESERVE_BYTES >> 10} KiB in", folder, error) from None
+
+
+@contextlib.contextmanager
+def loop_lock(path: str, wait: float = LOCK_WAIT_SECONDS) -> Iterator[bool]:
+    """Hold a loop's lock; yields whether it was to be had within `wait` seconds.
+
+    The kernel drops the lock with its process, so it is never left behind. Raises StorageError.
+    """
+    make_folder(os.path.dirname(path))
+    deadline = time.monotonic() + wait
+    try:
+        descriptor = open_own(path, os.O_RDWR)
+    except OSError as error:
+        raise storage_error("lock", path, error) from None
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    yield False
+                    return
+                time.sleep(0.05)
+            except OSError as error:
+                raise storage_error("lock", path, error) from None
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+def iterate_rows(path: str) -> Iterator[JsonObject]:
+    """The JSON objects of a file of rows; torn lines are skipped. Raises StorageError."""
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                with contextlib.suppress(ValueError, RecursionError):
+                    row = json.loads(line)
+                    if isinstance(row, dict):
+                        yield row
+    except OSError as error:
+        raise storage_error("read", path, error) from None
+
+
+def rows_backwards(path: str, containing: bytes = b"") -> Iterator[JsonObject]:
+    """The JSON objects of a file of rows whose lines contain something, the last one first; none if the file
+    is not there. Raises StorageError."""
+    try:
+        with open(path, "rb") as file:
+            end, rest = file.seek(0, os.SEEK_END), b""
+            while end:
+                start = max(0, end - BLOCK_BYTES)
+                file.seek(start)
+                rest, *lines = (file.read(end - start) + rest).split(b"\n")
+                if not start:
+                    lines.insert(0, rest)
+                for line in reversed(lines):
+                    with contextlib.suppress(ValueError, RecursionError):
+                        row = json.loads(line) if containing in line else None
+                        if isinstance(row, dict):
+                            yield row
+                end = start
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise storage_error("read", path, error) from None
+
+
+# So much of a file of rows is read at once from its end.
+BLOCK_BYTES = 1 << 20
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Secrets: what is masked in text that comes from outside
+# ---------------------------------------------------------------------------------------------------------
+# Knows spellings of secrets, not where they are set. Masks answers and exceptions; never changes a record.
 
 MASK = "[secret]"
 # A run of this many characters of a secret is masked: no answer holds one by chance, and what a shorter one
@@ -548,8 +851,10 @@ def decode_layer(text: str, places: list[tuple[int, int]]) -> tuple[str, list[tu
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Config
+# Config: what the operator wrote, checked
 # ---------------------------------------------------------------------------------------------------------
+# Reads the config and the secrets of its sinks, and says what is wrong, where, and what to do. Fails closed:
+# never gives back half a config. Knows no sink type but through the schema and what adapters say of keys.
 
 SCHEMA_FILE = os.path.join(os.path.dirname(os.path.realpath(__file__)), "alert-sinks.schema.json")
 DEFAULT_CONFIG = "config/ops-manager-alert-sinks.v1.json"
@@ -1736,8 +2041,6 @@ class Source:
         file = self._current
         return self.cursor.line if file is None or file.identity == self.cursor.identity else 0
 
-    # -- reading
-
     def _read(self) -> Iterator[Chunk]:
         begun_at = self.cursor.number
         for file in self._files:
@@ -1811,8 +2114,6 @@ class Source:
                 if place != self.cursor:
                     yield Chunk([], place)
                 return
-
-    # -- finding the files
 
     def _find(self) -> None:
         """Find what is to be read. Raises StorageError."""
@@ -2066,8 +2367,9 @@ def neighbours(*paths: str) -> dict[str, tuple[int, str] | None]:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Escalation: what a line says
+# Escalation and route: what a line says, and where it goes
 # ---------------------------------------------------------------------------------------------------------
+# Knows records and routes, neither files nor the queue. A record is kept as it was written.
 
 # What is kept of a line that is no escalation.
 RAW_LINE_CHARACTERS = 10_000
@@ -2131,14 +2433,6 @@ def escalation_id(loop_id: str, line: bytes) -> str:
     from hashlib import sha256
 
     return "esc_" + sha256(loop_id.encode("utf-8", "surrogateescape") + b"\0" + line).hexdigest()[:32]
-
-
-def as_text(value: object) -> str | None:
-    """Normalise a field to text; None where there is nothing in it."""
-    if value is None:
-        return None
-    text = value if isinstance(value, str) else encode_json(value).decode()
-    return text.strip() or None
 
 
 def parse_line(line: bytes, size: int, loop_id: str) -> list[Escalation | Unusable]:
@@ -2268,22 +2562,6 @@ def encode_with_record(head: JsonObject, escalation: Escalation) -> bytes:
     return encode_json(head)[:-1] + (b"," if head else b"") + b'"escalation":' + record + b"}"
 
 
-# A value of a record is shown to people with at most this many characters, so that a long one leaves room for
-# the others; then a line with all its values.
-SHOWN_CHARACTERS = 200
-SHOWN_LINE = 500
-
-
-def shown(value: object, limit: int = SHOWN_CHARACTERS) -> str:
-    """A field as a person is shown it: one line of at most `limit` characters, empty if it says nothing."""
-    return cut(printable(as_text(value) or "").strip(), limit)
-
-
-def shown_list(values: object) -> list[str]:
-    """The items of a list, each as it is shown; of anything else none."""
-    return [text for value in values if (text := shown(value))] if isinstance(values, list) else []
-
-
 def reason_codes(escalation: Escalation) -> list[str]:
     """The reason codes of a record as they are shown, whichever of the host's writers made it."""
     body = escalation.body
@@ -2380,11 +2658,6 @@ def explain_reason(reason: object) -> str:
 REASON_KEYS = ("code", "metric", "observed", "threshold", "severity")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Routing: where an escalation goes
-# ---------------------------------------------------------------------------------------------------------
-
-
 class Resolution(NamedTuple):
     """Where a record of one category and severity goes, and why."""
 
@@ -2476,12 +2749,9 @@ def at_least(severity: str, minimum: str) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Adapters: an escalation in, a request out; an answer in, a verdict out. Pure, no I/O
+# Codes: what a fault or a reason means, and what to do about it
 # ---------------------------------------------------------------------------------------------------------
-
-MESSAGE_CHARACTERS = 300
-# RFC 9110, "Retry-After": a delay in seconds, or a date. Nobody is believed for longer than this.
-RETRY_AFTER_MAX = 3600.0
+# The one table from which `status`, `test` and `explain` take their words. Nothing parses them.
 
 Outcome = Literal["delivered", "retry", "misconfigured", "dead_letter", "skipped"]
 
@@ -2797,6 +3067,1327 @@ def words_of(text: str, names: Mapping[str, str] | None = None) -> str:
     return text.format_map({**GENERAL_WORDS, **(names or {})})
 
 
+def why_it_failed(failure: Mapping[str, Any]) -> str:
+    """The reason code of a failure, the HTTP status and what was answered, as far as they are known."""
+    status, message = failure.get("httpStatus"), failure.get("message")
+    answer = f" {status}" if status is not None else ""
+    return f"{failure.get('reasonCode') or 'failed'}{answer}" + (f": {message}" if message else "")
+
+
+class Verdict(NamedTuple):
+    """What an answer, or the lack of one, means.
+
+    `retry`: the sink is not well. `misconfigured`: it will not get better by itself. `dead_letter`: this
+    record is not acceptable to this sink. `not_taken`: the sink surely did not act on the request, so that
+    trying again at once cannot repeat anything. `fault`: why it failed; None if it did not.
+    `clock_offset`: by how many seconds the sink's clock is ahead of ours (behind, if negative), to a second;
+    None if it did not say.
+    """
+
+    outcome: Outcome
+    reason_code: str | None = None
+    http_status: int | None = None
+    message: str | None = None
+    retry_after: float | None = None
+    not_taken: bool = False
+    fault: FaultCode | None = None
+    clock_offset: float | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Queue: the SQLite database in which escalations wait
+# ---------------------------------------------------------------------------------------------------------
+# Knows tables and transactions, not HTTP and not what a failure means. One queue serves all loops of a repo,
+# and several passes at once. Everything that the program must not forget is here; every file that it writes
+# besides is output.
+
+QUEUE_VERSION = 1
+# After this many attempts it may be the record that the sink cannot take: others go first.
+SAME_RECORD_ATTEMPTS = 5
+STATUS_OF_OUTCOME = {"delivered": "delivered", "dead_letter": "dead", "skipped": "skipped"}
+# A loss is reported for so many seconds: until whoever is on duty has seen it.
+LOSS_SHOWN = 86400.0
+# A settled escalation is kept for so many seconds, and so many of them at most, to be redelivered.
+RETENTION_SECONDS = 7 * 86400.0
+RETENTION_COUNT = 100_000
+# Longer than any transaction that is not stuck.
+QUEUE_WAIT_SECONDS = 30.0
+# The write-ahead log is copied into the database when it is larger than this.
+WAL_BYTES = 16 << 20
+
+QUEUE_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
+
+-- A loop, how far its source was read (a Cursor as JSON), and the routes under which its deliveries wait.
+CREATE TABLE loops (
+    id INTEGER PRIMARY KEY,
+    loop_id TEXT NOT NULL UNIQUE,
+    cursor TEXT NOT NULL,
+    rules TEXT
+);
+
+-- A record of the source, verbatim. segment, offset, end and line say where it stood. severity is its own.
+-- reported: its row is in the telemetry. settled_at: when the last of its deliveries ended. unusable: the row
+-- of a line that is no escalation; it is kept only until that is written, in its turn.
+CREATE TABLE escalations (
+    id INTEGER PRIMARY KEY,
+    loop INTEGER NOT NULL,
+    escalation_id TEXT NOT NULL,
+    segment TEXT NOT NULL,
+    offset INTEGER NOT NULL,
+    end INTEGER NOT NULL,
+    line INTEGER NOT NULL,
+    category TEXT NOT NULL,
+    severity TEXT,
+    written_at TEXT,
+    ingested_at REAL NOT NULL,
+    reported INTEGER NOT NULL DEFAULT 0,
+    settled_at REAL,
+    raw_line TEXT,
+    record BLOB NOT NULL,
+    unusable BLOB
+);
+CREATE INDEX unreported ON escalations (loop, id) WHERE reported = 0;
+CREATE INDEX settled ON escalations (settled_at) WHERE settled_at IS NOT NULL;
+
+-- One escalation to one sink, or to one peer of a cluster. severity is an index into SEVERITIES. lead: this
+-- row speaks for the sink; of a cluster's rows exactly one does. in_flight: chosen for a request; if it
+-- still is when a pass begins, that pass was killed, perhaps after the sink had taken it. alone: it goes
+-- out in a request without others. by_operator: an operator asked for it.
+CREATE TABLE deliveries (
+    escalation INTEGER NOT NULL,
+    sink TEXT NOT NULL,
+    peer TEXT NOT NULL,
+    loop INTEGER NOT NULL,
+    severity INTEGER NOT NULL,
+    status TEXT NOT NULL,
+    lead INTEGER NOT NULL,
+    waiting_since REAL NOT NULL,
+    not_before REAL NOT NULL DEFAULT 0,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    first_failed_at REAL,
+    in_flight INTEGER NOT NULL DEFAULT 0,
+    alone INTEGER NOT NULL DEFAULT 0,
+    by_operator INTEGER NOT NULL DEFAULT 0,
+    reason_code TEXT,
+    fault TEXT,
+    http_status INTEGER,
+    message TEXT,
+    PRIMARY KEY (escalation, sink, peer)
+) WITHOUT ROWID;
+CREATE INDEX waiting ON deliveries (sink, peer, severity DESC, loop, escalation, not_before)
+    WHERE status = 'waiting';
+CREATE INDEX dead ON deliveries (loop, escalation) WHERE status = 'dead';
+
+-- What is known of a destination, from the passes of all loops. digest names what the sink points at, setup
+-- all its settings and secrets, last_loop the loop that was served last. Times are seconds since the epoch.
+CREATE TABLE destinations (
+    id INTEGER PRIMARY KEY,
+    sink TEXT NOT NULL,
+    peer TEXT NOT NULL,
+    digest TEXT NOT NULL,
+    setup TEXT NOT NULL,
+    used_at REAL NOT NULL,
+    paced_until REAL NOT NULL DEFAULT 0,
+    next_attempt_at REAL NOT NULL DEFAULT 0,
+    consecutive_failures INTEGER NOT NULL DEFAULT 0,
+    backoff_step INTEGER NOT NULL DEFAULT 0,
+    failing_since REAL,
+    last_success_at REAL,
+    last_failure_at REAL,
+    reason_code TEXT,
+    fault TEXT,
+    http_status INTEGER,
+    message TEXT,
+    clock_offset REAL,
+    last_loop INTEGER NOT NULL DEFAULT -1,
+    UNIQUE (sink, peer, digest)
+);
+
+-- What a sink was sent last of a subject: when that record was written, and the repeats held back since.
+CREATE TABLE last_sent (
+    loop INTEGER NOT NULL,
+    sink TEXT NOT NULL,
+    peer TEXT NOT NULL,
+    subject TEXT NOT NULL,
+    written_at TEXT NOT NULL,
+    repeats INTEGER NOT NULL DEFAULT 0,
+    since TEXT,
+    PRIMARY KEY (loop, sink, peer, subject)
+) WITHOUT ROWID;
+
+-- Counts of a loop's deliveries to a sink. waiting and dead are how many there are, the others add up for
+-- ever. Triggers keep them.
+CREATE TABLE tallies (
+    loop INTEGER NOT NULL,
+    sink TEXT NOT NULL,
+    waiting INTEGER NOT NULL DEFAULT 0,
+    dead INTEGER NOT NULL DEFAULT 0,
+    delivered INTEGER NOT NULL DEFAULT 0,
+    given_up INTEGER NOT NULL DEFAULT 0,
+    skipped INTEGER NOT NULL DEFAULT 0,
+    failed_attempts INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (loop, sink)
+) WITHOUT ROWID;
+CREATE TRIGGER delivery_added AFTER INSERT ON deliveries WHEN NEW.lead BEGIN
+    INSERT INTO tallies (loop, sink, waiting) VALUES (NEW.loop, NEW.sink, NEW.status = 'waiting')
+    ON CONFLICT DO UPDATE SET waiting = waiting + excluded.waiting;
+END;
+CREATE TRIGGER delivery_changed AFTER UPDATE OF status, lead ON deliveries BEGIN
+    UPDATE tallies SET
+        waiting = waiting + (NEW.lead AND NEW.status = 'waiting') - (OLD.lead AND OLD.status = 'waiting'),
+        dead = dead + (NEW.lead AND NEW.status = 'dead') - (OLD.lead AND OLD.status = 'dead'),
+        delivered = delivered + (NEW.lead AND NEW.status = 'delivered' AND OLD.status <> 'delivered'),
+        given_up = given_up + (NEW.lead AND NEW.status = 'dead' AND OLD.status <> 'dead'),
+        skipped = skipped + (NEW.lead AND NEW.status = 'skipped' AND OLD.status <> 'skipped')
+    WHERE loop = NEW.loop AND sink = NEW.sink;
+END;
+CREATE TRIGGER delivery_removed AFTER DELETE ON deliveries WHEN OLD.lead AND OLD.status IN ('waiting', 'dead')
+BEGIN
+    UPDATE tallies SET waiting = waiting - (OLD.status = 'waiting'), dead = dead - (OLD.status = 'dead')
+    WHERE loop = OLD.loop AND sink = OLD.sink;
+END;
+
+-- Attempts by the hour, for the last day.
+CREATE TABLE hours (
+    loop INTEGER NOT NULL,
+    sink TEXT NOT NULL,
+    hour INTEGER NOT NULL,
+    delivered INTEGER NOT NULL DEFAULT 0,
+    failed INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (loop, sink, hour)
+) WITHOUT ROWID;
+
+-- What did not reach a sink and never will by itself: status reports it for a day, or until it is
+-- acknowledged.
+CREATE TABLE losses (
+    loop INTEGER NOT NULL,
+    reason_code TEXT NOT NULL,
+    count INTEGER NOT NULL,
+    last_at REAL NOT NULL,
+    acknowledged_at REAL,
+    PRIMARY KEY (loop, reason_code)
+) WITHOUT ROWID;
+
+-- Rows on their way into the telemetry files: deleted once they are there.
+CREATE TABLE outbox (
+    id INTEGER PRIMARY KEY,
+    loop INTEGER NOT NULL,
+    file TEXT NOT NULL,
+    row BLOB NOT NULL
+);
+"""
+
+
+class DamagedQueueError(StorageError):
+    """The database is damaged, or not a database."""
+
+
+class Destination(NamedTuple):
+    """What is known of a destination: a row of the table of that name."""
+
+    id: int
+    digest: str
+    paced_until: float
+    next_attempt_at: float
+    consecutive_failures: int
+    backoff_step: int
+    failing_since: float | None
+    last_success_at: float | None
+    last_failure_at: float | None
+    reason_code: str | None
+    fault: str | None
+    http_status: int | None
+    message: str | None
+    clock_offset: float | None
+    last_loop: int
+
+
+class Queued(NamedTuple):
+    """A delivery, with the record that it delivers."""
+
+    escalation: int
+    sink: str
+    peer: str
+    loop: int
+    severity: int
+    status: str
+    lead: bool
+    waiting_since: float
+    attempts: int
+    first_failed_at: float | None
+    in_flight: bool
+    alone: bool
+    by_operator: bool
+    reason_code: str | None
+    http_status: int | None
+    message: str | None
+    fault: str | None
+    stored: "Stored"
+
+
+class Stored(NamedTuple):
+    """An escalation as the queue keeps it: see the table."""
+
+    id: int
+    loop: int
+    escalation_id: str
+    segment: str
+    offset: int
+    end: int
+    line: int
+    category: str
+    severity: str | None
+    written_at: str | None
+    ingested_at: float
+    reported: bool
+    settled_at: float | None
+    raw_line: str | None
+    record: bytes
+    unusable: bytes | None = None
+
+    @property
+    def position(self) -> JsonObject:
+        """Where the record stood, as rows give it: `line` counts from 1, `offset` to `end` are its bytes."""
+        return {"segment": self.segment, "offset": self.offset, "end": self.end, "line": self.line}
+
+
+class Named(NamedTuple):
+    """A delivery that an operator may name, without its record; `line` counts from 1. Without `sink` and
+    `status`: an escalation that goes to no sink."""
+
+    escalation: int
+    escalation_id: str
+    segment: str
+    offset: int
+    line: int
+    category: str
+    severity: str | None
+    written_at: str | None
+    sink: str | None = None
+    status: str | None = None
+
+
+NAMED_COLUMNS = "e.id, e.escalation_id, e.segment, e.offset, e.line, e.category, e.severity, e.written_at"
+STORED_COLUMNS = ", ".join(f"e.{name}" for name in Stored._fields)
+DELIVERY_COLUMNS = ", ".join(f"d.{name}" for name in Queued._fields[:-1])
+DESTINATION_COLUMNS = ", ".join(Destination._fields)
+
+
+def queued(row: Sequence[Any]) -> Queued:
+    """A delivery from a row of DELIVERY_COLUMNS and STORED_COLUMNS."""
+    count = len(Queued._fields) - 1
+    return Queued._make([*row[:count], Stored(*row[count:])])
+
+
+class Queue:
+    """A connection to the queue.
+
+    Threads of this process take turns by `changed`, processes by a lock file: a transaction is never met by
+    another one, and a checkpoint never by a write (SQLite before 3.51.3 can damage a database there).
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.changed = threading.Condition()
+        self._lock_file = -1
+        self._db: Any = None
+        # How many transactions stand in each other.
+        self.depth = 0
+        self._read_only = False
+
+    @classmethod
+    def open(cls, path: str) -> Self:
+        """Open the queue to write to it; a new one is for this user alone.
+
+        Raises StateError for one of a newer version, DamagedQueueError, StorageError.
+        """
+        queue = cls(path)
+        make_folder(os.path.dirname(path))
+        with queue._closed_if_it_fails("open"):
+            queue._lock_file = open_own(f"{path}.lock", os.O_RDWR)
+            with queue._locked():
+                # SQLite follows links, and makes files that others can read. Closed before SQLite opens it:
+                # closing any descriptor of a file drops SQLite's locks on it.
+                os.close(open_own(path, os.O_RDWR))
+                queue._connect(f"file:{quote_path(path)}")
+        return queue
+
+    @classmethod
+    def open_to_read(cls, path: str) -> Self | None:
+        """Open the queue for queries, so that nothing on disk changes; None if there is none. No pass writes
+        until it is closed.
+
+        Raises StateError, DamagedQueueError, StorageError.
+        """
+        import sqlite3
+
+        queue = cls(path)
+        queue._read_only = True
+        with queue._closed_if_it_fails("read"):
+            if not os.path.exists(path) or not os.path.getsize(path):
+                return None
+            with contextlib.suppress(FileNotFoundError):
+                queue._lock_file = os.open(f"{path}.lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                queue._take(fcntl.LOCK_SH)
+            # A log that a kill has left must be read; without one, SQLite would make files to share.
+            mode = "mode=ro" if has_log(path) else "immutable=1"
+            with queue.errors():
+                queue._db = sqlite3.connect(
+                    f"file:{quote_path(path)}?{mode}", uri=True, isolation_level=None, check_same_thread=False
+                )
+                queue._check_version()
+        return queue
+
+    @contextlib.contextmanager
+    def _closed_if_it_fails(self, verb: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.close()
+            raise storage_error(verb, self.path, error) from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self, uri: str) -> None:
+        import sqlite3
+
+        with self.errors():
+            self._db = sqlite3.connect(
+                uri, uri=True, isolation_level=None, check_same_thread=False, timeout=QUEUE_WAIT_SECONDS
+            )
+            version = self._check_version()
+            if not version:
+                self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            [mode] = self._db.execute("PRAGMA journal_mode = WAL").fetchone()
+            if mode == "wal":
+                # A kill loses nothing. A power cut may take the last transactions, with the cursor.
+                self._db.execute("PRAGMA synchronous = NORMAL")
+                self._db.execute("PRAGMA wal_autocheckpoint = 0")
+            else:  # a network file system
+                self._db.execute("PRAGMA journal_mode = DELETE")
+                self._db.execute("PRAGMA synchronous = FULL")
+            if not version:
+                salt = os.urandom(16).hex()
+                self._db.executescript(
+                    f"BEGIN IMMEDIATE; {QUEUE_SCHEMA}"
+                    "INSERT INTO meta VALUES ('salt', "
+                    f"'{salt}'); PRAGMA user_version = {QUEUE_VERSION}; COMMIT;"
+                )
+
+    def _check_version(self) -> int:
+        version: int = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version > QUEUE_VERSION:
+            raise StateError(
+                f"the queue {self.path} was written by a newer version (version {version}); it is left as it "
+                "is",
+                [f"run that version of {PROGRAM} again, or a later one"],
+            )
+        if version:
+            self._db.execute("SELECT count(*) FROM meta").fetchone()
+        return version
+
+    def close(self) -> None:
+        """Copy the log into the database, and close. Raises StorageError."""
+        try:
+            database, self._db = self._db, None
+            if database is not None and self._read_only:
+                database.close()
+            elif database is not None:
+                with self._locked(), self.errors():
+                    try:
+                        # Without it, the next one would copy it: not a loss.
+                        with contextlib.suppress(Exception):
+                            database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                    finally:
+                        database.close()
+        finally:
+            if self._lock_file >= 0:
+                os.close(self._lock_file)
+                self._lock_file = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Put errors of SQLite, which hides what the system said, into words."""
+        import sqlite3
+
+        try:
+            yield
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or "no such" in str(error):
+                raise DamagedQueueError(
+                    f"the queue {self.path} is damaged ({error})",
+                    [f"the next pass keeps it aside as {self.path}.damaged-… and starts a new one"],
+                ) from None
+            if code in (
+                sqlite3.SQLITE_FULL,
+                sqlite3.SQLITE_IOERR,
+                sqlite3.SQLITE_READONLY,
+                sqlite3.SQLITE_CANTOPEN,
+            ):
+                check_room(os.path.dirname(self.path), self.path, f"{self.path}-wal")
+                check_size_limit(self.path)
+            if code == sqlite3.SQLITE_READONLY:
+                denied = OSError(errno.EACCES, os.strerror(errno.EACCES))
+                raise storage_error("write", self.path, denied) from None
+            raise StorageError(
+                f"the queue {self.path} cannot be used: {error}",
+                ["check the file, its folder and the disk; the next pass goes on where this one stopped"],
+            ) from None
+
+    def _take(self, kind: int, byte: int = 0, wait: float = QUEUE_WAIT_SECONDS) -> bool:
+        """Lock a byte of the lock file; tells whether it was to be had within `wait` seconds."""
+        deadline = time.monotonic() + wait
+        # A transaction is short, a request may take seconds.
+        pause = 0.02 if byte else 0.002
+        while True:
+            try:
+                fcntl.lockf(self._lock_file, kind | fcntl.LOCK_NB, 1, byte)
+                return True
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() >= deadline:
+                    return False
+                time.sleep(pause)
+
+    def _release(self, byte: int = 0) -> None:
+        fcntl.lockf(self._lock_file, fcntl.LOCK_UN, 1, byte)
+
+    def lock(self) -> None:
+        """Keep other processes from writing, until `unlock`. Raises StateError."""
+        if not self._take(fcntl.LOCK_EX):
+            raise StateError(
+                f"another process has held the queue {self.path} for {QUEUE_WAIT_SECONDS:g} s",
+                [f"see which one, and end it: {shell_line('fuser', '-v', f'{self.path}.lock')}"],
+            )
+
+    def unlock(self) -> None:
+        self._release()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other threads and processes from writing. Raises StateError."""
+        with self.changed:
+            self.lock()
+            try:
+                yield
+            finally:
+                self.unlock()
+
+    def transaction(self) -> "Transaction":
+        """Everything or nothing. Nobody else reads or writes the queue meanwhile.
+
+        Raises DamagedQueueError, StateError, StorageError.
+        """
+        return Transaction(self)
+
+    def begin(self) -> None:
+        with self.errors():
+            self._db.execute("BEGIN IMMEDIATE")
+        self.depth = 1
+
+    def end(self, *, commit: bool) -> None:
+        self.depth = 0
+        if commit:
+            with self.errors():
+                try:
+                    self._db.execute("COMMIT")
+                except BaseException:
+                    self._roll_back()
+                    raise
+        else:
+            self._roll_back()
+
+    def _roll_back(self) -> None:
+        with contextlib.suppress(Exception):  # SQLite has done it by itself after some errors
+            self._db.execute("ROLLBACK")
+
+    def tidy(self) -> None:
+        """Copy a log that has grown into the database, so that it grows no further. Raises StorageError."""
+        found = stat_of(f"{self.path}-wal")
+        if found is not None and found.st_size > WAL_BYTES:
+            with self._locked(), self.errors():
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    def execute(self, sql: str, *parameters: object) -> Any:
+        """Run a statement; inside of `transaction` if it writes."""
+        try:
+            return self._db.execute(sql, parameters)
+        except UnicodeEncodeError:  # a lone surrogate, which JSON can hold and SQLite cannot
+            return self._db.execute(sql, cast("list[object]", strict_value(parameters)))
+
+    def copy_to(self, path: str) -> None:
+        """Write a copy of the database into a new file. Raises StorageError."""
+        import sqlite3
+
+        with self.errors(), contextlib.closing(sqlite3.connect(path)) as copy:
+            self._db.backup(copy)
+
+    @functools.cached_property
+    def salt(self) -> bytes:
+        """What makes digests of secrets worthless elsewhere."""
+        [value] = self.execute("SELECT value FROM meta WHERE key = 'salt'").fetchone()
+        return bytes.fromhex(value)
+
+    def find_loop(self, loop_id: str) -> tuple[int, Cursor, JsonObject | None] | None:
+        """A loop's number, its cursor, and the routes under which its deliveries wait; None for a new
+        loop."""
+        row = self.execute("SELECT id, cursor, rules FROM loops WHERE loop_id = ?", loop_id).fetchone()
+        if row is None:
+            return None
+        return row[0], Cursor.from_json(json.loads(row[1])), row[2] and json.loads(row[2])
+
+    def add_loop(self, loop_id: str, cursor: Cursor) -> int:
+        """Add a loop; returns its number."""
+        text = encode_json(cursor.to_json()).decode()
+        added = self.execute("INSERT INTO loops (loop_id, cursor) VALUES (?, ?)", loop_id, text)
+        return int(added.lastrowid)
+
+    def save_cursor(self, loop: int, cursor: Cursor) -> None:
+        self.execute("UPDATE loops SET cursor = ? WHERE id = ?", encode_json(cursor.to_json()).decode(), loop)
+
+    def save_rules(self, loop: int, rules: JsonObject) -> None:
+        self.execute("UPDATE loops SET rules = ? WHERE id = ?", encode_json(rules).decode(), loop)
+
+    def next_id(self) -> int:
+        """The number that the next escalation gets: they grow with the order of ingestion."""
+        [last] = self.execute("SELECT max(id) FROM escalations").fetchone()
+        return (last or 0) + 1
+
+    def add_escalations(self, rows: Sequence[Stored]) -> None:
+        marks = ", ".join("?" * len(Stored._fields))
+        insert = f"INSERT INTO escalations VALUES ({marks})"
+        try:
+            self._db.executemany(insert, rows)
+        except UnicodeEncodeError:  # see `execute`; the rows before it are stored
+            self._db.executemany(insert.replace("INSERT", "INSERT OR IGNORE"), map(strict_value, rows))
+
+    def add_deliveries(self, rows: Iterable[tuple[int, str, str, int, int, int, float]]) -> None:
+        """Add deliveries that wait: escalation, sink, peer, loop, severity, lead, since when."""
+        self._db.executemany(
+            "INSERT INTO deliveries (escalation, sink, peer, loop, severity, lead, waiting_since, status) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, 'waiting') ON CONFLICT DO UPDATE SET status = 'waiting', "
+            "severity = excluded.severity, waiting_since = excluded.waiting_since, not_before = 0 "
+            "WHERE status = 'skipped' AND reason_code = 'route_changed'",
+            rows,
+        )
+
+    def next_turn(
+        self, sink: str, peer: str, loops: Collection[int], after: int, now: float, latest: float
+    ) -> Iterator[tuple[int, int]]:
+        """The severities and loops of which something may wait for a destination: the worst severity first,
+        and of each the loops by turns, beginning behind the loop `after`.
+
+        `now` to `latest`: what is to be left alone until then has no turn. A later time was set by a clock
+        that was ahead.
+        """
+        query = (
+            "SELECT loop FROM deliveries INDEXED BY waiting WHERE status = 'waiting' AND sink = ? "
+            "AND peer = ? AND severity = ? AND loop > ? AND loop <= ? AND not_before NOT BETWEEN ? AND ? "
+            "ORDER BY loop LIMIT 1"
+        )
+        for severity in range(len(SEVERITIES) - 1, -1, -1):
+            if len(loops) == 1:
+                yield severity, next(iter(loops))
+                continue
+            for low, high in ((after, sys.maxsize >> 1), (-1, after)):
+                at = low
+                while row := self.execute(query, sink, peer, severity, at, high, now, latest).fetchone():
+                    at = row[0]
+                    if at in loops:
+                        yield severity, at
+
+    def waiting_of(
+        self,
+        sink: str,
+        peer: str,
+        severity: int,
+        loop: int,
+        now: float,
+        latest: float,
+        limit: int,
+        *,
+        fresh: bool,
+        by_operator: bool,
+    ) -> list[Queued]:
+        """What waits for a destination of one severity and loop, the oldest first. `fresh`: only what was
+        tried less than SAME_RECORD_ATTEMPTS times. `by_operator`: only what an operator asked for."""
+        only = "AND d.by_operator " if by_operator else ""
+        only += f"AND d.attempts < {SAME_RECORD_ATTEMPTS} " if fresh else ""
+        rows = self.execute(
+            f"SELECT {DELIVERY_COLUMNS}, {STORED_COLUMNS} FROM deliveries d INDEXED BY waiting "
+            "JOIN escalations e ON e.id = d.escalation WHERE d.status = 'waiting' AND d.sink = ? "
+            "AND d.peer = ? AND d.severity = ? AND d.loop = ? AND d.not_before NOT BETWEEN ? AND ? "
+            f"{only}ORDER BY d.escalation LIMIT ?",
+            *(sink, peer, severity, loop, now, latest, limit),
+        )
+        return [queued(row) for row in rows]
+
+    def deliveries_of(self, stored: Stored) -> list[Queued]:
+        """The deliveries of an escalation."""
+        rows = self.execute(f"SELECT {DELIVERY_COLUMNS} FROM deliveries d WHERE escalation = ?", stored.id)
+        return [Queued._make([*row, stored]) for row in rows]
+
+    def deliveries_of_all(self, found: Sequence[Stored]) -> dict[int, list[Queued]]:
+        """The deliveries of these escalations, by their number."""
+        stored = {item.id: item for item in found}
+        deliveries: dict[int, list[Queued]] = {number: [] for number in stored}
+        if found:
+            rows = self.execute(
+                f"SELECT {DELIVERY_COLUMNS} FROM deliveries d WHERE escalation BETWEEN ? AND ?",
+                *(min(stored), max(stored)),
+            )
+            for row in rows:
+                if row[0] in stored:
+                    deliveries[row[0]].append(Queued._make([*row, stored[row[0]]]))
+        return deliveries
+
+    def has_waiting(self, sink: str, peer: str) -> bool:
+        """Tell whether anything waits for a destination."""
+        found = self.execute(
+            "SELECT 1 FROM deliveries INDEXED BY waiting WHERE status = 'waiting' AND sink = ? AND peer = ? "
+            "LIMIT 1",
+            *(sink, peer),
+        )
+        return found.fetchone() is not None
+
+    def waiting_in(self, loop: int) -> set[tuple[int, str]]:
+        """What waits of a loop: escalation and sink."""
+        rows = self.execute(
+            "SELECT escalation, sink FROM deliveries INDEXED BY waiting WHERE status = 'waiting' "
+            "AND loop = ?",
+            loop,
+        )
+        return set(rows)
+
+    def lagging(self, loop: int, sink: str) -> dict[str, tuple[float, int]]:
+        """The peers of a cluster that miss what another one has: since when, and how many deliveries."""
+        rows = self.execute(
+            "SELECT d.peer, min(d.waiting_since), count(*) FROM deliveries d INDEXED BY waiting "
+            "JOIN deliveries o ON o.escalation = d.escalation AND o.sink = d.sink AND o.lead "
+            "WHERE d.status = 'waiting' AND NOT d.lead AND d.sink = ? AND d.loop = ? "
+            "AND o.status = 'delivered' "
+            "GROUP BY d.peer",
+            *(sink, loop),
+        )
+        return {peer: (since, count) for peer, since, count in rows}
+
+    def oldest_waiting(self, loop: int, sink: str) -> Stored | None:
+        """The oldest escalation of a loop that waits for a sink."""
+        oldest = None
+        peers = self.execute("SELECT DISTINCT peer FROM destinations WHERE sink = ?", sink).fetchall()
+        for peer in {"", *(peer for [peer] in peers)}:
+            for severity in range(len(SEVERITIES)):
+                for [found] in self.execute(
+                    "SELECT escalation FROM deliveries INDEXED BY waiting WHERE status = 'waiting' "
+                    "AND sink = ? "
+                    "AND peer = ? AND severity = ? AND loop = ? AND lead ORDER BY escalation LIMIT 1",
+                    *(sink, peer, severity, loop),
+                ):
+                    oldest = found if oldest is None else min(oldest, found)
+        return None if oldest is None else self.escalation(oldest)
+
+    def escalation(self, number: int) -> Stored:
+        row = self.execute(f"SELECT {STORED_COLUMNS} FROM escalations e WHERE id = ?", number).fetchone()
+        return Stored(*row)
+
+    def start_attempt(self, deliveries: Iterable[Queued]) -> None:
+        """Note that requests with these deliveries are about to be sent."""
+        self._db.executemany(
+            "UPDATE deliveries SET in_flight = 1 WHERE escalation = ? AND sink = ? AND peer = ?",
+            (delivery[:3] for delivery in deliveries),
+        )
+
+    def end_attempt(self, deliveries: Iterable[Queued]) -> None:
+        """Note that these were not sent after all."""
+        self._db.executemany(
+            "UPDATE deliveries SET in_flight = 0 WHERE escalation = ? AND sink = ? AND peer = ?",
+            (delivery[:3] for delivery in deliveries),
+        )
+
+    def note_attempt(
+        self, delivery: Queued, verdict: Verdict, now: float, *, not_before: float, alone: bool
+    ) -> None:
+        """Note an attempt after which a delivery still waits."""
+        self.execute(
+            "UPDATE deliveries SET attempts = attempts + 1, in_flight = 0, not_before = ?, alone = ?, "
+            "first_failed_at = coalesce(first_failed_at, ?), reason_code = ?, fault = ?, http_status = ?, "
+            "message = ? WHERE escalation = ? AND sink = ? AND peer = ?",
+            *(not_before, alone or delivery.alone, now, verdict.reason_code, verdict.fault),
+            *(verdict.http_status, verdict.message, *delivery[:3]),
+        )
+
+    def send_alone(self, deliveries: Iterable[Queued]) -> None:
+        """Let deliveries that were refused together go out one by one."""
+        self._db.executemany(
+            "UPDATE deliveries SET alone = 1, in_flight = 0 WHERE escalation = ? AND sink = ? AND peer = ?",
+            (delivery[:3] for delivery in deliveries),
+        )
+
+    def settle(self, delivery: Queued, status: str, verdict: Verdict, attempts: int) -> bool:
+        """End a delivery: `delivered`, `dead` or `skipped`. Tells whether that is the sink's answer, too.
+
+        One peer of a cluster that delivers speaks for the sink. One that refuses leaves it to the others, and
+        is skipped; the last one to refuse, if none has delivered, is dead.
+        """
+        lead = delivery.lead
+        if delivery.peer:
+            others = [other for other in self.deliveries_of(delivery.stored) if other.sink == delivery.sink]
+            # Another peer may have begun to speak while this request was on its way.
+            lead = any(other.lead for other in others if other.peer == delivery.peer)
+            others = [other for other in others if other.peer != delivery.peer]
+            delivered = any(other.status == "delivered" for other in others)
+            waiting = [other for other in others if other.status == "waiting"]
+            if status == "delivered" and not lead and not delivered:
+                self._speak(delivery, others)
+                lead = True
+            elif status == "dead" and (delivered or waiting):
+                status = "skipped"
+                if lead and waiting:
+                    self._speak(waiting[0], [delivery])
+                    lead = False
+            elif status == "skipped" and lead and not delivered:
+                for other in waiting:
+                    self._end(other, status, verdict, other.attempts)
+        self._end(delivery, status, verdict, attempts)
+        return lead
+
+    def speak_instead(self, peers: Sequence[Queued]) -> Queued:
+        """Let one of these peers' deliveries speak for their sink, in place of one that is gone: one that is
+        delivered, or else one that waits. If all have refused, the sink has, and the delivery is dead."""
+        order = ("delivered", "waiting")
+        best = min(peers, key=lambda d: order.index(d.status) if d.status in order else len(order))
+        self._speak(best, [])
+        if best.status not in order:
+            self.execute(
+                "UPDATE deliveries SET status = 'dead' WHERE escalation = ? AND sink = ? AND peer = ?",
+                *best[:3],
+            )
+            return best._replace(status="dead", lead=True)
+        return best._replace(lead=True)
+
+    def _speak(self, delivery: Queued, others: Iterable[Queued]) -> None:
+        """Let a delivery to a peer speak for its sink, in place of the others."""
+        for lead, found in [*((0, other) for other in others if other.lead), (1, delivery)]:
+            self.execute(
+                "UPDATE deliveries SET lead = ? WHERE escalation = ? AND sink = ? AND peer = ?",
+                lead,
+                *found[:3],
+            )
+
+    def _end(self, delivery: Queued, status: str, verdict: Verdict, attempts: int) -> None:
+        self.execute(
+            "UPDATE deliveries SET status = ?, attempts = ?, in_flight = 0, alone = 0, reason_code = ?, "
+            "fault = ?, "
+            "http_status = ?, message = ? WHERE escalation = ? AND sink = ? AND peer = ?",
+            *(status, attempts, verdict.reason_code, verdict.fault, verdict.http_status, verdict.message),
+            *delivery[:3],
+        )
+
+    def note_settled(self, stored: Stored, now: float) -> None:
+        """Note when the last delivery of an escalation has ended, if none waits."""
+        self.execute(
+            "UPDATE escalations SET settled_at = ?1 WHERE id = ?2 AND NOT EXISTS "
+            "(SELECT 1 FROM deliveries WHERE escalation = ?2 AND status = 'waiting')",
+            *(now, stored.id),
+        )
+
+    def note_all_settled(self, loop: int, now: float) -> None:
+        """Note of all of a loop's escalations for which nothing waits any more that they are settled."""
+        self.execute(
+            "UPDATE escalations SET settled_at = ? WHERE loop = ? AND settled_at IS NULL AND NOT EXISTS "
+            "(SELECT 1 FROM deliveries WHERE escalation = escalations.id AND status = 'waiting')",
+            *(now, loop),
+        )
+
+    def note_reported(self, found: Iterable[tuple[Stored, bool]], now: float) -> None:
+        """Note that the rows of these escalations are written, and which of them are settled. Lines that are
+        no escalation are not needed any more."""
+        kept: list[tuple[float | None, int]] = []
+        gone: list[tuple[int]] = []
+        for stored, settled in found:
+            if stored.unusable is not None:
+                gone.append((stored.id,))
+            else:
+                kept.append((stored.settled_at or now if settled else None, stored.id))
+        self._db.executemany("UPDATE escalations SET reported = 1, settled_at = ? WHERE id = ?", kept)
+        self._db.executemany("DELETE FROM escalations WHERE id = ?", gone)
+
+    def unreported(self, loop: int, limit: int) -> list[Stored]:
+        """Escalations whose row is still to be written, the oldest first."""
+        rows = self.execute(
+            f"SELECT {STORED_COLUMNS} FROM escalations e INDEXED BY unreported WHERE loop = ? "
+            "AND reported = 0 "
+            "ORDER BY id LIMIT ?",
+            *(loop, limit),
+        )
+        return [Stored(*row) for row in rows]
+
+    def destination(self, sink: str, peer: str, digest: str, setup: str, now: float) -> Destination:
+        """What is known of a destination. One whose settings or secrets have changed begins anew, but for
+        what was spent of its rate."""
+        self.execute(
+            "INSERT INTO destinations (sink, peer, digest, setup, used_at) VALUES (?, ?, ?, ?, ?) "
+            "ON CONFLICT DO UPDATE SET used_at = excluded.used_at, setup = excluded.setup, "
+            "next_attempt_at = iif(setup = excluded.setup, next_attempt_at, 0), "
+            "backoff_step = iif(setup = excluded.setup, backoff_step, 0)",
+            *(sink, peer, digest, setup, now),
+        )
+        return self.known_destination(sink, peer, digest)
+
+    def forget_waits(self, sink: str, peer: str, setup: str) -> None:
+        """Let what was set aside for a while go out now, if the settings or secrets of its destination have
+        changed since it was used last."""
+        self.execute(
+            "UPDATE deliveries SET not_before = 0 WHERE status = 'waiting' AND sink = ?1 AND peer = ?2 "
+            "AND not_before > 0 AND ?3 <> (SELECT setup FROM destinations WHERE sink = ?1 AND peer = ?2 "
+            "ORDER BY used_at DESC LIMIT 1)",
+            *(sink, peer, setup),
+        )
+
+    def known_destination(self, sink: str, peer: str, digest: str) -> Destination:
+        row = self.execute(
+            f"SELECT {DESTINATION_COLUMNS} FROM destinations WHERE sink = ? AND peer = ? AND digest = ?",
+            *(sink, peer, digest),
+        ).fetchone()
+        return Destination(*row)
+
+    def destinations_of(self, sink: str) -> dict[str, Destination]:
+        """What is known of a sink's destinations, by peer: of each the one that was used last, but for
+        peers that are retired."""
+        rows = self.execute(
+            f"SELECT peer, {DESTINATION_COLUMNS} FROM destinations WHERE sink = ? AND used_at > 0 "
+            "ORDER BY used_at",
+            sink,
+        )
+        return {row[0]: Destination(*row[1:]) for row in rows}
+
+    def retire_peers(self, sink: str, peers: Collection[str]) -> None:
+        """Let what is known of a sink's former peers, all but these, no longer speak for it."""
+        marks = ", ".join("?" * len(peers))
+        self.execute(
+            f"UPDATE destinations SET used_at = 0 WHERE sink = ? AND used_at > 0 AND peer NOT IN ({marks})",
+            *(sink, *peers),
+        )
+
+    def paced_until(self, digest: str) -> float:
+        """Up to when the requests to a destination are paid for, whichever sinks point at it."""
+        row = self.execute("SELECT max(paced_until) FROM destinations WHERE digest = ?", digest).fetchone()
+        return float(row[0] or 0.0)
+
+    def spend_rate(self, digest: str, until: float) -> None:
+        self.execute("UPDATE destinations SET paced_until = ? WHERE digest = ?", until, digest)
+
+    def note_turn(self, destination: Destination, loop: int) -> None:
+        """Note which loop a destination has served last: in the next pass, it is another one's turn."""
+        self.execute("UPDATE destinations SET last_loop = ? WHERE id = ?", loop, destination.id)
+
+    def note_answer(
+        self, destination: Destination, now: float, clock_offset: float | None, *, delivered: bool
+    ) -> None:
+        """Note that a destination is well: it delivered, or refused a record."""
+        self.execute(
+            "UPDATE destinations SET consecutive_failures = 0, backoff_step = 0, next_attempt_at = 0, "
+            "failing_since = NULL, last_success_at = iif(?, ?, last_success_at), clock_offset = ? "
+            "WHERE id = ?",
+            *(delivered, now, clock_offset, destination.id),
+        )
+
+    def note_failure(
+        self, destination: Destination, verdict: Verdict, now: float, next_attempt_at: float, step: int
+    ) -> None:
+        self.execute(
+            "UPDATE destinations SET consecutive_failures = consecutive_failures + 1, backoff_step = ?, "
+            "next_attempt_at = ?, failing_since = coalesce(failing_since, ?), last_failure_at = ?, "
+            "reason_code = ?, fault = ?, http_status = ?, message = ? WHERE id = ?",
+            *(step, next_attempt_at, now, now, verdict.reason_code, verdict.fault, verdict.http_status),
+            *(verdict.message, destination.id),
+        )
+
+    def try_at_once(self, loop: int) -> None:
+        """Forget how long destinations, and deliveries of a loop, are to be left alone."""
+        self.execute("UPDATE destinations SET next_attempt_at = 0")
+        self.execute("UPDATE deliveries SET not_before = 0 WHERE loop = ? AND status = 'waiting'", loop)
+
+    @contextlib.contextmanager
+    def probing(self, destination: Destination, wait: float, fresh: float) -> Iterator[bool]:
+        """Keep other processes from finding out at the same time that a destination does not answer: as long
+        as nobody knows that it is well, one request at a time. `fresh`: seconds for which an answer counts.
+        Yields whether that was to be had within `wait` seconds."""
+        well = (
+            destination.last_success_at or 0.0
+        ) > time.time() - fresh and not destination.consecutive_failures
+        # Byte 0 is for transactions.
+        if not self._take(fcntl.LOCK_SH if well else fcntl.LOCK_EX, destination.id, wait):
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            with contextlib.suppress(OSError, ValueError):
+                self._release(destination.id)
+
+    def stop_probing(self, destination: Destination) -> None:
+        """Let others ask a destination, although a request is still on its way."""
+        self._release(destination.id)
+
+    def share(self, destination: Destination) -> None:
+        """A destination has answered: others may ask it, too."""
+        self._take(fcntl.LOCK_SH, destination.id, 0.0)
+
+    def last_sent(self, delivery: Queued, subject: str) -> tuple[str, int, str | None] | None:
+        """When the record was written that a sink was sent last of a subject, the repeats held back since,
+        and when the first of those was written."""
+        row: tuple[str, int, str | None] | None = self.execute(
+            "SELECT written_at, repeats, since FROM last_sent WHERE loop = ? AND sink = ? AND peer = ? "
+            "AND subject = ?",
+            *(delivery.loop, delivery.sink, delivery.peer, subject),
+        ).fetchone()
+        return row
+
+    def note_sent(self, delivery: Queued, subject: str, written_at: str) -> None:
+        self.execute(
+            "INSERT OR REPLACE INTO last_sent (loop, sink, peer, subject, written_at) VALUES (?, ?, ?, ?, ?)",
+            *(delivery.loop, delivery.sink, delivery.peer, subject, written_at),
+        )
+
+    def note_repeat(self, delivery: Queued, subject: str, written_at: str) -> None:
+        self.execute(
+            "UPDATE last_sent SET repeats = repeats + 1, since = coalesce(since, ?) WHERE loop = ? "
+            "AND sink = ? "
+            "AND peer = ? AND subject = ?",
+            *(written_at, delivery.loop, delivery.sink, delivery.peer, subject),
+        )
+
+    def count_attempts(self, loop: int, sink: str, now: float, outcome: Outcome, count: int) -> None:
+        """Count attempts with the same outcome. In the tallies one after which a delivery is a dead letter is
+        counted as that."""
+        delivered = count if outcome == "delivered" else 0
+        self.execute(
+            "INSERT INTO hours VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
+            "delivered = delivered + excluded.delivered, failed = failed + excluded.failed",
+            *(loop, sink, int(now // 3600), delivered, count - delivered),
+        )
+        if outcome not in STATUS_OF_OUTCOME:
+            self.execute(
+                "UPDATE tallies SET failed_attempts = failed_attempts + ? WHERE loop = ? AND sink = ?",
+                *(count, loop, sink),
+            )
+
+    def note_loss(self, loop: int, reason_code: str, count: int, now: float) -> None:
+        """Count what reached no sink; what is older than a day, or was acknowledged, is not added to."""
+        self.execute(
+            "INSERT INTO losses VALUES (?, ?, ?, ?, NULL) ON CONFLICT DO UPDATE "
+            "SET last_at = excluded.last_at, "
+            "count = iif(last_at > excluded.last_at - ? AND acknowledged_at IS NULL, count, "
+            "0) + excluded.count, "
+            "acknowledged_at = NULL",
+            *(loop, reason_code, count, now, LOSS_SHOWN),
+        )
+
+    def tallies(self, loop: int) -> dict[str, JsonObject]:
+        """The counts of a loop's sinks, by sink."""
+        rows = self.execute(
+            "SELECT sink, waiting, dead, delivered, given_up, skipped, failed_attempts FROM tallies "
+            "WHERE loop = ? ORDER BY sink",
+            loop,
+        )
+        names = ("waiting", "dead", "delivered", "given_up", "skipped", "failed_attempts")
+        return {row[0]: dict(zip(names, row[1:], strict=True)) for row in rows}
+
+    def waiting_for(self, loop: int, sink: str) -> int:
+        """How many of a loop's deliveries wait for a sink."""
+        row = self.execute("SELECT waiting FROM tallies WHERE loop = ? AND sink = ?", loop, sink).fetchone()
+        return row[0] if row else 0
+
+    def losses(self, loop: int, now: float) -> list[tuple[str, int, float]]:
+        """What reached no sink of late and was not acknowledged: reason code, count, and when it was last."""
+        rows: list[tuple[str, int, float]] = self.execute(
+            "SELECT reason_code, count, last_at FROM losses WHERE loop = ? AND acknowledged_at IS NULL "
+            "AND last_at > ? ORDER BY last_at",
+            *(loop, now - LOSS_SHOWN),
+        ).fetchall()
+        return rows
+
+    def hours(self, loop: int, now: float) -> dict[str, dict[int, tuple[int, int]]]:
+        """What was delivered to a loop's sinks in each of the last 24 hours, and the attempts that failed: by
+        sink, and by hours since the epoch."""
+        found: dict[str, dict[int, tuple[int, int]]] = {}
+        rows = self.execute(
+            "SELECT sink, hour, delivered, failed FROM hours WHERE loop = ? AND hour > ?",
+            *(loop, int(now // 3600) - 24),
+        )
+        for sink, hour, delivered, failed in rows:
+            found.setdefault(sink, {})[hour] = delivered, failed
+        return found
+
+    def acknowledge(self, loop: int, now: float) -> None:
+        """Note that an operator has seen the losses of a loop."""
+        self.execute(
+            "UPDATE losses SET acknowledged_at = ? WHERE loop = ? AND acknowledged_at IS NULL", now, loop
+        )
+
+    def stuck_at(self, loop: int, sink: str, attempts: int) -> tuple[str, int] | None:
+        """The first record that a sink has answered with an error so many times: its segment and line. Only
+        such a delivery has a time of its own before which it is left alone."""
+        row: tuple[str, int] | None = self.execute(
+            "SELECT e.segment, e.line FROM deliveries d INDEXED BY waiting JOIN escalations e "
+            "ON e.id = d.escalation WHERE d.status = 'waiting' AND d.sink = ? AND d.loop = ? "
+            "AND d.not_before > 0 AND d.attempts >= ? AND (d.http_status >= 500 OR d.fault = 'timeout') "
+            "ORDER BY d.escalation LIMIT 1",
+            *(sink, loop, attempts),
+        ).fetchone()
+        return row
+
+    def named(self, loop: int, condition: str, *values: object) -> list["Named"]:
+        """The escalations of a loop for which a condition holds, in the order of ingestion: one for each of
+        their sinks. In the condition `e` is the escalation, `d` the delivery that speaks for a sink."""
+        rows = self.execute(
+            f"SELECT {NAMED_COLUMNS}, d.sink, d.status FROM escalations e LEFT JOIN deliveries d "
+            "ON d.escalation = e.id AND d.lead WHERE e.loop = ? AND e.unusable IS NULL "
+            f"AND {condition} ORDER BY e.id",
+            *(loop, *values),
+        )
+        return [Named(*row) for row in rows]
+
+    def latest(self, condition: str, *values: object) -> Iterator[tuple[str, Stored, list[Queued]]]:
+        """The escalations for which a condition on `e`, and on the loop `l`, holds, the last one first: loop
+        id, escalation, deliveries."""
+        rows = self.execute(
+            f"SELECT l.loop_id, {STORED_COLUMNS} FROM escalations e JOIN loops l ON l.id = e.loop "
+            f"WHERE e.unusable IS NULL AND {condition} ORDER BY e.id DESC",
+            *values,
+        )
+        for loop_id, *row in rows:
+            stored = Stored(*row)
+            yield loop_id, stored, self.deliveries_of(stored)
+
+    def kept_ids(self) -> set[str]:
+        """The ids of all escalations that are in the queue."""
+        rows = self.execute("SELECT escalation_id FROM escalations WHERE unusable IS NULL")
+        return {identity for [identity] in rows}
+
+    def failing_sinks(self) -> set[str]:
+        """The sinks whose destinations, as they were used last, all fail."""
+        rows = self.execute("SELECT DISTINCT sink FROM destinations").fetchall()
+        return {
+            sink
+            for [sink] in rows
+            if all(known.consecutive_failures for known in self.destinations_of(sink).values())
+        }
+
+    def lead(self, escalation: int, sink: str) -> Queued | None:
+        """The delivery of an escalation that speaks for a sink."""
+        row = self.execute(
+            f"SELECT {DELIVERY_COLUMNS}, {STORED_COLUMNS} FROM deliveries d JOIN escalations e "
+            "ON e.id = d.escalation WHERE d.escalation = ? AND d.sink = ? AND d.lead",
+            *(escalation, sink),
+        ).fetchone()
+        return queued(row) if row else None
+
+    def send_again(
+        self, escalation: int, sink: str, peers: Sequence[str], loop: int, severity: int, now: float
+    ) -> None:
+        """Let an escalation wait for each peer of a sink, because an operator asked for it."""
+        found = self.execute(
+            "SELECT peer FROM deliveries WHERE escalation = ? AND sink = ?", escalation, sink
+        )
+        if {peer for [peer] in found} != set(peers):
+            self.execute("DELETE FROM deliveries WHERE escalation = ? AND sink = ?", escalation, sink)
+            self.add_deliveries(
+                (escalation, sink, peer, loop, severity, int(place == 0), now)
+                for place, peer in enumerate(peers)
+            )
+        self.execute(
+            "UPDATE deliveries SET status = 'waiting', severity = ?, waiting_since = ?, not_before = 0, "
+            "in_flight = 0, alone = 0, by_operator = 1, reason_code = NULL, fault = NULL, "
+            "http_status = NULL, "
+            "message = NULL WHERE escalation = ? AND sink = ?",
+            *(severity, now, escalation, sink),
+        )
+        self.execute("UPDATE escalations SET settled_at = NULL WHERE id = ?", escalation)
+
+    def try_sink_at_once(self, sink: str) -> None:
+        """Forget how long a sink is to be left alone."""
+        self.execute("UPDATE destinations SET next_attempt_at = 0 WHERE sink = ?", sink)
+
+    def forget_failures(self, sink: str) -> None:
+        """Let the next delivery to a sink be tried as if nothing had failed, if nothing waits for it."""
+        self.execute(
+            "UPDATE destinations SET next_attempt_at = 0, consecutive_failures = 0, backoff_step = 0, "
+            "failing_since = NULL WHERE sink = ?1 AND NOT EXISTS (SELECT 1 "
+            "FROM deliveries INDEXED BY waiting "
+            "WHERE status = 'waiting' AND deliveries.sink = ?1 AND deliveries.peer = destinations.peer)",
+            sink,
+        )
+
+    def write_row(self, loop: int, file: str, row: bytes) -> None:
+        """Put a row on its way into a file."""
+        self.execute("INSERT INTO outbox (loop, file, row) VALUES (?, ?, ?)", loop, file, row)
+
+    def outbox(self, loop: int, limit: int = 5000) -> list[tuple[int, str, bytes]]:
+        """The rows of a loop that are on their way: number, file, row."""
+        found: list[tuple[int, str, bytes]] = self.execute(
+            "SELECT id, file, row FROM outbox WHERE loop = ? ORDER BY id LIMIT ?", loop, limit
+        ).fetchall()
+        return found
+
+    def clear_outbox(self, loop: int, up_to: int) -> None:
+        self.execute("DELETE FROM outbox WHERE loop = ? AND id <= ?", loop, up_to)
+
+    def purge(self, now: float, *, more: Callable[[], bool]) -> None:
+        """Remove settled escalations that are older than the retention, or too many, while `more` says so;
+        not those with a dead letter, unless there are too many. Returns their pages to the file system."""
+        while more():
+            with self.transaction():
+                [ids] = self.execute("SELECT max(id) - min(id) FROM escalations").fetchone()
+                too_many = 0
+                if (ids or 0) > RETENTION_COUNT:  # else it need not be counted
+                    count = "SELECT count(*) FROM escalations WHERE settled_at IS NOT NULL"
+                    too_many = min(max(0, self.execute(count).fetchone()[0] - RETENTION_COUNT), 1000)
+                old = self.execute(
+                    "SELECT id FROM escalations e INDEXED BY settled WHERE settled_at < ? AND reported "
+                    "AND NOT EXISTS (SELECT 1 FROM deliveries WHERE escalation = e.id "
+                    "AND status = 'dead') LIMIT 1000",
+                    now - RETENTION_SECONDS,
+                ).fetchall()
+                if not old and too_many:
+                    old = self.execute(
+                        "SELECT id FROM escalations INDEXED BY settled WHERE settled_at IS NOT NULL "
+                        "AND reported "
+                        "ORDER BY settled_at LIMIT ?",
+                        too_many,
+                    ).fetchall()
+                if not old:
+                    break
+                self._db.executemany("DELETE FROM deliveries WHERE escalation = ?", old)
+                self._db.executemany("DELETE FROM escalations WHERE id = ?", old)
+            self.tidy()
+        with self._locked(), self.errors():
+            self.execute("DELETE FROM hours WHERE hour < ?", int(now // 3600) - 24)
+            # Of a destination whose URL has changed since: `destinations_of` gives the last one.
+            self.execute(
+                "DELETE FROM destinations AS old WHERE used_at < ? AND EXISTS (SELECT 1 FROM destinations "
+                "WHERE sink = old.sink AND peer = old.peer AND used_at > old.used_at)",
+                now - RETENTION_SECONDS,
+            )
+            # `execute` would stop after one page.
+            self._db.executescript("PRAGMA incremental_vacuum")
+
+
+def check_size_limit(path: str) -> None:
+    """Raises StorageError if this process may not write files as large as a queue is."""
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    sizes = [found.st_size for name in (path, f"{path}-wal") if (found := stat_of(name))]
+    if limit != resource.RLIM_INFINITY and limit < max([0, *sizes]) + RESERVE_BYTES:
+        raise storage_error("write", path, OSError(errno.EFBIG, os.strerror(errno.EFBIG)))
+
+
+class Transaction:
+    """One transaction of the queue; see `Queue.transaction`. Within another one it is a part of that. A class
+    of its own because a generator costs more than the lock does, for each delivery."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+
+    def __enter__(self) -> None:
+        queue = self._queue
+        queue.changed.acquire()
+        if queue.depth:
+            queue.depth += 1
+            return
+        try:
+            queue.lock()
+            try:
+                queue.begin()
+            except BaseException:
+                queue.unlock()
+                raise
+        except BaseException:
+            queue.changed.release()
+            raise
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        queue = self._queue
+        try:
+            if queue.depth > 1:
+                queue.depth -= 1
+                return
+            try:
+                queue.end(commit=error is None)
+            finally:
+                queue.unlock()
+            if error is not None:
+                with queue.errors():
+                    raise error
+        finally:
+            queue.changed.release()
+
+
+def quote_path(path: str) -> str:
+    """A path as SQLite's URIs have it."""
+    return path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+
+
+def has_log(path: str) -> bool:
+    """Tell whether a queue has a write-ahead log with something in it: it is in use, or a pass was killed."""
+    found = stat_of(f"{path}-wal")
+    return found is not None and found.st_size > 0
+
+
+def keep_aside(path: str) -> str:
+    """Move a damaged queue aside; returns where it is kept. Raises StorageError."""
+    kept = f"{path}.damaged-{int(time.time())}"
+    try:
+        for end in ("-wal", "-shm", ""):
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(f"{path}{end}", f"{kept}{end}")
+    except OSError as error:
+        raise storage_error("keep aside", path, error) from None
+    return kept
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Adapters: what each type of sink is sent, and what its answers mean
+# ---------------------------------------------------------------------------------------------------------
+# Pure: deliveries in, a request out; an answer in, a verdict out. All that is special to a type is in its
+# adapter; `ADAPTERS`, below them, lists them.
+
+# RFC 9110, "Retry-After": a delay in seconds, or a date. Nobody is believed for longer than this.
+RETRY_AFTER_MAX = 3600.0
+
+
+def host_of(url: str) -> str:
+    """Host and port of a URL, which may be shown: as a `Host` header has them, the port where it is none of
+    the scheme's own."""
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(url)
+    host = parts.hostname or "the sink"
+    host = f"[{host}]" if ":" in host else host
+    usual = {"http": 80, "https": 443}.get(parts.scheme)
+    return f"{host}:{parts.port}" if parts.port not in (None, usual) else host
+
+
+def place_of(error: Exception) -> str:
+    """Where the program failed: type, function and line. An exception's own words could hold a secret."""
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    inner = frames[1:] or frames  # the first is the function that guards the others
+    frame = ([frame for frame in inner if frame.filename == __file__] or inner)[-1]
+    return f"{type(error).__name__} in {frame.name}, line {frame.lineno}"
+
+
 class Origin(NamedTuple):
     """What every payload says of where it comes from.
 
@@ -2840,26 +4431,6 @@ class Answer(NamedTuple):
     @property
     def text(self) -> str:
         return self.body.decode("utf-8", "replace").strip()
-
-
-class Verdict(NamedTuple):
-    """What an answer, or the lack of one, means.
-
-    `retry`: the sink is not well. `misconfigured`: it will not get better by itself. `dead_letter`: this
-    record is not acceptable to this sink. `not_taken`: the sink surely did not act on the request, so that
-    trying again at once cannot repeat anything. `fault`: why it failed; None if it did not.
-    `clock_offset`: by how many seconds the sink's clock is ahead of ours (behind, if negative), to a second;
-    None if it did not say.
-    """
-
-    outcome: Outcome
-    reason_code: str | None = None
-    http_status: int | None = None
-    message: str | None = None
-    retry_after: float | None = None
-    not_taken: bool = False
-    fault: FaultCode | None = None
-    clock_offset: float | None = None
 
 
 SINK_UNWELL = {408, 425, 429}
@@ -3592,6 +5163,18 @@ ADAPTERS: dict[str, Adapter] = {
 }
 
 
+def requests_a_minute(sink: Sink) -> int | None:
+    """How many requests a sink's rate allows in a minute; None if it has none."""
+    per_minute: int | None = sink.settings.get("maxPerMinute", ADAPTERS[sink.type].max_per_minute)
+    return per_minute
+
+
+def deliveries_a_minute(sink: Sink) -> int | None:
+    """How many deliveries a sink's rate allows in a minute; None if it has none."""
+    per_minute = requests_a_minute(sink)
+    return per_minute * ADAPTERS[sink.type].batch_size(sink) if per_minute else None
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Sending: one request, one answer, and never longer than `attempt_seconds`
 # ---------------------------------------------------------------------------------------------------------
@@ -3599,6 +5182,7 @@ ADAPTERS: dict[str, Adapter] = {
 # reads each answer. Session.post would do the same and costs three times as much a request, because it finds
 # the way again each time.
 
+MESSAGE_CHARACTERS = 300
 MAX_ANSWER_BYTES = 64 << 10
 # One step of connecting: one address, or a TLS handshake, or what a proxy says to CONNECT. A nameserver that
 # is silent costs as much by default (resolv.conf(5), timeout).
@@ -4072,28 +5656,6 @@ def missing_secret(names: Sequence[str]) -> Verdict:
     return Verdict("misconfigured", "missing_secret", message=message, fault="missing_secret")
 
 
-def place_of(error: Exception) -> str:
-    """Where the program failed: type, function and line. An exception's own words could hold a secret."""
-    import traceback
-
-    frames = traceback.extract_tb(error.__traceback__)
-    inner = frames[1:] or frames  # the first is the function that guards the others
-    frame = ([frame for frame in inner if frame.filename == __file__] or inner)[-1]
-    return f"{type(error).__name__} in {frame.name}, line {frame.lineno}"
-
-
-def host_of(url: str) -> str:
-    """Host and port of a URL, which may be shown: as a `Host` header has them, the port where it is none of
-    the scheme's own."""
-    from urllib.parse import urlsplit
-
-    parts = urlsplit(url)
-    host = parts.hostname or "the sink"
-    host = f"[{host}]" if ":" in host else host
-    usual = {"http": 80, "https": 443}.get(parts.scheme)
-    return f"{host}:{parts.port}" if parts.port not in (None, usual) else host
-
-
 def timed_out(sink: Sink, *places: str) -> Verdict:
     """A sink, or some peers of it, have not answered in time. The client bounds each step and the answer, but
     not the name lookup, nor how many addresses there are."""
@@ -4117,266 +5679,113 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Files: append, replace, lock
+# Job, rows and summary: a loop's files, and what a pass writes in them
 # ---------------------------------------------------------------------------------------------------------
-# Knows how the program makes, replaces, extends and locks files of its own. Never follows a symbolic link
-# there, and never leaves half a row.
+# Output for the host. The summary is read back only to skip an idle pass, and to find the place of a loop
+# that the queue does not know.
 
-# What must fit on the disk before anything is sent.
-RESERVE_BYTES = 256 << 10
-LOCK_WAIT_SECONDS = 1.0
+# The reason codes of what reaches no sink and never will by itself. `status` reports it.
+LOST = {*UNUSABLE, "no_dispatchable_sinks", "sink_removed", "source_replaced", "queue_lost"}
 
 
-def make_folder(path: str) -> None:
-    """Make a folder for this user alone; one that is there keeps its mode."""
-    if os.path.isdir(path):
-        return
-    parent = os.path.dirname(path)
-    if parent != path:  # not `os.makedirs`, which gives what lies between the usual mode
-        make_folder(parent)
+class Job(NamedTuple):
+    """What one pass does for one loop. Paths are absolute; `time_budget` is in seconds."""
+
+    repo: str
+    loop_id: str
+    trace_id: str
+    escalations_file: str
+    state_file: str
+    telemetry_file: str
+    config_file: str
+    queue_file: str
+    max_escalations: int = 0
+    time_budget: float = 30.0
+    # Try every destination, also those that are to be left alone after a failure.
+    now: bool = False
+
+    @property
+    def attempts_file(self) -> str:
+        return beside(self.telemetry_file, "alert-attempts.jsonl")
+
+    @property
+    def lock_file(self) -> str:
+        return f"{self.state_file}.lock"
+
+    @property
+    def temporary_file(self) -> str:
+        """What becomes the state file: see `replace_file`."""
+        return f"{self.state_file}.tmp"
+
+
+MAX_TIME_BUDGET = 86400
+MANAGER_FOLDER = ".superloop/ops-manager"
+SOURCE_FILE = "escalations.jsonl"
+STATE_FILE = "alert-dispatch-state.json"
+QUEUE_FILE = "alert-queue.db"
+QUEUE_ENV = "OPS_MANAGER_ALERT_QUEUE_FILE"
+
+
+def absolute(path: str) -> str:
+    """A path from the root, its links not followed. Raises UsageError."""
     try:
-        os.mkdir(path, 0o700)
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        give_to_owner_of(parent, descriptor)
-        os.close(descriptor)
-    except OSError as error:
-        if not os.path.isdir(path):  # else another pass was quicker
-            raise storage_error("make the folder", path, error) from None
-
-
-def give_to_owner_of(other: str, descriptor: int) -> None:
-    """Let a file that root has made belong to whoever has the other one, its folder say: a pass that root
-    runs by hand must not lock out those of the user who runs it otherwise."""
-    if os.geteuid() == 0:
-        owner = os.stat(other)
-        if (owner.st_uid, owner.st_gid) != (0, 0):
-            with contextlib.suppress(OSError):  # there are file systems on which nobody may
-                os.fchown(descriptor, owner.st_uid, owner.st_gid)
-
-
-def open_own(path: str, flags: int) -> int:
-    """Open a file of the program's own in a folder that is there. One that is new is for the folder's owner
-    alone; a symbolic link is not followed. Raises OSError."""
-    flags |= os.O_CLOEXEC | os.O_NOFOLLOW
-    while True:
-        with contextlib.suppress(FileNotFoundError):
-            return os.open(path, flags)
-        with contextlib.suppress(FileExistsError):  # another pass was quicker
-            descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-            give_to_owner_of(os.path.dirname(path), descriptor)
-            return descriptor
-
-
-def write_all(descriptor: int, data: bytes) -> None:
-    """Write every byte at the descriptor's place. What an error cuts short is taken back, where it is at the
-    end of a file. Raises OSError."""
-    view = memoryview(data)
-    try:
-        while view:
-            view = view[os.write(descriptor, view) :]
-    except OSError:
-        if len(view) < len(data):
-            with contextlib.suppress(OSError):
-                os.ftruncate(descriptor, os.fstat(descriptor).st_size - len(data) + len(view))
-        raise
-
-
-def append_rows(path: str, rows: bytes) -> None:
-    """Append whole lines to a file with one write, and close a line that a crash or a full disk has torn.
-    They are on the disk when this returns: some file systems say only then that there is no room.
-
-    Raises StorageError.
-    """
-    make_folder(os.path.dirname(path))
-    try:
-        descriptor = open_own(path, os.O_RDWR | os.O_APPEND)
-        try:
-            size = os.fstat(descriptor).st_size
-            torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
-            write_all(descriptor, b"\n" + rows if torn else rows)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise storage_error("append to", path, error) from None
-
-
-def check_appendable(path: str) -> None:
-    """Find out, before anything is sent, whether rows can be appended to a file. Raises StorageError."""
-    try:
-        os.close(open_own(path, os.O_RDWR | os.O_APPEND))
-    except OSError as error:
-        raise storage_error("append to", path, error) from None
-
-
-def last_bytes(path: str, size: int) -> bytes:
-    """The last `size` bytes of a file, or all of a shorter one; nothing if it is not there.
-
-    Raises StorageError.
-    """
-    try:
-        with open(path, "rb") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - size))
-            return file.read()
+        return os.path.abspath(path)
     except FileNotFoundError:
-        return b""
-    except OSError as error:
-        raise storage_error("read", path, error) from None
+        raise click.UsageError("the current folder is not there any more: change to another one") from None
 
 
-def replace_file(path: str, data: bytes, *, durable: bool) -> None:
-    """Replace a file in one step: a reader sees the old content or the new one. Mode and owner are kept. The
-    folder is there.
-
-    `durable`: flush to disk before and after the rename. Raises StorageError.
-    """
-    temporary = f"{path}.tmp"
-    try:
-        mode, owned_like = 0o600, os.path.dirname(path)
-        with contextlib.suppress(FileNotFoundError):
-            mode, owned_like = os.lstat(path).st_mode, path
-        if stat.S_ISLNK(mode):
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        try:
-            descriptor = os.open(temporary, flags, 0o600)
-        except FileExistsError:  # left by a pass that was killed
-            os.unlink(temporary)
-            descriptor = os.open(temporary, flags, 0o600)
-        try:
-            give_to_owner_of(owned_like, descriptor)
-            if mode & 0o777 != 0o600:
-                os.fchmod(descriptor, mode & 0o777)
-            write_all(descriptor, data)
-            if durable:
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, path)
-        if durable:
-            folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise storage_error("write", str(error.filename or path), error) from None
+def new_trace_id() -> str:
+    """The trace id that the environment names, else a new one."""
+    return printable(os.environ.get(TRACE_ENV) or str(uuid.uuid4()))
 
 
-def check_room(folder: str, *files: str) -> None:
-    """Find out before anything is sent whether what happens to it can be written down.
-
-    Takes RESERVE_BYTES of the disk for a moment (free space, quota, a read-only mount), and looks at the file
-    size limit. Raises StorageError.
-    """
-    import resource
-
-    make_folder(folder)
-    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    room = RESERVE_BYTES if limit == resource.RLIM_INFINITY else max(1, min(RESERVE_BYTES, limit))
-    probe = os.path.join(folder, f".{PROGRAM}.reserve")
-    try:
-        for file in files:
-            if limit == resource.RLIM_INFINITY:
-                break
-            if (found := stat_of(file)) and found.st_size + room > limit:
-                raise storage_error("append to", file, OSError(errno.EFBIG, os.strerror(errno.EFBIG)))
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(probe)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(probe, flags, 0o600)
-        try:
-            os.posix_fallocate(descriptor, 0, room)
-        finally:
-            os.close(descriptor)
-            os.unlink(probe)
-    except OSError as error:
-        raise storage_error(f"reserve {RESERVE_BYTES >> 10} KiB in", folder, error) from None
+def loop_folder(repo: str, loop_id: str) -> str:
+    """Where the host keeps a loop's files."""
+    return os.path.join(repo, MANAGER_FOLDER, loop_id)
 
 
-@contextlib.contextmanager
-def loop_lock(path: str, wait: float = LOCK_WAIT_SECONDS) -> Iterator[bool]:
-    """Hold a loop's lock; yields whether it was to be had within `wait` seconds.
-
-    The kernel drops the lock with its process, so it is never left behind. Raises StorageError.
-    """
-    make_folder(os.path.dirname(path))
-    deadline = time.monotonic() + wait
-    try:
-        descriptor = open_own(path, os.O_RDWR)
-    except OSError as error:
-        raise storage_error("lock", path, error) from None
-    try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    yield False
-                    return
-                time.sleep(0.05)
-            except OSError as error:
-                raise storage_error("lock", path, error) from None
-        yield True
-    finally:
-        os.close(descriptor)
+def files_of(job: Job) -> dict[str, str]:
+    """A job's files by the options that name them."""
+    return {
+        "--escalations-file": job.escalations_file,
+        "--dispatch-state-file": job.state_file,
+        "--dispatch-telemetry-file": job.telemetry_file,
+        "--alert-config-file": job.config_file,
+        "--queue-file": job.queue_file,
+    }
 
 
-def iterate_rows(path: str) -> Iterator[JsonObject]:
-    """The JSON objects of a file of rows; torn lines are skipped. Raises StorageError."""
-    try:
-        with open(path, "rb") as file:
-            for line in file:
-                with contextlib.suppress(ValueError, RecursionError):
-                    row = json.loads(line)
-                    if isinstance(row, dict):
-                        yield row
-    except OSError as error:
-        raise storage_error("read", path, error) from None
+def usual_job(repo: str, loop_id: str, trace_id: str | None = None) -> Job:
+    """A job on the files where the host keeps them."""
+    repo = absolute(repo)
+    folder = loop_folder(repo, loop_id)
+    return Job(
+        repo=repo,
+        loop_id=loop_id,
+        trace_id=trace_id or new_trace_id(),
+        escalations_file=os.path.join(folder, SOURCE_FILE),
+        state_file=os.path.join(folder, STATE_FILE),
+        telemetry_file=os.path.join(folder, "telemetry", "alerts.jsonl"),
+        config_file=os.path.join(repo, DEFAULT_CONFIG),
+        queue_file=os.path.abspath(
+            os.environ.get(QUEUE_ENV) or os.path.join(repo, MANAGER_FOLDER, QUEUE_FILE)
+        ),
+    )
 
 
-def rows_backwards(path: str, containing: bytes = b"") -> Iterator[JsonObject]:
-    """The JSON objects of a file of rows whose lines contain something, the last one first; none if the file
-    is not there. Raises StorageError."""
-    try:
-        with open(path, "rb") as file:
-            end, rest = file.seek(0, os.SEEK_END), b""
-            while end:
-                start = max(0, end - BLOCK_BYTES)
-                file.seek(start)
-                rest, *lines = (file.read(end - start) + rest).split(b"\n")
-                if not start:
-                    lines.insert(0, rest)
-                for line in reversed(lines):
-                    with contextlib.suppress(ValueError, RecursionError):
-                        row = json.loads(line) if containing in line else None
-                        if isinstance(row, dict):
-                            yield row
-                end = start
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise storage_error("read", path, error) from None
+def command_line(command: str, job: Job, *options: str) -> str:
+    """A command of this program on a job's files, to be pasted into a shell."""
+    usual = files_of(usual_job(job.repo, job.loop_id, job.trace_id))
+    words = [PROGRAM, command, "--repo", job.repo, "--loop", job.loop_id]
+    for name, path in files_of(job).items():
+        if path != usual[name]:
+            words += [name, path]
+    return shell_line(*words, *options)
 
-
-# So much of a file of rows is read at once from its end.
-BLOCK_BYTES = 1 << 20
-
-
-# ---------------------------------------------------------------------------------------------------------
-# State file: the summary that the host reads
-# ---------------------------------------------------------------------------------------------------------
-# Output. It is read back only to skip an idle pass, and to find the place if the queue does not know a loop.
 
 # Far larger than any state file; beyond it a file is not one.
 MAX_STATE_BYTES = 32 << 20
 STATE_VERSION = 2
-# A loss is reported for so many seconds: until whoever is on duty has seen it.
-LOSS_SHOWN = 86400.0
 
 
 def read_state_document(path: str) -> JsonObject | None:
@@ -4434,1431 +5843,12 @@ def keep_damaged(path: str) -> None:
         raise storage_error("keep a copy of the damaged state file", path, error) from None
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Queue: the SQLite database in which escalations wait
-# ---------------------------------------------------------------------------------------------------------
-# Knows tables and transactions, not HTTP and not what a failure means. One queue serves all loops of a repo,
-# and several passes at once. Everything that the program must not forget is here; every file that it writes
-# besides is output.
-
-QUEUE_VERSION = 1
-# After this many attempts it may be the record that the sink cannot take: others go first.
-SAME_RECORD_ATTEMPTS = 5
-# A settled escalation is kept for so many seconds, and so many of them at most, to be redelivered.
-RETENTION_SECONDS = 7 * 86400.0
-RETENTION_COUNT = 100_000
-# Longer than any transaction that is not stuck.
-QUEUE_WAIT_SECONDS = 30.0
-# The write-ahead log is copied into the database when it is larger than this.
-WAL_BYTES = 16 << 20
-
-QUEUE_SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
-
--- A loop, how far its source was read (a Cursor as JSON), and the routes under which its deliveries wait.
-CREATE TABLE loops (
-    id INTEGER PRIMARY KEY,
-    loop_id TEXT NOT NULL UNIQUE,
-    cursor TEXT NOT NULL,
-    rules TEXT
-);
-
--- A record of the source, verbatim. segment, offset, end and line say where it stood. severity is its own.
--- reported: its row is in the telemetry. settled_at: when the last of its deliveries ended. unusable: the row
--- of a line that is no escalation; it is kept only until that is written, in its turn.
-CREATE TABLE escalations (
-    id INTEGER PRIMARY KEY,
-    loop INTEGER NOT NULL,
-    escalation_id TEXT NOT NULL,
-    segment TEXT NOT NULL,
-    offset INTEGER NOT NULL,
-    end INTEGER NOT NULL,
-    line INTEGER NOT NULL,
-    category TEXT NOT NULL,
-    severity TEXT,
-    written_at TEXT,
-    ingested_at REAL NOT NULL,
-    reported INTEGER NOT NULL DEFAULT 0,
-    settled_at REAL,
-    raw_line TEXT,
-    record BLOB NOT NULL,
-    unusable BLOB
-);
-CREATE INDEX unreported ON escalations (loop, id) WHERE reported = 0;
-CREATE INDEX settled ON escalations (settled_at) WHERE settled_at IS NOT NULL;
-
--- One escalation to one sink, or to one peer of a cluster. severity is an index into SEVERITIES. lead: this
--- row speaks for the sink; of a cluster's rows exactly one does. in_flight: chosen for a request; if it
--- still is when a pass begins, that pass was killed, perhaps after the sink had taken it. alone: it goes
--- out in a request without others. by_operator: an operator asked for it.
-CREATE TABLE deliveries (
-    escalation INTEGER NOT NULL,
-    sink TEXT NOT NULL,
-    peer TEXT NOT NULL,
-    loop INTEGER NOT NULL,
-    severity INTEGER NOT NULL,
-    status TEXT NOT NULL,
-    lead INTEGER NOT NULL,
-    waiting_since REAL NOT NULL,
-    not_before REAL NOT NULL DEFAULT 0,
-    attempts INTEGER NOT NULL DEFAULT 0,
-    first_failed_at REAL,
-    in_flight INTEGER NOT NULL DEFAULT 0,
-    alone INTEGER NOT NULL DEFAULT 0,
-    by_operator INTEGER NOT NULL DEFAULT 0,
-    reason_code TEXT,
-    fault TEXT,
-    http_status INTEGER,
-    message TEXT,
-    PRIMARY KEY (escalation, sink, peer)
-) WITHOUT ROWID;
-CREATE INDEX waiting ON deliveries (sink, peer, severity DESC, loop, escalation, not_before)
-    WHERE status = 'waiting';
-CREATE INDEX dead ON deliveries (loop, escalation) WHERE status = 'dead';
-
--- What is known of a destination, from the passes of all loops. digest names what the sink points at, setup
--- all its settings and secrets, last_loop the loop that was served last. Times are seconds since the epoch.
-CREATE TABLE destinations (
-    id INTEGER PRIMARY KEY,
-    sink TEXT NOT NULL,
-    peer TEXT NOT NULL,
-    digest TEXT NOT NULL,
-    setup TEXT NOT NULL,
-    used_at REAL NOT NULL,
-    paced_until REAL NOT NULL DEFAULT 0,
-    next_attempt_at REAL NOT NULL DEFAULT 0,
-    consecutive_failures INTEGER NOT NULL DEFAULT 0,
-    backoff_step INTEGER NOT NULL DEFAULT 0,
-    failing_since REAL,
-    last_success_at REAL,
-    last_failure_at REAL,
-    reason_code TEXT,
-    fault TEXT,
-    http_status INTEGER,
-    message TEXT,
-    clock_offset REAL,
-    last_loop INTEGER NOT NULL DEFAULT -1,
-    UNIQUE (sink, peer, digest)
-);
-
--- What a sink was sent last of a subject: when that record was written, and the repeats held back since.
-CREATE TABLE last_sent (
-    loop INTEGER NOT NULL,
-    sink TEXT NOT NULL,
-    peer TEXT NOT NULL,
-    subject TEXT NOT NULL,
-    written_at TEXT NOT NULL,
-    repeats INTEGER NOT NULL DEFAULT 0,
-    since TEXT,
-    PRIMARY KEY (loop, sink, peer, subject)
-) WITHOUT ROWID;
-
--- Counts of a loop's deliveries to a sink. waiting and dead are how many there are, the others add up for
--- ever. Triggers keep them.
-CREATE TABLE tallies (
-    loop INTEGER NOT NULL,
-    sink TEXT NOT NULL,
-    waiting INTEGER NOT NULL DEFAULT 0,
-    dead INTEGER NOT NULL DEFAULT 0,
-    delivered INTEGER NOT NULL DEFAULT 0,
-    given_up INTEGER NOT NULL DEFAULT 0,
-    skipped INTEGER NOT NULL DEFAULT 0,
-    failed_attempts INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (loop, sink)
-) WITHOUT ROWID;
-CREATE TRIGGER delivery_added AFTER INSERT ON deliveries WHEN NEW.lead BEGIN
-    INSERT INTO tallies (loop, sink, waiting) VALUES (NEW.loop, NEW.sink, NEW.status = 'waiting')
-    ON CONFLICT DO UPDATE SET waiting = waiting + excluded.waiting;
-END;
-CREATE TRIGGER delivery_changed AFTER UPDATE OF status, lead ON deliveries BEGIN
-    UPDATE tallies SET
-        waiting = waiting + (NEW.lead AND NEW.status = 'waiting') - (OLD.lead AND OLD.status = 'waiting'),
-        dead = dead + (NEW.lead AND NEW.status = 'dead') - (OLD.lead AND OLD.status = 'dead'),
-        delivered = delivered + (NEW.lead AND NEW.status = 'delivered' AND OLD.status <> 'delivered'),
-        given_up = given_up + (NEW.lead AND NEW.status = 'dead' AND OLD.status <> 'dead'),
-        skipped = skipped + (NEW.lead AND NEW.status = 'skipped' AND OLD.status <> 'skipped')
-    WHERE loop = NEW.loop AND sink = NEW.sink;
-END;
-CREATE TRIGGER delivery_removed AFTER DELETE ON deliveries WHEN OLD.lead AND OLD.status IN ('waiting', 'dead')
-BEGIN
-    UPDATE tallies SET waiting = waiting - (OLD.status = 'waiting'), dead = dead - (OLD.status = 'dead')
-    WHERE loop = OLD.loop AND sink = OLD.sink;
-END;
-
--- Attempts by the hour, for the last day.
-CREATE TABLE hours (
-    loop INTEGER NOT NULL,
-    sink TEXT NOT NULL,
-    hour INTEGER NOT NULL,
-    delivered INTEGER NOT NULL DEFAULT 0,
-    failed INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (loop, sink, hour)
-) WITHOUT ROWID;
-
--- What did not reach a sink and never will by itself: status reports it for a day, or until it is
--- acknowledged.
-CREATE TABLE losses (
-    loop INTEGER NOT NULL,
-    reason_code TEXT NOT NULL,
-    count INTEGER NOT NULL,
-    last_at REAL NOT NULL,
-    acknowledged_at REAL,
-    PRIMARY KEY (loop, reason_code)
-) WITHOUT ROWID;
-
--- Rows on their way into the telemetry files: deleted once they are there.
-CREATE TABLE outbox (
-    id INTEGER PRIMARY KEY,
-    loop INTEGER NOT NULL,
-    file TEXT NOT NULL,
-    row BLOB NOT NULL
-);
-"""
-
-
-class DamagedQueueError(StorageError):
-    """The database is damaged, or not a database."""
-
-
-class Destination(NamedTuple):
-    """What is known of a destination: a row of the table of that name."""
-
-    id: int
-    digest: str
-    paced_until: float
-    next_attempt_at: float
-    consecutive_failures: int
-    backoff_step: int
-    failing_since: float | None
-    last_success_at: float | None
-    last_failure_at: float | None
-    reason_code: str | None
-    fault: str | None
-    http_status: int | None
-    message: str | None
-    clock_offset: float | None
-    last_loop: int
-
-
-class Queued(NamedTuple):
-    """A delivery, with the record that it delivers."""
-
-    escalation: int
-    sink: str
-    peer: str
-    loop: int
-    severity: int
-    status: str
-    lead: bool
-    waiting_since: float
-    attempts: int
-    first_failed_at: float | None
-    in_flight: bool
-    alone: bool
-    by_operator: bool
-    reason_code: str | None
-    http_status: int | None
-    message: str | None
-    fault: str | None
-    stored: "Stored"
-
-
-class Stored(NamedTuple):
-    """An escalation as the queue keeps it: see the table."""
-
-    id: int
-    loop: int
-    escalation_id: str
-    segment: str
-    offset: int
-    end: int
-    line: int
-    category: str
-    severity: str | None
-    written_at: str | None
-    ingested_at: float
-    reported: bool
-    settled_at: float | None
-    raw_line: str | None
-    record: bytes
-    unusable: bytes | None = None
-
-    @property
-    def position(self) -> JsonObject:
-        """Where the record stood, as rows give it: `line` counts from 1, `offset` to `end` are its bytes."""
-        return {"segment": self.segment, "offset": self.offset, "end": self.end, "line": self.line}
-
-
-class Named(NamedTuple):
-    """A delivery that an operator may name, without its record; `line` counts from 1. Without `sink` and
-    `status`: an escalation that goes to no sink."""
-
-    escalation: int
-    escalation_id: str
-    segment: str
-    offset: int
-    line: int
-    category: str
-    severity: str | None
-    written_at: str | None
-    sink: str | None = None
-    status: str | None = None
-
-
-NAMED_COLUMNS = "e.id, e.escalation_id, e.segment, e.offset, e.line, e.category, e.severity, e.written_at"
-STORED_COLUMNS = ", ".join(f"e.{name}" for name in Stored._fields)
-DELIVERY_COLUMNS = ", ".join(f"d.{name}" for name in Queued._fields[:-1])
-DESTINATION_COLUMNS = ", ".join(Destination._fields)
-
-
-def queued(row: Sequence[Any]) -> Queued:
-    """A delivery from a row of DELIVERY_COLUMNS and STORED_COLUMNS."""
-    count = len(Queued._fields) - 1
-    return Queued._make([*row[:count], Stored(*row[count:])])
-
-
-class Queue:
-    """A connection to the queue.
-
-    Threads of this process take turns by `changed`, processes by a lock file: a transaction is never met by
-    another one, and a checkpoint never by a write (SQLite before 3.51.3 can damage a database there).
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.changed = threading.Condition()
-        self._lock_file = -1
-        self._db: Any = None
-        # How many transactions stand in each other.
-        self.depth = 0
-        self._read_only = False
-
-    # -- opening and closing
-
-    @classmethod
-    def open(cls, path: str) -> Self:
-        """Open the queue to write to it; a new one is for this user alone.
-
-        Raises StateError for one of a newer version, DamagedQueueError, StorageError.
-        """
-        queue = cls(path)
-        make_folder(os.path.dirname(path))
-        with queue._closed_if_it_fails("open"):
-            queue._lock_file = open_own(f"{path}.lock", os.O_RDWR)
-            with queue._locked():
-                # SQLite follows links, and makes files that others can read. Closed before SQLite opens it:
-                # closing any descriptor of a file drops SQLite's locks on it.
-                os.close(open_own(path, os.O_RDWR))
-                queue._connect(f"file:{quote_path(path)}")
-        return queue
-
-    @classmethod
-    def open_to_read(cls, path: str) -> Self | None:
-        """Open the queue for queries, so that nothing on disk changes; None if there is none. No pass writes
-        until it is closed.
-
-        Raises StateError, DamagedQueueError, StorageError.
-        """
-        import sqlite3
-
-        queue = cls(path)
-        queue._read_only = True
-        with queue._closed_if_it_fails("read"):
-            if not os.path.exists(path) or not os.path.getsize(path):
-                return None
-            with contextlib.suppress(FileNotFoundError):
-                queue._lock_file = os.open(f"{path}.lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-                queue._take(fcntl.LOCK_SH)
-            # A log that a kill has left must be read; without one, SQLite would make files to share.
-            mode = "mode=ro" if has_log(path) else "immutable=1"
-            with queue.errors():
-                queue._db = sqlite3.connect(
-                    f"file:{quote_path(path)}?{mode}", uri=True, isolation_level=None, check_same_thread=False
-                )
-                queue._check_version()
-        return queue
-
-    @contextlib.contextmanager
-    def _closed_if_it_fails(self, verb: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.close()
-            raise storage_error(verb, self.path, error) from None
-        except BaseException:
-            self.close()
-            raise
-
-    def _connect(self, uri: str) -> None:
-        import sqlite3
-
-        with self.errors():
-            self._db = sqlite3.connect(
-                uri, uri=True, isolation_level=None, check_same_thread=False, timeout=QUEUE_WAIT_SECONDS
-            )
-            version = self._check_version()
-            if not version:
-                self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            [mode] = self._db.execute("PRAGMA journal_mode = WAL").fetchone()
-            if mode == "wal":
-                # A kill loses nothing. A power cut may take the last transactions, with the cursor.
-                self._db.execute("PRAGMA synchronous = NORMAL")
-                self._db.execute("PRAGMA wal_autocheckpoint = 0")
-            else:  # a network file system
-                self._db.execute("PRAGMA journal_mode = DELETE")
-                self._db.execute("PRAGMA synchronous = FULL")
-            if not version:
-                salt = os.urandom(16).hex()
-                self._db.executescript(
-                    f"BEGIN IMMEDIATE; {QUEUE_SCHEMA}"
-                    "INSERT INTO meta VALUES ('salt', "
-                    f"'{salt}'); PRAGMA user_version = {QUEUE_VERSION}; COMMIT;"
-                )
-
-    def _check_version(self) -> int:
-        version: int = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version > QUEUE_VERSION:
-            raise StateError(
-                f"the queue {self.path} was written by a newer version (version {version}); it is left as it "
-                "is",
-                [f"run that version of {PROGRAM} again, or a later one"],
-            )
-        if version:
-            self._db.execute("SELECT count(*) FROM meta").fetchone()
-        return version
-
-    def close(self) -> None:
-        """Copy the log into the database, and close. Raises StorageError."""
-        try:
-            database, self._db = self._db, None
-            if database is not None and self._read_only:
-                database.close()
-            elif database is not None:
-                with self._locked(), self.errors():
-                    try:
-                        # Without it, the next one would copy it: not a loss.
-                        with contextlib.suppress(Exception):
-                            database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-                    finally:
-                        database.close()
-        finally:
-            if self._lock_file >= 0:
-                os.close(self._lock_file)
-                self._lock_file = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @contextlib.contextmanager
-    def errors(self) -> Iterator[None]:
-        """Put errors of SQLite, which hides what the system said, into words."""
-        import sqlite3
-
-        try:
-            yield
-        except sqlite3.Error as error:
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or "no such" in str(error):
-                raise DamagedQueueError(
-                    f"the queue {self.path} is damaged ({error})",
-                    [f"the next pass keeps it aside as {self.path}.damaged-… and starts a new one"],
-                ) from None
-            if code in (
-                sqlite3.SQLITE_FULL,
-                sqlite3.SQLITE_IOERR,
-                sqlite3.SQLITE_READONLY,
-                sqlite3.SQLITE_CANTOPEN,
-            ):
-                check_room(os.path.dirname(self.path), self.path, f"{self.path}-wal")
-                check_size_limit(self.path)
-            if code == sqlite3.SQLITE_READONLY:
-                denied = OSError(errno.EACCES, os.strerror(errno.EACCES))
-                raise storage_error("write", self.path, denied) from None
-            raise StorageError(
-                f"the queue {self.path} cannot be used: {error}",
-                ["check the file, its folder and the disk; the next pass goes on where this one stopped"],
-            ) from None
-
-    # -- transactions
-
-    def _take(self, kind: int, byte: int = 0, wait: float = QUEUE_WAIT_SECONDS) -> bool:
-        """Lock a byte of the lock file; tells whether it was to be had within `wait` seconds."""
-        deadline = time.monotonic() + wait
-        # A transaction is short, a request may take seconds.
-        pause = 0.02 if byte else 0.002
-        while True:
-            try:
-                fcntl.lockf(self._lock_file, kind | fcntl.LOCK_NB, 1, byte)
-                return True
-            except (BlockingIOError, PermissionError):
-                if time.monotonic() >= deadline:
-                    return False
-                time.sleep(pause)
-
-    def _release(self, byte: int = 0) -> None:
-        fcntl.lockf(self._lock_file, fcntl.LOCK_UN, 1, byte)
-
-    def lock(self) -> None:
-        """Keep other processes from writing, until `unlock`. Raises StateError."""
-        if not self._take(fcntl.LOCK_EX):
-            raise StateError(
-                f"another process has held the queue {self.path} for {QUEUE_WAIT_SECONDS:g} s",
-                [f"see which one, and end it: {shell_line('fuser', '-v', f'{self.path}.lock')}"],
-            )
-
-    def unlock(self) -> None:
-        self._release()
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Keep other threads and processes from writing. Raises StateError."""
-        with self.changed:
-            self.lock()
-            try:
-                yield
-            finally:
-                self.unlock()
-
-    def transaction(self) -> "Transaction":
-        """Everything or nothing. Nobody else reads or writes the queue meanwhile.
-
-        Raises DamagedQueueError, StateError, StorageError.
-        """
-        return Transaction(self)
-
-    def begin(self) -> None:
-        with self.errors():
-            self._db.execute("BEGIN IMMEDIATE")
-        self.depth = 1
-
-    def end(self, *, commit: bool) -> None:
-        self.depth = 0
-        if commit:
-            with self.errors():
-                try:
-                    self._db.execute("COMMIT")
-                except BaseException:
-                    self._roll_back()
-                    raise
-        else:
-            self._roll_back()
-
-    def _roll_back(self) -> None:
-        with contextlib.suppress(Exception):  # SQLite has done it by itself after some errors
-            self._db.execute("ROLLBACK")
-
-    def tidy(self) -> None:
-        """Copy a log that has grown into the database, so that it grows no further. Raises StorageError."""
-        found = stat_of(f"{self.path}-wal")
-        if found is not None and found.st_size > WAL_BYTES:
-            with self._locked(), self.errors():
-                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-
-    def execute(self, sql: str, *parameters: object) -> Any:
-        """Run a statement; inside of `transaction` if it writes."""
-        try:
-            return self._db.execute(sql, parameters)
-        except UnicodeEncodeError:  # a lone surrogate, which JSON can hold and SQLite cannot
-            return self._db.execute(sql, cast("list[object]", strict_value(parameters)))
-
-    def copy_to(self, path: str) -> None:
-        """Write a copy of the database into a new file. Raises StorageError."""
-        import sqlite3
-
-        with self.errors(), contextlib.closing(sqlite3.connect(path)) as copy:
-            self._db.backup(copy)
-
-    # -- loops
-
-    @functools.cached_property
-    def salt(self) -> bytes:
-        """What makes digests of secrets worthless elsewhere."""
-        [value] = self.execute("SELECT value FROM meta WHERE key = 'salt'").fetchone()
-        return bytes.fromhex(value)
-
-    def find_loop(self, loop_id: str) -> tuple[int, Cursor, JsonObject | None] | None:
-        """A loop's number, its cursor, and the routes under which its deliveries wait; None for a new
-        loop."""
-        row = self.execute("SELECT id, cursor, rules FROM loops WHERE loop_id = ?", loop_id).fetchone()
-        if row is None:
-            return None
-        return row[0], Cursor.from_json(json.loads(row[1])), row[2] and json.loads(row[2])
-
-    def add_loop(self, loop_id: str, cursor: Cursor) -> int:
-        """Add a loop; returns its number."""
-        text = encode_json(cursor.to_json()).decode()
-        added = self.execute("INSERT INTO loops (loop_id, cursor) VALUES (?, ?)", loop_id, text)
-        return int(added.lastrowid)
-
-    def save_cursor(self, loop: int, cursor: Cursor) -> None:
-        self.execute("UPDATE loops SET cursor = ? WHERE id = ?", encode_json(cursor.to_json()).decode(), loop)
-
-    def save_rules(self, loop: int, rules: JsonObject) -> None:
-        self.execute("UPDATE loops SET rules = ? WHERE id = ?", encode_json(rules).decode(), loop)
-
-    # -- escalations and their deliveries
-
-    def next_id(self) -> int:
-        """The number that the next escalation gets: they grow with the order of ingestion."""
-        [last] = self.execute("SELECT max(id) FROM escalations").fetchone()
-        return (last or 0) + 1
-
-    def add_escalations(self, rows: Sequence[Stored]) -> None:
-        marks = ", ".join("?" * len(Stored._fields))
-        insert = f"INSERT INTO escalations VALUES ({marks})"
-        try:
-            self._db.executemany(insert, rows)
-        except UnicodeEncodeError:  # see `execute`; the rows before it are stored
-            self._db.executemany(insert.replace("INSERT", "INSERT OR IGNORE"), map(strict_value, rows))
-
-    def add_deliveries(self, rows: Iterable[tuple[int, str, str, int, int, int, float]]) -> None:
-        """Add deliveries that wait: escalation, sink, peer, loop, severity, lead, since when."""
-        self._db.executemany(
-            "INSERT INTO deliveries (escalation, sink, peer, loop, severity, lead, waiting_since, status) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, 'waiting') ON CONFLICT DO UPDATE SET status = 'waiting', "
-            "severity = excluded.severity, waiting_since = excluded.waiting_since, not_before = 0 "
-            "WHERE status = 'skipped' AND reason_code = 'route_changed'",
-            rows,
-        )
-
-    def next_turn(
-        self, sink: str, peer: str, loops: Collection[int], after: int, now: float, latest: float
-    ) -> Iterator[tuple[int, int]]:
-        """The severities and loops of which something may wait for a destination: the worst severity first,
-        and of each the loops by turns, beginning behind the loop `after`.
-
-        `now` to `latest`: what is to be left alone until then has no turn. A later time was set by a clock
-        that was ahead.
-        """
-        query = (
-            "SELECT loop FROM deliveries INDEXED BY waiting WHERE status = 'waiting' AND sink = ? "
-            "AND peer = ? AND severity = ? AND loop > ? AND loop <= ? AND not_before NOT BETWEEN ? AND ? "
-            "ORDER BY loop LIMIT 1"
-        )
-        for severity in range(len(SEVERITIES) - 1, -1, -1):
-            if len(loops) == 1:
-                yield severity, next(iter(loops))
-                continue
-            for low, high in ((after, sys.maxsize >> 1), (-1, after)):
-                at = low
-                while row := self.execute(query, sink, peer, severity, at, high, now, latest).fetchone():
-                    at = row[0]
-                    if at in loops:
-                        yield severity, at
-
-    def waiting_of(
-        self,
-        sink: str,
-        peer: str,
-        severity: int,
-        loop: int,
-        now: float,
-        latest: float,
-        limit: int,
-        *,
-        fresh: bool,
-        by_operator: bool,
-    ) -> list[Queued]:
-        """What waits for a destination of one severity and loop, the oldest first. `fresh`: only what was
-        tried less than SAME_RECORD_ATTEMPTS times. `by_operator`: only what an operator asked for."""
-        only = "AND d.by_operator " if by_operator else ""
-        only += f"AND d.attempts < {SAME_RECORD_ATTEMPTS} " if fresh else ""
-        rows = self.execute(
-            f"SELECT {DELIVERY_COLUMNS}, {STORED_COLUMNS} FROM deliveries d INDEXED BY waiting "
-            "JOIN escalations e ON e.id = d.escalation WHERE d.status = 'waiting' AND d.sink = ? "
-            "AND d.peer = ? AND d.severity = ? AND d.loop = ? AND d.not_before NOT BETWEEN ? AND ? "
-            f"{only}ORDER BY d.escalation LIMIT ?",
-            *(sink, peer, severity, loop, now, latest, limit),
-        )
-        return [queued(row) for row in rows]
-
-    def deliveries_of(self, stored: Stored) -> list[Queued]:
-        """The deliveries of an escalation."""
-        rows = self.execute(f"SELECT {DELIVERY_COLUMNS} FROM deliveries d WHERE escalation = ?", stored.id)
-        return [Queued._make([*row, stored]) for row in rows]
-
-    def deliveries_of_all(self, found: Sequence[Stored]) -> dict[int, list[Queued]]:
-        """The deliveries of these escalations, by their number."""
-        stored = {item.id: item for item in found}
-        deliveries: dict[int, list[Queued]] = {number: [] for number in stored}
-        if found:
-            rows = self.execute(
-                f"SELECT {DELIVERY_COLUMNS} FROM deliveries d WHERE escalation BETWEEN ? AND ?",
-                *(min(stored), max(stored)),
-            )
-            for row in rows:
-                if row[0] in stored:
-                    deliveries[row[0]].append(Queued._make([*row, stored[row[0]]]))
-        return deliveries
-
-    def has_waiting(self, sink: str, peer: str) -> bool:
-        """Tell whether anything waits for a destination."""
-        found = self.execute(
-            "SELECT 1 FROM deliveries INDEXED BY waiting WHERE status = 'waiting' AND sink = ? AND peer = ? "
-            "LIMIT 1",
-            *(sink, peer),
-        )
-        return found.fetchone() is not None
-
-    def waiting_in(self, loop: int) -> set[tuple[int, str]]:
-        """What waits of a loop: escalation and sink."""
-        rows = self.execute(
-            "SELECT escalation, sink FROM deliveries INDEXED BY waiting WHERE status = 'waiting' "
-            "AND loop = ?",
-            loop,
-        )
-        return set(rows)
-
-    def lagging(self, loop: int, sink: str) -> dict[str, tuple[float, int]]:
-        """The peers of a cluster that miss what another one has: since when, and how many deliveries."""
-        rows = self.execute(
-            "SELECT d.peer, min(d.waiting_since), count(*) FROM deliveries d INDEXED BY waiting "
-            "JOIN deliveries o ON o.escalation = d.escalation AND o.sink = d.sink AND o.lead "
-            "WHERE d.status = 'waiting' AND NOT d.lead AND d.sink = ? AND d.loop = ? "
-            "AND o.status = 'delivered' "
-            "GROUP BY d.peer",
-            *(sink, loop),
-        )
-        return {peer: (since, count) for peer, since, count in rows}
-
-    def oldest_waiting(self, loop: int, sink: str) -> Stored | None:
-        """The oldest escalation of a loop that waits for a sink."""
-        oldest = None
-        peers = self.execute("SELECT DISTINCT peer FROM destinations WHERE sink = ?", sink).fetchall()
-        for peer in {"", *(peer for [peer] in peers)}:
-            for severity in range(len(SEVERITIES)):
-                for [found] in self.execute(
-                    "SELECT escalation FROM deliveries INDEXED BY waiting WHERE status = 'waiting' "
-                    "AND sink = ? "
-                    "AND peer = ? AND severity = ? AND loop = ? AND lead ORDER BY escalation LIMIT 1",
-                    *(sink, peer, severity, loop),
-                ):
-                    oldest = found if oldest is None else min(oldest, found)
-        return None if oldest is None else self.escalation(oldest)
-
-    def escalation(self, number: int) -> Stored:
-        row = self.execute(f"SELECT {STORED_COLUMNS} FROM escalations e WHERE id = ?", number).fetchone()
-        return Stored(*row)
-
-    def start_attempt(self, deliveries: Iterable[Queued]) -> None:
-        """Note that requests with these deliveries are about to be sent."""
-        self._db.executemany(
-            "UPDATE deliveries SET in_flight = 1 WHERE escalation = ? AND sink = ? AND peer = ?",
-            (delivery[:3] for delivery in deliveries),
-        )
-
-    def end_attempt(self, deliveries: Iterable[Queued]) -> None:
-        """Note that these were not sent after all."""
-        self._db.executemany(
-            "UPDATE deliveries SET in_flight = 0 WHERE escalation = ? AND sink = ? AND peer = ?",
-            (delivery[:3] for delivery in deliveries),
-        )
-
-    def note_attempt(
-        self, delivery: Queued, verdict: Verdict, now: float, *, not_before: float, alone: bool
-    ) -> None:
-        """Note an attempt after which a delivery still waits."""
-        self.execute(
-            "UPDATE deliveries SET attempts = attempts + 1, in_flight = 0, not_before = ?, alone = ?, "
-            "first_failed_at = coalesce(first_failed_at, ?), reason_code = ?, fault = ?, http_status = ?, "
-            "message = ? WHERE escalation = ? AND sink = ? AND peer = ?",
-            *(not_before, alone or delivery.alone, now, verdict.reason_code, verdict.fault),
-            *(verdict.http_status, verdict.message, *delivery[:3]),
-        )
-
-    def send_alone(self, deliveries: Iterable[Queued]) -> None:
-        """Let deliveries that were refused together go out one by one."""
-        self._db.executemany(
-            "UPDATE deliveries SET alone = 1, in_flight = 0 WHERE escalation = ? AND sink = ? AND peer = ?",
-            (delivery[:3] for delivery in deliveries),
-        )
-
-    def settle(self, delivery: Queued, status: str, verdict: Verdict, attempts: int) -> bool:
-        """End a delivery: `delivered`, `dead` or `skipped`. Tells whether that is the sink's answer, too.
-
-        One peer of a cluster that delivers speaks for the sink. One that refuses leaves it to the others, and
-        is skipped; the last one to refuse, if none has delivered, is dead.
-        """
-        lead = delivery.lead
-        if delivery.peer:
-            others = [other for other in self.deliveries_of(delivery.stored) if other.sink == delivery.sink]
-            # Another peer may have begun to speak while this request was on its way.
-            lead = any(other.lead for other in others if other.peer == delivery.peer)
-            others = [other for other in others if other.peer != delivery.peer]
-            delivered = any(other.status == "delivered" for other in others)
-            waiting = [other for other in others if other.status == "waiting"]
-            if status == "delivered" and not lead and not delivered:
-                self._speak(delivery, others)
-                lead = True
-            elif status == "dead" and (delivered or waiting):
-                status = "skipped"
-                if lead and waiting:
-                    self._speak(waiting[0], [delivery])
-                    lead = False
-            elif status == "skipped" and lead and not delivered:
-                for other in waiting:
-                    self._end(other, status, verdict, other.attempts)
-        self._end(delivery, status, verdict, attempts)
-        return lead
-
-    def speak_instead(self, peers: Sequence[Queued]) -> Queued:
-        """Let one of these peers' deliveries speak for their sink, in place of one that is gone: one that is
-        delivered, or else one that waits. If all have refused, the sink has, and the delivery is dead."""
-        order = ("delivered", "waiting")
-        best = min(peers, key=lambda d: order.index(d.status) if d.status in order else len(order))
-        self._speak(best, [])
-        if best.status not in order:
-            self.execute(
-                "UPDATE deliveries SET status = 'dead' WHERE escalation = ? AND sink = ? AND peer = ?",
-                *best[:3],
-            )
-            return best._replace(status="dead", lead=True)
-        return best._replace(lead=True)
-
-    def _speak(self, delivery: Queued, others: Iterable[Queued]) -> None:
-        """Let a delivery to a peer speak for its sink, in place of the others."""
-        for lead, found in [*((0, other) for other in others if other.lead), (1, delivery)]:
-            self.execute(
-                "UPDATE deliveries SET lead = ? WHERE escalation = ? AND sink = ? AND peer = ?",
-                lead,
-                *found[:3],
-            )
-
-    def _end(self, delivery: Queued, status: str, verdict: Verdict, attempts: int) -> None:
-        self.execute(
-            "UPDATE deliveries SET status = ?, attempts = ?, in_flight = 0, alone = 0, reason_code = ?, "
-            "fault = ?, "
-            "http_status = ?, message = ? WHERE escalation = ? AND sink = ? AND peer = ?",
-            *(status, attempts, verdict.reason_code, verdict.fault, verdict.http_status, verdict.message),
-            *delivery[:3],
-        )
-
-    def note_settled(self, stored: Stored, now: float) -> None:
-        """Note when the last delivery of an escalation has ended, if none waits."""
-        self.execute(
-            "UPDATE escalations SET settled_at = ?1 WHERE id = ?2 AND NOT EXISTS "
-            "(SELECT 1 FROM deliveries WHERE escalation = ?2 AND status = 'waiting')",
-            *(now, stored.id),
-        )
-
-    def note_all_settled(self, loop: int, now: float) -> None:
-        """Note of all of a loop's escalations for which nothing waits any more that they are settled."""
-        self.execute(
-            "UPDATE escalations SET settled_at = ? WHERE loop = ? AND settled_at IS NULL AND NOT EXISTS "
-            "(SELECT 1 FROM deliveries WHERE escalation = escalations.id AND status = 'waiting')",
-            *(now, loop),
-        )
-
-    def note_reported(self, found: Iterable[tuple[Stored, bool]], now: float) -> None:
-        """Note that the rows of these escalations are written, and which of them are settled. Lines that are
-        no escalation are not needed any more."""
-        kept: list[tuple[float | None, int]] = []
-        gone: list[tuple[int]] = []
-        for stored, settled in found:
-            if stored.unusable is not None:
-                gone.append((stored.id,))
-            else:
-                kept.append((stored.settled_at or now if settled else None, stored.id))
-        self._db.executemany("UPDATE escalations SET reported = 1, settled_at = ? WHERE id = ?", kept)
-        self._db.executemany("DELETE FROM escalations WHERE id = ?", gone)
-
-    def unreported(self, loop: int, limit: int) -> list[Stored]:
-        """Escalations whose row is still to be written, the oldest first."""
-        rows = self.execute(
-            f"SELECT {STORED_COLUMNS} FROM escalations e INDEXED BY unreported WHERE loop = ? "
-            "AND reported = 0 "
-            "ORDER BY id LIMIT ?",
-            *(loop, limit),
-        )
-        return [Stored(*row) for row in rows]
-
-    # -- destinations
-
-    def destination(self, sink: str, peer: str, digest: str, setup: str, now: float) -> Destination:
-        """What is known of a destination. One whose settings or secrets have changed begins anew, but for
-        what was spent of its rate."""
-        self.execute(
-            "INSERT INTO destinations (sink, peer, digest, setup, used_at) VALUES (?, ?, ?, ?, ?) "
-            "ON CONFLICT DO UPDATE SET used_at = excluded.used_at, setup = excluded.setup, "
-            "next_attempt_at = iif(setup = excluded.setup, next_attempt_at, 0), "
-            "backoff_step = iif(setup = excluded.setup, backoff_step, 0)",
-            *(sink, peer, digest, setup, now),
-        )
-        return self.known_destination(sink, peer, digest)
-
-    def forget_waits(self, sink: str, peer: str, setup: str) -> None:
-        """Let what was set aside for a while go out now, if the settings or secrets of its destination have
-        changed since it was used last."""
-        self.execute(
-            "UPDATE deliveries SET not_before = 0 WHERE status = 'waiting' AND sink = ?1 AND peer = ?2 "
-            "AND not_before > 0 AND ?3 <> (SELECT setup FROM destinations WHERE sink = ?1 AND peer = ?2 "
-            "ORDER BY used_at DESC LIMIT 1)",
-            *(sink, peer, setup),
-        )
-
-    def known_destination(self, sink: str, peer: str, digest: str) -> Destination:
-        row = self.execute(
-            f"SELECT {DESTINATION_COLUMNS} FROM destinations WHERE sink = ? AND peer = ? AND digest = ?",
-            *(sink, peer, digest),
-        ).fetchone()
-        return Destination(*row)
-
-    def destinations_of(self, sink: str) -> dict[str, Destination]:
-        """What is known of a sink's destinations, by peer: of each the one that was used last, but for
-        peers that are retired."""
-        rows = self.execute(
-            f"SELECT peer, {DESTINATION_COLUMNS} FROM destinations WHERE sink = ? AND used_at > 0 "
-            "ORDER BY used_at",
-            sink,
-        )
-        return {row[0]: Destination(*row[1:]) for row in rows}
-
-    def retire_peers(self, sink: str, peers: Collection[str]) -> None:
-        """Let what is known of a sink's former peers, all but these, no longer speak for it."""
-        marks = ", ".join("?" * len(peers))
-        self.execute(
-            f"UPDATE destinations SET used_at = 0 WHERE sink = ? AND used_at > 0 AND peer NOT IN ({marks})",
-            *(sink, *peers),
-        )
-
-    def paced_until(self, digest: str) -> float:
-        """Up to when the requests to a destination are paid for, whichever sinks point at it."""
-        row = self.execute("SELECT max(paced_until) FROM destinations WHERE digest = ?", digest).fetchone()
-        return float(row[0] or 0.0)
-
-    def spend_rate(self, digest: str, until: float) -> None:
-        self.execute("UPDATE destinations SET paced_until = ? WHERE digest = ?", until, digest)
-
-    def note_turn(self, destination: Destination, loop: int) -> None:
-        """Note which loop a destination has served last: in the next pass, it is another one's turn."""
-        self.execute("UPDATE destinations SET last_loop = ? WHERE id = ?", loop, destination.id)
-
-    def note_answer(
-        self, destination: Destination, now: float, clock_offset: float | None, *, delivered: bool
-    ) -> None:
-        """Note that a destination is well: it delivered, or refused a record."""
-        self.execute(
-            "UPDATE destinations SET consecutive_failures = 0, backoff_step = 0, next_attempt_at = 0, "
-            "failing_since = NULL, last_success_at = iif(?, ?, last_success_at), clock_offset = ? "
-            "WHERE id = ?",
-            *(delivered, now, clock_offset, destination.id),
-        )
-
-    def note_failure(
-        self, destination: Destination, verdict: Verdict, now: float, next_attempt_at: float, step: int
-    ) -> None:
-        self.execute(
-            "UPDATE destinations SET consecutive_failures = consecutive_failures + 1, backoff_step = ?, "
-            "next_attempt_at = ?, failing_since = coalesce(failing_since, ?), last_failure_at = ?, "
-            "reason_code = ?, fault = ?, http_status = ?, message = ? WHERE id = ?",
-            *(step, next_attempt_at, now, now, verdict.reason_code, verdict.fault, verdict.http_status),
-            *(verdict.message, destination.id),
-        )
-
-    def try_at_once(self, loop: int) -> None:
-        """Forget how long destinations, and deliveries of a loop, are to be left alone."""
-        self.execute("UPDATE destinations SET next_attempt_at = 0")
-        self.execute("UPDATE deliveries SET not_before = 0 WHERE loop = ? AND status = 'waiting'", loop)
-
-    @contextlib.contextmanager
-    def probing(self, destination: Destination, wait: float, fresh: float) -> Iterator[bool]:
-        """Keep other processes from finding out at the same time that a destination does not answer: as long
-        as nobody knows that it is well, one request at a time. `fresh`: seconds for which an answer counts.
-        Yields whether that was to be had within `wait` seconds."""
-        well = (
-            destination.last_success_at or 0.0
-        ) > time.time() - fresh and not destination.consecutive_failures
-        # Byte 0 is for transactions.
-        if not self._take(fcntl.LOCK_SH if well else fcntl.LOCK_EX, destination.id, wait):
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            with contextlib.suppress(OSError, ValueError):
-                self._release(destination.id)
-
-    def stop_probing(self, destination: Destination) -> None:
-        """Let others ask a destination, although a request is still on its way."""
-        self._release(destination.id)
-
-    def share(self, destination: Destination) -> None:
-        """A destination has answered: others may ask it, too."""
-        self._take(fcntl.LOCK_SH, destination.id, 0.0)
-
-    # -- repeats, counts, losses
-
-    def last_sent(self, delivery: Queued, subject: str) -> tuple[str, int, str | None] | None:
-        """When the record was written that a sink was sent last of a subject, the repeats held back since,
-        and when the first of those was written."""
-        row: tuple[str, int, str | None] | None = self.execute(
-            "SELECT written_at, repeats, since FROM last_sent WHERE loop = ? AND sink = ? AND peer = ? "
-            "AND subject = ?",
-            *(delivery.loop, delivery.sink, delivery.peer, subject),
-        ).fetchone()
-        return row
-
-    def note_sent(self, delivery: Queued, subject: str, written_at: str) -> None:
-        self.execute(
-            "INSERT OR REPLACE INTO last_sent (loop, sink, peer, subject, written_at) VALUES (?, ?, ?, ?, ?)",
-            *(delivery.loop, delivery.sink, delivery.peer, subject, written_at),
-        )
-
-    def note_repeat(self, delivery: Queued, subject: str, written_at: str) -> None:
-        self.execute(
-            "UPDATE last_sent SET repeats = repeats + 1, since = coalesce(since, ?) WHERE loop = ? "
-            "AND sink = ? "
-            "AND peer = ? AND subject = ?",
-            *(written_at, delivery.loop, delivery.sink, delivery.peer, subject),
-        )
-
-    def count_attempts(self, loop: int, sink: str, now: float, outcome: Outcome, count: int) -> None:
-        """Count attempts with the same outcome. In the tallies one after which a delivery is a dead letter is
-        counted as that."""
-        delivered = count if outcome == "delivered" else 0
-        self.execute(
-            "INSERT INTO hours VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
-            "delivered = delivered + excluded.delivered, failed = failed + excluded.failed",
-            *(loop, sink, int(now // 3600), delivered, count - delivered),
-        )
-        if outcome not in STATUS_OF_OUTCOME:
-            self.execute(
-                "UPDATE tallies SET failed_attempts = failed_attempts + ? WHERE loop = ? AND sink = ?",
-                *(count, loop, sink),
-            )
-
-    def note_loss(self, loop: int, reason_code: str, count: int, now: float) -> None:
-        """Count what reached no sink; what is older than a day, or was acknowledged, is not added to."""
-        self.execute(
-            "INSERT INTO losses VALUES (?, ?, ?, ?, NULL) ON CONFLICT DO UPDATE "
-            "SET last_at = excluded.last_at, "
-            "count = iif(last_at > excluded.last_at - ? AND acknowledged_at IS NULL, count, "
-            "0) + excluded.count, "
-            "acknowledged_at = NULL",
-            *(loop, reason_code, count, now, LOSS_SHOWN),
-        )
-
-    def tallies(self, loop: int) -> dict[str, JsonObject]:
-        """The counts of a loop's sinks, by sink."""
-        rows = self.execute(
-            "SELECT sink, waiting, dead, delivered, given_up, skipped, failed_attempts FROM tallies "
-            "WHERE loop = ? ORDER BY sink",
-            loop,
-        )
-        names = ("waiting", "dead", "delivered", "given_up", "skipped", "failed_attempts")
-        return {row[0]: dict(zip(names, row[1:], strict=True)) for row in rows}
-
-    def waiting_for(self, loop: int, sink: str) -> int:
-        """How many of a loop's deliveries wait for a sink."""
-        row = self.execute("SELECT waiting FROM tallies WHERE loop = ? AND sink = ?", loop, sink).fetchone()
-        return row[0] if row else 0
-
-    def losses(self, loop: int, now: float) -> list[tuple[str, int, float]]:
-        """What reached no sink of late and was not acknowledged: reason code, count, and when it was last."""
-        rows: list[tuple[str, int, float]] = self.execute(
-            "SELECT reason_code, count, last_at FROM losses WHERE loop = ? AND acknowledged_at IS NULL "
-            "AND last_at > ? ORDER BY last_at",
-            *(loop, now - LOSS_SHOWN),
-        ).fetchall()
-        return rows
-
-    def hours(self, loop: int, now: float) -> dict[str, dict[int, tuple[int, int]]]:
-        """What was delivered to a loop's sinks in each of the last 24 hours, and the attempts that failed: by
-        sink, and by hours since the epoch."""
-        found: dict[str, dict[int, tuple[int, int]]] = {}
-        rows = self.execute(
-            "SELECT sink, hour, delivered, failed FROM hours WHERE loop = ? AND hour > ?",
-            *(loop, int(now // 3600) - 24),
-        )
-        for sink, hour, delivered, failed in rows:
-            found.setdefault(sink, {})[hour] = delivered, failed
-        return found
-
-    def acknowledge(self, loop: int, now: float) -> None:
-        """Note that an operator has seen the losses of a loop."""
-        self.execute(
-            "UPDATE losses SET acknowledged_at = ? WHERE loop = ? AND acknowledged_at IS NULL", now, loop
-        )
-
-    # -- what operators look for and ask for
-
-    def stuck_at(self, loop: int, sink: str, attempts: int) -> tuple[str, int] | None:
-        """The first record that a sink has answered with an error so many times: its segment and line. Only
-        such a delivery has a time of its own before which it is left alone."""
-        row: tuple[str, int] | None = self.execute(
-            "SELECT e.segment, e.line FROM deliveries d INDEXED BY waiting JOIN escalations e "
-            "ON e.id = d.escalation WHERE d.status = 'waiting' AND d.sink = ? AND d.loop = ? "
-            "AND d.not_before > 0 AND d.attempts >= ? AND (d.http_status >= 500 OR d.fault = 'timeout') "
-            "ORDER BY d.escalation LIMIT 1",
-            *(sink, loop, attempts),
-        ).fetchone()
-        return row
-
-    def named(self, loop: int, condition: str, *values: object) -> list["Named"]:
-        """The escalations of a loop for which a condition holds, in the order of ingestion: one for each of
-        their sinks. In the condition `e` is the escalation, `d` the delivery that speaks for a sink."""
-        rows = self.execute(
-            f"SELECT {NAMED_COLUMNS}, d.sink, d.status FROM escalations e LEFT JOIN deliveries d "
-            "ON d.escalation = e.id AND d.lead WHERE e.loop = ? AND e.unusable IS NULL "
-            f"AND {condition} ORDER BY e.id",
-            *(loop, *values),
-        )
-        return [Named(*row) for row in rows]
-
-    def latest(self, condition: str, *values: object) -> Iterator[tuple[str, Stored, list[Queued]]]:
-        """The escalations for which a condition on `e`, and on the loop `l`, holds, the last one first: loop
-        id, escalation, deliveries."""
-        rows = self.execute(
-            f"SELECT l.loop_id, {STORED_COLUMNS} FROM escalations e JOIN loops l ON l.id = e.loop "
-            f"WHERE e.unusable IS NULL AND {condition} ORDER BY e.id DESC",
-            *values,
-        )
-        for loop_id, *row in rows:
-            stored = Stored(*row)
-            yield loop_id, stored, self.deliveries_of(stored)
-
-    def kept_ids(self) -> set[str]:
-        """The ids of all escalations that are in the queue."""
-        rows = self.execute("SELECT escalation_id FROM escalations WHERE unusable IS NULL")
-        return {identity for [identity] in rows}
-
-    def failing_sinks(self) -> set[str]:
-        """The sinks whose destinations, as they were used last, all fail."""
-        rows = self.execute("SELECT DISTINCT sink FROM destinations").fetchall()
-        return {
-            sink
-            for [sink] in rows
-            if all(known.consecutive_failures for known in self.destinations_of(sink).values())
-        }
-
-    def lead(self, escalation: int, sink: str) -> Queued | None:
-        """The delivery of an escalation that speaks for a sink."""
-        row = self.execute(
-            f"SELECT {DELIVERY_COLUMNS}, {STORED_COLUMNS} FROM deliveries d JOIN escalations e "
-            "ON e.id = d.escalation WHERE d.escalation = ? AND d.sink = ? AND d.lead",
-            *(escalation, sink),
-        ).fetchone()
-        return queued(row) if row else None
-
-    def send_again(
-        self, escalation: int, sink: str, peers: Sequence[str], loop: int, severity: int, now: float
-    ) -> None:
-        """Let an escalation wait for each peer of a sink, because an operator asked for it."""
-        found = self.execute(
-            "SELECT peer FROM deliveries WHERE escalation = ? AND sink = ?", escalation, sink
-        )
-        if {peer for [peer] in found} != set(peers):
-            self.execute("DELETE FROM deliveries WHERE escalation = ? AND sink = ?", escalation, sink)
-            self.add_deliveries(
-                (escalation, sink, peer, loop, severity, int(place == 0), now)
-                for place, peer in enumerate(peers)
-            )
-        self.execute(
-            "UPDATE deliveries SET status = 'waiting', severity = ?, waiting_since = ?, not_before = 0, "
-            "in_flight = 0, alone = 0, by_operator = 1, reason_code = NULL, fault = NULL, "
-            "http_status = NULL, "
-            "message = NULL WHERE escalation = ? AND sink = ?",
-            *(severity, now, escalation, sink),
-        )
-        self.execute("UPDATE escalations SET settled_at = NULL WHERE id = ?", escalation)
-
-    def try_sink_at_once(self, sink: str) -> None:
-        """Forget how long a sink is to be left alone."""
-        self.execute("UPDATE destinations SET next_attempt_at = 0 WHERE sink = ?", sink)
-
-    def forget_failures(self, sink: str) -> None:
-        """Let the next delivery to a sink be tried as if nothing had failed, if nothing waits for it."""
-        self.execute(
-            "UPDATE destinations SET next_attempt_at = 0, consecutive_failures = 0, backoff_step = 0, "
-            "failing_since = NULL WHERE sink = ?1 AND NOT EXISTS (SELECT 1 "
-            "FROM deliveries INDEXED BY waiting "
-            "WHERE status = 'waiting' AND deliveries.sink = ?1 AND deliveries.peer = destinations.peer)",
-            sink,
-        )
-
-    # -- the outbox
-
-    def write_row(self, loop: int, file: str, row: bytes) -> None:
-        """Put a row on its way into a file."""
-        self.execute("INSERT INTO outbox (loop, file, row) VALUES (?, ?, ?)", loop, file, row)
-
-    def outbox(self, loop: int, limit: int = 5000) -> list[tuple[int, str, bytes]]:
-        """The rows of a loop that are on their way: number, file, row."""
-        found: list[tuple[int, str, bytes]] = self.execute(
-            "SELECT id, file, row FROM outbox WHERE loop = ? ORDER BY id LIMIT ?", loop, limit
-        ).fetchall()
-        return found
-
-    def clear_outbox(self, loop: int, up_to: int) -> None:
-        self.execute("DELETE FROM outbox WHERE loop = ? AND id <= ?", loop, up_to)
-
-    # -- keeping it small
-
-    def purge(self, now: float, *, more: Callable[[], bool]) -> None:
-        """Remove settled escalations that are older than the retention, or too many, while `more` says so;
-        not those with a dead letter, unless there are too many. Returns their pages to the file system."""
-        while more():
-            with self.transaction():
-                [ids] = self.execute("SELECT max(id) - min(id) FROM escalations").fetchone()
-                too_many = 0
-                if (ids or 0) > RETENTION_COUNT:  # else it need not be counted
-                    count = "SELECT count(*) FROM escalations WHERE settled_at IS NOT NULL"
-                    too_many = min(max(0, self.execute(count).fetchone()[0] - RETENTION_COUNT), 1000)
-                old = self.execute(
-                    "SELECT id FROM escalations e INDEXED BY settled WHERE settled_at < ? AND reported "
-                    "AND NOT EXISTS (SELECT 1 FROM deliveries WHERE escalation = e.id "
-                    "AND status = 'dead') LIMIT 1000",
-                    now - RETENTION_SECONDS,
-                ).fetchall()
-                if not old and too_many:
-                    old = self.execute(
-                        "SELECT id FROM escalations INDEXED BY settled WHERE settled_at IS NOT NULL "
-                        "AND reported "
-                        "ORDER BY settled_at LIMIT ?",
-                        too_many,
-                    ).fetchall()
-                if not old:
-                    break
-                self._db.executemany("DELETE FROM deliveries WHERE escalation = ?", old)
-                self._db.executemany("DELETE FROM escalations WHERE id = ?", old)
-            self.tidy()
-        with self._locked(), self.errors():
-            self.execute("DELETE FROM hours WHERE hour < ?", int(now // 3600) - 24)
-            # Of a destination whose URL has changed since: `destinations_of` gives the last one.
-            self.execute(
-                "DELETE FROM destinations AS old WHERE used_at < ? AND EXISTS (SELECT 1 FROM destinations "
-                "WHERE sink = old.sink AND peer = old.peer AND used_at > old.used_at)",
-                now - RETENTION_SECONDS,
-            )
-            # `execute` would stop after one page.
-            self._db.executescript("PRAGMA incremental_vacuum")
-
-
-def check_size_limit(path: str) -> None:
-    """Raises StorageError if this process may not write files as large as a queue is."""
-    import resource
-
-    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    sizes = [found.st_size for name in (path, f"{path}-wal") if (found := stat_of(name))]
-    if limit != resource.RLIM_INFINITY and limit < max([0, *sizes]) + RESERVE_BYTES:
-        raise storage_error("write", path, OSError(errno.EFBIG, os.strerror(errno.EFBIG)))
-
-
-class Transaction:
-    """One transaction of the queue; see `Queue.transaction`. Within another one it is a part of that. A class
-    of its own because a generator costs more than the lock does, for each delivery."""
-
-    def __init__(self, queue: Queue) -> None:
-        self._queue = queue
-
-    def __enter__(self) -> None:
-        queue = self._queue
-        queue.changed.acquire()
-        if queue.depth:
-            queue.depth += 1
-            return
-        try:
-            queue.lock()
-            try:
-                queue.begin()
-            except BaseException:
-                queue.unlock()
-                raise
-        except BaseException:
-            queue.changed.release()
-            raise
-
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        queue = self._queue
-        try:
-            if queue.depth > 1:
-                queue.depth -= 1
-                return
-            try:
-                queue.end(commit=error is None)
-            finally:
-                queue.unlock()
-            if error is not None:
-                with queue.errors():
-                    raise error
-        finally:
-            queue.changed.release()
-
-
-def quote_path(path: str) -> str:
-    """A path as SQLite's URIs have it."""
-    return path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-
-
-def has_log(path: str) -> bool:
-    """Tell whether a queue has a write-ahead log with something in it: it is in use, or a pass was killed."""
-    found = stat_of(f"{path}-wal")
-    return found is not None and found.st_size > 0
-
-
-def keep_aside(path: str) -> str:
-    """Move a damaged queue aside; returns where it is kept. Raises StorageError."""
-    kept = f"{path}.damaged-{int(time.time())}"
+def read_summary(job: Job) -> JsonObject:
+    """The summary of the last pass; empty if there is none, or a damaged one. Raises StateError."""
     try:
-        for end in ("-wal", "-shm", ""):
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(f"{path}{end}", f"{kept}{end}")
-    except OSError as error:
-        raise storage_error("keep aside", path, error) from None
-    return kept
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The pass: ingest what is new, deliver what waits, write down what came of it
-# ---------------------------------------------------------------------------------------------------------
-# Knows what each verdict means for a delivery and its destination. A Loop is what a pass does with one loop's
-# files, a Sender what it does with one destination. All memory is in the queue: whatever kills a pass, the
-# next one goes on from the last transaction.
-
-# The waits between quick tries within a pass are up to twice as many seconds, then four times, and so on.
-QUICK_RETRY_SECONDS = 0.25
-# Another pass waits for a quick try of this one, if it is not longer than this.
-QUICK_WAIT_MAX = 2.0
-# So many repeats or expired deliveries are settled in one transaction.
-TURN_DELIVERIES = 1000
-# An answer counts for so many seconds as proof that a destination is well.
-FRESH_SECONDS = 1.0
-# So many parsed records are kept, if they are no larger than this.
-PARSED_COUNT = 1000
-PARSED_BYTES = 4 << 10
-# So many deliveries are fetched at a time, and sent within so many seconds: what is worse waits no longer.
-AHEAD_COUNT = 20
-AHEAD_SECONDS = 0.1
-# Of the telemetry files this much of the end is read: for rows that a kill left, and to count failures.
-RECENT_BYTES = 1 << 20
-# How often rows are moved from the outbox into the files while senders work.
-ROW_INTERVAL = 0.25
-# So many rows are made and written at a time.
-ROWS_AT_ONCE = 500
-# New lines are read for this part of the time budget: the rest is for their rows.
-INGEST_SHARE = 0.5
-# So many loops with work are open at a time, each with so many files: its lock, its source, rotated files.
-LOOPS_AT_ONCE = 64
-FILES_OF_A_LOOP = 8
-FILES_BESIDES = 64
-
-# The reason codes of what reaches no sink and never will by itself. `status` reports it.
-LOST = {*UNUSABLE, "no_dispatchable_sinks", "sink_removed", "source_replaced", "queue_lost"}
-
-# What ends deliveries without a request.
-REPEATED = Verdict("skipped", "repeat_suppressed")
-EXPIRED = Verdict("dead_letter", "delivery_expired", message="waited longer than giveUpAfterSeconds")
-MISSED = Verdict("skipped", "peer_missed", message="another peer took it, and it is too old for this one")
-SKIPPED_BY_OPERATOR = "skipped_by_operator"
-GIVEN_UP = Verdict("skipped", SKIPPED_BY_OPERATOR, message="given up by an operator")
-
-STATUS_OF_OUTCOME = {"delivered": "delivered", "dead_letter": "dead", "skipped": "skipped"}
-
-
-class Job(NamedTuple):
-    """What one pass does for one loop. Paths are absolute; `time_budget` is in seconds."""
-
-    repo: str
-    loop_id: str
-    trace_id: str
-    escalations_file: str
-    state_file: str
-    telemetry_file: str
-    config_file: str
-    queue_file: str
-    max_escalations: int = 0
-    time_budget: float = 30.0
-    # Try every destination, also those that are to be left alone after a failure.
-    now: bool = False
-
-    @property
-    def attempts_file(self) -> str:
-        return beside(self.telemetry_file, "alert-attempts.jsonl")
-
-    @property
-    def lock_file(self) -> str:
-        return f"{self.state_file}.lock"
-
-    @property
-    def temporary_file(self) -> str:
-        """What becomes the state file: see `replace_file`."""
-        return f"{self.state_file}.tmp"
-
-
-class Clock:
-    """The time budget of a pass, and whether somebody asked it to end. Monotonic seconds."""
-
-    def __init__(self, budget: float, stop: threading.Event) -> None:
-        self.stop = stop
-        # Something had its turn, and was left for the next pass.
-        self.cut_short = False
-        self._deadline = time.monotonic() + budget
-
-    @property
-    def left(self) -> float:
-        """Seconds in which new attempts may start."""
-        return 0.0 if self.stop.is_set() else self._deadline - time.monotonic()
-
-    def pause(self, seconds: float) -> bool:
-        """Wait, if the budget allows; tells whether it did."""
-        if seconds >= self.left or self.stop.wait(seconds):
-            self.cut_short = True
-            return False
-        return True
-
-
-class Pace:
-    """Keeps the requests to a destination within so many in any minute, a sixth of them at once.
-
-    The generic cell rate algorithm (ITU-T I.371): all there is to keep is up to when what was sent is paid
-    for, in seconds since the epoch.
-    """
-
-    MINUTE = 60.0
-
-    def __init__(self, per_minute: int) -> None:
-        burst = max(1, per_minute // 6)
-        self._interval = self.MINUTE / (per_minute - burst + 1)
-        self._credit = (burst - 1) * self._interval
-
-    @classmethod
-    def of(cls, sinks: Iterable[Sink]) -> Self | None:
-        """The pace of sinks that point at one destination: the slowest; None if none has a limit."""
-        rates = [rate for rate in map(requests_a_minute, sinks) if rate]
-        return cls(min(rates)) if rates else None
-
-    def wait(self, paid_until: float, now: float) -> float:
-        """Seconds until the next request may start."""
-        wait = paid_until - self._credit - now
-        # No debt is larger than the credit and one request, unless the clock was ahead: then it begins anew.
-        # A clock that is set by less than a second was right.
-        return wait if 0 < wait <= self._interval + 1.0 else 0.0
-
-    def spend(self, paid_until: float, now: float) -> float:
-        """Up to when is paid for, once a request starts."""
-        return max(min(paid_until, now + self._credit), now) + self._interval
-
-
-def requests_a_minute(sink: Sink) -> int | None:
-    """How many requests a sink's rate allows in a minute; None if it has none."""
-    per_minute: int | None = sink.settings.get("maxPerMinute", ADAPTERS[sink.type].max_per_minute)
-    return per_minute
-
-
-def deliveries_a_minute(sink: Sink) -> int | None:
-    """How many deliveries a sink's rate allows in a minute; None if it has none."""
-    per_minute = requests_a_minute(sink)
-    return per_minute * ADAPTERS[sink.type].batch_size(sink) if per_minute else None
-
-
-class Batch(NamedTuple):
-    """Deliveries that go out as one request, the oldest first, as the queue and as the adapter know them."""
-
-    queued: list[Queued]
-    deliveries: list[Delivery]
+        return read_state_document(job.state_file) or {}
+    except ValueError:
+        return {}
 
 
 class Counts:
@@ -5892,9 +5882,6 @@ class Counts:
 def failure_codes(row: JsonObject) -> list[str | None]:
     """The reason codes of the sinks that failed, by an escalation's row."""
     return [entry["reasonCode"] for entry in row["sinks"] if entry["status"] == "failed"]
-
-
-# -- rows
 
 
 def attempt_row(
@@ -6021,506 +6008,6 @@ def count_sinks(entries: list[JsonObject]) -> JsonObject:
     }
 
 
-# -- one loop
-
-
-class Loop:
-    """What a pass does with one loop: its source, its rows, its summary. The loop's lock is held."""
-
-    def __init__(self, work: "Pass", job: Job) -> None:
-        """Find the loop in the queue, and the source at the loop's cursor. Raises DispatchError."""
-        self.work = work
-        self.job = job
-        self.queue = work.queue
-        self.counts = Counts()
-        self.error: DispatchError | None = None
-        self._written = 0
-        self._flushed = False
-        self.id, cursor, self._rules = self._find(job)
-        work.loops[self.id] = self
-        self._before = self.queue.tallies(self.id)
-        self.source = Source(job.escalations_file, cursor)
-        self.chunks = self.source.chunks(job.max_escalations)
-        self.has_read_all = False
-
-    def _find(self, job: Job) -> tuple[int, Cursor, JsonObject | None]:
-        """The loop's number, cursor and routes. A loop that is new to the queue goes on from its summary,
-        from that of an earlier dispatcher, or from its last row."""
-        with self.queue.transaction():
-            found = self.queue.find_loop(job.loop_id)
-            if found is not None:
-                return found
-            past = read_past(job)
-            number = self.queue.add_loop(job.loop_id, past.cursor)
-            if past.waiting:
-                self.id = number
-                self.write_event(
-                    *("failed", "queue_lost", None, past.waiting),
-                    f"the queue that {plural(past.waiting, 'delivery')} waited in is gone: run "
-                    f"{send_what_was_lost(job, past)}",
-                )
-            return number, past.cursor, None
-
-    def begin(self) -> None:
-        """Bring what waits in line with the source and the config, and get ready to write.
-
-        Raises DispatchError.
-        """
-        job = self.job
-        with self.queue.transaction():
-            self.queue.save_cursor(self.id, self.source.cursor)
-            rules = self.work.config.rules()
-            if self._rules is not None and self._rules != rules:
-                self._apply_routes(self._rules)
-            self._align_peers()
-            if self._rules != rules:
-                self.queue.save_rules(self.id, rules)
-            if job.now:
-                self.queue.try_at_once(self.id)
-        if self.work.dry_run:
-            return
-        if is_foreign(job):
-            keep_damaged(job.state_file)
-        check_room(os.path.dirname(job.telemetry_file), job.attempts_file, job.telemetry_file)
-        check_room(os.path.dirname(job.state_file))
-        for path in (job.attempts_file, job.telemetry_file):
-            check_appendable(path)
-        if os.path.islink(job.state_file):
-            raise storage_error("write", job.state_file, OSError(errno.ELOOP, os.strerror(errno.ELOOP)))
-        if os.path.isdir(job.temporary_file):
-            raise storage_error("write", job.temporary_file, OSError(errno.EISDIR, os.strerror(errno.EISDIR)))
-        self._recover_rows()
-
-    # -- ingest
-
-    def ingest(self) -> bool:
-        """Ingest one chunk of new lines, in one transaction; tells whether there may be more."""
-        chunk = next(self.chunks, None)
-        if chunk is None:
-            self.has_read_all = True
-            return False
-        with self.queue.transaction():
-            if self.source.loss:
-                self.write_event("skipped", "source_replaced", None, None, self.source.loss)
-                self.source.loss = None
-            self._store(chunk)
-            self.queue.save_cursor(self.id, chunk.cursor)
-        return True
-
-    def _store(self, chunk: Chunk) -> None:
-        number, now = self.queue.next_id(), time.time()
-        kept: list[Stored] = []
-        deliveries: list[tuple[int, str, str, int, int, int, float]] = []
-        for line in chunk.lines:
-            for found in parse_line(line.text, line.size, self.job.loop_id):
-                stored = Stored(
-                    id=number,
-                    loop=self.id,
-                    escalation_id=found.id,
-                    segment=chunk.cursor.segment,
-                    offset=line.offset,
-                    end=line.end,
-                    line=line.number,
-                    category="",
-                    severity=None,
-                    written_at=None,
-                    ingested_at=now,
-                    reported=False,
-                    settled_at=now,
-                    raw_line=None,
-                    record=b"",
-                )
-                number += 1
-                if isinstance(found, Unusable):
-                    row = unusable_row(self.job, found, stored.position)
-                    kept.append(stored._replace(unusable=encode_json(row)))
-                    continue
-                self.work.remember(stored.id, found, forget=False)
-                resolution = self.work.router.resolve(found.category, found.severity)
-                severity = SEVERITIES.index(resolution.event_severity)
-                kept.append(
-                    stored._replace(
-                        category=found.category,
-                        severity=found.severity,
-                        written_at=found.written_at,
-                        settled_at=None if resolution.dispatchable else now,
-                        raw_line=found.raw_line,
-                        record=found.raw,
-                    )
-                )
-                deliveries += [
-                    (stored.id, sink.id, peer, self.id, severity, place == 0, now)
-                    for sink in resolution.dispatchable
-                    for place, peer in enumerate(self.work.peers[sink.id])
-                ]
-        self.queue.add_escalations(kept)
-        self.queue.add_deliveries(deliveries)
-
-    def _count(self, row: JsonObject) -> None:
-        self.counts.add(row)
-        if row.get("reasonCode") in LOST:
-            self.queue.note_loss(self.id, row["reasonCode"], 1, time.time())
-
-    # -- routes
-
-    def _apply_routes(self, before: JsonObject) -> None:
-        """Bring what waits in line with a changed config: it goes to the sinks that its route names now,
-        those that were in the config before, and no more to the others."""
-        queue, router = self.queue, self.work.router
-        kinds = queue.execute(
-            "SELECT DISTINCT e.category, e.severity FROM deliveries d INDEXED BY waiting JOIN escalations e "
-            "ON e.id = d.escalation WHERE d.status = 'waiting' AND d.loop = ?",
-            self.id,
-        ).fetchall()
-        dropped, added = Counter[str](), Counter[str]()
-        for category, severity in kinds:
-            resolution = router.resolve(category, severity)
-            kept = {sink.id for sink in resolution.reached}
-            rank = SEVERITIES.index(resolution.event_severity)
-            of_kind = "SELECT id FROM escalations WHERE loop = ? AND category = ? AND severity IS ?"
-            waiting = queue.execute(
-                "SELECT DISTINCT escalation FROM deliveries INDEXED BY waiting WHERE status = 'waiting' "
-                f"AND loop = ? AND escalation IN ({of_kind})",
-                *(self.id, self.id, category, severity),
-            ).fetchall()
-            for sink in resolution.dispatchable:
-                if sink.id not in before["sinks"]:
-                    continue
-                count = queue.waiting_for(self.id, sink.id)
-                for place, peer in enumerate(self.work.peers[sink.id]):
-                    queue.add_deliveries(
-                        (number, sink.id, peer, self.id, rank, place == 0, time.time())
-                        for [number] in waiting
-                    )
-                added[sink.id] += queue.waiting_for(self.id, sink.id) - count
-            for sink_id in queue.tallies(self.id):
-                if sink_id in self.work.config.sinks and sink_id not in kept:
-                    dropped[sink_id] += self._skip_waiting(
-                        sink_id, "route_changed", of_kind, category, severity
-                    )
-            queue.execute(
-                "UPDATE deliveries SET severity = ? WHERE status = 'waiting' AND loop = ? AND severity <> ? "
-                f"AND escalation IN ({of_kind})",
-                *(rank, self.id, rank, self.id, category, severity),
-            )
-        # What waited for a sink that is gone has its new sinks by now.
-        for sink_id, tally in queue.tallies(self.id).items():
-            if sink_id not in self.work.config.sinks and tally["waiting"]:
-                count = self._skip_waiting(sink_id, "sink_removed")
-                message = f"sink {sink_id} was removed while {plural(count, 'delivery')} waited"
-                self.write_event("skipped", "sink_removed", sink_id, count, message)
-        for sink_id, count in dropped.items():
-            if count:
-                message = (
-                    f"{plural(count, 'delivery')} waited for {sink_id}, to which no route leads any more"
-                )
-                self.write_event("skipped", "route_changed", sink_id, count, message)
-        for sink_id, count in added.items():
-            if count:
-                message = (
-                    f"{plural(count, 'delivery')} waited for another sink, and a route leads to {sink_id} now"
-                )
-                self.write_event("skipped", "route_changed", sink_id, None, message, rerouted=count)
-        queue.note_all_settled(self.id, time.time())
-
-    def _skip_waiting(self, sink_id: str, reason_code: str, of_kind: str = "", *kind: object) -> int:
-        """Skip what waits for a sink; returns how many deliveries of the sink that were."""
-        before = self.queue.waiting_for(self.id, sink_id)
-        self.queue.execute(
-            "UPDATE deliveries SET status = 'skipped', in_flight = 0, reason_code = ?, fault = NULL, "
-            "http_status = NULL, message = NULL WHERE status = 'waiting' AND loop = ? AND sink = ?"
-            + (f" AND escalation IN ({of_kind})" if of_kind else ""),
-            *(reason_code, self.id, sink_id, *([self.id, *kind] if of_kind else [])),
-        )
-        return before - self.queue.waiting_for(self.id, sink_id)
-
-    def _align_peers(self) -> None:
-        """Bring what waits for a cluster in line with its peers, which are in the environment."""
-        moved = False
-        for sink_id, peers in self.work.peers.items():
-            if not any(peers):
-                continue
-            waiting = self.queue.execute(
-                "SELECT DISTINCT peer FROM deliveries INDEXED BY waiting WHERE status = 'waiting' "
-                "AND sink = ? "
-                "AND loop = ?",
-                *(sink_id, self.id),
-            ).fetchall()
-            for [gone] in waiting:
-                if gone in peers:
-                    continue
-                rows = self.queue.execute(
-                    f"SELECT {DELIVERY_COLUMNS}, {STORED_COLUMNS} FROM deliveries d JOIN escalations e "
-                    "ON e.id = d.escalation WHERE d.status = 'waiting' AND d.sink = ? AND d.peer = ? "
-                    "AND d.loop = ?",
-                    *(sink_id, gone, self.id),
-                ).fetchall()
-                for found in map(queued, rows):
-                    self._move_to_peers(found, peers)
-                    moved = True
-        if moved:
-            self.queue.note_all_settled(self.id, time.time())
-
-    def _move_to_peers(self, found: Queued, peers: Sequence[str]) -> None:
-        """Let a delivery go to the peers that there are now, in place of one that is gone."""
-        others = [d for d in self.queue.deliveries_of(found.stored) if d.sink == found.sink]
-        others = [d for d in others if d.peer != found.peer]
-        self.queue.execute(
-            "DELETE FROM deliveries WHERE escalation = ? AND sink = ? AND peer = ?", *found[:3]
-        )
-        missing = [peer for peer in peers if peer not in {d.peer for d in others}]
-        lead = found.lead
-        if lead and not missing:
-            speaker = self.queue.speak_instead(others)
-            if speaker.status != "waiting":
-                self.note_end(speaker, speaks=True)
-        self.queue.add_deliveries(
-            (*found[:2], peer, self.id, found.severity, int(lead and place == 0), found.waiting_since)
-            for place, peer in enumerate(missing)
-        )
-
-    # -- rows
-
-    def write_event(
-        self,
-        status: str,
-        reason_code: str,
-        sink_id: str | None,
-        dropped: int | None,
-        message: str,
-        *,
-        rerouted: int | None = None,
-    ) -> None:
-        """Write the row of something that happened to the source, the queue or all that waits for a sink."""
-        row = {
-            "timestamp": iso(time.time()),
-            "loopId": self.job.loop_id,
-            "traceId": self.job.trace_id,
-            "category": "alert_dispatch",
-            "status": status,
-            "reasonCode": reason_code,
-            "sinkId": sink_id,
-            "droppedCount": dropped,
-            "reroutedCount": rerouted,
-            "message": message,
-        }
-        row = {key: value for key, value in row.items() if value is not None}
-        self.queue.write_row(self.id, "telemetry", encode_json(row))
-        if reason_code in LOST:
-            self.queue.note_loss(self.id, reason_code, dropped or 1, time.time())
-        if status == "failed":
-            self.counts.add_codes([reason_code])
-
-    def write_attempts(self, rows: Iterable[JsonObject]) -> None:
-        for row in rows:
-            self.queue.write_row(self.id, "attempts", encode_json(row))
-
-    def note_end(self, found: Queued, *, speaks: bool) -> None:
-        """Write down that a delivery ended; in a late row, if its escalation's row is written already.
-
-        `speaks`: it is the sink's answer, not only that of one peer of it.
-        """
-        stored = found.stored
-        if not stored.reported:
-            return
-        self.queue.note_settled(stored, time.time())
-        if speaks:
-            deliveries = self.queue.deliveries_of(stored)
-            [lead] = [delivery for delivery in deliveries if delivery.lead and delivery.sink == found.sink]
-            entry = self._entry(lead, {})
-            self.counts.add_late(entry)
-            row = escalation_row(
-                self.job, stored, self.work.parse(stored), self.work.resolve(stored), [entry]
-            )
-            row |= {"late": True, **({"byOperator": True} if found.by_operator else {})}
-            self.queue.write_row(self.id, "telemetry", encode_json(row))
-
-    def _write_escalation(
-        self, stored: Stored, escalation: Escalation, resolution: Resolution, entries: list[JsonObject]
-    ) -> None:
-        row = escalation_row(self.job, stored, escalation, resolution, entries)
-        self.queue.write_row(self.id, "telemetry", encode_with_record(row, escalation))
-        self._count(row)
-
-    def _entry(self, found: Queued, waiting: dict[tuple[str, str], JsonObject]) -> JsonObject:
-        """What an escalation's row says of a sink, as things are. `waiting`: the entries of what was not
-        attempted yet, by sink and peer, which are the same for all."""
-        sink = self.work.config.sinks.get(found.sink)
-        kind = sink.type if sink else None
-        if found.status == "delivered":
-            return sink_entry(found.sink, kind, "success", found)
-        if found.status in ("dead", "skipped"):
-            dead = found.status == "dead"
-            return sink_entry(found.sink, kind, "failed" if dead else "skipped", found, dead=dead)
-        if found.attempts and found.reason_code:
-            return sink_entry(found.sink, kind, "failed", found)
-        place = (found.sink, found.peer)
-        if place not in waiting:
-            known = self.work.known_destination(*place)
-            status, why = "waiting", "waits for its turn"
-            if known is not None and known.consecutive_failures:
-                status, why = "failed", f"waits behind earlier deliveries ({known.reason_code})"
-                if known.next_attempt_at > time.time():
-                    why += f"; next attempt at {iso(known.next_attempt_at)}"
-            verdict = Verdict("retry", "delivery_deferred", message=why)
-            waiting[place] = sink_entry(found.sink, kind, status, verdict)
-        return waiting[place]
-
-    def report(self, *, at_end: bool) -> None:
-        """Write the rows of new escalations in the order of ingestion: of those that are settled, and at the
-        end of the pass of those that wait, too."""
-        limit = ROWS_AT_ONCE if at_end else 1  # as long as the first one waits, the others need no look
-        while True:
-            with self.queue.transaction():
-                found = self.queue.unreported(self.id, limit)
-                written = self._report_first(found, self.queue.deliveries_of_all(found), at_end=at_end)
-            if written < limit:
-                return
-            limit = ROWS_AT_ONCE
-            self.flush_rows(all_of_them=True)
-
-    def _report_first(
-        self, found: Sequence[Stored], deliveries: Mapping[int, Sequence[Queued]], *, at_end: bool
-    ) -> int:
-        """Write the rows of the first of these escalations, up to one that still waits; returns how many."""
-        written: list[tuple[Stored, bool]] = []
-        waiting: dict[tuple[str, str], JsonObject] = {}
-        for stored in found:
-            leads = [delivery for delivery in deliveries[stored.id] if delivery.lead]
-            if not at_end and any(delivery.status == "waiting" for delivery in leads):
-                break
-            settled = not any(delivery.status == "waiting" for delivery in deliveries[stored.id])
-            written.append((stored, settled))
-            if stored.unusable is not None:
-                self.queue.write_row(self.id, "telemetry", stored.unusable)
-                self._count(json.loads(stored.unusable))
-            else:
-                entries = [self._entry(delivery, waiting) for delivery in leads]
-                self._write_escalation(stored, self.work.parse(stored), self.work.resolve(stored), entries)
-        self.queue.note_reported(written, time.time())
-        return len(written)
-
-    def write_rows(self) -> None:
-        """Write what there is to write while senders work."""
-        self.report(at_end=False)
-        self.flush_rows(all_of_them=False)
-
-    def flush_rows(self, *, all_of_them: bool) -> None:
-        """Move rows from the outbox into the files. Those that are there are deleted with the next ones:
-        until then no other row gets one of their numbers."""
-        if self.work.dry_run:
-            return
-        while True:
-            with self.queue.transaction():
-                if self._written:
-                    self.queue.clear_outbox(self.id, self._written)
-                    self._written = 0
-                rows = self.queue.outbox(self.id)
-            if not rows:
-                return
-            self._append(rows)
-            self._written, self._flushed = rows[-1][0], True
-            if not all_of_them:
-                return
-
-    def _append(self, rows: Sequence[tuple[int, str, bytes]]) -> None:
-        for file, path in (("attempts", self.job.attempts_file), ("telemetry", self.job.telemetry_file)):
-            if data := b"".join(row + b"\n" for _, name, row in rows if name == file):
-                append_rows(path, data)
-
-    def _recover_rows(self) -> None:
-        """Append what a killed pass has left in the outbox, but for the rows that are in the files
-        already."""
-        while rows := self.queue.outbox(self.id):
-            missing = list(rows)
-            for file, path in (("attempts", self.job.attempts_file), ("telemetry", self.job.telemetry_file)):
-                sent = [row for _, name, row in rows if name == file]
-                there = rows_at_end(path, sum(map(len, sent)) + len(sent)) if sent else Counter()
-                left: list[tuple[int, str, bytes]] = []
-                for item in missing:
-                    if item[1] == file and there[item[2]]:
-                        there[item[2]] -= 1
-                    else:
-                        left.append(item)
-                missing = left
-            self._append(missing)
-            with self.queue.transaction():
-                self.queue.clear_outbox(self.id, rows[-1][0])
-
-    # -- the end
-
-    def finish(self) -> JsonObject:
-        """Write the rows that are still to be written, and the summary; returns that. Raises
-        DispatchError."""
-        self.report(at_end=True)
-        self.flush_rows(all_of_them=True)
-        summary = self.summary()
-        if not self.work.dry_run:
-            replace_file(self.job.state_file, encode_json(summary) + b"\n", durable=self._flushed)
-        return summary
-
-    def summary(self) -> JsonObject:
-        """The summary of the pass: what the state file holds, and `dispatch` prints."""
-        counts = self.counts
-        if not counts.processed:
-            status = "no_new_escalations" if self.source.present else "no_source"
-        elif not counts.failed:
-            status = "success"
-        else:
-            status = "partial" if counts.dispatched else "failed"
-        sinks = sink_figures(self.queue, self.id, self.work.config.sinks)
-        for sink_id, figure in sinks.items():
-            sink = self.work.config.sinks.get(sink_id)
-            before = self._before.get(sink_id, {}).get("delivered", 0)
-            figure |= {
-                "enabled": sink is not None and sink.enabled,
-                "sentCount": figure["deliveredCount"] - before,
-                "perMinute": deliveries_a_minute(sink) if sink else None,
-            }
-        unread = self.source.count_unread()
-        clock = self.work.clock
-        waiting = any(figure["waitingCount"] for figure in sinks.values())
-        stopped = None
-        if (waiting and clock.cut_short) or (unread and not self.has_read_all):
-            stopped = "signal" if clock.stop.is_set() else "time_budget"
-        return {
-            **empty_summary(self.job, status),
-            "processedCount": counts.processed,
-            "dispatchedCount": counts.dispatched,
-            "skippedCount": counts.skipped,
-            "failedCount": counts.failed,
-            "failureReasonCodes": sorted(counts.reason_codes),
-            "escalationsLineOffset": self.source.lines_read,
-            "escalationsLineCount": self.source.lines_read + unread,
-            "unreadCount": unread,
-            "stoppedBy": stopped,
-            "lateDispatchedCount": counts.late_dispatched,
-            "lateFailedCount": counts.late_failed,
-            "waitingCount": sum(sink["waitingCount"] for sink in sinks.values()),
-            "deadLetterCount": sum(sink["deadLetterCount"] for sink in sinks.values()),
-            "laggingCount": sum(len(sink["laggingPeers"]) for sink in sinks.values()),
-            "sinks": sinks,
-            "stateVersion": STATE_VERSION,
-            "queueFile": self.job.queue_file,
-            "configDigest": self.work.config.digest,
-            "cursor": self.source.cursor.to_json(),
-        }
-
-    def count_deliveries(self) -> tuple[int, int]:
-        """How many deliveries have ended in this pass, and how many wait."""
-        tallies = self.queue.tallies(self.id)
-        ended = sum(
-            tally[key] - self._before.get(sink_id, {}).get(key, 0)
-            for sink_id, tally in tallies.items()
-            for key in ("delivered", "given_up", "skipped")
-        )
-        return ended, sum(tally["waiting"] for tally in tallies.values())
-
-    def close(self) -> None:
-        self.source.close()
-
-
-STATE_VERSION = 2
 COUNT_KEYS = ("processedCount", "dispatchedCount", "skippedCount", "failedCount")
 LINE_COUNTS = ("escalationsLineOffset", "escalationsLineCount")
 
@@ -6616,15 +6103,643 @@ def lagging_peer(peer: str, since: float, known: Destination | None) -> JsonObje
     }
 
 
-# -- where a loop without a row in the queue goes on
+def unsent(sinks: Mapping[str, JsonObject]) -> dict[str, JsonObject]:
+    """How the sinks stand, by an earlier summary, after a pass that sent nothing."""
+    return {sink_id: {**mapping(sink), "sentCount": 0} for sink_id, sink in sinks.items()}
 
 
-def read_summary(job: Job) -> JsonObject:
-    """The summary of the last pass; empty if there is none, or a damaged one. Raises StateError."""
-    try:
-        return read_state_document(job.state_file) or {}
-    except ValueError:
-        return {}
+def locked_summary(job: Job) -> JsonObject:
+    """The summary of a pass that found another one at work: it did nothing and left the state alone."""
+    document: JsonObject = {}
+    with contextlib.suppress(StateError):
+        document = read_summary(job)
+    kept = (*LINE_COUNTS, "waitingCount", "deadLetterCount")
+    known = {key: document[key] for key in kept if key in document}
+    return {**empty_summary(job, "locked"), **known, "sinks": unsent(mapping(document.get("sinks")))}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A loop in a pass: ingest, rows, summary
+# ---------------------------------------------------------------------------------------------------------
+# Knows the files of one loop, whose lock is held, and its part of the queue. Sends nothing. All memory is in
+# the queue: whatever kills a pass, the next one goes on from the last transaction.
+
+
+class Clock:
+    """The time budget of a pass, and whether somebody asked it to end. Monotonic seconds."""
+
+    def __init__(self, budget: float, stop: threading.Event) -> None:
+        self.stop = stop
+        # Something had its turn, and was left for the next pass.
+        self.cut_short = False
+        self._deadline = time.monotonic() + budget
+
+    @property
+    def left(self) -> float:
+        """Seconds in which new attempts may start."""
+        return 0.0 if self.stop.is_set() else self._deadline - time.monotonic()
+
+    def pause(self, seconds: float) -> bool:
+        """Wait, if the budget allows; tells whether it did."""
+        if seconds >= self.left or self.stop.wait(seconds):
+            self.cut_short = True
+            return False
+        return True
+
+
+# So many parsed records are kept, if they are no larger than this.
+PARSED_COUNT = 1000
+PARSED_BYTES = 4 << 10
+
+
+class Shared:
+    """What the loops and senders of one pass have in common."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        config: Config,
+        clock: Clock,
+        *,
+        dry_run: bool = False,
+        named: Collection[str] = (),
+    ) -> None:
+        """`named`: disabled sinks that are sent what an operator asked for, and nothing else."""
+        self.queue = queue
+        self.config = config
+        self.clock = clock
+        self.dry_run = dry_run
+        self.router = Router(config)
+        self.redactor = config.redactor()
+        # Open loops by their number in the queue. Of one that has failed nothing more is sent.
+        self.loops: dict[int, Loop] = {}
+        self.active: set[int] = set()
+        self.sinks = [sink for sink in config.sinks.values() if sink.enabled or sink.id in named]
+        self.peers = {sink.id: list(ADAPTERS[sink.type].peers(sink)) for sink in self.sinks}
+        # Digests of the destinations that this pass has used, by sink and peer.
+        self.used: dict[tuple[str, str], str] = {}
+        # What ends the whole pass.
+        self.error: DispatchError | None = None
+        self.ingesting = True
+        # Of a dry run: whether requests are shown, and those that would have been sent.
+        self.show_payload = False
+        self.requests: dict[tuple[int, str, str], HttpRequest] = {}
+        self._parsed: dict[int, Escalation] = {}
+
+    def parse(self, stored: Stored) -> Escalation:
+        """The escalation that a record of the queue is."""
+        escalation = self._parsed.get(stored.id)
+        if escalation is None:
+            escalation = self._parse(stored)
+            self.remember(stored.id, escalation, forget=True)
+        return escalation
+
+    def remember(self, number: int, escalation: Escalation, *, forget: bool) -> None:
+        """Keep a parsed record, unless it is large: who ingests it, who sends it and its row need the same.
+        `forget`: in place of the oldest one, if there are too many."""
+        if len(escalation.raw) < PARSED_BYTES and (forget or len(self._parsed) < PARSED_COUNT):
+            self._parsed[number] = escalation
+            if len(self._parsed) > PARSED_COUNT:
+                del self._parsed[next(iter(self._parsed))]
+
+    def _parse(self, stored: Stored) -> Escalation:
+        found = parse_record(stored.record, self.loop_id(stored.loop))
+        if isinstance(found, Unusable):
+            raise DamagedQueueError(f"the queue {self.queue.path} holds a record that is none: {stored.id}")
+        return found._replace(id=stored.escalation_id)
+
+    def loop_id(self, loop: int) -> str:
+        return self.loops[loop].job.loop_id
+
+    def resolve(self, stored: Stored) -> Resolution:
+        return self.router.resolve(stored.category, stored.severity)
+
+    def digests(self, sink: Sink, url: str) -> tuple[str, str]:
+        """Salted digests of what a sink points at, and of all its settings and secrets."""
+        target = encode_json([sink.type, url, sink.secrets.get("routingKeyEnv")])
+        setup = encode_json([sink.settings, dict(sink.secrets)])
+        return tuple(
+            blake2b(text, digest_size=8, key=self.queue.salt).hexdigest() for text in (target, setup)
+        )  # type: ignore[return-value]
+
+    def sinks_at(self, digest: str) -> list[Sink]:
+        """The sinks that point at the destination with this digest."""
+        return [
+            sink
+            for sink in self.sinks
+            if any(self.digests(sink, url)[0] == digest for url in ADAPTERS[sink.type].peers(sink).values())
+        ]
+
+    def known_destination(self, sink_id: str, peer: str) -> Destination | None:
+        """What is known of a destination, if this pass has used it or an earlier one has."""
+        digest = self.used.get((sink_id, peer))
+        if digest is not None:
+            return self.queue.known_destination(sink_id, peer, digest)
+        return self.queue.destinations_of(sink_id).get(peer)
+
+    def fail(self, error: DispatchError) -> None:
+        """Note an error that ends the whole pass."""
+        with self.queue.changed:
+            self.error = self.error or error
+            self.queue.changed.notify_all()
+
+
+# Of the telemetry files this much of the end is read: for rows that a kill left, and to count failures.
+RECENT_BYTES = 1 << 20
+# How often rows are moved from the outbox into the files while senders work.
+ROW_INTERVAL = 0.25
+# So many rows are made and written at a time.
+ROWS_AT_ONCE = 500
+
+
+class Loop:
+    """What a pass does with one loop: its source, its rows, its summary. The loop's lock is held."""
+
+    def __init__(self, shared: Shared, job: Job) -> None:
+        """Find the loop in the queue, and the source at the loop's cursor. Raises DispatchError."""
+        self.shared = shared
+        self.job = job
+        self.queue = shared.queue
+        self.counts = Counts()
+        self.error: DispatchError | None = None
+        self._written = 0
+        self._flushed = False
+        self.id, cursor, self._rules = self._find(job)
+        shared.loops[self.id] = self
+        self._before = self.queue.tallies(self.id)
+        self.source = Source(job.escalations_file, cursor)
+        self.chunks = self.source.chunks(job.max_escalations)
+        self.has_read_all = False
+
+    def _find(self, job: Job) -> tuple[int, Cursor, JsonObject | None]:
+        """The loop's number, cursor and routes. A loop that is new to the queue goes on from its summary,
+        from that of an earlier dispatcher, or from its last row."""
+        with self.queue.transaction():
+            found = self.queue.find_loop(job.loop_id)
+            if found is not None:
+                return found
+            past = read_past(job)
+            number = self.queue.add_loop(job.loop_id, past.cursor)
+            if past.waiting:
+                self.id = number
+                self.write_event(
+                    *("failed", "queue_lost", None, past.waiting),
+                    f"the queue that {plural(past.waiting, 'delivery')} waited in is gone: run "
+                    f"{send_what_was_lost(job, past)}",
+                )
+            return number, past.cursor, None
+
+    def begin(self) -> None:
+        """Bring what waits in line with the source and the config, and get ready to write.
+
+        Raises DispatchError.
+        """
+        job = self.job
+        with self.queue.transaction():
+            self.queue.save_cursor(self.id, self.source.cursor)
+            rules = self.shared.config.rules()
+            if self._rules is not None and self._rules != rules:
+                self._apply_routes(self._rules)
+            self._align_peers()
+            if self._rules != rules:
+                self.queue.save_rules(self.id, rules)
+            if job.now:
+                self.queue.try_at_once(self.id)
+        if self.shared.dry_run:
+            return
+        if is_foreign(job):
+            keep_damaged(job.state_file)
+        check_room(os.path.dirname(job.telemetry_file), job.attempts_file, job.telemetry_file)
+        check_room(os.path.dirname(job.state_file))
+        for path in (job.attempts_file, job.telemetry_file):
+            check_appendable(path)
+        if os.path.islink(job.state_file):
+            raise storage_error("write", job.state_file, OSError(errno.ELOOP, os.strerror(errno.ELOOP)))
+        if os.path.isdir(job.temporary_file):
+            raise storage_error("write", job.temporary_file, OSError(errno.EISDIR, os.strerror(errno.EISDIR)))
+        self._recover_rows()
+
+    def ingest(self) -> bool:
+        """Ingest one chunk of new lines, in one transaction; tells whether there may be more."""
+        chunk = next(self.chunks, None)
+        if chunk is None:
+            self.has_read_all = True
+            return False
+        with self.queue.transaction():
+            if self.source.loss:
+                self.write_event("skipped", "source_replaced", None, None, self.source.loss)
+                self.source.loss = None
+            self._store(chunk)
+            self.queue.save_cursor(self.id, chunk.cursor)
+        return True
+
+    def _store(self, chunk: Chunk) -> None:
+        number, now = self.queue.next_id(), time.time()
+        kept: list[Stored] = []
+        deliveries: list[tuple[int, str, str, int, int, int, float]] = []
+        for line in chunk.lines:
+            for found in parse_line(line.text, line.size, self.job.loop_id):
+                stored = Stored(
+                    id=number,
+                    loop=self.id,
+                    escalation_id=found.id,
+                    segment=chunk.cursor.segment,
+                    offset=line.offset,
+                    end=line.end,
+                    line=line.number,
+                    category="",
+                    severity=None,
+                    written_at=None,
+                    ingested_at=now,
+                    reported=False,
+                    settled_at=now,
+                    raw_line=None,
+                    record=b"",
+                )
+                number += 1
+                if isinstance(found, Unusable):
+                    row = unusable_row(self.job, found, stored.position)
+                    kept.append(stored._replace(unusable=encode_json(row)))
+                    continue
+                self.shared.remember(stored.id, found, forget=False)
+                resolution = self.shared.router.resolve(found.category, found.severity)
+                severity = SEVERITIES.index(resolution.event_severity)
+                kept.append(
+                    stored._replace(
+                        category=found.category,
+                        severity=found.severity,
+                        written_at=found.written_at,
+                        settled_at=None if resolution.dispatchable else now,
+                        raw_line=found.raw_line,
+                        record=found.raw,
+                    )
+                )
+                deliveries += [
+                    (stored.id, sink.id, peer, self.id, severity, place == 0, now)
+                    for sink in resolution.dispatchable
+                    for place, peer in enumerate(self.shared.peers[sink.id])
+                ]
+        self.queue.add_escalations(kept)
+        self.queue.add_deliveries(deliveries)
+
+    def _count(self, row: JsonObject) -> None:
+        self.counts.add(row)
+        if row.get("reasonCode") in LOST:
+            self.queue.note_loss(self.id, row["reasonCode"], 1, time.time())
+
+    def _apply_routes(self, before: JsonObject) -> None:
+        """Bring what waits in line with a changed config: it goes to the sinks that its route names now,
+        those that were in the config before, and no more to the others."""
+        queue, router = self.queue, self.shared.router
+        kinds = queue.execute(
+            "SELECT DISTINCT e.category, e.severity FROM deliveries d INDEXED BY waiting JOIN escalations e "
+            "ON e.id = d.escalation WHERE d.status = 'waiting' AND d.loop = ?",
+            self.id,
+        ).fetchall()
+        dropped, added = Counter[str](), Counter[str]()
+        for category, severity in kinds:
+            resolution = router.resolve(category, severity)
+            kept = {sink.id for sink in resolution.reached}
+            rank = SEVERITIES.index(resolution.event_severity)
+            of_kind = "SELECT id FROM escalations WHERE loop = ? AND category = ? AND severity IS ?"
+            waiting = queue.execute(
+                "SELECT DISTINCT escalation FROM deliveries INDEXED BY waiting WHERE status = 'waiting' "
+                f"AND loop = ? AND escalation IN ({of_kind})",
+                *(self.id, self.id, category, severity),
+            ).fetchall()
+            for sink in resolution.dispatchable:
+                if sink.id not in before["sinks"]:
+                    continue
+                count = queue.waiting_for(self.id, sink.id)
+                for place, peer in enumerate(self.shared.peers[sink.id]):
+                    queue.add_deliveries(
+                        (number, sink.id, peer, self.id, rank, place == 0, time.time())
+                        for [number] in waiting
+                    )
+                added[sink.id] += queue.waiting_for(self.id, sink.id) - count
+            for sink_id in queue.tallies(self.id):
+                if sink_id in self.shared.config.sinks and sink_id not in kept:
+                    dropped[sink_id] += self._skip_waiting(
+                        sink_id, "route_changed", of_kind, category, severity
+                    )
+            queue.execute(
+                "UPDATE deliveries SET severity = ? WHERE status = 'waiting' AND loop = ? AND severity <> ? "
+                f"AND escalation IN ({of_kind})",
+                *(rank, self.id, rank, self.id, category, severity),
+            )
+        # What waited for a sink that is gone has its new sinks by now.
+        for sink_id, tally in queue.tallies(self.id).items():
+            if sink_id not in self.shared.config.sinks and tally["waiting"]:
+                count = self._skip_waiting(sink_id, "sink_removed")
+                message = f"sink {sink_id} was removed while {plural(count, 'delivery')} waited"
+                self.write_event("skipped", "sink_removed", sink_id, count, message)
+        for sink_id, count in dropped.items():
+            if count:
+                message = (
+                    f"{plural(count, 'delivery')} waited for {sink_id}, to which no route leads any more"
+                )
+                self.write_event("skipped", "route_changed", sink_id, count, message)
+        for sink_id, count in added.items():
+            if count:
+                message = (
+                    f"{plural(count, 'delivery')} waited for another sink, and a route leads to {sink_id} now"
+                )
+                self.write_event("skipped", "route_changed", sink_id, None, message, rerouted=count)
+        queue.note_all_settled(self.id, time.time())
+
+    def _skip_waiting(self, sink_id: str, reason_code: str, of_kind: str = "", *kind: object) -> int:
+        """Skip what waits for a sink; returns how many deliveries of the sink that were."""
+        before = self.queue.waiting_for(self.id, sink_id)
+        self.queue.execute(
+            "UPDATE deliveries SET status = 'skipped', in_flight = 0, reason_code = ?, fault = NULL, "
+            "http_status = NULL, message = NULL WHERE status = 'waiting' AND loop = ? AND sink = ?"
+            + (f" AND escalation IN ({of_kind})" if of_kind else ""),
+            *(reason_code, self.id, sink_id, *([self.id, *kind] if of_kind else [])),
+        )
+        return before - self.queue.waiting_for(self.id, sink_id)
+
+    def _align_peers(self) -> None:
+        """Bring what waits for a cluster in line with its peers, which are in the environment."""
+        moved = False
+        for sink_id, peers in self.shared.peers.items():
+            if not any(peers):
+                continue
+            waiting = self.queue.execute(
+                "SELECT DISTINCT peer FROM deliveries INDEXED BY waiting WHERE status = 'waiting' "
+                "AND sink = ? "
+                "AND loop = ?",
+                *(sink_id, self.id),
+            ).fetchall()
+            for [gone] in waiting:
+                if gone in peers:
+                    continue
+                rows = self.queue.execute(
+                    f"SELECT {DELIVERY_COLUMNS}, {STORED_COLUMNS} FROM deliveries d JOIN escalations e "
+                    "ON e.id = d.escalation WHERE d.status = 'waiting' AND d.sink = ? AND d.peer = ? "
+                    "AND d.loop = ?",
+                    *(sink_id, gone, self.id),
+                ).fetchall()
+                for found in map(queued, rows):
+                    self._move_to_peers(found, peers)
+                    moved = True
+        if moved:
+            self.queue.note_all_settled(self.id, time.time())
+
+    def _move_to_peers(self, found: Queued, peers: Sequence[str]) -> None:
+        """Let a delivery go to the peers that there are now, in place of one that is gone."""
+        others = [d for d in self.queue.deliveries_of(found.stored) if d.sink == found.sink]
+        others = [d for d in others if d.peer != found.peer]
+        self.queue.execute(
+            "DELETE FROM deliveries WHERE escalation = ? AND sink = ? AND peer = ?", *found[:3]
+        )
+        missing = [peer for peer in peers if peer not in {d.peer for d in others}]
+        lead = found.lead
+        if lead and not missing:
+            speaker = self.queue.speak_instead(others)
+            if speaker.status != "waiting":
+                self.note_end(speaker, speaks=True)
+        self.queue.add_deliveries(
+            (*found[:2], peer, self.id, found.severity, int(lead and place == 0), found.waiting_since)
+            for place, peer in enumerate(missing)
+        )
+
+    def write_event(
+        self,
+        status: str,
+        reason_code: str,
+        sink_id: str | None,
+        dropped: int | None,
+        message: str,
+        *,
+        rerouted: int | None = None,
+    ) -> None:
+        """Write the row of something that happened to the source, the queue or all that waits for a sink."""
+        row = {
+            "timestamp": iso(time.time()),
+            "loopId": self.job.loop_id,
+            "traceId": self.job.trace_id,
+            "category": "alert_dispatch",
+            "status": status,
+            "reasonCode": reason_code,
+            "sinkId": sink_id,
+            "droppedCount": dropped,
+            "reroutedCount": rerouted,
+            "message": message,
+        }
+        row = {key: value for key, value in row.items() if value is not None}
+        self.queue.write_row(self.id, "telemetry", encode_json(row))
+        if reason_code in LOST:
+            self.queue.note_loss(self.id, reason_code, dropped or 1, time.time())
+        if status == "failed":
+            self.counts.add_codes([reason_code])
+
+    def write_attempts(self, rows: Iterable[JsonObject]) -> None:
+        for row in rows:
+            self.queue.write_row(self.id, "attempts", encode_json(row))
+
+    def note_end(self, found: Queued, *, speaks: bool) -> None:
+        """Write down that a delivery ended; in a late row, if its escalation's row is written already.
+
+        `speaks`: it is the sink's answer, not only that of one peer of it.
+        """
+        stored = found.stored
+        if not stored.reported:
+            return
+        self.queue.note_settled(stored, time.time())
+        if speaks:
+            deliveries = self.queue.deliveries_of(stored)
+            [lead] = [delivery for delivery in deliveries if delivery.lead and delivery.sink == found.sink]
+            entry = self._entry(lead, {})
+            self.counts.add_late(entry)
+            row = escalation_row(
+                self.job, stored, self.shared.parse(stored), self.shared.resolve(stored), [entry]
+            )
+            row |= {"late": True, **({"byOperator": True} if found.by_operator else {})}
+            self.queue.write_row(self.id, "telemetry", encode_json(row))
+
+    def _write_escalation(
+        self, stored: Stored, escalation: Escalation, resolution: Resolution, entries: list[JsonObject]
+    ) -> None:
+        row = escalation_row(self.job, stored, escalation, resolution, entries)
+        self.queue.write_row(self.id, "telemetry", encode_with_record(row, escalation))
+        self._count(row)
+
+    def _entry(self, found: Queued, waiting: dict[tuple[str, str], JsonObject]) -> JsonObject:
+        """What an escalation's row says of a sink, as things are. `waiting`: the entries of what was not
+        attempted yet, by sink and peer, which are the same for all."""
+        sink = self.shared.config.sinks.get(found.sink)
+        kind = sink.type if sink else None
+        if found.status == "delivered":
+            return sink_entry(found.sink, kind, "success", found)
+        if found.status in ("dead", "skipped"):
+            dead = found.status == "dead"
+            return sink_entry(found.sink, kind, "failed" if dead else "skipped", found, dead=dead)
+        if found.attempts and found.reason_code:
+            return sink_entry(found.sink, kind, "failed", found)
+        place = (found.sink, found.peer)
+        if place not in waiting:
+            known = self.shared.known_destination(*place)
+            status, why = "waiting", "waits for its turn"
+            if known is not None and known.consecutive_failures:
+                status, why = "failed", f"waits behind earlier deliveries ({known.reason_code})"
+                if known.next_attempt_at > time.time():
+                    why += f"; next attempt at {iso(known.next_attempt_at)}"
+            verdict = Verdict("retry", "delivery_deferred", message=why)
+            waiting[place] = sink_entry(found.sink, kind, status, verdict)
+        return waiting[place]
+
+    def report(self, *, at_end: bool) -> None:
+        """Write the rows of new escalations in the order of ingestion: of those that are settled, and at the
+        end of the pass of those that wait, too."""
+        limit = ROWS_AT_ONCE if at_end else 1  # as long as the first one waits, the others need no look
+        while True:
+            with self.queue.transaction():
+                found = self.queue.unreported(self.id, limit)
+                written = self._report_first(found, self.queue.deliveries_of_all(found), at_end=at_end)
+            if written < limit:
+                return
+            limit = ROWS_AT_ONCE
+            self.flush_rows(all_of_them=True)
+
+    def _report_first(
+        self, found: Sequence[Stored], deliveries: Mapping[int, Sequence[Queued]], *, at_end: bool
+    ) -> int:
+        """Write the rows of the first of these escalations, up to one that still waits; returns how many."""
+        written: list[tuple[Stored, bool]] = []
+        waiting: dict[tuple[str, str], JsonObject] = {}
+        for stored in found:
+            leads = [delivery for delivery in deliveries[stored.id] if delivery.lead]
+            if not at_end and any(delivery.status == "waiting" for delivery in leads):
+                break
+            settled = not any(delivery.status == "waiting" for delivery in deliveries[stored.id])
+            written.append((stored, settled))
+            if stored.unusable is not None:
+                self.queue.write_row(self.id, "telemetry", stored.unusable)
+                self._count(json.loads(stored.unusable))
+            else:
+                entries = [self._entry(delivery, waiting) for delivery in leads]
+                self._write_escalation(
+                    stored, self.shared.parse(stored), self.shared.resolve(stored), entries
+                )
+        self.queue.note_reported(written, time.time())
+        return len(written)
+
+    def write_rows(self) -> None:
+        """Write what there is to write while senders shared."""
+        self.report(at_end=False)
+        self.flush_rows(all_of_them=False)
+
+    def flush_rows(self, *, all_of_them: bool) -> None:
+        """Move rows from the outbox into the files. Those that are there are deleted with the next ones:
+        until then no other row gets one of their numbers."""
+        if self.shared.dry_run:
+            return
+        while True:
+            with self.queue.transaction():
+                if self._written:
+                    self.queue.clear_outbox(self.id, self._written)
+                    self._written = 0
+                rows = self.queue.outbox(self.id)
+            if not rows:
+                return
+            self._append(rows)
+            self._written, self._flushed = rows[-1][0], True
+            if not all_of_them:
+                return
+
+    def _append(self, rows: Sequence[tuple[int, str, bytes]]) -> None:
+        for file, path in (("attempts", self.job.attempts_file), ("telemetry", self.job.telemetry_file)):
+            if data := b"".join(row + b"\n" for _, name, row in rows if name == file):
+                append_rows(path, data)
+
+    def _recover_rows(self) -> None:
+        """Append what a killed pass has left in the outbox, but for the rows that are in the files
+        already."""
+        while rows := self.queue.outbox(self.id):
+            missing = list(rows)
+            for file, path in (("attempts", self.job.attempts_file), ("telemetry", self.job.telemetry_file)):
+                sent = [row for _, name, row in rows if name == file]
+                there = rows_at_end(path, sum(map(len, sent)) + len(sent)) if sent else Counter()
+                left: list[tuple[int, str, bytes]] = []
+                for item in missing:
+                    if item[1] == file and there[item[2]]:
+                        there[item[2]] -= 1
+                    else:
+                        left.append(item)
+                missing = left
+            self._append(missing)
+            with self.queue.transaction():
+                self.queue.clear_outbox(self.id, rows[-1][0])
+
+    def finish(self) -> JsonObject:
+        """Write the rows that are still to be written, and the summary; returns that. Raises
+        DispatchError."""
+        self.report(at_end=True)
+        self.flush_rows(all_of_them=True)
+        summary = self.summary()
+        if not self.shared.dry_run:
+            replace_file(self.job.state_file, encode_json(summary) + b"\n", durable=self._flushed)
+        return summary
+
+    def summary(self) -> JsonObject:
+        """The summary of the pass: what the state file holds, and `dispatch` prints."""
+        counts = self.counts
+        if not counts.processed:
+            status = "no_new_escalations" if self.source.present else "no_source"
+        elif not counts.failed:
+            status = "success"
+        else:
+            status = "partial" if counts.dispatched else "failed"
+        sinks = sink_figures(self.queue, self.id, self.shared.config.sinks)
+        for sink_id, figure in sinks.items():
+            sink = self.shared.config.sinks.get(sink_id)
+            before = self._before.get(sink_id, {}).get("delivered", 0)
+            figure |= {
+                "enabled": sink is not None and sink.enabled,
+                "sentCount": figure["deliveredCount"] - before,
+                "perMinute": deliveries_a_minute(sink) if sink else None,
+            }
+        unread = self.source.count_unread()
+        clock = self.shared.clock
+        waiting = any(figure["waitingCount"] for figure in sinks.values())
+        stopped = None
+        if (waiting and clock.cut_short) or (unread and not self.has_read_all):
+            stopped = "signal" if clock.stop.is_set() else "time_budget"
+        return {
+            **empty_summary(self.job, status),
+            "processedCount": counts.processed,
+            "dispatchedCount": counts.dispatched,
+            "skippedCount": counts.skipped,
+            "failedCount": counts.failed,
+            "failureReasonCodes": sorted(counts.reason_codes),
+            "escalationsLineOffset": self.source.lines_read,
+            "escalationsLineCount": self.source.lines_read + unread,
+            "unreadCount": unread,
+            "stoppedBy": stopped,
+            "lateDispatchedCount": counts.late_dispatched,
+            "lateFailedCount": counts.late_failed,
+            "waitingCount": sum(sink["waitingCount"] for sink in sinks.values()),
+            "deadLetterCount": sum(sink["deadLetterCount"] for sink in sinks.values()),
+            "laggingCount": sum(len(sink["laggingPeers"]) for sink in sinks.values()),
+            "sinks": sinks,
+            "stateVersion": STATE_VERSION,
+            "queueFile": self.job.queue_file,
+            "configDigest": self.shared.config.digest,
+            "cursor": self.source.cursor.to_json(),
+        }
+
+    def count_deliveries(self) -> tuple[int, int]:
+        """How many deliveries have ended in this pass, and how many wait."""
+        tallies = self.queue.tallies(self.id)
+        ended = sum(
+            tally[key] - self._before.get(sink_id, {}).get(key, 0)
+            for sink_id, tally in tallies.items()
+            for key in ("delivered", "given_up", "skipped")
+        )
+        return ended, sum(tally["waiting"] for tally in tallies.values())
+
+    def close(self) -> None:
+        self.source.close()
 
 
 class PastRun(NamedTuple):
@@ -6762,7 +6877,66 @@ def rows_at_end(path: str, size: int) -> "Counter[bytes]":
     return rows
 
 
-# -- one destination
+# ---------------------------------------------------------------------------------------------------------
+# A destination in a pass: what goes out next, and what its answer means
+# ---------------------------------------------------------------------------------------------------------
+# A Sender is a thread that serves one destination for all loops of a pass: order, pace, requests, back-off.
+# Knows what each verdict means for a delivery and its destination.
+
+# The waits between quick tries within a pass are up to twice as many seconds, then four times, and so on.
+QUICK_RETRY_SECONDS = 0.25
+# Another pass waits for a quick try of this one, if it is not longer than this.
+QUICK_WAIT_MAX = 2.0
+# So many repeats or expired deliveries are settled in one transaction.
+TURN_DELIVERIES = 1000
+# An answer counts for so many seconds as proof that a destination is well.
+FRESH_SECONDS = 1.0
+# So many deliveries are fetched at a time, and sent within so many seconds: what is worse waits no longer.
+AHEAD_COUNT = 20
+AHEAD_SECONDS = 0.1
+# What ends deliveries without a request.
+REPEATED = Verdict("skipped", "repeat_suppressed")
+EXPIRED = Verdict("dead_letter", "delivery_expired", message="waited longer than giveUpAfterSeconds")
+MISSED = Verdict("skipped", "peer_missed", message="another peer took it, and it is too old for this one")
+
+
+class Pace:
+    """Keeps the requests to a destination within so many in any minute, a sixth of them at once.
+
+    The generic cell rate algorithm (ITU-T I.371): all there is to keep is up to when what was sent is paid
+    for, in seconds since the epoch.
+    """
+
+    MINUTE = 60.0
+
+    def __init__(self, per_minute: int) -> None:
+        burst = max(1, per_minute // 6)
+        self._interval = self.MINUTE / (per_minute - burst + 1)
+        self._credit = (burst - 1) * self._interval
+
+    @classmethod
+    def of(cls, sinks: Iterable[Sink]) -> Self | None:
+        """The pace of sinks that point at one destination: the slowest; None if none has a limit."""
+        rates = [rate for rate in map(requests_a_minute, sinks) if rate]
+        return cls(min(rates)) if rates else None
+
+    def wait(self, paid_until: float, now: float) -> float:
+        """Seconds until the next request may start."""
+        wait = paid_until - self._credit - now
+        # No debt is larger than the credit and one request, unless the clock was ahead: then it begins anew.
+        # A clock that is set by less than a second was right.
+        return wait if 0 < wait <= self._interval + 1.0 else 0.0
+
+    def spend(self, paid_until: float, now: float) -> float:
+        """Up to when is paid for, once a request starts."""
+        return max(min(paid_until, now + self._credit), now) + self._interval
+
+
+class Batch(NamedTuple):
+    """Deliveries that go out as one request, the oldest first, as the queue and as the adapter know them."""
+
+    queued: list[Queued]
+    deliveries: list[Delivery]
 
 
 class Sender:
@@ -6772,21 +6946,22 @@ class Sender:
     are.
     """
 
-    def __init__(self, work: "Pass", sink: Sink, peer: str, url: str) -> None:
-        self.work = work
+    def __init__(self, shared: Shared, sink: Sink, peer: str, url: str) -> None:
+        self.shared = shared
         self.sink = sink
         self.peer = peer
-        self.queue = work.queue
+        self.queue = shared.queue
         self.adapter = ADAPTERS[sink.type]
-        self.digest, self.setup = work.digests(sink, url)
+        self.digest, self.setup = shared.digests(sink, url)
+        shared.used[sink.id, peer] = self.digest
         self.failed = False
         self.ended = False
         # When the main thread gives up waiting for the attempt that is on its way. Monotonic seconds.
         self.deadline: float | None = None
         self._url = url
-        self._pace = Pace.of(work.sinks_at(self.digest))
+        self._pace = Pace.of(shared.sinks_at(self.digest))
         # No wait after a failure is longer, unless the clock was ahead.
-        self._longest_wait = max(work.config.policy.backoff_max, RETRY_AFTER_MAX)
+        self._longest_wait = max(shared.config.policy.backoff_max, RETRY_AFTER_MAX)
         self._client: Client | None = None
         self._batch: Batch | None = None
         self._clock_offset: float | None = None
@@ -6811,16 +6986,16 @@ class Sender:
             while not self.ended and self._serve():
                 pass
         except DispatchError as error:
-            self.work.fail(error)
+            self.shared.fail(error)
         except Exception as error:  # noqa: BLE001 - the main thread must learn of it
-            self.work.fail(program_fault(error))
+            self.shared.fail(program_fault(error))
         with self.queue.changed:
             self.ended = True
             self.queue.changed.notify_all()
 
     def _serve(self) -> bool:
         """Send until there is a reason to pause; tells whether to go on after it."""
-        clock = self.work.clock
+        clock = self.shared.clock
         with self.queue.transaction():
             if self._turn < 0:
                 self.queue.forget_waits(self.sink.id, self.peer, self.setup)
@@ -6859,7 +7034,18 @@ class Sender:
                 verdict = self._send(step)
         if wait is not None:
             return clock.pause(wait)
-        return not self.failed and self.work.wait_for_work(self)
+        return not self.failed and self._wait_for_work()
+
+    def _wait_for_work(self) -> bool:
+        """Wait until there is something to send; False if it never will in this pass."""
+        with self.queue.changed:
+            while not self.ended and self.shared.clock.left > 0:
+                if self.has_turn():
+                    return True
+                if not self.shared.ingesting:
+                    return False
+                self.queue.changed.wait(ROW_INTERVAL)
+        return False
 
     def _destination(self) -> Destination:
         return self.queue.destination(self.sink.id, self.peer, self.digest, self.setup, time.time())
@@ -6873,8 +7059,8 @@ class Sender:
         What needs no request, because it has expired or is a repeat, is settled on the way.
         """
         now = time.time()
-        if self.work.clock.left <= 0:
-            self.failed = self.work.clock.cut_short = True
+        if self.shared.clock.left <= 0:
+            self.failed = self.shared.clock.cut_short = True
             return None
         wait = destination.next_attempt_at - now
         if 0 < wait <= self._longest_wait:
@@ -6883,7 +7069,7 @@ class Sender:
             self.failed = True
             return None
         paid_until = self.queue.paced_until(self.digest) if self._pace else 0.0
-        if self._pace and not self.work.dry_run:
+        if self._pace and not self.shared.dry_run:
             wait = self._pace.wait(paid_until, now)
             if wait > 0:
                 return wait if self.has_turn() else None
@@ -6901,14 +7087,14 @@ class Sender:
     def _gather(self, now: float, *, failing: bool) -> Batch | float | None:
         """What goes out with the next request; 0.0 if something was settled and the next one is to be looked
         for, None if nothing waits."""
-        if self._ahead and now < self._ahead_until and self.work.active:
+        if self._ahead and now < self._ahead_until and self.shared.active:
             item, delivery = self._ahead.popleft()
             self._batch = Batch([item], [delivery])
             return self._batch
         self._put_back()
         size = self.adapter.batch_size(self.sink)
         # One by one and of one loop: then nothing can come in between but what is worse.
-        ahead = size == 1 and len(self.work.active) == 1 and not self.work.config.repeat_window
+        ahead = size == 1 and len(self.shared.active) == 1 and not self.shared.config.repeat_window
         most = AHEAD_COUNT if ahead else size
         found: list[tuple[Queued, Delivery]] = []
         ended = 0
@@ -6946,7 +7132,7 @@ class Sender:
                 before = subjects[item.loop, subject]
                 if before is None:
                     break  # what becomes of it depends on what becomes of the one that was left behind
-                if abs(written_at - before) < self.work.config.repeat_window:
+                if abs(written_at - before) < self.shared.config.repeat_window:
                     subjects[item.loop, subject] = None  # a repeat, if the sink takes the other one
                     continue
                 delivery, verdict = delivery._replace(held_back=None), None
@@ -6965,10 +7151,10 @@ class Sender:
     def _waiting(self, most: int, now: float, *, fresh: bool = False) -> Iterator[Queued]:
         """What waits and may be sent now, in the order in which it goes out."""
         # Repeats are looked at, too, and skipped.
-        window = TURN_DELIVERIES // 10 if self.work.config.repeat_window else most
+        window = TURN_DELIVERIES // 10 if self.shared.config.repeat_window else most
         window += len(self._tried)
         times = (now, now + self._longest_wait)
-        for turn in self.queue.next_turn(self.sink.id, self.peer, self.work.active, self._turn, *times):
+        for turn in self.queue.next_turn(self.sink.id, self.peer, self.shared.active, self._turn, *times):
             items = self.queue.waiting_of(
                 *(self.sink.id, self.peer, *turn, *times, window),
                 fresh=fresh,
@@ -6979,9 +7165,9 @@ class Sender:
     def _look_at(self, item: Queued, now: float) -> tuple[Delivery, str | None, Verdict | None]:
         """A delivery as the adapter knows it; the subject that repeats of it have in common, if repeats are
         held back; and a verdict if it needs no request."""
-        escalation, resolution = self.work.parse(item.stored), self.work.resolve(item.stored)
+        escalation, resolution = self.shared.parse(item.stored), self.shared.resolve(item.stored)
         delivery = Delivery(escalation, resolution, None)
-        policy = self.work.config.policy
+        policy = self.shared.config.policy
         if not item.lead and not item.by_operator:
             written = max(parse_time(item.stored.written_at) or 0.0, item.waiting_since)
             catch_up = written + self.adapter.seconds_to_catch_up(self.sink)
@@ -6992,7 +7178,7 @@ class Sender:
             return delivery, None, EXPIRED
         if item.by_operator:
             return delivery, None, None
-        window = self.work.config.repeat_window
+        window = self.shared.config.repeat_window
         written_at = parse_time(item.stored.written_at)
         if not window or written_at is None:
             return delivery, None, None
@@ -7015,7 +7201,7 @@ class Sender:
         if verdict.reason_code == REPEATED.reason_code and delivery is not None:
             subject = subject_of(delivery.escalation, delivery.resolution)
             self.queue.note_repeat(item, subject, item.stored.written_at or "")
-        loop = self.work.loops[item.loop]
+        loop = self.shared.loops[item.loop]
         attempt = item.attempts if verdict is EXPIRED else 0
         loop.write_attempts([attempt_row(loop.job, self.sink, item, None, verdict, attempt, 0.0)])
         speaks = self.queue.settle(item, STATUS_OF_OUTCOME[verdict.outcome], verdict, item.attempts)
@@ -7023,10 +7209,10 @@ class Sender:
 
     def _send(self, batch: Batch) -> Verdict:
         """Send one request with these deliveries, and judge what comes back."""
-        job = self.work.loops[batch.queued[0].loop].job
+        job = self.shared.loops[batch.queued[0].loop].job
         origin = Origin(job.repo, job.trace_id, time.time(), far_off(self._clock_offset))
-        if self.work.dry_run:
-            return self.work.pretend(self, batch, origin)
+        if self.shared.dry_run:
+            return self._pretend(batch, origin)
         verdict = self._attempt(batch, origin)
         offset = far_off(verdict.clock_offset)
         if verdict.outcome == "delivered" and self.adapter.ends_by_clock and offset != origin.clock_offset:
@@ -7035,6 +7221,15 @@ class Sender:
             self._clock_offset = offset
             verdict = self._attempt(batch, origin._replace(clock_offset=offset))
         return verdict
+
+    def _pretend(self, batch: Batch, origin: Origin) -> Verdict:
+        """Take a request in place of its destination, in a dry run."""
+        if self.shared.show_payload:
+            for item, delivery in zip(batch.queued, batch.deliveries, strict=True):
+                self.shared.requests[item.escalation, item.sink, item.peer] = self.adapter.build(
+                    self.sink, [delivery], origin
+                )
+        return Verdict("delivered")
 
     def _attempt(self, batch: Batch, origin: Origin) -> Verdict:
         self._started = 0.0
@@ -7048,7 +7243,7 @@ class Sender:
             self._client = Client(self.sink.timeout_seconds, self.sink.secrets.get(CA_FILE_KEY))
         self._started = time.monotonic()
         self.deadline = self._started + attempt_seconds(self.sink.timeout_seconds)
-        verdict = attempt(self.adapter, self.sink, self._client, self._url, request, self.work.redactor)
+        verdict = attempt(self.adapter, self.sink, self._client, self._url, request, self.shared.redactor)
         self.deadline = None
         return verdict
 
@@ -7059,15 +7254,13 @@ class Sender:
             self.deadline = None
             if self._batch is not None and not self.ended:
                 self.ended = self.failed = True
-                self._tries = self.work.config.policy.max_attempts_per_pass
+                self._tries = self.shared.config.policy.max_attempts_per_pass
                 destination = self._known()
                 self.record(
                     timed_out(self.sink, self._client.host if self._client else "the sink"), destination
                 )
                 self._write_counts()
                 self.queue.stop_probing(destination)
-
-    # -- what came of it
 
     def record(self, verdict: Verdict, destination: Destination) -> None:
         """Write down what came of a request: in the transaction in which the next one is chosen."""
@@ -7098,7 +7291,7 @@ class Sender:
                 self.queue.note_answer(destination, now, verdict.clock_offset, delivered=delivered)
         rows: dict[int, list[JsonObject]] = {}
         for index, (item, delivery) in enumerate(zip(batch.queued, batch.deliveries, strict=True)):
-            loop = self.work.loops[item.loop]
+            loop = self.shared.loops[item.loop]
             row = attempt_row(loop.job, self.sink, item, delivery, verdict, item.attempts + 1, seconds)
             if len(batch.queued) > 1:
                 row |= {"batchSize": len(batch.queued), "batchIndex": index}
@@ -7108,17 +7301,17 @@ class Sender:
                     row["backoffSeconds"] = round(wait, 3)
             rows.setdefault(item.loop, []).append(row)
         for number, written in rows.items():
-            self.work.loops[number].write_attempts(written)
+            self.shared.loops[number].write_attempts(written)
         delivered = verdict.outcome == "delivered"
         for item, delivery in zip(batch.queued, batch.deliveries, strict=True):
             self._counted[item.loop, verdict.outcome] += 1
             if wait is not None:
                 continue
-            if delivered and self.work.config.repeat_window and item.stored.written_at:
+            if delivered and self.shared.config.repeat_window and item.stored.written_at:
                 subject = subject_of(delivery.escalation, delivery.resolution)
                 self.queue.note_sent(item, subject, item.stored.written_at)
             speaks = self.queue.settle(item, STATUS_OF_OUTCOME[verdict.outcome], verdict, item.attempts + 1)
-            self.work.loops[item.loop].note_end(item, speaks=speaks)
+            self.shared.loops[item.loop].note_end(item, speaks=speaks)
 
     def _put_back(self) -> None:
         """Choose anew what is sent next."""
@@ -7157,7 +7350,7 @@ class Sender:
         else:
             wait = self._backoff(verdict, destination.backoff_step)
             # The next record may get through: it has one try in this pass.
-            one_more = suspect and self._tries < max(2, self.work.config.policy.max_attempts_per_pass)
+            one_more = suspect and self._tries < max(2, self.shared.config.policy.max_attempts_per_pass)
             self.failed = not one_more
             step = destination.backoff_step + 1
             self.queue.note_failure(destination, verdict, now, 0.0 if one_more else now + wait, step)
@@ -7174,18 +7367,18 @@ class Sender:
 
         After a timeout or a hang-up the sink may have acted on the request: that is not tried at once.
         """
-        policy = self.work.config.policy
+        policy = self.shared.config.policy
         if verdict.outcome != "retry" or not verdict.not_taken or self._tries >= policy.max_attempts_per_pass:
             return None
         wait = verdict.retry_after
         if wait is None:
             wait = jitter(min(policy.backoff_initial, QUICK_RETRY_SECONDS * 2**self._tries))
-        return wait if wait < self.work.clock.left else None
+        return wait if wait < self.shared.clock.left else None
 
     def _backoff(self, verdict: Verdict, step: int) -> float:
         """Seconds until another pass may try: exponential with full jitter; long if nobody is likely to fix
         it soon."""
-        policy = self.work.config.policy
+        policy = self.shared.config.policy
         if verdict.outcome == "misconfigured":
             return max(verdict.retry_after or 0.0, policy.backoff_max / 2 + jitter(policy.backoff_max / 2))
         longest = min(policy.backoff_max, policy.backoff_initial * 2 ** min(step, 30))
@@ -7205,7 +7398,20 @@ def jitter(longest: float) -> float:
     return random.uniform(0.0, longest)  # noqa: S311
 
 
-# -- all of it
+# ---------------------------------------------------------------------------------------------------------
+# The pass: loops and senders side by side
+# ---------------------------------------------------------------------------------------------------------
+# Opens the queue, takes one loop or many from begin to finish, and gives up requests that hang. Knows which
+# loops are idle, and does no more for them.
+
+# New lines are read for this part of the time budget: the rest is for their rows.
+INGEST_SHARE = 0.5
+# So many loops with work are open at a time, each with so many files: its lock, its source, rotated files.
+LOOPS_AT_ONCE = 64
+FILES_OF_A_LOOP = 8
+FILES_BESIDES = 64
+# What comes of a loop: the summary of its pass, or what stopped it.
+Result = JsonObject | DispatchError
 
 
 # Shows how far a pass is: deliveries that have ended, those there are, and the seconds left.
@@ -7213,121 +7419,37 @@ Progress = Callable[[int, int, float], None]
 
 
 class Pass:
-    """One pass over one loop or many, whose locks are held: what they share."""
+    """One pass over one loop or many, whose locks are held."""
 
-    def __init__(
-        self,
-        queue: Queue,
-        config: Config,
-        clock: Clock,
-        progress: Progress | None = None,
-        *,
-        dry_run: bool = False,
-        named: Collection[str] = (),
-    ) -> None:
-        """`named`: disabled sinks that are sent what an operator asked for, and nothing else."""
-        self.queue = queue
-        self.config = config
-        self.clock = clock
-        self.progress = progress
-        self.dry_run = dry_run
-        self.router = Router(config)
-        self.redactor = config.redactor()
-        # Open loops by their number in the queue. Of one that has failed nothing more is sent.
-        self.loops: dict[int, Loop] = {}
-        self.active: set[int] = set()
-        self.sinks = [sink for sink in config.sinks.values() if sink.enabled or sink.id in named]
-        self.peers = {sink.id: list(ADAPTERS[sink.type].peers(sink)) for sink in self.sinks}
+    def __init__(self, shared: Shared, progress: Progress | None = None) -> None:
+        self._shared = shared
+        self._progress = progress
         self._senders: dict[tuple[str, str], Sender] = {}
-        self._error: DispatchError | None = None
-        self._ingesting = True
-        # Of a dry run: whether requests are shown, and those that would have been sent.
-        self.show_payload = False
-        self.requests: dict[tuple[int, str, str], HttpRequest] = {}
-        self._parsed: dict[int, Escalation] = {}
-
-    def parse(self, stored: Stored) -> Escalation:
-        """The escalation that a record of the queue is."""
-        escalation = self._parsed.get(stored.id)
-        if escalation is None:
-            escalation = self._parse(stored)
-            self.remember(stored.id, escalation, forget=True)
-        return escalation
-
-    def remember(self, number: int, escalation: Escalation, *, forget: bool) -> None:
-        """Keep a parsed record, unless it is large: who ingests it, who sends it and its row need the same.
-        `forget`: in place of the oldest one, if there are too many."""
-        if len(escalation.raw) < PARSED_BYTES and (forget or len(self._parsed) < PARSED_COUNT):
-            self._parsed[number] = escalation
-            if len(self._parsed) > PARSED_COUNT:
-                del self._parsed[next(iter(self._parsed))]
-
-    def _parse(self, stored: Stored) -> Escalation:
-        found = parse_record(stored.record, self.loop_id(stored.loop))
-        if isinstance(found, Unusable):
-            raise DamagedQueueError(f"the queue {self.queue.path} holds a record that is none: {stored.id}")
-        return found._replace(id=stored.escalation_id)
-
-    def loop_id(self, loop: int) -> str:
-        return self.loops[loop].job.loop_id
-
-    def resolve(self, stored: Stored) -> Resolution:
-        return self.router.resolve(stored.category, stored.severity)
-
-    def digests(self, sink: Sink, url: str) -> tuple[str, str]:
-        """Salted digests of what a sink points at, and of all its settings and secrets."""
-        target = encode_json([sink.type, url, sink.secrets.get("routingKeyEnv")])
-        setup = encode_json([sink.settings, dict(sink.secrets)])
-        return tuple(
-            blake2b(text, digest_size=8, key=self.queue.salt).hexdigest() for text in (target, setup)
-        )  # type: ignore[return-value]
-
-    def sinks_at(self, digest: str) -> list[Sink]:
-        """The sinks that point at the destination with this digest."""
-        return [
-            sink
-            for sink in self.sinks
-            if any(self.digests(sink, url)[0] == digest for url in ADAPTERS[sink.type].peers(sink).values())
-        ]
-
-    def pretend(self, sender: Sender, batch: Batch, origin: Origin) -> Verdict:
-        """Take a request in place of its destination, in a dry run."""
-        if self.show_payload:
-            for item, delivery in zip(batch.queued, batch.deliveries, strict=True):
-                self.requests[item.escalation, item.sink, item.peer] = sender.adapter.build(
-                    sender.sink, [delivery], origin
-                )
-        return Verdict("delivered")
-
-    def known_destination(self, sink_id: str, peer: str) -> Destination | None:
-        """What is known of a destination, if this pass has used it or an earlier one has."""
-        sender = self._senders.get((sink_id, peer))
-        if sender is not None:
-            return self.queue.known_destination(sink_id, peer, sender.digest)
-        return self.queue.destinations_of(sink_id).get(peer)
 
     def run(self, loops: Sequence[Loop]) -> dict[str, "Result"]:
         """Take loops that have begun to their ends, side by side. Returns what came of each, by its id."""
-        self.loops = {loop.id: loop for loop in loops}
-        self.active = set(self.loops)
-        with self.queue.transaction():
-            for sink_id, peers in self.peers.items():
-                self.queue.retire_peers(sink_id, peers)
+        self._shared.loops = {loop.id: loop for loop in loops}
+        self._shared.active = set(self._shared.loops)
+        with self._shared.queue.transaction():
+            for sink_id, peers in self._shared.peers.items():
+                self._shared.queue.retire_peers(sink_id, peers)
         outcomes: dict[str, Result] = {}
-        ingest_until = self.clock.left * (1 - INGEST_SHARE)
+        ingest_until = self._shared.clock.left * (1 - INGEST_SHARE)
         try:
             reading = deque(loops)
             while reading:
                 loop = reading.popleft()
-                if self._guarded(loop, loop.ingest) and (self.clock.left > ingest_until or self.dry_run):
+                if self._guarded(loop, loop.ingest) and (
+                    self._shared.clock.left > ingest_until or self._shared.dry_run
+                ):
                     reading.append(loop)
                 self._start_senders()
                 self._look_after_senders()
                 self._show_progress()
-                self.queue.tidy()
-            with self.queue.changed:
-                self._ingesting = False
-                self.queue.changed.notify_all()
+                self._shared.queue.tidy()
+            with self._shared.queue.changed:
+                self._shared.ingesting = False
+                self._shared.queue.changed.notify_all()
             self._start_senders()
             written_at = time.monotonic()
             while any(not sender.ended for sender in self._senders.values()):
@@ -7338,10 +7460,10 @@ class Pass:
                         self._guarded(loop, loop.write_rows)
                     written_at = time.monotonic()
         except BaseException:
-            self.clock.stop.set()
+            self._shared.clock.stop.set()
             raise
-        if self._error is not None:
-            raise self._error
+        if self._shared.error is not None:
+            raise self._shared.error
         self._show_progress()
         for loop in loops:
             summary = self._guarded(loop, loop.finish)
@@ -7349,12 +7471,12 @@ class Pass:
         return outcomes
 
     def _show_progress(self) -> None:
-        if self.progress is None:
+        if self._progress is None:
             return
-        with self.queue.changed, self.queue.errors():
-            counts = [loop.count_deliveries() for loop in self.loops.values()]
+        with self._shared.queue.changed, self._shared.queue.errors():
+            counts = [loop.count_deliveries() for loop in self._shared.loops.values()]
         done = sum(ended for ended, _ in counts)
-        self.progress(done, done + sum(waiting for _, waiting in counts), self.clock.left)
+        self._progress(done, done + sum(waiting for _, waiting in counts), self._shared.clock.left)
 
     def _guarded(self, loop: Loop, step: Callable[[], Any]) -> Any:
         """Go on with one loop, unless it has failed; if it fails now, the others go on."""
@@ -7370,55 +7492,34 @@ class Pass:
             loop.error = storage_error("read", loop.job.escalations_file, error)
         except Exception as error:  # noqa: BLE001 - whatever it is, the other loops go on
             loop.error = program_fault(error)
-        with self.queue.changed:
-            self.active.discard(loop.id)
+        with self._shared.queue.changed:
+            self._shared.active.discard(loop.id)
         return None
 
     def _start_senders(self) -> None:
         """Start a sender for each destination for which something waits."""
-        for sink in self.sinks:
+        for sink in self._shared.sinks:
             for peer, url in ADAPTERS[sink.type].peers(sink).items():
-                with self.queue.changed:
-                    if (sink.id, peer) in self._senders or not self.queue.has_waiting(sink.id, peer):
+                with self._shared.queue.changed:
+                    if (sink.id, peer) in self._senders or not self._shared.queue.has_waiting(sink.id, peer):
                         continue
-                    sender = self._senders[sink.id, peer] = Sender(self, sink, peer, url)
+                    sender = self._senders[sink.id, peer] = Sender(self._shared, sink, peer, url)
                 sender.start()
 
     def _look_after_senders(self, wait: float = 0.0) -> None:
         """Give up attempts that are over their time, whatever holds them: name lookup, handshake, a dripping
         answer. Waits until something ends, at most so many seconds."""
-        with self.queue.changed:
+        with self._shared.queue.changed:
             if wait and any(not sender.ended for sender in self._senders.values()):
-                self.queue.changed.wait(wait)
+                self._shared.queue.changed.wait(wait)
             for sender in self._senders.values():
                 deadline = sender.deadline  # its thread clears it without the lock
                 if deadline is not None and time.monotonic() > deadline:
                     sender.give_up_waiting()
-            if self._error is not None:
+            if self._shared.error is not None:
                 for sender in self._senders.values():
                     sender.ended = True
-            self.queue.changed.notify_all()
-
-    def wait_for_work(self, sender: Sender) -> bool:
-        """Wait until a sender has something to send; False if it never will in this pass."""
-        with self.queue.changed:
-            while not sender.ended and self.clock.left > 0:
-                if sender.has_turn():
-                    return True
-                if not self._ingesting:
-                    return False
-                self.queue.changed.wait(ROW_INTERVAL)
-        return False
-
-    def fail(self, error: DispatchError) -> None:
-        """Note an error that ends the whole pass."""
-        with self.queue.changed:
-            self._error = self._error or error
-            self.queue.changed.notify_all()
-
-
-# What comes of a loop: the summary of its pass, or what stopped it.
-Result = JsonObject | DispatchError
+            self._shared.queue.changed.notify_all()
 
 
 def loops_at_once() -> int:
@@ -7564,13 +7665,13 @@ def drive_on(
     progress: Progress | None,
 ) -> dict[str, Result]:
     """Take loops through a pass on this queue. Raises DispatchError for what stops all of them."""
-    work = Pass(queue, config, clock, progress)
+    shared = Shared(queue, config, clock)
     outcomes: dict[str, Result] = {}
     loops: list[Loop] = []
     with contextlib.ExitStack() as open_loops:
         for job in jobs:
             try:
-                loop = Loop(work, job)
+                loop = Loop(shared, job)
                 open_loops.callback(loop.close)
                 loop.begin()
                 loops.append(loop)
@@ -7580,7 +7681,7 @@ def drive_on(
                 outcomes[job.loop_id] = error
             except Exception as error:  # noqa: BLE001 - whatever it is, the other loops go on
                 outcomes[job.loop_id] = program_fault(error)
-        return outcomes | work.run(loops)
+        return outcomes | Pass(shared, progress).run(loops)
 
 
 def run_pass(
@@ -7665,21 +7766,6 @@ def idle_status(job: Job, cursor: Cursor) -> str | None:
         file.close()
 
 
-def locked_summary(job: Job) -> JsonObject:
-    """The summary of a pass that found another one at work: it did nothing and left the state alone."""
-    document: JsonObject = {}
-    with contextlib.suppress(StateError):
-        document = read_summary(job)
-    kept = (*LINE_COUNTS, "waitingCount", "deadLetterCount")
-    known = {key: document[key] for key in kept if key in document}
-    return {**empty_summary(job, "locked"), **known, "sinks": unsent(mapping(document.get("sinks")))}
-
-
-def unsent(sinks: Mapping[str, JsonObject]) -> dict[str, JsonObject]:
-    """How the sinks stand, by an earlier summary, after a pass that sent nothing."""
-    return {sink_id: {**mapping(sink), "sentCount": 0} for sink_id, sink in sinks.items()}
-
-
 def note_invalid_config(job: Job, error: ConfigError, wait: float) -> None:
     """Say in the state, which the status script reads, that the config is invalid and why. If that cannot be
     written down, or another pass is at work for so many seconds, it is at least said."""
@@ -7754,10 +7840,10 @@ def plan_loops(jobs: Sequence[Job], environ: Mapping[str, str], *, show_payload:
 def plan_pass(queue: Queue, job: Job, config: Config, *, show_payload: bool) -> JsonObject:
     """Say of each escalation that waits where it would go, and why not to others: by a pass on a copy of the
     queue. Raises StateError or StorageError."""
-    work = Pass(queue, config, Clock(MAX_TIME_BUDGET, threading.Event()), dry_run=True)
-    work.show_payload = show_payload
+    shared = Shared(queue, config, Clock(MAX_TIME_BUDGET, threading.Event()), dry_run=True)
+    shared.show_payload = show_payload
     notes = config_warnings(config)
-    with contextlib.closing(Loop(work, job)) as loop:
+    with contextlib.closing(Loop(shared, job)) as loop:
         before = queue.next_id()
         waited = queue.waiting_in(loop.id)
         loop.begin()
@@ -7765,10 +7851,10 @@ def plan_pass(queue: Queue, job: Job, config: Config, *, show_payload: bool) -> 
             row["message"] for _, _, text in queue.outbox(loop.id) if "message" in (row := json.loads(text))
         ]
         waited |= queue.waiting_in(loop.id)
-        outcome = work.run([loop])[job.loop_id]
+        outcome = Pass(shared).run([loop])[job.loop_id]
         if isinstance(outcome, DispatchError):
             raise outcome
-        plans = plan_escalations(work, loop, before, waited)
+        plans = plan_escalations(shared, loop, before, waited)
     if show_payload and plans:
         for sink in config.sinks.values():
             if sink.enabled and (most := ADAPTERS[sink.type].batch_size(sink)) > 1:
@@ -7788,21 +7874,21 @@ def plan_pass(queue: Queue, job: Job, config: Config, *, show_payload: bool) -> 
 
 
 def plan_escalations(
-    work: Pass, loop: Loop, before: int, waited: Collection[tuple[int, str]]
+    shared: Shared, loop: Loop, before: int, waited: Collection[tuple[int, str]]
 ) -> list[JsonObject]:
     """What became of each escalation in the copy: of those that waited (number, sink), and of those that are
     new (`before`: the number of the first of them)."""
     plans: list[tuple[int, JsonObject]] = []
-    rows = work.queue.execute(
+    rows = shared.queue.execute(
         f"SELECT {STORED_COLUMNS} FROM escalations e WHERE loop = ? AND id >= ? ORDER BY id",
         *(loop.id, min([before, *(number for number, _ in waited)])),
     )
     for stored in [Stored(*row) for row in rows]:
         late = stored.id < before
-        plan = plan_escalation(work, stored, waited if late else None)
+        plan = plan_escalation(shared, stored, waited if late else None)
         if plan["sinks"] or not late:
             plans.append((stored.line, plan))
-    for _, _, text in work.queue.outbox(loop.id, limit=-1):
+    for _, _, text in shared.queue.outbox(loop.id, limit=-1):
         row = json.loads(text)
         if "position" in row and "route" not in row and "sinkId" not in row:
             line = row["position"]["line"]
@@ -7812,15 +7898,15 @@ def plan_escalations(
     return [plan for _, plan in sorted(plans, key=lambda pair: pair[0])]
 
 
-def plan_escalation(work: Pass, stored: Stored, waited: Collection[tuple[int, str]] | None) -> JsonObject:
+def plan_escalation(shared: Shared, stored: Stored, waited: Collection[tuple[int, str]] | None) -> JsonObject:
     """The plan of one escalation. `waited`: what waited before, if it is not a new one."""
-    resolution, escalation = work.resolve(stored), work.parse(stored)
-    deliveries = {found.sink: found for found in work.queue.deliveries_of(stored) if found.lead}
+    resolution, escalation = shared.resolve(stored), shared.parse(stored)
+    deliveries = {found.sink: found for found in shared.queue.deliveries_of(stored) if found.lead}
     sinks: list[JsonObject] = []
     for sink in resolution.selected:
         found = deliveries.get(sink.id)
         if found is not None and (waited is None or (stored.id, sink.id) in waited):
-            entry = plan_delivery(work, sink, found)
+            entry = plan_delivery(shared, sink, found)
         elif found is None and waited is None:
             entry = {"decision": "skip", "why": why_not(sink, resolution)}
         else:
@@ -7840,7 +7926,7 @@ def plan_escalation(work: Pass, stored: Stored, waited: Collection[tuple[int, st
     return {key: value for key, value in plan.items() if value is not None}
 
 
-def plan_delivery(work: Pass, sink: Sink, found: Queued) -> JsonObject:
+def plan_delivery(shared: Shared, sink: Sink, found: Queued) -> JsonObject:
     """What a pass would do with a delivery, and why, if that is not to send it."""
     entry: JsonObject = {}
     if found.status == "delivered":
@@ -7856,14 +7942,14 @@ def plan_delivery(work: Pass, sink: Sink, found: Queued) -> JsonObject:
     elif not sink.enabled:
         entry = {"decision": "keep", "why": "the sink is disabled; it waits until the sink is enabled"}
     else:
-        known = work.known_destination(sink.id, found.peer)
+        known = shared.known_destination(sink.id, found.peer)
         until = iso(known.next_attempt_at) if known else "?"
         entry = {
             "decision": "wait",
             "why": f"the sink failed ({known.reason_code if known else '?'}); next attempt at {until}",
         }
-    if request := work.requests.get(found[:3]):
-        entry["request"] = show_request(request, work.redactor)
+    if request := shared.requests.get(found[:3]):
+        entry["request"] = show_request(request, shared.redactor)
     return entry
 
 
@@ -7902,20 +7988,15 @@ def show_request(request: HttpRequest, redactor: Redactor) -> JsonObject:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Commands
+# Command line: options, tables, `dispatch`, `config`
 # ---------------------------------------------------------------------------------------------------------
+# Turns options into jobs, and summaries into text. Nothing above this section prints or asks.
 
-MANAGER_FOLDER = ".superloop/ops-manager"
-SOURCE_FILE = "escalations.jsonl"
-STATE_FILE = "alert-dispatch-state.json"
-QUEUE_FILE = "alert-queue.db"
-QUEUE_ENV = "OPS_MANAGER_ALERT_QUEUE_FILE"
+# So many deliveries are listed; of more, a summary.
+LISTED = 20
 REPO_ENV = "OPS_MANAGER_REPO"
 
 Format = Literal["auto", "text", "json"]
-
-
-MAX_TIME_BUDGET = 86400
 MAX_LOOP_ID_BYTES = 200
 
 
@@ -8463,30 +8544,6 @@ def loops_text(summary: JsonObject) -> str:
     return "\n".join(lines)
 
 
-def loop_folder(repo: str, loop_id: str) -> str:
-    """Where the host keeps a loop's files."""
-    return os.path.join(repo, MANAGER_FOLDER, loop_id)
-
-
-def absolute(path: str) -> str:
-    """A path from the root, its links not followed. Raises UsageError."""
-    try:
-        return os.path.abspath(path)
-    except FileNotFoundError:
-        raise click.UsageError("the current folder is not there any more: change to another one") from None
-
-
-def files_of(job: Job) -> dict[str, str]:
-    """A job's files by the options that name them."""
-    return {
-        "--escalations-file": job.escalations_file,
-        "--dispatch-state-file": job.state_file,
-        "--dispatch-telemetry-file": job.telemetry_file,
-        "--alert-config-file": job.config_file,
-        "--queue-file": job.queue_file,
-    }
-
-
 def check_files(job: Job, *, named: bool = True) -> None:
     """Refuse paths that would make the program overwrite what is not its own.
 
@@ -8511,29 +8568,6 @@ def check_files(job: Job, *, named: bool = True) -> None:
         if found and not stat.S_ISREG(found.st_mode):
             kind = StateError if name == "--dispatch-state-file" else StorageError
             raise kind(f"{files[name]} is not a regular file", ["it is to be written to: move it away"])
-
-
-def new_trace_id() -> str:
-    """The trace id that the environment names, else a new one."""
-    return printable(os.environ.get(TRACE_ENV) or str(uuid.uuid4()))
-
-
-def usual_job(repo: str, loop_id: str, trace_id: str | None = None) -> Job:
-    """A job on the files where the host keeps them."""
-    repo = absolute(repo)
-    folder = loop_folder(repo, loop_id)
-    return Job(
-        repo=repo,
-        loop_id=loop_id,
-        trace_id=trace_id or new_trace_id(),
-        escalations_file=os.path.join(folder, SOURCE_FILE),
-        state_file=os.path.join(folder, STATE_FILE),
-        telemetry_file=os.path.join(folder, "telemetry", "alerts.jsonl"),
-        config_file=os.path.join(repo, DEFAULT_CONFIG),
-        queue_file=os.path.abspath(
-            os.environ.get(QUEUE_ENV) or os.path.join(repo, MANAGER_FOLDER, QUEUE_FILE)
-        ),
-    )
 
 
 def make_job(
@@ -8589,16 +8623,6 @@ def make_jobs(
         except click.UsageError as fault:
             faults[name] = StorageError(fault.format_message())
     return jobs, faults
-
-
-def command_line(command: str, job: Job, *options: str) -> str:
-    """A command of this program on a job's files, to be pasted into a shell."""
-    usual = files_of(usual_job(job.repo, job.loop_id, job.trace_id))
-    words = [PROGRAM, command, "--repo", job.repo, "--loop", job.loop_id]
-    for name, path in files_of(job).items():
-        if path != usual[name]:
-            words += [name, path]
-    return shell_line(*words, *options)
 
 
 @contextlib.contextmanager
@@ -9023,13 +9047,6 @@ def test_command(repo: str, config_file: str, sink_id: str) -> str:
     if config_file != os.path.join(repo, DEFAULT_CONFIG):
         words += ["--alert-config-file", config_file]
     return shell_line(*words)
-
-
-def why_it_failed(failure: Mapping[str, Any]) -> str:
-    """The reason code of a failure, the HTTP status and what was answered, as far as they are known."""
-    status, message = failure.get("httpStatus"), failure.get("message")
-    answer = f" {status}" if status is not None else ""
-    return f"{failure.get('reasonCode') or 'failed'}{answer}" + (f": {message}" if message else "")
 
 
 class LoopFigures(NamedTuple):
@@ -9600,31 +9617,6 @@ def status_text(status: JsonObject) -> str:
         ago = how_long(last["updatedAt"], now) or last["updatedAt"]
         lines.append(printable(f"Last pass: {ago}, {last['status']}"))
     return "\n".join([*lines, *note_lines(status["notes"])])
-
-
-def say_times(text: str, now: float) -> str:
-    """A text with its times as people say them; commands stay as they are."""
-
-    def say(found: re.Match[str]) -> str:
-        if found["time"] is None:
-            return found[0]
-        due = found["next"]
-        return f"{due or ''}{(when_due if due else how_long)(found['time'], now)}"
-
-    return re.sub(r"`[^`]*`|(?P<next>next attempt )?(?P<time>\b\d{4}-\d\d-\d\dT[\d:.]+Z)", say, text)
-
-
-def when_due(moment: str | None, now: float) -> str | None:
-    """When something will happen, as people say it: `in 3 min`; `due now` if that time has come."""
-    at = parse_time(moment)
-    return "due now" if at is not None and at < now + 1 else how_long(moment, now)
-
-
-def duration_words(seconds: float) -> str:
-    """Some time as people say it: `40 s`, `3 min`, `5 h`, `2 days`."""
-    units = ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"))
-    length, unit = next((pair for pair in units if seconds >= 2 * pair[0]), (1, "s"))
-    return f"{seconds // length:.0f} {unit}"
 
 
 def prometheus_text(statuses: Sequence[JsonObject], unreadable: Sequence[str] = ()) -> str:
@@ -10322,10 +10314,10 @@ def show(
 # `redeliver` and `skip` change deliveries in the queue and write rows, as a pass does. They hold the loop's
 # lock twice: to look for what is named, and, after the question, to do it.
 
+SKIPPED_BY_OPERATOR = "skipped_by_operator"
+GIVEN_UP = Verdict("skipped", SKIPPED_BY_OPERATOR, message="given up by an operator")
 # So long an operator's command waits for a pass to end, in seconds.
 OPERATOR_WAIT = 10.0
-# So many deliveries are listed; of more, a summary.
-LISTED = 20
 
 
 def check_sink(config: Config, sink_id: str | None) -> None:
@@ -10709,16 +10701,16 @@ def explain_unknown(job: Job, escalation: str) -> NoReturn:
 @contextlib.contextmanager
 def operator_pass(
     job: Job, config: Config, stop: threading.Event, named: Collection[str] = ()
-) -> Iterator[tuple[Pass, Loop]]:
+) -> Iterator[tuple[Shared, Loop]]:
     """A pass over one loop that has begun, for a command that changes what waits. The loop's lock is held.
 
     `named`: disabled sinks that may be sent to. Raises DispatchError.
     """
     with operator_lock(job), contextlib.closing(QueueHolder(job.queue_file)) as queues:
-        work = Pass(queues.get(), config, Clock(job.time_budget, stop), named=named)
-        with contextlib.closing(Loop(work, job)) as loop:
+        shared = Shared(queues.get(), config, Clock(job.time_budget, stop), named=named)
+        with contextlib.closing(Loop(shared, job)) as loop:
             loop.begin()
-            yield work, loop
+            yield shared, loop
 
 
 def send_again(
@@ -10727,8 +10719,8 @@ def send_again(
     """Let deliveries wait that an operator was shown, and run a pass. Returns what came of each. Those that
     another command has dealt with since are left alone. Raises DispatchError."""
     keys = {item.key for item in shown}
-    with operator_pass(job, config, stop, {item.sink.id for item in shown}) as (work, loop):
-        queue = work.queue
+    with operator_pass(job, config, stop, {item.sink.id for item in shown}) as (shared, loop):
+        queue = shared.queue
         with queue.transaction():
             cursor = loop.source.cursor
             known = find_named(queue, loop.id, cursor, selection)
@@ -10744,23 +10736,23 @@ def send_again(
                     [stored._replace(id=number + place, loop=loop.id) for place, stored in enumerate(fresh)]
                 )
                 known = find_named(queue, loop.id, cursor, selection)
-            chosen = [item for item in choose(known, work.router, selection) if item.key in keys]
+            chosen = [item for item in choose(known, shared.router, selection) if item.key in keys]
             for item in chosen:
-                resolution = work.router.resolve(item.named.category, item.named.severity)
+                resolution = shared.router.resolve(item.named.category, item.named.severity)
                 severity = SEVERITIES.index(resolution.event_severity)
-                peers = work.peers[item.sink.id]
+                peers = shared.peers[item.sink.id]
                 queue.send_again(item.named.escalation, item.sink.id, peers, loop.id, severity, time.time())
             for sink_id in {item.sink.id for item in chosen}:
                 queue.try_sink_at_once(sink_id)
-        outcome = work.run([loop])[job.loop_id]
+        outcome = Pass(shared).run([loop])[job.loop_id]
         if isinstance(outcome, DispatchError):
             raise outcome
-        return [{**item.to_json(), **redelivery_outcome(work, job, item)} for item in chosen]
+        return [{**item.to_json(), **redelivery_outcome(shared, job, item)} for item in chosen]
 
 
-def redelivery_outcome(work: Pass, job: Job, item: Chosen) -> JsonObject:
+def redelivery_outcome(shared: Shared, job: Job, item: Chosen) -> JsonObject:
     """What came of a delivery that was sent again."""
-    found = work.queue.lead(item.named.escalation, item.sink.id)
+    found = shared.queue.lead(item.named.escalation, item.sink.id)
     if found is None:
         return {"status": "waiting"}
     result: JsonObject = {
@@ -10772,13 +10764,13 @@ def redelivery_outcome(work: Pass, job: Job, item: Chosen) -> JsonObject:
     if found.status == "delivered":
         missed = [
             other.peer
-            for other in work.queue.deliveries_of(found.stored)
+            for other in shared.queue.deliveries_of(found.stored)
             if other.sink == found.sink and other.status != "delivered"
         ]
         if missed:
             result["message"] = f"but not to {', '.join(missed)}"
         return {"status": "success", **result}
-    known = work.known_destination(found.sink, found.peer)
+    known = shared.known_destination(found.sink, found.peer)
     if found.status == "waiting" and found.reason_code is None:
         if known is None or not known.consecutive_failures:
             return {"status": "waiting", **result}
@@ -10801,12 +10793,12 @@ def skip_deliveries(
     `ingest`: read what is in the source first, because no pass has. Raises DispatchError.
     """
     keys = {item.key for item in shown}
-    with operator_pass(job, config, threading.Event()) as (work, loop):
-        queue = work.queue
+    with operator_pass(job, config, threading.Event()) as (shared, loop):
+        queue = shared.queue
         while ingest and loop.ingest():
             queue.tidy()
         known = find_named(queue, loop.id, loop.source.cursor, selection)
-        chosen = [item for item in choose(known, work.router, selection) if item.key in keys]
+        chosen = [item for item in choose(known, shared.router, selection) if item.key in keys]
         for start in range(0, len(chosen), ROWS_AT_ONCE):
             with queue.transaction():
                 for item in chosen[start : start + ROWS_AT_ONCE]:
@@ -11187,8 +11179,9 @@ def init(repo: str, form: Format, pretty: bool) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Demo
+# Demo, `explain`, and the start of the program
 # ---------------------------------------------------------------------------------------------------------
+# The demo runs real passes against a receiver of its own, in a temporary folder.
 
 
 def demo_escalations(loop_id: str) -> list[JsonObject]:

@@ -51,8 +51,8 @@ import ops_alert_dispatch as program
 job = program.usual_job(*sys.argv[1:])
 config = program.load_config(job.config_file, os.environ)
 with program.Queue.open(job.queue_file) as queue:
-    work = program.Pass(queue, config, program.Clock(3600, threading.Event()))
-    loop = program.Loop(work, job)
+    shared = program.Shared(queue, config, program.Clock(3600, threading.Event()))
+    loop = program.Loop(shared, job)
     loop.begin()
     started = time.perf_counter()
     while loop.ingest():
