@@ -3114,6 +3114,8 @@ RETENTION_COUNT = 100_000
 QUEUE_WAIT_SECONDS = 30.0
 # The write-ahead log is copied into the database when it is larger than this.
 WAL_BYTES = 16 << 20
+# How many rows are moved from the outbox into the files at a time.
+OUTBOX_ROWS = 5000
 
 QUEUE_SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
@@ -4232,7 +4234,7 @@ class Queue:
         """Put a row on its way into a file."""
         self.execute("INSERT INTO outbox (loop, file, row) VALUES (?, ?, ?)", loop, file, row)
 
-    def outbox(self, loop: int, limit: int = 5000) -> list[tuple[int, str, bytes]]:
+    def outbox(self, loop: int, limit: int = OUTBOX_ROWS) -> list[tuple[int, str, bytes]]:
         """The rows of a loop that are on their way: number, file, row."""
         found: list[tuple[int, str, bytes]] = self.execute(
             "SELECT id, file, row FROM outbox WHERE loop = ? ORDER BY id LIMIT ?", loop, limit
@@ -6599,7 +6601,7 @@ class Loop:
             if written < limit:
                 return
             limit = ROWS_AT_ONCE
-            self.flush_rows(all_of_them=True)
+            self.flush_rows()
 
     def _report_first(
         self, found: Sequence[Stored], deliveries: Mapping[int, Sequence[Queued]], *, at_end: bool
@@ -6625,27 +6627,37 @@ class Loop:
         return len(written)
 
     def write_rows(self) -> None:
-        """Write what there is to write while senders shared."""
+        """Write what there is to write while senders work."""
         self.report(at_end=False)
-        self.flush_rows(all_of_them=False)
+        self.flush_rows()
 
-    def flush_rows(self, *, all_of_them: bool) -> None:
-        """Move rows from the outbox into the files. Those that are there are deleted with the next ones:
-        until then no other row gets one of their numbers."""
+    def write_last_rows(self) -> None:
+        """Write all rows that are still to be written. No sender works any more."""
+        self.report(at_end=True)
+        self.flush_rows()
+        with self.queue.transaction():
+            self._clear_outbox()
+
+    def flush_rows(self) -> None:
+        """Move the rows that are in the outbox now into the files. Those that are there are deleted with the
+        next ones: until then no other row gets one of their numbers."""
         if self.shared.dry_run:
             return
         while True:
             with self.queue.transaction():
-                if self._written:
-                    self.queue.clear_outbox(self.id, self._written)
-                    self._written = 0
+                self._clear_outbox()
                 rows = self.queue.outbox(self.id)
             if not rows:
                 return
             self._append(rows)
             self._written, self._flushed = rows[-1][0], True
-            if not all_of_them:
-                return
+            if len(rows) < OUTBOX_ROWS:
+                return  # not to run after a sender row by row
+
+    def _clear_outbox(self) -> None:
+        if self._written:
+            self.queue.clear_outbox(self.id, self._written)
+            self._written = 0
 
     def _append(self, rows: Sequence[tuple[int, str, bytes]]) -> None:
         for file, path in (("attempts", self.job.attempts_file), ("telemetry", self.job.telemetry_file)):
@@ -6674,8 +6686,7 @@ class Loop:
     def finish(self) -> JsonObject:
         """Write the rows that are still to be written, and the summary; returns that. Raises
         DispatchError."""
-        self.report(at_end=True)
-        self.flush_rows(all_of_them=True)
+        self.write_last_rows()
         summary = self.summary()
         if not self.shared.dry_run:
             replace_file(self.job.state_file, encode_json(summary) + b"\n", durable=self._flushed)
@@ -10809,12 +10820,11 @@ def skip_deliveries(
                         loop.write_attempts([row])
                         speaks = queue.settle(found, "skipped", GIVEN_UP, found.attempts)
                         loop.note_end(found, speaks=speaks)
-            loop.flush_rows(all_of_them=True)
+            loop.flush_rows()
         with queue.transaction():
             for sink_id in {item.sink.id for item in chosen}:
                 queue.forget_failures(sink_id)
-        loop.report(at_end=True)
-        loop.flush_rows(all_of_them=True)
+        loop.write_last_rows()
         save_summary(job, loop)
     return chosen
 
