@@ -7613,10 +7613,12 @@ class QueueHolder:
         self.path = path
         self._queue: Queue | None = None
 
-    @property
-    def in_use(self) -> bool:
-        """Tell whether this run has opened the queue: then its log says nothing about kills."""
-        return self._queue is not None
+    @functools.cached_property
+    def in_order(self) -> bool:
+        """Tell whether the queue was closed cleanly before this run, which may have opened it since: then
+        nothing is in it that the summaries do not say."""
+        found = stat_of(self.path)
+        return found is not None and found.st_size > 0 and not has_log(self.path)
 
     def get(self) -> Queue:
         if self._queue is None:
@@ -7746,9 +7748,8 @@ def idle_summary(
         last_status = document["status"]
     except MALFORMED:
         return None
-    queue = stat_of(job.queue_file)
-    in_order = same and queue and queue.st_size and (queues.in_use or not has_log(job.queue_file))
-    status = idle_status(job, cursor) if in_order and not os.path.islink(job.state_file) else None
+    in_order = same and queues.in_order and not os.path.islink(job.state_file)
+    status = idle_status(job, cursor) if in_order else None
     if status is None:
         return None
     sinks = unsent(mapping(document.get("sinks")))
@@ -8555,12 +8556,8 @@ def loops_text(summary: JsonObject) -> str:
     return "\n".join(lines)
 
 
-def check_files(job: Job, *, named: bool = True) -> None:
-    """Refuse paths that would make the program overwrite what is not its own.
-
-    `named`: not all of them are where the host keeps them, so that two may be the same. Raises UsageError
-    where they are, StateError or StorageError for what is no file.
-    """
+def check_apart(job: Job) -> None:
+    """Refuse files that are the same: the program would overwrite what is not its own. Raises UsageError."""
     files = {
         **files_of(job),
         "the attempts file": job.attempts_file,
@@ -8568,17 +8565,21 @@ def check_files(job: Job, *, named: bool = True) -> None:
         "the temporary file of the state": job.temporary_file,
     }
     places: dict[str, str] = {}
-    for name, file in files.items() if named else ():
+    for name, file in files.items():
         other = places.setdefault(os.path.realpath(file), name)
         if other != name:
             raise click.UsageError(f"{other} and {name} are the same file: {files[other]}")
-    for name in ("--dispatch-state-file", "--dispatch-telemetry-file", "the attempts file"):
+
+
+def check_regular(job: Job) -> None:
+    """Refuse to write to what is there and is no file. Raises StateError or StorageError."""
+    rows = (job.telemetry_file, job.attempts_file)
+    for path, error in ((job.state_file, StateError), *((path, StorageError) for path in rows)):
         found = None
         with contextlib.suppress(OSError):  # what is wrong with it is said when it is opened
-            found = stat_of(files[name])
+            found = os.stat(path)
         if found and not stat.S_ISREG(found.st_mode):
-            kind = StateError if name == "--dispatch-state-file" else StorageError
-            raise kind(f"{files[name]} is not a regular file", ["it is to be written to: move it away"])
+            raise error(f"{path} is not a regular file", ["it is to be written to: move it away"])
 
 
 def make_job(
@@ -8604,8 +8605,11 @@ def make_job(
         "queue_file": queue_file,
     }
     named: dict[str, Any] = {name: absolute(path) for name, path in files.items() if path is not None}
-    job = usual_job(repo, loop_id, trace_id)._replace(**named)
-    check_files(job, named=bool(named))
+    job = usual_job(repo, loop_id, trace_id)
+    if named:
+        job = job._replace(**named)
+        check_apart(job)
+    check_regular(job)
     return job
 
 
