@@ -3826,13 +3826,6 @@ class Queue:
             *(verdict.http_status, verdict.message, *delivery[:3]),
         )
 
-    def send_alone(self, deliveries: Iterable[Queued]) -> None:
-        """Let deliveries that were refused together go out one by one."""
-        self._db.executemany(
-            "UPDATE deliveries SET alone = 1, in_flight = 0 WHERE escalation = ? AND sink = ? AND peer = ?",
-            (delivery[:3] for delivery in deliveries),
-        )
-
     def settle(self, delivery: Queued, status: str, verdict: Verdict, attempts: int) -> bool:
         """End a delivery: `delivered`, `dead` or `skipped`. Tells whether that is the sink's answer, too.
 
@@ -6879,12 +6872,23 @@ def find_place(path: str, number: int, fingerprint: str, offset: int, line: int)
 
 
 def rows_at_end(path: str, size: int) -> "Counter[bytes]":
-    """The rows in the last bytes of a file of rows, and of the file that a rotation has just made of it; a
-    little more than `size` bytes of each, since others append to it as well. Raises StorageError."""
+    """The rows in the last bytes of a file of rows, and of the files that rotations have just made of it,
+    compressed or not; a little more than `size` bytes of each, since others append to it as well.
+
+    Raises StorageError.
+    """
     rows: Counter[bytes] = Counter()
-    folder_files = [name for name, key in neighbours(path).items() if key and not name.endswith(COMPRESSED)]
-    for name in (path, *folder_files[-2:]):
-        rows.update(last_bytes(name, size + RECENT_BYTES).split(b"\n"))
+    rotated = [name for name, key in neighbours(path).items() if key]
+    for name in (path, *rotated[-2:]):
+        try:
+            with contextlib.closing(LogFile(name)) as file:
+                start = max(0, file.size - size - RECENT_BYTES)
+                rows.update(file.read(file.size - start, start).split(b"\n"))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if name == path:
+                raise storage_error("read", path, error) from None
     return rows
 
 
@@ -6948,6 +6952,18 @@ class Batch(NamedTuple):
 
     queued: list[Queued]
     deliveries: list[Delivery]
+
+
+class Retry(NamedTuple):
+    """When deliveries that failed are tried again.
+
+    `wait`: seconds. `quick`: within this pass. `alone`: not together with others, and not before that time;
+    else they are tried as soon as their destination is.
+    """
+
+    wait: float
+    quick: bool = False
+    alone: bool = False
 
 
 class Sender:
@@ -7278,51 +7294,59 @@ class Sender:
         batch, now = self._batch, time.time()
         if batch is None:
             return
-        seconds = time.monotonic() - self._started if self._started else 0.0
         if verdict.outcome != "delivered":
             self._put_back()
+        verdict = self._verdict_for(batch, verdict)
+        retry = None
+        if verdict.outcome not in STATUS_OF_OUTCOME:
+            retry = self._retry_after(batch, destination, verdict, now)
+        else:
+            self._note_answer(destination, verdict, now)
+        self._write_attempts(batch, verdict, retry, now)
+        for item, delivery in zip(batch.queued, batch.deliveries, strict=True):
+            self._counted[item.loop, verdict.outcome] += 1
+            if retry is not None:
+                not_before = now + retry.wait if retry.alone else 0.0
+                self.queue.note_attempt(item, verdict, now, not_before=not_before, alone=retry.alone)
+                continue
+            if verdict.outcome == "delivered" and self.shared.config.repeat_window and item.stored.written_at:
+                subject = subject_of(delivery.escalation, delivery.resolution)
+                self.queue.note_sent(item, subject, item.stored.written_at)
+            speaks = self.queue.settle(item, STATUS_OF_OUTCOME[verdict.outcome], verdict, item.attempts + 1)
+            self.shared.loops[item.loop].note_end(item, speaks=speaks)
+
+    def _verdict_for(self, batch: Batch, verdict: Verdict) -> Verdict:
+        """A verdict on a request as one on its deliveries: what is refused together goes out one by one, and
+        a record on which the program fails again and again is given up."""
         together = len(batch.queued) > 1
         if verdict.outcome == "dead_letter" and self.adapter.splits and together:
-            self.queue.send_alone(batch.queued)
-            return
-        # The program's fault, and of one record at most.
-        ours = verdict.fault == "adapter_fault" and verdict.outcome == "retry" and not together
-        if ours and batch.queued[0].attempts + 1 >= SAME_RECORD_ATTEMPTS:
-            verdict = verdict._replace(outcome="dead_letter")
-        wait, quick = None, False
-        if verdict.outcome not in STATUS_OF_OUTCOME:
-            wait, quick = self._note_failure(batch, destination, verdict, now)
-        else:
-            self._tries = 0
-            if (
-                destination.consecutive_failures
-                or (destination.last_success_at or 0.0) < now - FRESH_SECONDS / 2
-            ):
-                delivered = verdict.outcome == "delivered"
-                self.queue.note_answer(destination, now, verdict.clock_offset, delivered=delivered)
+            return verdict._replace(outcome="retry")
+        ours = verdict.outcome == "retry" and verdict.fault == "adapter_fault"
+        if ours and not together and batch.queued[0].attempts + 1 >= SAME_RECORD_ATTEMPTS:
+            return verdict._replace(outcome="dead_letter")
+        return verdict
+
+    def _note_answer(self, destination: Destination, verdict: Verdict, now: float) -> None:
+        self._tries = 0
+        if destination.consecutive_failures or (destination.last_success_at or 0.0) < now - FRESH_SECONDS / 2:
+            delivered = verdict.outcome == "delivered"
+            self.queue.note_answer(destination, now, verdict.clock_offset, delivered=delivered)
+
+    def _write_attempts(self, batch: Batch, verdict: Verdict, retry: Retry | None, now: float) -> None:
+        seconds = time.monotonic() - self._started if self._started else 0.0
         rows: dict[int, list[JsonObject]] = {}
         for index, (item, delivery) in enumerate(zip(batch.queued, batch.deliveries, strict=True)):
             loop = self.shared.loops[item.loop]
             row = attempt_row(loop.job, self.sink, item, delivery, verdict, item.attempts + 1, seconds)
             if len(batch.queued) > 1:
                 row |= {"batchSize": len(batch.queued), "batchIndex": index}
-            if wait is not None:
-                row["nextAttemptAt"] = iso(now + wait, milliseconds=True)
-                if not quick:
-                    row["backoffSeconds"] = round(wait, 3)
+            if retry is not None:
+                row["nextAttemptAt"] = iso(now + retry.wait, milliseconds=True)
+                if not retry.quick:
+                    row["backoffSeconds"] = round(retry.wait, 3)
             rows.setdefault(item.loop, []).append(row)
         for number, written in rows.items():
             self.shared.loops[number].write_attempts(written)
-        delivered = verdict.outcome == "delivered"
-        for item, delivery in zip(batch.queued, batch.deliveries, strict=True):
-            self._counted[item.loop, verdict.outcome] += 1
-            if wait is not None:
-                continue
-            if delivered and self.shared.config.repeat_window and item.stored.written_at:
-                subject = subject_of(delivery.escalation, delivery.resolution)
-                self.queue.note_sent(item, subject, item.stored.written_at)
-            speaks = self.queue.settle(item, STATUS_OF_OUTCOME[verdict.outcome], verdict, item.attempts + 1)
-            self.shared.loops[item.loop].note_end(item, speaks=speaks)
 
     def _put_back(self) -> None:
         """Choose anew what is sent next."""
@@ -7339,39 +7363,35 @@ class Sender:
             self.queue.note_turn(self._known(), self._turn)
         self._counted.clear()
 
-    def _note_failure(
-        self, batch: Batch, destination: Destination, verdict: Verdict, now: float
-    ) -> tuple[float, bool]:
-        """Decide when to try again, and write that down. Returns the seconds until then, and whether that is
-        a quick try within this pass."""
+    def _retry_after(self, batch: Batch, destination: Destination, verdict: Verdict, now: float) -> Retry:
+        """Decide when to try again, and note what that means for the destination."""
+        if verdict.fault == "record_refused":
+            self._note_answer(destination, verdict, now)
+            return Retry(0.0, quick=True, alone=True)
         attempts = max(item.attempts for item in batch.queued) + 1
         suspect = attempts >= SAME_RECORD_ATTEMPTS
         ours = verdict.fault == "adapter_fault"
         first = min((item.first_failed_at or now for item in batch.queued), default=now)
         well = not destination.consecutive_failures and (destination.last_success_at or 0.0) > first
         self._tries += 1
-        quick = None if suspect or ours else self._quick_wait(verdict)
-        if quick is not None:
-            wait = quick
-            self.queue.note_failure(destination, verdict, now, now + wait, destination.backoff_step)
-        elif ours or (suspect and well):
-            # The destination takes other records: it does not wait for this one.
-            wait = self._backoff(verdict, max(0, attempts - SAME_RECORD_ATTEMPTS))
-            self._tries = 0
-        else:
-            wait = self._backoff(verdict, destination.backoff_step)
-            # The next record may get through: it has one try in this pass.
-            one_more = suspect and self._tries < max(2, self.shared.config.policy.max_attempts_per_pass)
-            self.failed = not one_more
-            step = destination.backoff_step + 1
-            self.queue.note_failure(destination, verdict, now, 0.0 if one_more else now + wait, step)
-        aside = suspect or ours
-        if aside:
+        alone = suspect or ours
+        if alone:
             self._tried |= {item.escalation for item in batch.queued}
-        for item in batch.queued:
-            not_before = now + wait if aside else 0.0
-            self.queue.note_attempt(item, verdict, now, not_before=not_before, alone=aside)
-        return wait, quick is not None
+        quick = None if alone else self._quick_wait(verdict)
+        if quick is not None:
+            self.queue.note_failure(destination, verdict, now, now + quick, destination.backoff_step)
+            return Retry(quick, quick=True, alone=False)
+        if ours or (suspect and well):
+            # The destination takes other records: it does not wait for this one.
+            self._tries = 0
+            return Retry(self._backoff(verdict, max(0, attempts - SAME_RECORD_ATTEMPTS)), alone=True)
+        wait = self._backoff(verdict, destination.backoff_step)
+        # The next record may get through: it has one try in this pass.
+        one_more = suspect and self._tries < max(2, self.shared.config.policy.max_attempts_per_pass)
+        self.failed = not one_more
+        step = destination.backoff_step + 1
+        self.queue.note_failure(destination, verdict, now, 0.0 if one_more else now + wait, step)
+        return Retry(wait, alone=alone)
 
     def _quick_wait(self, verdict: Verdict) -> float | None:
         """Seconds until another try within this pass; None if that would be of no use, or a repeat.

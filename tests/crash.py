@@ -208,6 +208,12 @@ def compress(path: Path) -> None:
     path.unlink()
 
 
+def unpacked(path: Path) -> bytes:
+    """What is in a file, compressed by a rotation or not."""
+    data = path.read_bytes()
+    return gzip.decompress(data) if path.suffix == ".gz" else data
+
+
 @dataclass
 class Result:
     """What came of it. Each fault is a sentence; none: the promise held."""

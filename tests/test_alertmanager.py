@@ -307,6 +307,23 @@ def test_what_alertmanager_refuses_is_given_up_for_that_record_alone(node: Node)
     assert node.names() == ["health_critical"]
 
 
+def test_a_batch_that_is_refused_is_on_record_before_its_alerts_go_out_one_by_one(
+    pair: Repo, peers: tuple[SinkServer, SinkServer]
+) -> None:
+    pair.env["ALERT_FLEET_URLS"] = peers[0].url
+    peers[0].script(ALERTS, error(400, '"bad label"'))
+    pair.append(alert("one"), alert("two"))
+    pair.dispatch()
+
+    rows = [
+        (row["attempt"], row["outcome"], row["faultCode"], row.get("batchSize")) for row in pair.attempts()
+    ]
+    assert rows == [
+        *[(1, "retry", "record_refused", 2)] * 2,
+        *[(2, "delivered", None, None)] * 2,
+    ]
+
+
 def test_plain_http_to_a_tls_port_does_not_give_alerts_up(tmp_path: Path) -> None:
     (tmp_path / "node").mkdir()
     (tmp_path / "tls.pem").write_text(TLS_PEM)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import Repo, time_passes
-from crash import PER_MESSAGE, crash, rotated
+from crash import PER_MESSAGE, compress, crash, rotated, unpacked
 from escalations import CHAT, HOOK, PAGER, PATHS, escalation_id, health_critical, health_degraded, sink_config
 from loopback import Answer, SinkServer, accepted, error, ok
 
@@ -107,6 +107,11 @@ def by_copy(file: Path) -> None:
     os.truncate(file, 0)
 
 
+def by_rename_and_gzip(file: Path) -> None:
+    by_rename(file)
+    compress(Path(f"{file}.1"))
+
+
 @pytest.mark.parametrize("before", [0, 6])
 @pytest.mark.parametrize("rotate", [by_rename, by_rename_twice, by_copy])
 def test_a_telemetry_that_is_rotated_under_a_killed_pass_repeats_only_what_was_in_flight(
@@ -147,7 +152,7 @@ def put_back(repo: Repo, file: str, rows: list[bytes]) -> None:
         )
 
 
-@pytest.mark.parametrize("rotate", [None, by_rename, by_rename_twice, by_copy])
+@pytest.mark.parametrize("rotate", [None, by_rename, by_rename_twice, by_copy, by_rename_and_gzip])
 @pytest.mark.parametrize("torn", [0, 40])
 def test_rows_that_a_kill_has_left_on_their_way_are_written_once(
     repo: Repo, torn: int, rotate: Callable[[Path], None] | None
@@ -166,7 +171,7 @@ def test_rows_that_a_kill_has_left_on_their_way_are_written_once(
     assert repo.dispatch().exit_code == 0
 
     files = (*rotated(repo.telemetry_file), repo.telemetry_file)
-    found = [row for file in files for row in file.read_bytes().splitlines()]
+    found = [row for file in files for row in unpacked(file).splitlines()]
     once = [*written, last]
     assert [row for row in found if row in once] == once
     assert [row for row in found if row not in once] == [*([last[:torn]] if torn else []), found[-1]]
