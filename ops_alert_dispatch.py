@@ -3775,8 +3775,7 @@ class Queue:
             "SELECT d.peer, min(d.waiting_since), count(*) FROM deliveries d INDEXED BY waiting "
             "JOIN deliveries o ON o.escalation = d.escalation AND o.sink = d.sink AND o.lead "
             "WHERE d.status = 'waiting' AND NOT d.lead AND d.sink = ? AND d.loop = ? "
-            "AND o.status = 'delivered' "
-            "GROUP BY d.peer",
+            "AND o.status = 'delivered' GROUP BY d.peer",
             *(sink, loop),
         )
         return {peer: (since, count) for peer, since, count in rows}
@@ -3789,8 +3788,8 @@ class Queue:
             for severity in range(len(SEVERITIES)):
                 for [found] in self.execute(
                     "SELECT escalation FROM deliveries INDEXED BY waiting WHERE status = 'waiting' "
-                    "AND sink = ? "
-                    "AND peer = ? AND severity = ? AND loop = ? AND lead ORDER BY escalation LIMIT 1",
+                    "AND sink = ? AND peer = ? AND severity = ? AND loop = ? AND lead ORDER BY escalation "
+                    "LIMIT 1",
                     *(sink, peer, severity, loop),
                 ):
                     oldest = found if oldest is None else min(oldest, found)
@@ -3880,8 +3879,7 @@ class Queue:
     def _end(self, delivery: Queued, status: str, verdict: Verdict, attempts: int) -> None:
         self.execute(
             "UPDATE deliveries SET status = ?, attempts = ?, in_flight = 0, alone = 0, reason_code = ?, "
-            "fault = ?, "
-            "http_status = ?, message = ? WHERE escalation = ? AND sink = ? AND peer = ?",
+            "fault = ?, http_status = ?, message = ? WHERE escalation = ? AND sink = ? AND peer = ?",
             *(status, attempts, verdict.reason_code, verdict.fault, verdict.http_status, verdict.message),
             *delivery[:3],
         )
@@ -3889,8 +3887,8 @@ class Queue:
     def note_settled(self, stored: Stored, now: float) -> None:
         """Note when the last delivery of an escalation has ended, if none waits."""
         self.execute(
-            "UPDATE escalations SET settled_at = ?1 WHERE id = ?2 AND NOT EXISTS "
-            "(SELECT 1 FROM deliveries WHERE escalation = ?2 AND status = 'waiting')",
+            "UPDATE escalations SET settled_at = ?1 WHERE id = ?2 AND NOT EXISTS (SELECT 1 FROM deliveries "
+            "WHERE escalation = ?2 AND status = 'waiting')",
             *(now, stored.id),
         )
 
@@ -4056,8 +4054,7 @@ class Queue:
     def note_repeat(self, delivery: Queued, subject: str, written_at: str) -> None:
         self.execute(
             "UPDATE last_sent SET repeats = repeats + 1, since = coalesce(since, ?) WHERE loop = ? "
-            "AND sink = ? "
-            "AND peer = ? AND subject = ?",
+            "AND sink = ? AND peer = ? AND subject = ?",
             *(written_at, delivery.loop, delivery.sink, delivery.peer, subject),
         )
 
@@ -4066,8 +4063,8 @@ class Queue:
         counted as that."""
         delivered = count if outcome == "delivered" else 0
         self.execute(
-            "INSERT INTO hours VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
-            "delivered = delivered + excluded.delivered, failed = failed + excluded.failed",
+            "INSERT INTO hours VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE "
+            "SET delivered = delivered + excluded.delivered, failed = failed + excluded.failed",
             *(loop, sink, int(now // 3600), delivered, count - delivered),
         )
         if outcome not in STATUS_OF_OUTCOME:
@@ -4080,10 +4077,8 @@ class Queue:
         """Count what reached no sink; what is older than a day, or was acknowledged, is not added to."""
         self.execute(
             "INSERT INTO losses VALUES (?, ?, ?, ?, NULL) ON CONFLICT DO UPDATE "
-            "SET last_at = excluded.last_at, "
-            "count = iif(last_at > excluded.last_at - ? AND acknowledged_at IS NULL, count, "
-            "0) + excluded.count, "
-            "acknowledged_at = NULL",
+            "SET last_at = excluded.last_at, count = iif(last_at > excluded.last_at - ? "
+            "AND acknowledged_at IS NULL, count, 0) + excluded.count, acknowledged_at = NULL",
             *(loop, reason_code, count, now, LOSS_SHOWN),
         )
 
@@ -4133,10 +4128,10 @@ class Queue:
         """The first record that a sink has answered with an error so many times: its segment and line. Only
         such a delivery has a time of its own before which it is left alone."""
         row: tuple[str, int] | None = self.execute(
-            "SELECT e.segment, e.line FROM deliveries d INDEXED BY waiting JOIN escalations e "
-            "ON e.id = d.escalation WHERE d.status = 'waiting' AND d.sink = ? AND d.loop = ? "
-            "AND d.not_before > 0 AND d.attempts >= ? AND (d.http_status >= 500 OR d.fault = 'timeout') "
-            "ORDER BY d.escalation LIMIT 1",
+            "SELECT e.segment, e.line FROM deliveries d INDEXED BY waiting "
+            "JOIN escalations e ON e.id = d.escalation WHERE d.status = 'waiting' AND d.sink = ? "
+            "AND d.loop = ? AND d.not_before > 0 AND d.attempts >= ? "
+            "AND (d.http_status >= 500 OR d.fault = 'timeout') ORDER BY d.escalation LIMIT 1",
             *(sink, loop, attempts),
         ).fetchone()
         return row
@@ -4203,8 +4198,7 @@ class Queue:
         self.execute(
             "UPDATE deliveries SET status = 'waiting', severity = ?, waiting_since = ?, not_before = 0, "
             "in_flight = 0, alone = 0, by_operator = 1, reason_code = NULL, fault = NULL, "
-            "http_status = NULL, "
-            "message = NULL WHERE escalation = ? AND sink = ?",
+            "http_status = NULL, message = NULL WHERE escalation = ? AND sink = ?",
             *(severity, now, escalation, sink),
         )
         self.execute("UPDATE escalations SET settled_at = NULL WHERE id = ?", escalation)
@@ -4217,9 +4211,9 @@ class Queue:
         """Let the next delivery to a sink be tried as if nothing had failed, if nothing waits for it."""
         self.execute(
             "UPDATE destinations SET next_attempt_at = 0, consecutive_failures = 0, backoff_step = 0, "
-            "failing_since = NULL WHERE sink = ?1 AND NOT EXISTS (SELECT 1 "
-            "FROM deliveries INDEXED BY waiting "
-            "WHERE status = 'waiting' AND deliveries.sink = ?1 AND deliveries.peer = destinations.peer)",
+            "failing_since = NULL WHERE sink = ?1 AND NOT EXISTS (SELECT 1 FROM deliveries "
+            "INDEXED BY waiting WHERE status = 'waiting' AND deliveries.sink = ?1 "
+            "AND deliveries.peer = destinations.peer)",
             sink,
         )
 
@@ -4249,15 +4243,14 @@ class Queue:
                     too_many = min(max(0, self.execute(count).fetchone()[0] - RETENTION_COUNT), 1000)
                 old = self.execute(
                     "SELECT id FROM escalations e INDEXED BY settled WHERE settled_at < ? AND reported "
-                    "AND NOT EXISTS (SELECT 1 FROM deliveries WHERE escalation = e.id "
-                    "AND status = 'dead') LIMIT 1000",
+                    "AND NOT EXISTS (SELECT 1 FROM deliveries WHERE escalation = e.id AND status = 'dead') "
+                    "LIMIT 1000",
                     now - RETENTION_SECONDS,
                 ).fetchall()
                 if not old and too_many:
                     old = self.execute(
                         "SELECT id FROM escalations INDEXED BY settled WHERE settled_at IS NOT NULL "
-                        "AND reported "
-                        "ORDER BY settled_at LIMIT ?",
+                        "AND reported ORDER BY settled_at LIMIT ?",
                         too_many,
                     ).fetchall()
                 if not old:
@@ -4267,6 +4260,11 @@ class Queue:
             self.tidy()
         with self._locked(), self.errors():
             self.execute("DELETE FROM hours WHERE hour < ?", int(now // 3600) - 24)
+            # No window is longer than the retention.
+            self.execute(
+                "DELETE FROM last_sent WHERE julianday(written_at) < julianday(?, 'unixepoch')",
+                now - RETENTION_SECONDS,
+            )
             # Of a destination whose URL has changed since: `destinations_of` gives the last one.
             self.execute(
                 "DELETE FROM destinations AS old WHERE used_at < ? AND EXISTS (SELECT 1 FROM destinations "
@@ -6387,8 +6385,8 @@ class Loop:
         those that were in the config before, and no more to the others."""
         queue, router = self.queue, self.shared.router
         kinds = queue.execute(
-            "SELECT DISTINCT e.category, e.severity FROM deliveries d INDEXED BY waiting JOIN escalations e "
-            "ON e.id = d.escalation WHERE d.status = 'waiting' AND d.loop = ?",
+            "SELECT DISTINCT e.category, e.severity FROM deliveries d INDEXED BY waiting "
+            "JOIN escalations e ON e.id = d.escalation WHERE d.status = 'waiting' AND d.loop = ?",
             self.id,
         ).fetchall()
         dropped, added = Counter[str](), Counter[str]()
@@ -6461,8 +6459,7 @@ class Loop:
                 continue
             waiting = self.queue.execute(
                 "SELECT DISTINCT peer FROM deliveries INDEXED BY waiting WHERE status = 'waiting' "
-                "AND sink = ? "
-                "AND loop = ?",
+                "AND sink = ? AND loop = ?",
                 *(sink_id, self.id),
             ).fetchall()
             for [gone] in waiting:
