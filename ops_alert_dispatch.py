@@ -3327,6 +3327,10 @@ class Queued(NamedTuple):
     fault: str | None
     stored: "Stored"
 
+    @property
+    def key(self) -> tuple[int, str, str]:
+        return self.escalation, self.sink, self.peer
+
 
 class Stored(NamedTuple):
     """An escalation as the queue keeps it: see the table."""
@@ -3374,6 +3378,7 @@ NAMED_COLUMNS = "e.id, e.escalation_id, e.segment, e.offset, e.line, e.category,
 STORED_COLUMNS = ", ".join(f"e.{name}" for name in Stored._fields)
 DELIVERY_COLUMNS = ", ".join(f"d.{name}" for name in Queued._fields[:-1])
 DESTINATION_COLUMNS = ", ".join(Destination._fields)
+OF_KIND = "SELECT id FROM escalations WHERE loop = ? AND category = ? AND severity IS ?"
 
 
 def queued(row: Sequence[Any]) -> Queued:
@@ -3706,7 +3711,7 @@ class Queue:
                     if at in loops:
                         yield severity, at
 
-    def waiting_of(
+    def waiting_in_turn(
         self,
         sink: str,
         peer: str,
@@ -3716,13 +3721,16 @@ class Queue:
         latest: float,
         limit: int,
         *,
-        fresh: bool,
+        below_limit: bool,
         by_operator: bool,
     ) -> list[Queued]:
-        """What waits for a destination of one severity and loop, the oldest first. `fresh`: only what was
-        tried less than SAME_RECORD_ATTEMPTS times. `by_operator`: only what an operator asked for."""
+        """What waits for a destination of one severity and loop, the oldest first.
+
+        `below_limit`: only what was tried less than SAME_RECORD_ATTEMPTS times. `by_operator`: only what an
+        operator asked for.
+        """
         only = "AND d.by_operator " if by_operator else ""
-        only += f"AND d.attempts < {SAME_RECORD_ATTEMPTS} " if fresh else ""
+        only += f"AND d.attempts < {SAME_RECORD_ATTEMPTS} " if below_limit else ""
         rows = self.execute(
             f"SELECT {DELIVERY_COLUMNS}, {STORED_COLUMNS} FROM deliveries d INDEXED BY waiting "
             "JOIN escalations e ON e.id = d.escalation WHERE d.status = 'waiting' AND d.sink = ? "
@@ -3731,6 +3739,60 @@ class Queue:
             *(sink, peer, severity, loop, now, latest, limit),
         )
         return [queued(row) for row in rows]
+
+    def waiting_kinds(self, loop: int) -> list[tuple[str, str | None]]:
+        """Category and own severity of what waits of a loop: all on which a route depends."""
+        kinds: list[tuple[str, str | None]] = self.execute(
+            "SELECT DISTINCT e.category, e.severity FROM deliveries d INDEXED BY waiting "
+            "JOIN escalations e ON e.id = d.escalation WHERE d.status = 'waiting' AND d.loop = ?",
+            loop,
+        ).fetchall()
+        return kinds
+
+    def waiting_of_kind(self, loop: int, kind: tuple[str, str | None]) -> list[int]:
+        """The escalations of a loop and a kind of which something waits."""
+        rows = self.execute(
+            "SELECT DISTINCT escalation FROM deliveries INDEXED BY waiting WHERE status = 'waiting' "
+            f"AND loop = ? AND escalation IN ({OF_KIND})",
+            *(loop, loop, *kind),
+        )
+        return [number for [number] in rows]
+
+    def waiting_for_others(self, loop: int, sink: str, peers: Collection[str]) -> list[Queued]:
+        """What waits of a loop for peers of a sink other than these."""
+        marks = ", ".join("?" * len(peers))
+        rows = self.execute(
+            f"SELECT {DELIVERY_COLUMNS}, {STORED_COLUMNS} FROM deliveries d INDEXED BY waiting "
+            "JOIN escalations e ON e.id = d.escalation WHERE d.status = 'waiting' AND d.sink = ? "
+            f"AND d.loop = ? AND d.peer NOT IN ({marks})",
+            *(sink, loop, *peers),
+        )
+        return [queued(row) for row in rows.fetchall()]
+
+    def skip_waiting(
+        self, loop: int, sink: str, reason_code: str, kind: tuple[str, str | None] | None = None
+    ) -> int:
+        """Skip what waits of a loop for a sink, all or of one kind; returns how many deliveries of the sink
+        that were."""
+        before = self.count_waiting(loop, sink)
+        self.execute(
+            "UPDATE deliveries SET status = 'skipped', in_flight = 0, reason_code = ?, fault = NULL, "
+            "http_status = NULL, message = NULL WHERE status = 'waiting' AND loop = ? AND sink = ?"
+            + (f" AND escalation IN ({OF_KIND})" if kind else ""),
+            *(reason_code, loop, sink, *([loop, *kind] if kind else [])),
+        )
+        return before - self.count_waiting(loop, sink)
+
+    def set_severity(self, loop: int, kind: tuple[str, str | None], severity: int) -> None:
+        """Let what waits of a kind have this severity from now on."""
+        self.execute(
+            "UPDATE deliveries SET severity = ? WHERE status = 'waiting' AND loop = ? AND severity <> ? "
+            f"AND escalation IN ({OF_KIND})",
+            *(severity, loop, severity, loop, *kind),
+        )
+
+    def remove_delivery(self, delivery: Queued) -> None:
+        self.execute("DELETE FROM deliveries WHERE escalation = ? AND sink = ? AND peer = ?", *delivery.key)
 
     def deliveries_of(self, stored: Stored) -> list[Queued]:
         """The deliveries of an escalation."""
@@ -3799,18 +3861,18 @@ class Queue:
         row = self.execute(f"SELECT {STORED_COLUMNS} FROM escalations e WHERE id = ?", number).fetchone()
         return Stored(*row)
 
-    def start_attempt(self, deliveries: Iterable[Queued]) -> None:
+    def mark_in_flight(self, deliveries: Iterable[Queued]) -> None:
         """Note that requests with these deliveries are about to be sent."""
         self._db.executemany(
             "UPDATE deliveries SET in_flight = 1 WHERE escalation = ? AND sink = ? AND peer = ?",
-            (delivery[:3] for delivery in deliveries),
+            (delivery.key for delivery in deliveries),
         )
 
-    def end_attempt(self, deliveries: Iterable[Queued]) -> None:
+    def clear_in_flight(self, deliveries: Iterable[Queued]) -> None:
         """Note that these were not sent after all."""
         self._db.executemany(
             "UPDATE deliveries SET in_flight = 0 WHERE escalation = ? AND sink = ? AND peer = ?",
-            (delivery[:3] for delivery in deliveries),
+            (delivery.key for delivery in deliveries),
         )
 
     def note_attempt(
@@ -3822,7 +3884,7 @@ class Queue:
             "first_failed_at = coalesce(first_failed_at, ?), reason_code = ?, fault = ?, http_status = ?, "
             "message = ? WHERE escalation = ? AND sink = ? AND peer = ?",
             *(not_before, alone or delivery.alone, now, verdict.reason_code, verdict.fault),
-            *(verdict.http_status, verdict.message, *delivery[:3]),
+            *(verdict.http_status, verdict.message, *delivery.key),
         )
 
     def settle(self, delivery: Queued, status: str, verdict: Verdict, attempts: int) -> bool:
@@ -3849,8 +3911,8 @@ class Queue:
                     lead = False
             elif status == "skipped" and lead and not delivered:
                 for other in waiting:
-                    self._end(other, status, verdict, other.attempts)
-        self._end(delivery, status, verdict, attempts)
+                    self._set_status(other, status, verdict, other.attempts)
+        self._set_status(delivery, status, verdict, attempts)
         return lead
 
     def speak_instead(self, peers: Sequence[Queued]) -> Queued:
@@ -3862,7 +3924,7 @@ class Queue:
         if best.status not in order:
             self.execute(
                 "UPDATE deliveries SET status = 'dead' WHERE escalation = ? AND sink = ? AND peer = ?",
-                *best[:3],
+                *best.key,
             )
             return best._replace(status="dead", lead=True)
         return best._replace(lead=True)
@@ -3873,15 +3935,15 @@ class Queue:
             self.execute(
                 "UPDATE deliveries SET lead = ? WHERE escalation = ? AND sink = ? AND peer = ?",
                 lead,
-                *found[:3],
+                *found.key,
             )
 
-    def _end(self, delivery: Queued, status: str, verdict: Verdict, attempts: int) -> None:
+    def _set_status(self, delivery: Queued, status: str, verdict: Verdict, attempts: int) -> None:
         self.execute(
             "UPDATE deliveries SET status = ?, attempts = ?, in_flight = 0, alone = 0, reason_code = ?, "
             "fault = ?, http_status = ?, message = ? WHERE escalation = ? AND sink = ? AND peer = ?",
             *(status, attempts, verdict.reason_code, verdict.fault, verdict.http_status, verdict.message),
-            *delivery[:3],
+            *delivery.key,
         )
 
     def note_settled(self, stored: Stored, now: float) -> None:
@@ -4014,9 +4076,8 @@ class Queue:
         """Keep other processes from finding out at the same time that a destination does not answer: as long
         as nobody knows that it is well, one request at a time. `fresh`: seconds for which an answer counts.
         Yields whether that was to be had within `wait` seconds."""
-        well = (
-            destination.last_success_at or 0.0
-        ) > time.time() - fresh and not destination.consecutive_failures
+        answered_lately = (destination.last_success_at or 0.0) > time.time() - fresh
+        well = answered_lately and not destination.consecutive_failures
         # Byte 0 is for transactions.
         if not self._take(fcntl.LOCK_SH if well else fcntl.LOCK_EX, destination.id, wait):
             yield False
@@ -4092,7 +4153,7 @@ class Queue:
         names = ("waiting", "dead", "delivered", "given_up", "skipped", "failed_attempts")
         return {row[0]: dict(zip(names, row[1:], strict=True)) for row in rows}
 
-    def waiting_for(self, loop: int, sink: str) -> int:
+    def count_waiting(self, loop: int, sink: str) -> int:
         """How many of a loop's deliveries wait for a sink."""
         row = self.execute("SELECT waiting FROM tallies WHERE loop = ? AND sink = ?", loop, sink).fetchone()
         return row[0] if row else 0
@@ -5678,7 +5739,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 # that the queue does not know.
 
 # The reason codes of what reaches no sink and never will by itself. `status` reports it.
-LOST = {*UNUSABLE, "no_dispatchable_sinks", "sink_removed", "source_replaced", "queue_lost"}
+LOSS_CODES = {*UNUSABLE, "no_dispatchable_sinks", "sink_removed", "source_replaced", "queue_lost"}
 
 
 class Job(NamedTuple):
@@ -6377,101 +6438,54 @@ class Loop:
 
     def _count(self, row: JsonObject) -> None:
         self.counts.add(row)
-        if row.get("reasonCode") in LOST:
+        if row.get("reasonCode") in LOSS_CODES:
             self.queue.note_loss(self.id, row["reasonCode"], 1, time.time())
 
     def _apply_routes(self, before: JsonObject) -> None:
-        """Bring what waits in line with a changed config: it goes to the sinks that its route names now,
-        those that were in the config before, and no more to the others."""
-        queue, router = self.queue, self.shared.router
-        kinds = queue.execute(
-            "SELECT DISTINCT e.category, e.severity FROM deliveries d INDEXED BY waiting "
-            "JOIN escalations e ON e.id = d.escalation WHERE d.status = 'waiting' AND d.loop = ?",
-            self.id,
-        ).fetchall()
-        dropped, added = Counter[str](), Counter[str]()
-        for category, severity in kinds:
-            resolution = router.resolve(category, severity)
-            kept = {sink.id for sink in resolution.reached}
-            rank = SEVERITIES.index(resolution.event_severity)
-            of_kind = "SELECT id FROM escalations WHERE loop = ? AND category = ? AND severity IS ?"
-            waiting = queue.execute(
-                "SELECT DISTINCT escalation FROM deliveries INDEXED BY waiting WHERE status = 'waiting' "
-                f"AND loop = ? AND escalation IN ({of_kind})",
-                *(self.id, self.id, category, severity),
-            ).fetchall()
+        """Bring what waits in line with a changed config: it goes to the sinks that its route names now, if
+        they were in the config before, and no more to the others. `before`: the rules until now."""
+        config, queue = self.shared.config, self.queue
+        added, dropped = Counter[str](), Counter[str]()
+        for kind in queue.waiting_kinds(self.id):
+            resolution = self.shared.router.resolve(*kind)
+            severity = SEVERITIES.index(resolution.event_severity)
+            escalations = queue.waiting_of_kind(self.id, kind)
             for sink in resolution.dispatchable:
-                if sink.id not in before["sinks"]:
-                    continue
-                count = queue.waiting_for(self.id, sink.id)
-                for place, peer in enumerate(self.shared.peers[sink.id]):
+                if sink.id in before["sinks"]:
+                    waited = queue.count_waiting(self.id, sink.id)
                     queue.add_deliveries(
-                        (number, sink.id, peer, self.id, rank, place == 0, time.time())
-                        for [number] in waiting
+                        (escalation, sink.id, peer, self.id, severity, place == 0, time.time())
+                        for escalation in escalations
+                        for place, peer in enumerate(self.shared.peers[sink.id])
                     )
-                added[sink.id] += queue.waiting_for(self.id, sink.id) - count
+                    added[sink.id] += queue.count_waiting(self.id, sink.id) - waited
+            reached = {sink.id for sink in resolution.reached}
             for sink_id in queue.tallies(self.id):
-                if sink_id in self.shared.config.sinks and sink_id not in kept:
-                    dropped[sink_id] += self._skip_waiting(
-                        sink_id, "route_changed", of_kind, category, severity
-                    )
-            queue.execute(
-                "UPDATE deliveries SET severity = ? WHERE status = 'waiting' AND loop = ? AND severity <> ? "
-                f"AND escalation IN ({of_kind})",
-                *(rank, self.id, rank, self.id, category, severity),
-            )
+                if sink_id in config.sinks and sink_id not in reached:
+                    dropped[sink_id] += queue.skip_waiting(self.id, sink_id, "route_changed", kind)
+            queue.set_severity(self.id, kind, severity)
         # What waited for a sink that is gone has its new sinks by now.
         for sink_id, tally in queue.tallies(self.id).items():
-            if sink_id not in self.shared.config.sinks and tally["waiting"]:
-                count = self._skip_waiting(sink_id, "sink_removed")
+            if sink_id not in config.sinks and tally["waiting"]:
+                count = queue.skip_waiting(self.id, sink_id, "sink_removed")
                 message = f"sink {sink_id} was removed while {plural(count, 'delivery')} waited"
                 self.write_event("skipped", "sink_removed", sink_id, count, message)
-        for sink_id, count in dropped.items():
-            if count:
-                message = (
-                    f"{plural(count, 'delivery')} waited for {sink_id}, to which no route leads any more"
-                )
-                self.write_event("skipped", "route_changed", sink_id, count, message)
-        for sink_id, count in added.items():
-            if count:
-                message = (
-                    f"{plural(count, 'delivery')} waited for another sink, and a route leads to {sink_id} now"
-                )
-                self.write_event("skipped", "route_changed", sink_id, None, message, rerouted=count)
+        for sink_id, count in (+dropped).items():
+            message = f"{plural(count, 'delivery')} waited for {sink_id}, to which no route leads any more"
+            self.write_event("skipped", "route_changed", sink_id, count, message)
+        for sink_id, count in (+added).items():
+            message = (
+                f"{plural(count, 'delivery')} waited for another sink, and a route leads to {sink_id} now"
+            )
+            self.write_event("skipped", "route_changed", sink_id, None, message, rerouted=count)
         queue.note_all_settled(self.id, time.time())
-
-    def _skip_waiting(self, sink_id: str, reason_code: str, of_kind: str = "", *kind: object) -> int:
-        """Skip what waits for a sink; returns how many deliveries of the sink that were."""
-        before = self.queue.waiting_for(self.id, sink_id)
-        self.queue.execute(
-            "UPDATE deliveries SET status = 'skipped', in_flight = 0, reason_code = ?, fault = NULL, "
-            "http_status = NULL, message = NULL WHERE status = 'waiting' AND loop = ? AND sink = ?"
-            + (f" AND escalation IN ({of_kind})" if of_kind else ""),
-            *(reason_code, self.id, sink_id, *([self.id, *kind] if of_kind else [])),
-        )
-        return before - self.queue.waiting_for(self.id, sink_id)
 
     def _align_peers(self) -> None:
         """Bring what waits for a cluster in line with its peers, which are in the environment."""
         moved = False
         for sink_id, peers in self.shared.peers.items():
-            if not any(peers):
-                continue
-            waiting = self.queue.execute(
-                "SELECT DISTINCT peer FROM deliveries INDEXED BY waiting WHERE status = 'waiting' "
-                "AND sink = ? AND loop = ?",
-                *(sink_id, self.id),
-            ).fetchall()
-            for [gone] in waiting:
-                if gone in peers:
-                    continue
-                rows = self.queue.execute(
-                    f"SELECT {DELIVERY_COLUMNS}, {STORED_COLUMNS} FROM deliveries d JOIN escalations e "
-                    "ON e.id = d.escalation WHERE d.status = 'waiting' AND d.sink = ? AND d.peer = ? "
-                    "AND d.loop = ?",
-                    *(sink_id, gone, self.id),
-                ).fetchall()
-                for found in map(queued, rows):
+            if any(peers):
+                for found in self.queue.waiting_for_others(self.id, sink_id, peers):
                     self._move_to_peers(found, peers)
                     moved = True
         if moved:
@@ -6481,9 +6495,7 @@ class Loop:
         """Let a delivery go to the peers that there are now, in place of one that is gone."""
         others = [d for d in self.queue.deliveries_of(found.stored) if d.sink == found.sink]
         others = [d for d in others if d.peer != found.peer]
-        self.queue.execute(
-            "DELETE FROM deliveries WHERE escalation = ? AND sink = ? AND peer = ?", *found[:3]
-        )
+        self.queue.remove_delivery(found)
         missing = [peer for peer in peers if peer not in {d.peer for d in others}]
         lead = found.lead
         if lead and not missing:
@@ -6520,7 +6532,7 @@ class Loop:
         }
         row = {key: value for key, value in row.items() if value is not None}
         self.queue.write_row(self.id, "telemetry", encode_json(row))
-        if reason_code in LOST:
+        if reason_code in LOSS_CODES:
             self.queue.note_loss(self.id, reason_code, dropped or 1, time.time())
         if status == "failed":
             self.counts.add_codes([reason_code])
@@ -6978,7 +6990,9 @@ class Sender:
         self.adapter = ADAPTERS[sink.type]
         self.digest, self.setup = shared.digests(sink, url)
         shared.used[sink.id, peer] = self.digest
-        self.failed = False
+        # Nothing more is sent in this pass.
+        self.resting = False
+        # The thread is done, or nobody waits for it any more.
         self.ended = False
         # When the main thread gives up waiting for the attempt that is on its way. Monotonic seconds.
         self.deadline: float | None = None
@@ -6990,10 +7004,11 @@ class Sender:
         self._batch: Batch | None = None
         self._clock_offset: float | None = None
         self._started = 0.0
-        # Attempts in a row that failed in this pass, and the loop that was served last.
-        self._tries = 0
+        # Attempts in a row that failed in this pass.
+        self._failures_in_row = 0
         # Escalations that this sink may not be able to take, and that had their turn in this pass.
-        self._tried: set[int] = set()
+        self._set_aside: set[int] = set()
+        # The loop that was served last; -1 before the first look into the queue.
         self._turn = -1
         # What was fetched and is still to be sent, and until when it may be. Seconds since the epoch.
         self._ahead: deque[tuple[Queued, Delivery]] = deque()
@@ -7040,7 +7055,7 @@ class Sender:
                     destination = self._known()
                     if verdict is not None and self._batch is not None:
                         self.record(verdict, destination)
-                        if self.failed:
+                        if self.resting:
                             self._write_counts()
                             return False
                         if verdict.outcome == "delivered":
@@ -7058,7 +7073,7 @@ class Sender:
                 verdict = self._send(step)
         if wait is not None:
             return clock.pause(wait)
-        return not self.failed and self._wait_for_work()
+        return not self.resting and self._wait_for_work()
 
     def _wait_for_work(self) -> bool:
         """Wait until there is something to send; False if it never will in this pass."""
@@ -7084,13 +7099,13 @@ class Sender:
         """
         now = time.time()
         if self.shared.clock.left <= 0:
-            self.failed = self.shared.clock.cut_short = True
+            self.resting = self.shared.clock.cut_short = True
             return None
         wait = destination.next_attempt_at - now
         if 0 < wait <= self._longest_wait:
-            if wait <= QUICK_WAIT_MAX or self._tries:
+            if wait <= QUICK_WAIT_MAX or self._failures_in_row:
                 return wait
-            self.failed = True
+            self.resting = True
             return None
         paid_until = self.queue.paced_until(self.digest) if self._pace else 0.0
         if self._pace and not self.shared.dry_run:
@@ -7106,7 +7121,7 @@ class Sender:
 
     def has_turn(self) -> bool:
         """Tell whether something waits that may be sent now."""
-        return next(self._waiting(1, time.time()), None) is not None
+        return next(self._candidates(1, time.time()), None) is not None
 
     def _gather(self, now: float, *, failing: bool) -> Batch | float | None:
         """What goes out with the next request; 0.0 if something was settled and the next one is to be looked
@@ -7122,14 +7137,14 @@ class Sender:
         most = AHEAD_COUNT if ahead else size
         found: list[tuple[Queued, Delivery]] = []
         ended = 0
-        if self._tried and failing:
+        if self._set_aside and failing:
             # Whether it is the record or the sink, one that was tried less often shows.
-            found, ended = self._choose(most, now, fresh=True)
+            found, ended = self._choose(most, now, below_limit=True)
         if not found and not ended:
             found, ended = self._choose(most, now)
         if not found:
             return 0.0 if ended else None
-        self.queue.start_attempt(item for item, _ in found)
+        self.queue.mark_in_flight(item for item, _ in found)
         if ahead:
             self._ahead.extend(found[1:])
             self._ahead_until = now + AHEAD_SECONDS
@@ -7139,15 +7154,15 @@ class Sender:
         return self._batch
 
     def _choose(
-        self, most: int, now: float, *, fresh: bool = False
+        self, most: int, now: float, *, below_limit: bool = False
     ) -> tuple[list[tuple[Queued, Delivery]], int]:
         """Choose up to so many deliveries, and settle what needs no request; returns how many those were,
-        too. `fresh`: only what was tried less than SAME_RECORD_ATTEMPTS times."""
+        too. `below_limit`: only what was tried less than SAME_RECORD_ATTEMPTS times."""
         found: list[tuple[Queued, Delivery]] = []
         ended = 0
         # By loop and subject, when what was chosen of it was written; None: a repeat was left behind.
         subjects: dict[tuple[int, str], float | None] = {}
-        for item in self._waiting(most, now, fresh=fresh):
+        for item in self._candidates(most, now, below_limit=below_limit):
             if len(found) == most or ended >= TURN_DELIVERIES or (found and item.alone):
                 break
             delivery, subject, verdict = self._look_at(item, now)
@@ -7161,7 +7176,7 @@ class Sender:
                     continue
                 delivery, verdict = delivery._replace(held_back=None), None
             if verdict is not None:
-                self._end(item, delivery, verdict)
+                self._settle_unsent(item, delivery, verdict)
                 ended += 1
                 continue
             found.append((item, delivery))
@@ -7172,19 +7187,19 @@ class Sender:
                 break
         return found, ended
 
-    def _waiting(self, most: int, now: float, *, fresh: bool = False) -> Iterator[Queued]:
+    def _candidates(self, most: int, now: float, *, below_limit: bool = False) -> Iterator[Queued]:
         """What waits and may be sent now, in the order in which it goes out."""
         # Repeats are looked at, too, and skipped.
         window = TURN_DELIVERIES // 10 if self.shared.config.repeat_window else most
-        window += len(self._tried)
+        window += len(self._set_aside)
         times = (now, now + self._longest_wait)
         for turn in self.queue.next_turn(self.sink.id, self.peer, self.shared.active, self._turn, *times):
-            items = self.queue.waiting_of(
+            items = self.queue.waiting_in_turn(
                 *(self.sink.id, self.peer, *turn, *times, window),
-                fresh=fresh,
+                below_limit=below_limit,
                 by_operator=not self.sink.enabled,
             )
-            yield from (item for item in items if item.escalation not in self._tried)
+            yield from (item for item in items if item.escalation not in self._set_aside)
 
     def _look_at(self, item: Queued, now: float) -> tuple[Delivery, str | None, Verdict | None]:
         """A delivery as the adapter knows it; the subject that repeats of it have in common, if repeats are
@@ -7220,7 +7235,7 @@ class Sender:
                 delivery = delivery._replace(held_back=HeldBack(last[1], last[2]))
         return delivery, subject, None
 
-    def _end(self, item: Queued, delivery: Delivery | None, verdict: Verdict) -> None:
+    def _settle_unsent(self, item: Queued, delivery: Delivery | None, verdict: Verdict) -> None:
         """End a delivery that is sent no request."""
         if verdict.reason_code == REPEATED.reason_code and delivery is not None:
             subject = subject_of(delivery.escalation, delivery.resolution)
@@ -7277,8 +7292,8 @@ class Sender:
         with self.queue.transaction():
             self.deadline = None
             if self._batch is not None and not self.ended:
-                self.ended = self.failed = True
-                self._tries = self.shared.config.policy.max_attempts_per_pass
+                self.ended = self.resting = True
+                self._failures_in_row = self.shared.config.policy.max_attempts_per_pass
                 destination = self._known()
                 self.record(
                     timed_out(self.sink, self._client.host if self._client else "the sink"), destination
@@ -7324,7 +7339,7 @@ class Sender:
         return verdict
 
     def _note_answer(self, destination: Destination, verdict: Verdict, now: float) -> None:
-        self._tries = 0
+        self._failures_in_row = 0
         if destination.consecutive_failures or (destination.last_success_at or 0.0) < now - FRESH_SECONDS / 2:
             delivered = verdict.outcome == "delivered"
             self.queue.note_answer(destination, now, verdict.clock_offset, delivered=delivered)
@@ -7347,7 +7362,7 @@ class Sender:
 
     def _put_back(self) -> None:
         """Choose anew what is sent next."""
-        self.queue.end_attempt(item for item, _ in self._ahead)
+        self.queue.clear_in_flight(item for item, _ in self._ahead)
         self._ahead.clear()
 
     def _write_counts(self) -> None:
@@ -7370,22 +7385,22 @@ class Sender:
         ours = verdict.fault == "adapter_fault"
         first = min((item.first_failed_at or now for item in batch.queued), default=now)
         well = not destination.consecutive_failures and (destination.last_success_at or 0.0) > first
-        self._tries += 1
+        self._failures_in_row += 1
         alone = suspect or ours
         if alone:
-            self._tried |= {item.escalation for item in batch.queued}
+            self._set_aside |= {item.escalation for item in batch.queued}
         quick = None if alone else self._quick_wait(verdict)
         if quick is not None:
             self.queue.note_failure(destination, verdict, now, now + quick, destination.backoff_step)
             return Retry(quick, quick=True, alone=False)
         if ours or (suspect and well):
             # The destination takes other records: it does not wait for this one.
-            self._tries = 0
+            self._failures_in_row = 0
             return Retry(self._backoff(verdict, max(0, attempts - SAME_RECORD_ATTEMPTS)), alone=True)
         wait = self._backoff(verdict, destination.backoff_step)
         # The next record may get through: it has one try in this pass.
-        one_more = suspect and self._tries < max(2, self.shared.config.policy.max_attempts_per_pass)
-        self.failed = not one_more
+        one_more = suspect and self._failures_in_row < max(2, self.shared.config.policy.max_attempts_per_pass)
+        self.resting = not one_more
         step = destination.backoff_step + 1
         self.queue.note_failure(destination, verdict, now, 0.0 if one_more else now + wait, step)
         return Retry(wait, alone=alone)
@@ -7396,11 +7411,15 @@ class Sender:
         After a timeout or a hang-up the sink may have acted on the request: that is not tried at once.
         """
         policy = self.shared.config.policy
-        if verdict.outcome != "retry" or not verdict.not_taken or self._tries >= policy.max_attempts_per_pass:
+        if (
+            verdict.outcome != "retry"
+            or not verdict.not_taken
+            or self._failures_in_row >= policy.max_attempts_per_pass
+        ):
             return None
         wait = verdict.retry_after
         if wait is None:
-            wait = jitter(min(policy.backoff_initial, QUICK_RETRY_SECONDS * 2**self._tries))
+            wait = jitter(min(policy.backoff_initial, QUICK_RETRY_SECONDS * 2**self._failures_in_row))
         return wait if wait < self.shared.clock.left else None
 
     def _backoff(self, verdict: Verdict, step: int) -> float:
@@ -7977,7 +7996,7 @@ def plan_delivery(shared: Shared, sink: Sink, found: Queued) -> JsonObject:
             "decision": "wait",
             "why": f"the sink failed ({known.reason_code if known else '?'}); next attempt at {until}",
         }
-    if request := shared.requests.get(found[:3]):
+    if request := shared.requests.get(found.key):
         entry["request"] = show_request(request, shared.redactor)
     return entry
 
