@@ -3105,9 +3105,9 @@ QUEUE_VERSION = 1
 # After this many attempts it may be the record that the sink cannot take: others go first.
 SAME_RECORD_ATTEMPTS = 5
 STATUS_OF_OUTCOME = {"delivered": "delivered", "dead_letter": "dead", "skipped": "skipped"}
-# A loss is reported for so many seconds: until whoever is on duty has seen it.
+# How long `status` reports a loss, in seconds: long enough for the person on duty to see it.
 LOSS_SHOWN = 86400.0
-# A settled escalation is kept for so many seconds, and so many of them at most, to be redelivered.
+# How long a settled escalation is kept for `redeliver`, in seconds, and how many of them at most.
 RETENTION_SECONDS = 7 * 86400.0
 RETENTION_COUNT = 100_000
 # Longer than any transaction that is not stuck.
@@ -4067,7 +4067,7 @@ class Queue:
         )
 
     def try_at_once(self, loop: int) -> None:
-        """Forget how long destinations, and deliveries of a loop, are to be left alone."""
+        """Let all destinations and the deliveries of a loop be tried now, also after failures."""
         self.execute("UPDATE destinations SET next_attempt_at = 0")
         self.execute("UPDATE deliveries SET not_before = 0 WHERE loop = ? AND status = 'waiting'", loop)
 
@@ -4093,7 +4093,7 @@ class Queue:
         self._release(destination.id)
 
     def share(self, destination: Destination) -> None:
-        """A destination has answered: others may ask it, too."""
+        """Let other processes send to a destination as well: it has answered."""
         self._take(fcntl.LOCK_SH, destination.id, 0.0)
 
     def last_sent(self, delivery: Queued, subject: str) -> tuple[str, int, str | None] | None:
@@ -4186,8 +4186,8 @@ class Queue:
         )
 
     def stuck_at(self, loop: int, sink: str, attempts: int) -> tuple[str, int] | None:
-        """The first record that a sink has answered with an error so many times: its segment and line. Only
-        such a delivery has a time of its own before which it is left alone."""
+        """Segment and line of the first record that a sink has answered with an error at least this often.
+        Only such a delivery waits for a time of its own."""
         row: tuple[str, int] | None = self.execute(
             "SELECT e.segment, e.line FROM deliveries d INDEXED BY waiting "
             "JOIN escalations e ON e.id = d.escalation WHERE d.status = 'waiting' AND d.sink = ? "
@@ -4265,7 +4265,7 @@ class Queue:
         self.execute("UPDATE escalations SET settled_at = NULL WHERE id = ?", escalation)
 
     def try_sink_at_once(self, sink: str) -> None:
-        """Forget how long a sink is to be left alone."""
+        """Let a sink be tried now, although it should wait after a failure."""
         self.execute("UPDATE destinations SET next_attempt_at = 0 WHERE sink = ?", sink)
 
     def forget_failures(self, sink: str) -> None:
@@ -5738,7 +5738,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 # Output for the host. The summary is read back only to skip an idle pass, and to find the place of a loop
 # that the queue does not know.
 
-# The reason codes of what reaches no sink and never will by itself. `status` reports it.
+# Reason codes of what reached no sink and will not by itself. `status` reports it.
 LOSS_CODES = {*UNUSABLE, "no_dispatchable_sinks", "sink_removed", "source_replaced", "queue_lost"}
 
 
@@ -5755,7 +5755,7 @@ class Job(NamedTuple):
     queue_file: str
     max_escalations: int = 0
     time_budget: float = 30.0
-    # Try every destination, also those that are to be left alone after a failure.
+    # Try every destination now, although some should wait after a failure.
     now: bool = False
 
     @property
@@ -5768,7 +5768,7 @@ class Job(NamedTuple):
 
     @property
     def temporary_file(self) -> str:
-        """What becomes the state file: see `replace_file`."""
+        """The file that is renamed to the state file: see `replace_file`."""
         return f"{self.state_file}.tmp"
 
 
@@ -5837,7 +5837,7 @@ def command_line(command: str, job: Job, *options: str) -> str:
     return shell_line(*words, *options)
 
 
-# Far larger than any state file; beyond it a file is not one.
+# Far more than any state file has: a larger file is not one.
 MAX_STATE_BYTES = 32 << 20
 STATE_VERSION = 2
 
@@ -5878,8 +5878,8 @@ def read_state_document(path: str) -> JsonObject | None:
 
 
 def keep_damaged(path: str) -> None:
-    """Keep a damaged state file under a second name. Under its own it stays until a new one takes its place:
-    without it, a pass after one that was killed meanwhile would take the loop for one without a past.
+    """Link a damaged state file to a second name. It stays until the new summary replaces it: if this pass is
+    killed before that, the next one must still see that the loop is not new.
 
     Raises StorageError.
     """
@@ -5887,9 +5887,9 @@ def keep_damaged(path: str) -> None:
         kept = f"{path}.damaged-{int(os.lstat(path).st_mtime)}"
         try:
             os.link(path, kept, follow_symlinks=False)
-        except FileExistsError:  # by a pass that did not get further
+        except FileExistsError:  # by a pass that was killed
             return
-        except OSError:  # there are file systems without links
+        except OSError:  # some file systems have no links
             import shutil
 
             shutil.copy2(path, kept, follow_symlinks=False)
@@ -5923,7 +5923,7 @@ class Counts:
             self.add_codes([row["reasonCode"], *failure_codes(row)])
 
     def add_late(self, entry: JsonObject) -> None:
-        """Count a delivery that had waited since an earlier row."""
+        """Count a delivery whose escalation has its row already."""
         self.late_dispatched += entry["status"] == "success"
         if entry["status"] == "failed":
             self.late_failed += 1
@@ -5996,7 +5996,7 @@ def sink_entry(
 
 
 def base_row(job: Job, identity: str, position: JsonObject, body: JsonObject | None) -> JsonObject:
-    """What the rows of escalations and of lines that are none have in common."""
+    """The fields that the rows of escalations and of unusable lines share."""
     fields = body or {}
     row = {
         "timestamp": iso(time.time()),
@@ -6029,7 +6029,7 @@ def escalation_row(
 
 
 def unusable_row(job: Job, line: Unusable, position: JsonObject) -> JsonObject:
-    """The row of a line that is no escalation."""
+    """The row of an unusable line."""
     return base_row(job, line.id, position, line.body) | {
         "status": "skipped" if line.reason_code == "blank_line" else "failed",
         "reasonCode": line.reason_code,
@@ -6090,7 +6090,7 @@ def empty_summary(job: Job, status: str) -> JsonObject:
 
 
 def sink_figures(queue: Queue, loop: int, sinks: Mapping[str, Sink]) -> dict[str, JsonObject]:
-    """How a loop's sinks stand: what waits, and what is known of their destinations. By sink id."""
+    """The figures of a loop's sinks, by sink id: what waits, and how their destinations are."""
     figures: dict[str, JsonObject] = {}
     tallies = queue.tallies(loop)
     for sink_id in {**sinks, **tallies}:
@@ -6105,10 +6105,10 @@ def sink_figures(queue: Queue, loop: int, sinks: Mapping[str, Sink]) -> dict[str
 def sink_figure(
     queue: Queue, loop: int, sink_id: str, tally: JsonObject, known: Mapping[str, Destination]
 ) -> JsonObject:
-    """How one sink of a loop stands."""
+    """The figures of one sink of a loop."""
     waiting = tally.get("waiting", 0)
     oldest = queue.oldest_waiting(loop, sink_id) if waiting else None
-    # Of a cluster the peer that fares best: one that takes alerts is enough.
+    # The healthiest peer of a cluster: one that takes alerts is enough.
     best = min(known.values(), key=lambda found: found.consecutive_failures, default=None)
     failing = best is not None and best.consecutive_failures > 0
     figure: JsonObject = {
@@ -6158,12 +6158,12 @@ def lagging_peer(peer: str, since: float, known: Destination | None) -> JsonObje
 
 
 def unsent(sinks: Mapping[str, JsonObject]) -> dict[str, JsonObject]:
-    """How the sinks stand, by an earlier summary, after a pass that sent nothing."""
+    """The figures of an earlier summary, after a pass that sent nothing."""
     return {sink_id: {**mapping(sink), "sentCount": 0} for sink_id, sink in sinks.items()}
 
 
 def locked_summary(job: Job) -> JsonObject:
-    """The summary of a pass that found another one at work: it did nothing and left the state alone."""
+    """The summary of a pass that did nothing, because another one is running."""
     document: JsonObject = {}
     with contextlib.suppress(StateError):
         document = read_summary(job)
@@ -6184,7 +6184,7 @@ class Clock:
 
     def __init__(self, budget: float, stop: threading.Event) -> None:
         self.stop = stop
-        # Something had its turn, and was left for the next pass.
+        # Something could have been sent, and is left for the next pass.
         self.cut_short = False
         self._deadline = time.monotonic() + budget
 
@@ -6201,7 +6201,7 @@ class Clock:
         return True
 
 
-# So many parsed records are kept, if they are no larger than this.
+# How many parsed records are kept in memory, and the largest of them in bytes.
 PARSED_COUNT = 1000
 PARSED_BYTES = 4 << 10
 
@@ -6225,7 +6225,7 @@ class Shared:
         self.dry_run = dry_run
         self.router = Router(config)
         self.redactor = config.redactor()
-        # Open loops by their number in the queue. Of one that has failed nothing more is sent.
+        # Open loops by their number in the queue; `active` are those that have not failed.
         self.loops: dict[int, Loop] = {}
         self.active: set[int] = set()
         self.sinks = [sink for sink in config.sinks.values() if sink.enabled or sink.id in named]
@@ -6235,26 +6235,25 @@ class Shared:
         # What ends the whole pass.
         self.error: DispatchError | None = None
         self.ingesting = True
-        # Of a dry run: whether requests are shown, and those that would have been sent.
+        # In a dry run: whether to show requests, and those that would have been sent.
         self.show_payload = False
         self.requests: dict[tuple[int, str, str], HttpRequest] = {}
         self._parsed: dict[int, Escalation] = {}
 
     def parse(self, stored: Stored) -> Escalation:
-        """The escalation that a record of the queue is."""
+        """The escalation that a record of the queue holds."""
         escalation = self._parsed.get(stored.id)
         if escalation is None:
             escalation = self._parse(stored)
-            self.remember(stored.id, escalation, forget=True)
+            if len(self._parsed) >= PARSED_COUNT:
+                del self._parsed[next(iter(self._parsed))]
+            self.remember(stored.id, escalation)
         return escalation
 
-    def remember(self, number: int, escalation: Escalation, *, forget: bool) -> None:
-        """Keep a parsed record, unless it is large: who ingests it, who sends it and its row need the same.
-        `forget`: in place of the oldest one, if there are too many."""
-        if len(escalation.raw) < PARSED_BYTES and (forget or len(self._parsed) < PARSED_COUNT):
+    def remember(self, number: int, escalation: Escalation) -> None:
+        """Keep a parsed record for its sender and its row, if there is room and it is not large."""
+        if len(escalation.raw) < PARSED_BYTES and len(self._parsed) < PARSED_COUNT:
             self._parsed[number] = escalation
-            if len(self._parsed) > PARSED_COUNT:
-                del self._parsed[next(iter(self._parsed))]
 
     def _parse(self, stored: Stored) -> Escalation:
         found = parse_record(stored.record, self.loop_id(stored.loop))
@@ -6298,11 +6297,11 @@ class Shared:
             self.queue.changed.notify_all()
 
 
-# Of the telemetry files this much of the end is read: for rows that a kill left, and to count failures.
+# How many bytes at the end of a telemetry file are read, to find rows that a kill left and to count failures.
 RECENT_BYTES = 1 << 20
 # How often rows are moved from the outbox into the files while senders work.
 ROW_INTERVAL = 0.25
-# So many rows are made and written at a time.
+# How many rows are made in one transaction.
 ROWS_AT_ONCE = 500
 
 
@@ -6415,7 +6414,7 @@ class Loop:
                     row = unusable_row(self.job, found, stored.position)
                     kept.append(stored._replace(unusable=encode_json(row)))
                     continue
-                self.shared.remember(stored.id, found, forget=False)
+                self.shared.remember(stored.id, found)
                 resolution = self.shared.router.resolve(found.category, found.severity)
                 severity = SEVERITIES.index(resolution.event_severity)
                 kept.append(
@@ -6797,7 +6796,7 @@ def send_what_was_lost(job: Job, past: PastRun) -> str:
 
 
 def is_foreign(job: Job) -> bool:
-    """Tell whether the state file is damaged, or none of this loop. Raises StateError."""
+    """Tell whether the state file is damaged or belongs to another loop. Raises StateError."""
     try:
         document = read_state_document(job.state_file) or {}
     except ValueError:
@@ -6909,13 +6908,14 @@ def rows_at_end(path: str, size: int) -> "Counter[bytes]":
 
 # The waits between quick tries within a pass are up to twice as many seconds, then four times, and so on.
 QUICK_RETRY_SECONDS = 0.25
-# Another pass waits for a quick try of this one, if it is not longer than this.
+# A pass waits for the quick try of another one, if that comes within this time.
 QUICK_WAIT_MAX = 2.0
-# So many repeats or expired deliveries are settled in one transaction.
+# How many repeats or expired deliveries are settled in one transaction.
 TURN_DELIVERIES = 1000
-# An answer counts for so many seconds as proof that a destination is well.
+# How long an answer proves that a destination is well, in seconds.
 FRESH_SECONDS = 1.0
-# So many deliveries are fetched at a time, and sent within so many seconds: what is worse waits no longer.
+# How many deliveries are fetched at a time, and the seconds in which they are sent: a worse one waits no
+# longer than that.
 AHEAD_COUNT = 20
 AHEAD_SECONDS = 0.1
 # What ends deliveries without a request.
@@ -6925,7 +6925,7 @@ MISSED = Verdict("skipped", "peer_missed", message="another peer took it, and it
 
 
 class Pace:
-    """Keeps the requests to a destination within so many in any minute, a sixth of them at once.
+    """Limits the requests to a destination in any minute; a sixth of them may go out at once.
 
     The generic cell rate algorithm (ITU-T I.371): all there is to keep is up to when what was sent is paid
     for, in seconds since the epoch.
@@ -7156,8 +7156,8 @@ class Sender:
     def _choose(
         self, most: int, now: float, *, below_limit: bool = False
     ) -> tuple[list[tuple[Queued, Delivery]], int]:
-        """Choose up to so many deliveries, and settle what needs no request; returns how many those were,
-        too. `below_limit`: only what was tried less than SAME_RECORD_ATTEMPTS times."""
+        """Choose up to `most` deliveries, and settle those that need no request; returns how many these were
+        as well. `below_limit`: only what was tried less than SAME_RECORD_ATTEMPTS times."""
         found: list[tuple[Queued, Delivery]] = []
         ended = 0
         # By loop and subject, when what was chosen of it was written; None: a repeat was left behind.
@@ -7189,7 +7189,7 @@ class Sender:
 
     def _candidates(self, most: int, now: float, *, below_limit: bool = False) -> Iterator[Queued]:
         """What waits and may be sent now, in the order in which it goes out."""
-        # Repeats are looked at, too, and skipped.
+        # Some of them may be repeats, which are skipped.
         window = TURN_DELIVERIES // 10 if self.shared.config.repeat_window else most
         window += len(self._set_aside)
         times = (now, now + self._longest_wait)
@@ -7453,7 +7453,7 @@ def jitter(longest: float) -> float:
 
 # New lines are read for this part of the time budget: the rest is for their rows.
 INGEST_SHARE = 0.5
-# So many loops with work are open at a time, each with so many files: its lock, its source, rotated files.
+# How many loops with work are open at a time, and the files that each needs: lock, source, rotated files.
 LOOPS_AT_ONCE = 64
 FILES_OF_A_LOOP = 8
 FILES_BESIDES = 64
@@ -7537,7 +7537,7 @@ class Pass:
             loop.error = error
         except OSError as error:
             loop.error = storage_error("read", loop.job.escalations_file, error)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other loops go on
+        except Exception as error:  # noqa: BLE001 - the other loops go on
             loop.error = program_fault(error)
         with self._shared.queue.changed:
             self._shared.active.discard(loop.id)
@@ -7554,8 +7554,8 @@ class Pass:
                 sender.start()
 
     def _look_after_senders(self, wait: float = 0.0) -> None:
-        """Give up attempts that are over their time, whatever holds them: name lookup, handshake, a dripping
-        answer. Waits until something ends, at most so many seconds."""
+        """Give up attempts that are over their time: name lookup, handshake or a dripping answer may hold
+        them. Waits until something ends, for `wait` seconds at most."""
         with self._shared.queue.changed:
             if wait and any(not sender.ended for sender in self._senders.values()):
                 self._shared.queue.changed.wait(wait)
@@ -7570,7 +7570,7 @@ class Pass:
 
 
 def loops_at_once() -> int:
-    """How many loops may be open at a time: as many as are wanted, if the process may open so many files."""
+    """How many loops may be open at a time, by the number of files that this process may open."""
     import resource
 
     wanted = LOOPS_AT_ONCE * FILES_OF_A_LOOP + FILES_BESIDES
@@ -7633,7 +7633,7 @@ def run_loops(
                 files.close()
             if busy and (len(busy) == at_once or index == len(jobs) - 1):
                 share = begun / (len(jobs) - index - 1 + begun)
-                outcomes |= drive(
+                outcomes |= run_busy_loops(
                     queues, config, [job for job, _ in busy], Clock(clock.left * share, stop), progress
                 )
                 for _, held in busy:
@@ -7683,37 +7683,31 @@ class QueueHolder:
                 self._queue.close()
 
 
-def drive(
+def run_busy_loops(
     queues: QueueHolder,
     config: Config,
     jobs: Sequence[Job],
     clock: Clock,
     progress: Progress | None,
 ) -> dict[str, Result]:
-    """Take loops whose locks are held through a pass. A queue that turns out to be damaged is replaced,
-    once."""
-    outcomes: dict[str, Result] = {}
+    """Run one pass over loops whose locks are held. A damaged queue is replaced, once."""
     try:
-        for tries in range(2):
-            try:
-                queue = queues.get() if not tries else queues.replace()
-                return drive_on(queue, config, jobs, clock, progress)
-            except DamagedQueueError:
-                if tries:
-                    raise
+        try:
+            return run_on_queue(queues.get(), config, jobs, clock, progress)
+        except DamagedQueueError:
+            return run_on_queue(queues.replace(), config, jobs, clock, progress)
     except DispatchError as error:
-        outcomes = dict.fromkeys((job.loop_id for job in jobs), error)
-    return outcomes
+        return dict.fromkeys((job.loop_id for job in jobs), error)
 
 
-def drive_on(
+def run_on_queue(
     queue: Queue,
     config: Config,
     jobs: Sequence[Job],
     clock: Clock,
     progress: Progress | None,
 ) -> dict[str, Result]:
-    """Take loops through a pass on this queue. Raises DispatchError for what stops all of them."""
+    """Run one pass over loops on this queue. Raises DispatchError for what stops all of them."""
     shared = Shared(queue, config, clock)
     outcomes: dict[str, Result] = {}
     loops: list[Loop] = []
@@ -7728,7 +7722,7 @@ def drive_on(
                 raise
             except DispatchError as error:
                 outcomes[job.loop_id] = error
-            except Exception as error:  # noqa: BLE001 - whatever it is, the other loops go on
+            except Exception as error:  # noqa: BLE001 - the other loops go on
                 outcomes[job.loop_id] = program_fault(error)
         return outcomes | Pass(shared, progress).run(loops)
 
@@ -7760,7 +7754,7 @@ def load_known_config(job: Job, environ: Mapping[str, str]) -> Config:
     return load_config(job.config_file, environ, known_digest=known)
 
 
-# Of many loops, an idle one's summary is written again after so many seconds.
+# How often the summary of an idle loop is written if a pass serves many loops, in seconds.
 IDLE_SUMMARY_SECONDS = 600.0
 
 
@@ -7826,7 +7820,7 @@ def note_invalid_config(job: Job, error: ConfigError, wait: float) -> None:
         if not held:
             return
         document = read_state_document(job.state_file) or {}
-        # Whatever becomes of the file until the config is valid: a new loop goes out from here.
+        # The file may be rotated before the config is valid: a new loop starts from here.
         known = document.get("cursor")
         cursor = Cursor.from_json(known) if known else read_past(job).cursor
         with contextlib.closing(Source(job.escalations_file, cursor)) as source:
