@@ -3115,7 +3115,7 @@ QUEUE_WAIT_SECONDS = 30.0
 # The write-ahead log is copied into the database when it is larger than this.
 WAL_BYTES = 16 << 20
 # How many rows are moved from the outbox into the files at a time.
-OUTBOX_ROWS = 5000
+OUTBOX_ROWS = 1000
 
 QUEUE_SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
@@ -7473,49 +7473,58 @@ class Pass:
         self._progress = progress
         self._senders: dict[tuple[str, str], Sender] = {}
 
-    def run(self, loops: Sequence[Loop]) -> dict[str, "Result"]:
+    def run(self, loops: Sequence[Loop]) -> dict[str, Result]:
         """Take loops that have begun to their ends, side by side. Returns what came of each, by its id."""
-        self._shared.loops = {loop.id: loop for loop in loops}
-        self._shared.active = set(self._shared.loops)
-        with self._shared.queue.transaction():
-            for sink_id, peers in self._shared.peers.items():
-                self._shared.queue.retire_peers(sink_id, peers)
-        outcomes: dict[str, Result] = {}
-        ingest_until = self._shared.clock.left * (1 - INGEST_SHARE)
+        shared = self._shared
+        shared.loops = {loop.id: loop for loop in loops}
+        shared.active = set(shared.loops)
+        with shared.queue.transaction():
+            for sink_id, peers in shared.peers.items():
+                shared.queue.retire_peers(sink_id, peers)
         try:
-            reading = deque(loops)
-            while reading:
-                loop = reading.popleft()
-                if self._guarded(loop, loop.ingest) and (
-                    self._shared.clock.left > ingest_until or self._shared.dry_run
-                ):
-                    reading.append(loop)
-                self._start_senders()
-                self._look_after_senders()
-                self._show_progress()
-                self._shared.queue.tidy()
-            with self._shared.queue.changed:
-                self._shared.ingesting = False
-                self._shared.queue.changed.notify_all()
-            self._start_senders()
-            written_at = time.monotonic()
-            while any(not sender.ended for sender in self._senders.values()):
-                self._look_after_senders(wait=ROW_INTERVAL)
-                self._show_progress()
-                if time.monotonic() - written_at >= ROW_INTERVAL:
-                    for loop in loops:
-                        self._guarded(loop, loop.write_rows)
-                    written_at = time.monotonic()
+            self._ingest(loops)
+            self._deliver(loops)
         except BaseException:
-            self._shared.clock.stop.set()
+            shared.clock.stop.set()
             raise
-        if self._shared.error is not None:
-            raise self._shared.error
+        if shared.error is not None:
+            raise shared.error
         self._show_progress()
+        outcomes: dict[str, Result] = {}
         for loop in loops:
             summary = self._guarded(loop, loop.finish)
             outcomes[loop.job.loop_id] = loop.error or cast("JsonObject", summary)
         return outcomes
+
+    def _ingest(self, loops: Sequence[Loop]) -> None:
+        """Ingest what is new, one chunk of each loop by turns. Sending starts with the first chunk."""
+        shared = self._shared
+        ingest_until = shared.clock.left * (1 - INGEST_SHARE)
+        reading = deque(loops)
+        while reading:
+            loop = reading.popleft()
+            may_be_more = self._guarded(loop, loop.ingest)
+            if may_be_more and (shared.clock.left > ingest_until or shared.dry_run):
+                reading.append(loop)
+            self._start_senders()
+            self._look_after_senders()
+            self._show_progress()
+            shared.queue.tidy()
+        with shared.queue.changed:
+            shared.ingesting = False
+            shared.queue.changed.notify_all()
+
+    def _deliver(self, loops: Sequence[Loop]) -> None:
+        """Look after the senders until the last one ends, and write rows meanwhile."""
+        self._start_senders()
+        written_at = time.monotonic()
+        while any(not sender.ended for sender in self._senders.values()):
+            self._look_after_senders(wait=ROW_INTERVAL)
+            self._show_progress()
+            if time.monotonic() - written_at >= ROW_INTERVAL:
+                for loop in loops:
+                    self._guarded(loop, loop.write_rows)
+                written_at = time.monotonic()
 
     def _show_progress(self) -> None:
         if self._progress is None:
