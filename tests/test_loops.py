@@ -144,7 +144,7 @@ def test_a_sink_that_is_down_is_asked_once_and_all_loops_wait_alike(repo: Repo, 
     repo.write_config(config)
     loops = loops_of(repo, *(f"loop-{number:02}" for number in range(program.LOOPS_AT_ONCE + 6)))
     fill(loops)
-    server.answer(PATHS[HOOK], error(503, "maintenance"))
+    server.answer(PATHS[HOOK], rate_limited(600, status=503))
     summary = dispatch_all(repo).json
 
     assert len(server.received(PATHS[HOOK])) == 1
@@ -157,7 +157,7 @@ def test_a_sink_that_is_down_is_asked_once_and_all_loops_wait_alike(repo: Repo, 
     sinks = [loop.state()["sinks"][HOOK] for loop in loops]
     assert len({sink["nextAttemptAt"] for sink in sinks}) == 1
     assert {sink["reasonCode"] for sink in sinks} == {"http_error"}
-    assert {sink["message"] for sink in sinks} == {"maintenance"}
+    assert {sink["message"] for sink in sinks} == {"slow down"}
     assert min(sink["consecutiveFailures"] for sink in sinks) == 1
     assert sum(len([row for row in loop.attempts() if row["sinkId"] == HOOK]) for loop in loops) == 1
 
