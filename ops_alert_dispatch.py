@@ -1493,6 +1493,11 @@ def check_secrets(document: JsonObject, environ: Mapping[str, str]) -> list[str]
         faults.append(f"{place}: enabled sink secret env var(s) are unset: {' '.join(places)}")
         if len(unset) > 1:
             faults += [f"{found}: {name} is unset or empty; set it" for name, found in places.items()]
+        # It begins with no place, so that it stands last.
+        faults.append(
+            f"what to do: set {'each' if len(unset) > 1 else 'it'} where reconcile runs, and here to try it "
+            f'(export {next(iter(places))}=…), or set "enabled": false on the sink'
+        )
     return faults
 
 
@@ -1570,7 +1575,7 @@ def check_url(value: str, settings: JsonObject) -> str | None:
     """Say what is wrong with the URL of a sink; None where nothing is."""
     url = re.fullmatch(URL, value, re.IGNORECASE)
     if url is None:
-        return "is not an https:// URL; set it to https://…"
+        return "is not an https:// URL; set it to https://…, or http://… if the receiver is on this machine"
     if settings.get("type") == "alertmanager" and url["beyond_path"]:
         return "is a URL with a # or ?, which cannot be right here; set it to https://HOST/…"
     if re.fullmatch(r"(.*@)?(:.*)?", url["authority"]):
@@ -1794,7 +1799,8 @@ class LogFile:
         found = os.fstat(self._file)
         if not stat.S_ISREG(found.st_mode):
             os.close(self._file)
-            raise OSError(errno.EINVAL, "not a regular file")
+            folder = stat.S_ISDIR(found.st_mode)
+            raise OSError(errno.EISDIR if folder else errno.EINVAL, "not a regular file")
         self.identity = identity_of(found)
         self.written_at = found.st_mtime
         # What is read: of a compressed file a copy without a name, made when it is needed.
@@ -2924,13 +2930,14 @@ CODES: dict[str, Code] = {
         "report it with that message and the version; other deliveries are not affected",
     ),
     "request_failed": Code(
-        "There was no usable answer: no connection, DNS, TLS, or a timeout. The fault code says which.",
-        "Run `{test}`: it meets the same trouble, and says what to do.",
+        "There was no usable answer: no connection, DNS, TLS, or a timeout.",
+        "Run `{show}`: each attempt has its fault code, which `ops-alert-dispatch explain CODE` explains.",
         "follow the advice of `{status}`; what waits goes out by itself once the sink answers",
     ),
     "http_error": Code(
-        "The sink answered, and its answer was no success. The fault code says what kind.",
-        "Run `{show}`: the message has up to 300 characters of the answer.",
+        "The sink answered, and its answer was no success.",
+        "Run `{show}`: each attempt has the answer, and its fault code, which `ops-alert-dispatch explain "
+        "CODE` explains.",
         "follow the advice of `{status}`, then run `{test}`",
     ),
     "config_invalid": Code(
@@ -7888,9 +7895,17 @@ def plan_loops(jobs: Sequence[Job], environ: Mapping[str, str], *, show_payload:
     return outcomes
 
 
+# What a dry run prints of the summary of the pass: not when it was, which is told apart by its traceId.
+DRY_RUN_FIELDS = (
+    *("schemaVersion", "loopId", "escalationsFile", "dispatchTelemetryFile", "status", *COUNT_KEYS),
+    *("failureReasonCodes", *LINE_COUNTS, "unreadCount", "stoppedBy"),
+    *("lateDispatchedCount", "lateFailedCount", "waitingCount", "deadLetterCount", "sinks"),
+)
+
+
 def plan_pass(queue: Queue, job: Job, config: Config, *, show_payload: bool) -> JsonObject:
-    """Say of each escalation that waits where it would go, and why not to others: by a pass on a copy of the
-    queue. Raises StateError or StorageError."""
+    """The summary of a pass on a copy of the queue; and of each escalation that is new or waits, where it
+    would go, and why not to other sinks. Raises StateError or StorageError."""
     shared = Shared(queue, config, Clock(MAX_TIME_BUDGET, threading.Event()), dry_run=True)
     shared.show_payload = show_payload
     notes = config_warnings(config)
@@ -7915,9 +7930,8 @@ def plan_pass(queue: Queue, job: Job, config: Config, *, show_payload: bool) -> 
         notes.append(f"the last {plural(size, 'byte')} of {job.escalations_file} wait for a line feed")
     written = [plan["timestamp"] for plan in plans if plan["decision"] == "send" and "timestamp" in plan]
     return {
-        "schemaVersion": SCHEMA_VERSION,
+        **{key: outcome[key] for key in DRY_RUN_FIELDS},
         "status": "dry_run",
-        "loopId": job.loop_id,
         "oldestAt": min(written, key=lambda moment: parse_time(moment) or 0.0, default=None),
         "escalations": plans,
         "notes": [*notes, *dropped],
@@ -7989,7 +8003,11 @@ def plan_delivery(shared: Shared, sink: Sink, found: Queued) -> JsonObject:
             "reasonCode": found.reason_code,
         }
     elif found.status == "dead":
-        entry = {"decision": "drop", "why": "waited longer than giveUpAfterSeconds: a dead letter"}
+        entry = {
+            "decision": "drop",
+            "why": "waited longer than giveUpAfterSeconds: a dead letter",
+            "reasonCode": found.reason_code,
+        }
     elif not sink.enabled:
         entry = {"decision": "keep", "why": "the sink is disabled; it waits until the sink is enabled"}
     else:
@@ -7998,6 +8016,7 @@ def plan_delivery(shared: Shared, sink: Sink, found: Queued) -> JsonObject:
         entry = {
             "decision": "wait",
             "why": f"the sink failed ({known.reason_code if known else '?'}); next attempt at {until}",
+            "reasonCode": known.reason_code if known else None,
         }
     if request := shared.requests.get(found.key):
         entry["request"] = show_request(request, shared.redactor)
@@ -8134,8 +8153,10 @@ class Styled(str):
     __slots__ = ()
 
 
-# A text column of a table that is too wide is cut to this first, and at last to the other.
-EASY_WIDTH = 30
+# In a table that is too wide, the last column of text, which has the reasons, is cut to the first of these
+# widths, then the others to the second, then all of them to the third.
+REASON_WIDTH = 26
+FAIR_WIDTH = 16
 LEAST_WIDTH = 8
 
 
@@ -8168,27 +8189,37 @@ def column_width(heading: str, cells: Iterable[str]) -> int:
     return max(len(click.unstyle(cell)) for cell in (heading, *cells))
 
 
-def fit_columns(columns: dict[str, list[str]], drop: Collection[str], room: int) -> None:
-    """Cut and drop columns of a table until it is no wider than the terminal."""
+def fit_columns(columns: dict[str, list[str]], drop: Iterable[str], room: int) -> None:
+    """Drop and cut columns of a table until it is no wider than the terminal, and by no more than needed."""
+    texts = [h for h, cells in columns.items() if not any(isinstance(cell, Styled) for cell in cells)]
 
-    def excess() -> int:
-        return sum(column_width(*column) + 2 for column in columns.items()) - 2 - room
+    def excess(*, once_cut: bool = False) -> int:
+        """By how much the table is too wide; `once_cut`: even if it is cut as far as is fair."""
+        total = 2 * len(columns) - 2 - room
+        for heading, cells in columns.items():
+            width = column_width(heading, cells)
+            if once_cut and heading in texts:
+                least = REASON_WIDTH if heading == texts[-1] else FAIR_WIDTH
+                width = min(width, max(least, len(heading)))
+            total += width
+        return total
 
-    def shorten(least: int) -> None:
+    def shorten(headings: Sequence[str], least: int) -> None:
         while (over := excess()) > 0:
-            texts = {h: c for h, c in columns.items() if not any(isinstance(cell, Styled) for cell in c)}
-            widest = max(texts, key=lambda heading: column_width(heading, texts[heading]))
+            widest = max(headings, key=lambda heading: column_width(heading, columns[heading]))
             width = column_width(widest, columns[widest])
             limit = max(least, len(widest), width - over)
             if limit >= width:
                 return
             columns[widest] = [cut(cell, limit) for cell in columns[widest]]
 
-    shorten(EASY_WIDTH)
     for heading in drop:
-        if excess() > 0:
+        if excess(once_cut=True) > 0:
             del columns[heading]
-    shorten(LEAST_WIDTH)
+    texts = [heading for heading in texts if heading in columns]
+    shorten(texts[-1:], REASON_WIDTH)
+    shorten(texts[:-1], FAIR_WIDTH)
+    shorten(texts, LEAST_WIDTH)
 
 
 CONTEXT = {"help_option_names": ["--help", "-h"], "show_default": True, "max_content_width": 100}
@@ -8403,22 +8434,22 @@ def dispatch(
     errors = {name: error for name, error in outcomes.items() if isinstance(error, DispatchError)}
     if errors and not all_loops:
         raise next(iter(errors.values()))
-    if not all_loops:
+    if all_loops:
+        document = summarise_loops(absolute(repo), outcomes, dry_run=dry_run)
+    else:
         document = cast("JsonObject", outcomes[jobs[0].loop_id])
         if missing := no_such_loop(jobs[0]):
-            document |= {"notes": [missing]} if dry_run else {"message": missing}
-    elif dry_run:
-        document = summarise_plans(outcomes)
-    else:
-        document = summarise_loops(absolute(repo), outcomes)
-    if wants_json(form, pretty):
-        print_json(document, pretty)
-    elif dry_run:
-        click.echo(plans_text(document) if all_loops else plan_text(document))
-    else:
-        click.echo(loops_text(document) if all_loops else summary_text(document))
+            missing = f"loop {loop_id}: {missing}"
+            document["notes" if dry_run else "message"] = [missing] if dry_run else missing
     for name, error in errors.items():
         click.echo(f"error: loop {printable(name)}: {error}", err=True)
+    if wants_json(form, pretty):
+        print_json(document, pretty)
+    else:
+        click.echo(loops_text(document) if all_loops else summary_text(document))
+        if dry_run:
+            plans = [loop for loop in document.get("loops", [document]) if "escalations" in loop]
+            click.echo(plan_text(plans, several=all_loops))
     if errors:
         raise click.exceptions.Exit(max(error.exit_code for error in errors.values()))
     if strict and not dry_run and has_failed(document):
@@ -8473,22 +8504,34 @@ def find_loops(repo: str) -> tuple[list[str], dict[str, StorageError]]:
     return sorted(loops.values()), odd
 
 
+def nearest_first(word: str, names: Iterable[str]) -> list[str]:
+    """Names in the order of how much they are like a word that is none of them."""
+    from difflib import SequenceMatcher
+
+    return sorted(names, key=lambda name: -SequenceMatcher(None, word, name).ratio())
+
+
 def no_such_loop(job: Job) -> str | None:
     """Say that a loop has never written anything, and which loops of the repo have, the nearest name first;
     None if it has."""
     if is_there(job):
         return None
-    from difflib import SequenceMatcher
-
     names: list[str] = []
     with contextlib.suppress(StorageError):
-        names = find_loops(job.repo)[0]
-    names.sort(key=lambda name: -SequenceMatcher(None, job.loop_id, name).ratio())
+        names = nearest_first(job.loop_id, find_loops(job.repo)[0])
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     there = (
         f"loops: {', '.join(names[:LISTED])}{more}" if names else "no loop of this repo has escalations yet"
     )
-    return f"loop {job.loop_id} has no escalations in {job.repo}; {there}"
+    return f"no escalations in {job.repo}; {there}"
+
+
+def check_sink(config: Config, sink_id: str | None) -> None:
+    """Raises BadParameter if a sink that was named is not in the config, with those that are."""
+    if sink_id is not None and sink_id not in config.sinks:
+        known = ", ".join(nearest_first(sink_id, config.sinks))
+        said = f"there is no sink {printable(sink_id)!r}; sinks: {known}"
+        raise click.BadParameter(said, param_hint="--sink")
 
 
 def is_loop(folder: str) -> bool:
@@ -8532,14 +8575,19 @@ def list_loops(outcomes: Mapping[str, Result]) -> list[JsonObject]:
     ]
 
 
-def summarise_loops(repo: str, outcomes: Mapping[str, Result]) -> JsonObject:
+def summarise_loops(repo: str, outcomes: Mapping[str, Result], *, dry_run: bool) -> JsonObject:
     """The summary of a run over many loops: their sums, and each loop's own status and counts."""
-    shown = ("loopId", "status", "message", "stoppedBy", *LOOP_COUNTS, "failureReasonCodes", "sinks")
+    shown = (
+        *("loopId", "status", "message", "stoppedBy", *LOOP_COUNTS, "failureReasonCodes", "sinks"),
+        *("oldestAt", "escalations", "notes"),  # of a dry run
+    )
     loops = [{key: loop[key] for key in shown if key in loop} for loop in list_loops(outcomes)]
     sums = {key: sum(loop.get(key, 0) for loop in loops) for key in LOOP_COUNTS}
     statuses = [loop["status"] for loop in loops]
     broken, locked = statuses.count("error"), statuses.count("locked")
-    if broken or sums["failedCount"]:
+    if dry_run:
+        status = "dry_run"
+    elif broken or sums["failedCount"]:
         none = not sums["dispatchedCount"] and (sums["failedCount"] or broken == len(loops))
         status = "failed" if none else "partial"
     elif sums["processedCount"]:
@@ -8564,11 +8612,11 @@ def summarise_loops(repo: str, outcomes: Mapping[str, Result]) -> JsonObject:
 
 def loops_text(summary: JsonObject) -> str:
     """The summary of a run over many loops for people: the loops that have something to tell."""
-    quiet = {"no_new_escalations", "no_source"}
+    quiet = {"no_new_escalations", "no_source", "dry_run"}
     loops = [
         loop
         for loop in summary["loops"]
-        if loop["status"] not in quiet or loop["waitingCount"] or loop["deadLetterCount"]
+        if loop["status"] not in quiet or any(loop[key] for key in LOOP_COUNTS)
     ]
     counts = [
         (heading, key)
@@ -8580,12 +8628,12 @@ def loops_text(summary: JsonObject) -> str:
             loop["loopId"],
             loop["status"],
             *(loop.get(key) for _, key in counts),
-            cut(" ".join((loop.get("message") or ", ".join(loop["failureReasonCodes"])).split()), 60) or None,
+            " ".join((loop.get("message") or ", ".join(loop["failureReasonCodes"])).split()) or None,
         )
         for loop in loops
     ]
     colour = STATUS_COLOURS.get(summary["status"], "yellow")
-    counted = f"{plural(summary['loopCount'], 'loop')}, {plural(summary['processedCount'], 'new escalation')}"
+    counted = f"{plural(summary['loopCount'], 'loop')}, {summary['processedCount']} new"
     lines = [f"{click.style(summary['status'], fg=colour)}  {counted}"]
     stopped = {loop["stoppedBy"] for loop in loops if loop.get("stoppedBy")}
     lines += [stopped_words(by, summary["unreadCount"]) for by in sorted(stopped)]
@@ -8728,14 +8776,14 @@ STATUS_COLOURS = {"success": "green", "no_new_escalations": "green", "partial": 
 
 def summary_text(summary: JsonObject) -> str:
     """The summary of a pass for people: what happened, and what is left for each sink."""
-    status, now = summary["status"], parse_time(summary["updatedAt"]) or 0.0
+    status, now = summary["status"], parse_time(summary.get("updatedAt")) or time.time()
     sinks = summary.get("sinks") or {}
     # By what an older summary said, a sink may be enabled.
     idle = bool(sinks) and not any(sink.get("enabled", True) for sink in sinks.values())
     counts = (("delivered", "dispatchedCount"), ("skipped", "skippedCount"), ("failed", "failedCount"))
     outcome = ", ".join(f"{summary[key]} {word}" for word, key in counts)
     coloured = click.style(status, fg="yellow" if idle else STATUS_COLOURS.get(status, "yellow"))
-    head = f"{plural(summary['processedCount'], 'new escalation')}: {outcome}"
+    head = f"{summary['processedCount']} new: {outcome}"
     if summary["lateDispatchedCount"] or summary["lateFailedCount"]:
         head += f"; late: {summary['lateDispatchedCount']} delivered, {summary['lateFailedCount']} given up"
     lines = [f"{coloured}  loop {summary['loopId']}, {head}"]
@@ -8747,7 +8795,7 @@ def summary_text(summary: JsonObject) -> str:
     if summary.get("stoppedBy"):
         lines.append(stopped_words(summary["stoppedBy"], summary["unreadCount"]))
     elif summary.get("unreadCount"):
-        lines.append(f"{plural(summary['unreadCount'], 'line')} of the source not read yet")
+        lines.append(unread_words(summary["unreadCount"]))
     if summary["failureReasonCodes"]:
         lines.append(f"reasons: {', '.join(summary['failureReasonCodes'])}")
     if sinks:
@@ -8768,17 +8816,22 @@ def summary_text(summary: JsonObject) -> str:
     return "\n".join(lines)
 
 
+def unread_words(lines: int) -> str:
+    """How much of a source no pass has read."""
+    return f"{plural(lines, 'line')} of the source not read yet"
+
+
 def stopped_words(by: str, unread: int) -> str:
     """Why a pass ended before all was sent, and how much of the source it has not read."""
     why = "a signal" if by == "signal" else "its time budget"
-    left = f", {plural(unread, 'line')} of the source not read yet" if unread else ""
+    left = f", {unread_words(unread)}" if unread else ""
     return f"stopped by {why}{left}; the next pass goes on"
 
 
 def what_is_left(sink: JsonObject) -> str | None:
     """What a sink's deliveries wait for: the trouble with it, or its rate and how long that takes."""
     if sink["consecutiveFailures"] or (sink["deadLetterCount"] and sink.get("reasonCode")):
-        return cut(why_it_failed(sink), 60)
+        return cut(why_it_failed(sink), 200)
     if not sink["waitingCount"]:
         return None
     if sink.get("enabled") is False:
@@ -8789,60 +8842,113 @@ def what_is_left(sink: JsonObject) -> str | None:
     return f"{rate} a minute, about {duration_words(max(1.0, sink['waitingCount'] * 60 / rate))} left"
 
 
-PLAN_COLOURS = {"send": "green", "wait": "yellow", "keep": "yellow", "drop": "red"}
-
-
-def plan_text(plan: JsonObject) -> str:
-    """A dry run for people: each escalation with what becomes of it at each sink, and why; then the sum."""
-    blocks = []
-    counts: dict[str, int] = {}
-    for item in plan["escalations"]:
-        head = f"line {item['line']}: {item.get('category', 'no escalation')}"
-        if "eventSeverity" in item:
-            head += f", severity {item['eventSeverity']} (the route asks for {item['minSeverity']})"
-        head += ", has waited since an earlier pass" if item.get("late") else ""
-        lines = [click.style(printable(head), bold=True)]
-        for sink in item.get("sinks", []):
-            counts[sink["decision"]] = counts.get(sink["decision"], 0) + 1
-            why = f": {sink['why']}" if "why" in sink else ""
-            decision = click.style(f"{sink['decision']:5}", fg=PLAN_COLOURS.get(sink["decision"]))
-            lines.append(f"  {decision} {printable(sink['id'] + why)}")
-            if "request" in sink:
-                shown = json.dumps(sink["request"], indent=2, ensure_ascii=False)
-                lines += [f"        {printable(text)}" for text in shown.splitlines()]
-        if not item.get("sinks"):
-            lines.append(f"  skip  sent to nobody, on record as {item['decision']}")
-        blocks.append("\n".join(lines))
-    sends = plural(counts.get("send", 0), "delivery")
-    end = f"A pass would make {sends} of {plural(len(blocks), 'escalation')}"
-    if waits := counts.get("wait", 0) + counts.get("keep", 0):
-        end += f", leave {waits} waiting"
-    if drops := counts.get("drop", 0):
-        end += f", give up {drops}"
-    if plan["oldestAt"]:
-        end += f"; the oldest was written {how_long(plan['oldestAt'], time.time())}"
-    last = [f"{end}. Nothing was sent or written."]
-    if not blocks:
-        last = ["Nothing waits: a pass would send nothing."]
-    return "\n".join([*blocks, *([""] if blocks else []), *last, *note_lines(plan["notes"])])
-
-
 def note_lines(notes: Iterable[str]) -> list[str]:
     """Notes as lines of a text for people."""
     return [f"note: {printable(note)}" for note in notes]
 
 
-def summarise_plans(outcomes: Mapping[str, Result]) -> JsonObject:
-    """The plans of many loops."""
-    loops = list_loops(outcomes)
-    return {"schemaVersion": SCHEMA_VERSION, "status": "dry_run", "loopCount": len(loops), "loops": loops}
+def short_id(escalation: str | None) -> str | None:
+    """As much of an escalation's id as tells it from others, for people."""
+    return escalation and escalation[:12]
 
 
-def plans_text(document: JsonObject) -> str:
-    """A dry run over many loops for people: those of which there is something to say."""
-    waiting = [plan for plan in document["loops"] if plan.get("escalations") or plan.get("notes")]
-    texts = [f"{click.style(printable(plan['loopId']), bold=True)}\n{plan_text(plan)}" for plan in waiting]
-    return "\n\n".join(texts) or f"Nothing waits in {plural(document['loopCount'], 'loop')}."
+def sinks_words(sinks: Iterable[tuple[str, str | None, str]], *, named: bool) -> str:
+    """How the deliveries of an escalation stand, in a cell: the word, the reason, the sinks.
+
+    `sinks`: the word, the reason and the id of each. `named`: also if all have the same word and reason.
+    """
+    groups: dict[tuple[str, str | None], list[str]] = {}
+    for word, why, sink_id in sinks:
+        groups.setdefault((word, why), []).append(sink_id)
+    return "; ".join(
+        word + (f" ({why})" if why else "") + (f": {', '.join(ids)}" if named or len(groups) > 1 else "")
+        for (word, why), ids in groups.items()
+    )
+
+
+# What a pass would make of a delivery, in the words of `log`.
+PLAN_WORDS = {"send": "delivered", "wait": "waiting", "keep": "waiting", "drop": "dead", "skip": "skipped"}
+
+
+def plan_text(plans: Sequence[JsonObject], *, several: bool) -> str:
+    """What a dry run found for people: each escalation and what a pass would make of it; of many, a summary.
+    `several`: of more than one loop."""
+    now = time.time()
+    rows = [(plan["loopId"], item, plan_cell(item)) for plan in plans for item in plan["escalations"]]
+    written = [plan["oldestAt"] for plan in plans if plan["oldestAt"]]
+    lines = ["", "Nothing was sent or written. This is what a pass would do, if each sink took it in time."]
+    if written:
+        oldest = min(written, key=lambda moment: parse_time(moment) or 0.0)
+        lines.append(f"Of what it would send, the oldest was written {how_long(oldest, now)}.")
+    if not rows:
+        lines = ["", "Nothing waits: a pass would send nothing."]
+    elif len(rows) <= LISTED:
+        cells = [
+            (
+                *([loop_id] if several else []),
+                item["line"],
+                how_long(item.get("timestamp"), now),
+                item.get("eventSeverity"),
+                item.get("category") or item["decision"],
+                short_id(item["escalationId"]),
+                cell,
+            )
+            for loop_id, item, cell in rows
+        ]
+        headings = (*(["LOOP"] if several else []), "LINE", "TIME", "SEVERITY", "CATEGORY", "ID", "SINKS")
+        lines += ["", table(headings, cells, ("ID", "TIME"))]
+    else:
+        groups: dict[tuple[object, ...], list[str | None]] = {}
+        for loop_id, item, cell in rows:
+            named = (item.get("eventSeverity"), item.get("category") or item["decision"], cell)
+            groups.setdefault((*([loop_id] if several else []), *named), []).append(item.get("timestamp"))
+        headings = (*(["LOOP"] if several else []), "SEVERITY", "CATEGORY", "SINKS")
+        lines += ["", grouped_table(headings, groups, now)]
+    for plan in plans:
+        loop = f"loop {plan['loopId']}: " if several else ""
+        lines += note_lines(loop + note for note in plan["notes"])
+    for loop_id, item, _ in rows:
+        for sink in item.get("sinks", []):
+            if "request" in sink:
+                loop = f"loop {loop_id}, " if several else ""
+                shown = json.dumps(sink["request"], indent=2, ensure_ascii=False)
+                head = printable(f"{loop}line {item['line']} to {sink['id']}:")
+                lines += ["", click.style(head, bold=True), *map(printable, shown.splitlines())]
+    return "\n".join(lines)
+
+
+def plan_cell(item: JsonObject) -> str:
+    """What a pass would make of an escalation, or of a line that is none, in a cell."""
+    if not item.get("sinks"):
+        return f"{'skipped' if item['decision'] not in UNUSABLE else 'failed'} ({item['decision']})"
+    return sinks_words(
+        (
+            (
+                PLAN_WORDS[sink["decision"]],
+                sink.get("reasonCode") or sink.get("why"),
+                sink["id"],
+            )
+            for sink in item["sinks"]
+        ),
+        named=True,
+    )
+
+
+def grouped_table(
+    headings: Sequence[str], groups: Mapping[tuple[object, ...], Sequence[str | None]], now: float
+) -> str:
+    """A table of many things, a row for those that are alike: how many there are, from when to when.
+
+    `groups`: the times of those that have the same cells; the last of these has the reasons.
+    """
+    rows = []
+    for cells, found in sorted(groups.items(), key=lambda group: -len(group[1])):
+        times = sorted(filter(None, found), key=lambda moment: parse_time(moment) or 0.0)
+        ages = [how_long(moment, now) for moment in (times[:1] + times[-1:])] or [None, None]
+        rows.append((*cells[:-1], len(found), *ages, cells[-1]))
+    more = f"\n… and {plural(len(rows) - LISTED, 'other group')}" if len(rows) > LISTED else ""
+    headings = (*headings[:-1], "COUNT", "OLDEST", "NEWEST", headings[-1])
+    return table(headings, rows[:LISTED], ("NEWEST", "OLDEST")) + more
 
 
 @cli.command(epilog=examples("config", "config --category health_critical", "config --list-sinks"))
@@ -9177,9 +9283,7 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
     notes += said
     new, oldest_new, pending = count_unread(job, figures.cursor, config)
     if new and config is None:
-        notes.append(
-            f"{plural(new, 'escalation')} not read yet: without a config it is not known for which sinks"
-        )
+        notes.append(f"{unread_words(new)}: without a config it is not known for which sinks")
     failures = last_failures(job)
     commands = commands_for(job)
     sinks = [
@@ -9190,13 +9294,13 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
         if config is None or sink_id in config.sinks or has_open_deliveries(figures.sinks[sink_id])
     ]
     for sink in sinks:
-        waiting = plural(sink["lagCount"], "delivery")
-        if sink["enabled"] is False and sink["lagCount"]:
+        waiting = plural(sink["waitingCount"], "delivery")
+        if sink["enabled"] is False and sink["waitingCount"]:
             notes.append(
                 f"{waiting} waiting for {sink['id']}, which is disabled: kept until it is enabled, or given "
                 "up with `skip`"
             )
-        elif config is not None and sink["id"] not in config.sinks and sink["lagCount"]:
+        elif config is not None and sink["id"] not in config.sinks and sink["waitingCount"]:
             notes.append(
                 f"{waiting} waiting for {sink['id']} will be given up: the config has no such sink any more"
             )
@@ -9227,7 +9331,7 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
         },
         "sinks": sinks,
         "failureReasons": count_failures(rows),
-        "untakenCount": new,
+        "unreadCount": new,
         "configValid": config_valid,
         "silent": is_silent(document, last, sinks, new, oldest_new, critical_after, now),
     }
@@ -9270,7 +9374,8 @@ def config_of_status(job: Job, document: JsonObject | None) -> tuple[Config | No
 def count_unread(
     job: Job, cursor: Cursor, config: Config | None
 ) -> tuple[int, str | None, dict[str, tuple[int, str | None]]]:
-    """Count what no pass has ingested yet: in all, and for each sink; with the timestamp of the oldest.
+    """Count the lines that no pass has read yet, and what is new in them for each sink; with the timestamp of
+    the oldest.
 
     Raises StorageError.
     """
@@ -9279,8 +9384,8 @@ def count_unread(
     pending: dict[str, tuple[int, str | None]] = {}
     with contextlib.closing(Source(job.escalations_file, cursor)) as source:
         for line in (line for chunk in source.chunks() for line in chunk.lines):
+            new += 1
             for found in parse_line(line.text, line.size, job.loop_id):
-                new += 1
                 if isinstance(found, Unusable):
                     continue
                 oldest_new = oldest_new or found.written_at
@@ -9428,9 +9533,9 @@ def find_troubles(
     active = [sink for sink in status["sinks"] if sink["health"] != "disabled"]
     failing = [sink for sink in active if sink["consecutiveFailures"] and sink["lagCount"]]
     for sink in sorted(failing, key=lambda sink: sink["health"] != "critical"):
-        words = (
-            f"{sink['id']} is failing ({why_it_failed(sink)}), {plural(sink['lagCount'], 'delivery')} waiting"
-        )
+        words = f"{sink['id']} is failing ({why_it_failed(sink)})"
+        if sink["waitingCount"]:
+            words += f", {plural(sink['waitingCount'], 'delivery')} waiting"
         advice = sink["advice"]
         if sink["nextAttemptAt"]:
             at_once = command_line("dispatch", job, "--now")
@@ -9441,15 +9546,18 @@ def find_troubles(
     for sink in stuck:
         line = sink["pendingLine"]
         given_up = command_line("skip", job, "--sink", sink["id"], "--to-line", str(line))
-        waiting = plural(sink["lagCount"], "delivery")
+        waiting = plural(sink["waitingCount"], "delivery")
         words = f"{sink['id']} fails on line {line} again and again, {waiting} waiting"
         yield Finding("warning", words, f"others get through to {sink['id']}: `{given_up}` gives that one up")
-    if lagging := [sink for sink in active if sink["lagCount"] and sink not in failing + stuck]:
-        waiting = plural(sum(sink["lagCount"] for sink in lagging), "delivery")
-        words = f"{waiting} waiting for {', '.join(sink['id'] for sink in lagging)}"
-        if status["untakenCount"]:
-            words += f", {plural(status['untakenCount'], 'escalation')} of them not read yet"
+    if in_turn := [sink for sink in active if sink["waitingCount"] and sink not in failing + stuck]:
+        count = plural(sum(sink["waitingCount"] for sink in in_turn), "delivery")
+        words = f"{count} waiting for {', '.join(sink['id'] for sink in in_turn)}"
         yield Finding("warning", words, f"the next pass goes on with them; {dispatch} does so now")
+    # Without a config it is not known whether a sink is to get what was not read: it may be.
+    to_come = status["configValid"] is None or any(sink["lagCount"] > sink["waitingCount"] for sink in active)
+    if status["unreadCount"] and to_come:
+        words = unread_words(status["unreadCount"])
+        yield Finding("warning", words, f"the next pass reads on; {dispatch} does so now")
     for sink in active:
         for peer in sink["laggingPeers"]:
             why = f" ({why_it_failed(peer)})" if peer["reasonCode"] else ""
@@ -9470,9 +9578,6 @@ def find_troubles(
             yield Finding(
                 "warning", words, f"compare `date -u` with {sink['id']}, and set the one that is wrong"
             )
-    if status["untakenCount"] and status["configValid"] is None:
-        words = f"{plural(status['untakenCount'], 'escalation')} not read yet"
-        yield Finding("warning", words, f"run {dispatch}")
     if status["sinks"] and not active:
         words = "no sink is enabled: nothing is sent"
         yield Finding("warning", words, 'set "enabled": true on a sink in the config')
@@ -9641,7 +9746,7 @@ def status_text(status: JsonObject) -> str:
             sink["id"],
             sink["health"],
             sink["waitingCount"],
-            how_long(sink["oldestPendingAt"], now),
+            how_long(sink["oldestPendingAt"], now) if sink["waitingCount"] else None,
             how_long(sink["lastSuccessAt"], now),
             how_long(sink["lastFailureAt"], now),
             when_due(sink["nextAttemptAt"], now),
@@ -9649,28 +9754,35 @@ def status_text(status: JsonObject) -> str:
             bar_chart(sink["hours"]),
         )
         for sink in status["sinks"]
+        if status["health"] != "unknown"
     ]
     headings = ("SINK", "HEALTH", "WAITING", "OLDEST", "LAST SUCCESS", "LAST FAILURE", "NEXT ATTEMPT")
     if rows:
         drop = ("LAST FAILURE", "LAST SUCCESS", "NEXT ATTEMPT", "OLDEST", "LAST 24 HOURS", "DEAD")
         lines += ["", table((*headings, "DEAD", "LAST 24 HOURS"), rows, drop), ""]
-    if status["untakenCount"]:
-        lines.append(f"Not read yet: {plural(status['untakenCount'], 'escalation')}")
+    if status["unreadCount"]:
+        lines.append(unread_words(status["unreadCount"]))
     for sink in status["sinks"]:
         if sink["reasonCode"]:
             why = cut(why_it_failed(sink), 200)
             ago = how_long(sink["lastFailureAt"], now)
             lines.append(printable(f"{sink['id']}: last failure {ago}: {why}"))
-    if status["failureReasons"]:
-        reasons = (
-            f"{r['reasonCode']} {r['count']} (last {how_long(r['lastSeenAt'], now)})"
-            for r in status["failureReasons"]
-        )
-        lines.append(f"Recent failures: {printable(', '.join(reasons))}")
     if last := status["alerts"]["dispatch"]:
         ago = how_long(last["updatedAt"], now) or last["updatedAt"]
         lines.append(printable(f"Last pass: {ago}, {last['status']}"))
-    return "\n".join([*lines, *note_lines(status["notes"])])
+    lines += note_lines(status["notes"])
+    if status["failureReasons"]:
+        reasons = (
+            (
+                reason["count"],
+                how_long(reason["lastSeenAt"], now),
+                reason["reasonCode"],
+                CODES[reason["reasonCode"]].meaning if reason["reasonCode"] in CODES else None,
+            )
+            for reason in status["failureReasons"]
+        )
+        lines += ["", table(("RECENT FAILURES", "LAST", "CODE", "MEANING"), reasons)]
+    return "\n".join(lines)
 
 
 def prometheus_text(statuses: Sequence[JsonObject], unreadable: Sequence[str] = ()) -> str:
@@ -9694,7 +9806,7 @@ def prometheus_text(statuses: Sequence[JsonObject], unreadable: Sequence[str] = 
     of_loops: list[tuple[str, str, Callable[[JsonObject], float | None]]] = [
         ("health", "0 ok, 1 warning, 2 critical, 3 unknown.", lambda s: PLUGIN_CODES[s["health"]]),
         ("config_valid", "1 where the config is valid, else 0.", lambda s: s["configValid"]),
-        ("untaken", "Escalations that no pass has read yet.", lambda s: s["untakenCount"]),
+        ("unread", "Lines of the source that no pass has read yet.", lambda s: s["unreadCount"]),
         (
             "last_pass_timestamp_seconds",
             "When the last pass ended.",
@@ -9702,10 +9814,10 @@ def prometheus_text(statuses: Sequence[JsonObject], unreadable: Sequence[str] = 
         ),
     ]
     of_sinks: list[tuple[str, str, Callable[[JsonObject], float | None]]] = [
-        ("lag", "Deliveries that wait for the sink.", lambda s: s["lagCount"]),
+        ("waiting", "Deliveries that wait for the sink.", lambda s: s["waitingCount"]),
         (
-            "oldest_pending_age_seconds",
-            "Age of the oldest delivery that waits.",
+            "oldest_waiting_age_seconds",
+            "Age of the oldest that waits for the sink or was not read yet.",
             lambda s: age(s["oldestPendingAt"]) if s["lagCount"] else 0,
         ),
         (
@@ -9860,6 +9972,8 @@ def status(
         raise click.exceptions.Exit(PLUGIN_CODES[worst])
     if loop_id and errors:
         raise errors[loop_id]
+    for name, problem in errors.items():
+        click.echo(f"error: loop {name}: {problem}", err=True)
     if form == "prometheus":
         click.echo(prometheus_text(statuses, list(errors)))
     elif wants_json(form, pretty):
@@ -9869,8 +9983,6 @@ def status(
         click.echo("\n\n".join(map(status_text, statuses)))
     else:
         click.echo(f"No loop of {printable(repo)} has escalations. --repo names another folder.")
-    for name, problem in errors.items():
-        click.echo(f"error: loop {name}: {problem}", err=True)
     # The metrics of the other loops are to reach their collector; of these they say that nothing is known.
     if errors and form != "prometheus":
         raise click.exceptions.Exit(max(error.exit_code for error in errors.values()))
@@ -9921,9 +10033,9 @@ class Filter(NamedTuple):
     """Which escalations `log` lists. `since`: seconds since the epoch."""
 
     sink: str | None
-    status: str | None
-    category: str | None
-    since: float
+    status: str | None = None
+    category: str | None = None
+    since: float = 0.0
 
     def matches(self, entry: JsonObject) -> bool:
         """Tell whether an entry of the log is meant."""
@@ -10080,15 +10192,10 @@ def log_text(entries: Sequence[JsonObject], now: float, *, several: bool) -> str
         return "Nothing on record matches."
     rows = []
     for entry in entries:
-        words: dict[str, list[JsonObject]] = {}
-        for sink in sorted(entry["sinks"], key=lambda sink: DELIVERY_WORDS.index(sink["status"])):
-            words.setdefault(sink["status"], []).append(sink)
-        parts = []
-        for word, sinks in words.items():
-            codes = sorted({sink["reasonCode"] for sink in sinks if sink["reasonCode"]})
-            names = f": {', '.join(str(sink['id']) for sink in sinks)}" if len(words) > 1 else ""
-            parts.append(f"{word}{names}" + (f" ({', '.join(codes)})" if codes else ""))
-        said = "; ".join(parts)
+        sinks = sorted(entry["sinks"], key=lambda sink: DELIVERY_WORDS.index(sink["status"]))
+        said = sinks_words(
+            ((sink["status"], sink["reasonCode"], str(sink["id"])) for sink in sinks), named=False
+        )
         rows.append(
             (
                 how_long(entry["timestamp"] or entry["ingestedAt"], now),
@@ -10096,16 +10203,11 @@ def log_text(entries: Sequence[JsonObject], now: float, *, several: bool) -> str
                 entry["severity"],
                 entry["category"] or entry.get("reasonCode"),
                 short_id(entry["escalationId"]),
-                said or f"{entry['status']}: {entry.get('message') or entry.get('reasonCode') or 'no sink'}",
+                said or f"{entry['status']} ({entry.get('message') or entry.get('reasonCode') or 'no sink'})",
             )
         )
     headings = ("TIME", *(["LOOP"] if several else []), "SEVERITY", "CATEGORY", "ID", "SINKS")
-    return table(headings, rows)
-
-
-def short_id(escalation: str | None) -> str | None:
-    """As much of an escalation's id as tells it from others, for people."""
-    return escalation and escalation[:12]
+    return table(headings, rows, ("SEVERITY",))
 
 
 def read_since(_: click.Context, param: click.Parameter, value: str | None) -> float:
@@ -10168,7 +10270,11 @@ def log(
     jobs = list(map(where_it_worked, jobs))
     entries = read_log(jobs, loop_id, Filter(sink_id, word, category, since), count)
     if loop_id and not entries and (missing := no_such_loop(jobs[0])):
-        raise click.BadParameter(missing, param_hint="--loop")
+        raise click.BadParameter(f"loop {loop_id}: {missing}", param_hint="--loop")
+    if sink_id and not entries and not read_log(jobs, loop_id, Filter(sink_id), 1):
+        with contextlib.suppress(ConfigError):  # then the sinks are not known
+            config_file = absolute(alert_config_file or os.path.join(repo, DEFAULT_CONFIG))
+            check_sink(load_config(config_file, {}, check_env=False), sink_id)
     if wants_json(form, pretty):
         print_json({"schemaVersion": SCHEMA_VERSION, "escalations": entries}, pretty)
     else:
@@ -10209,7 +10315,7 @@ def find_one(
             elif not found[identity][3]:
                 found[identity] = (with_reason(found[identity][0], row), *found[identity][1:3], row)
     if not found and loop_id and (missing := no_such_loop(jobs[0])):
-        raise click.BadParameter(missing, param_hint="--loop")
+        raise click.BadParameter(f"loop {loop_id}: {missing}", param_hint="--loop")
     if not found:
         where = f"loop {loop_id}" if loop_id else "this repo"
         unknown = f"no escalation of {where} has an id that begins with {printable(prefix)!r}: see `log`"
@@ -10314,7 +10420,8 @@ def escalation_text(found: JsonObject, now: float) -> str:
             said = why_it_failed(attempt) if attempt.get("reasonCode") else attempt.get("httpStatus", "")
             when = how_long(as_text(attempt.get("timestamp")), now)
             took = f", {attempt.get('durationMs', 0)} ms" if attempt.get("attempt") else ""
-            lines.append(printable(f"  {when}: {attempt.get('outcome')} {cut(str(said), 200)}{took}"))
+            fault = f", fault code {attempt['faultCode']}" if "faultCode" in attempt else ""
+            lines.append(printable(f"  {when}: {attempt.get('outcome')} {cut(str(said), 200)}{took}{fault}"))
     if "record" in found:
         shown = json.dumps(strict_value(found["record"]), indent=2, ensure_ascii=False)
         lines += ["Record:", *(f"  {printable(line)}" for line in shown.splitlines())]
@@ -10372,13 +10479,6 @@ SKIPPED_BY_OPERATOR = "skipped_by_operator"
 GIVEN_UP = Verdict("skipped", SKIPPED_BY_OPERATOR, message="given up by an operator")
 # So long an operator's command waits for a pass to end, in seconds.
 OPERATOR_WAIT = 10.0
-
-
-def check_sink(config: Config, sink_id: str | None) -> None:
-    """Raises BadParameter if a sink that was named is not in the config."""
-    if sink_id is not None and sink_id not in config.sinks:
-        known = suggest(sink_id, list(config.sinks))
-        raise click.BadParameter(f"there is no sink {printable(sink_id)!r}; {known}", param_hint="--sink")
 
 
 def check_credentials(config: Config, sinks: Iterable[Sink]) -> None:
@@ -10494,7 +10594,11 @@ def send_test(
     chosen = [sink for sink in loaded.sinks.values() if (sink.id in sink_ids if sink_ids else sink.enabled)]
     check_credentials(loaded, chosen)
     if not chosen:
-        raise click.UsageError("no sink is enabled; name one with --sink ID, or enable one in the config")
+        tried = test_command(repo, config_file, next(iter(loaded.sinks)))
+        raise ConfigError(
+            f"no sink is enabled in {config_file}",
+            [f'set "enabled": true on a sink, or test one that is disabled: `{tried}`'],
+        )
     trace_id = new_trace_id()
     body = {
         "timestamp": iso(time.time()),
@@ -10567,7 +10671,7 @@ def operator_lock(job: Job) -> Iterator[None]:
     """Hold a loop's lock for a command that changes it. Raises StateError if a pass has it for too long, or
     if there is no such loop."""
     if missing := no_such_loop(job):
-        raise StateError(f"no pass has run for loop {job.loop_id} yet", [missing])
+        raise StateError(f"loop {job.loop_id}: {missing}")
     with loop_lock(job.lock_file, OPERATOR_WAIT) as held:
         if not held:
             raise StateError(
@@ -10841,8 +10945,9 @@ def redelivery_outcome(shared: Shared, job: Job, item: Chosen) -> JsonObject:
 
 def skip_deliveries(
     job: Job, config: Config, selection: Selection, shown: Sequence[Chosen], *, ingest: bool
-) -> list[Chosen]:
-    """Give up deliveries that an operator was shown, on record. Returns those that were still there.
+) -> tuple[list[Chosen], str]:
+    """Give up deliveries that an operator was shown, on record. Returns those that were still there, and the
+    segment of the source's current file.
 
     `ingest`: read what is in the source first, because no pass has. Raises DispatchError.
     """
@@ -10869,7 +10974,7 @@ def skip_deliveries(
                 queue.forget_failures(sink_id)
         loop.write_last_rows()
         save_summary(job, loop)
-    return chosen
+        return chosen, loop.source.cursor.segment
 
 
 # What the summary says of the last pass, and not of how things are.
@@ -10913,28 +11018,18 @@ def listing(deliveries: Sequence[Chosen]) -> str:
         rows = (
             (
                 item.named.line,
-                item.sink.id,
-                item.named.category,
                 how_long(item.named.written_at, now),
-                item.named.escalation_id,
+                item.named.category,
+                short_id(item.named.escalation_id),
+                item.sink.id,
             )
             for item in deliveries
         )
-        return table(("LINE", "SINK", "CATEGORY", "TIME", "ID"), rows)
-    groups: dict[tuple[str, str], list[str]] = {}
+        return table(("LINE", "TIME", "CATEGORY", "ID", "SINK"), rows)
+    groups: dict[tuple[object, ...], list[str | None]] = {}
     for item in deliveries:
-        groups.setdefault((item.sink.id, item.named.category), []).append(item.named.written_at or "")
-    summary = [
-        (
-            *group,
-            len(times),
-            how_long(min(filter(None, times), default=None), now),
-            how_long(max(times) or None, now),
-        )
-        for group, times in sorted(groups.items(), key=lambda group: -len(group[1]))
-    ]
-    more = f"\n… and {plural(len(summary) - LISTED, 'other group')}" if len(summary) > LISTED else ""
-    return table(("SINK", "CATEGORY", "COUNT", "OLDEST", "NEWEST"), summary[:LISTED]) + more
+        groups.setdefault((item.named.category, item.sink.id), []).append(item.named.written_at)
+    return grouped_table(("CATEGORY", "SINK"), groups, now)
 
 
 @cli.command(
@@ -11114,12 +11209,13 @@ def skip(
     with operator_lock(job):
         shown, is_known, _ = look_at(job, loaded, selection)
     skipped: list[Chosen] = []
+    segment = ""
     if shown:
         if not yes:
             noun = "dead letter" if dead_letters else "delivery"
             ask(f"Give up {plural(len(shown), noun)}?", listing(shown), err=as_json)
         # No lock was held while a person thought: what a pass has delivered since then is not skipped.
-        skipped = skip_deliveries(job, loaded, selection, shown, ingest=not is_known)
+        skipped, segment = skip_deliveries(job, loaded, selection, shown, ingest=not is_known)
     if as_json:
         results = [
             {**item.to_json(), "status": "skipped", "reasonCode": SKIPPED_BY_OPERATOR} for item in skipped
@@ -11134,12 +11230,28 @@ def skip(
         print_json(summary, pretty)
     elif not shown:
         click.echo("There is no dead letter." if dead_letters else "Nothing waits there.")
-    elif dead_letters:
-        dismissed = plural(len(skipped), "dead letter")
-        click.echo(f"{dismissed} dismissed. To send one after all: redeliver --id.")
+    elif not skipped:
+        click.echo("Nothing is left to be given up: a pass or another command has dealt with it.")
     else:
-        said = f"{plural(len(skipped), 'delivery')} skipped"
-        click.echo(f"{said}. To send them after all: redeliver --from-line or --id.")
+        done = "dead letter" if dead_letters else "delivery"
+        said = f"{plural(len(skipped), done)} {'dismissed' if dead_letters else 'skipped'}"
+        click.echo(f"{said}. {how_to_send_after_all(job, skipped, segment)}")
+
+
+def how_to_send_after_all(job: Job, skipped: Sequence[Chosen], segment: str) -> str:
+    """The command that sends again what was skipped, to be pasted into a shell. `segment`: that of the file
+    whose lines a command can name."""
+    ids = {item.named.escalation_id for item in skipped}
+    lines = [item.named.line for item in skipped]
+    sinks = {item.sink.id for item in skipped}
+    options = ["--sink", *sinks] if len(sinks) == 1 else []
+    if len(ids) == 1:
+        return f"To send it after all: `{command_line('redeliver', job, '--id', *ids, *options)}`"
+    if not any(item.dead_letter or item.named.segment != segment for item in skipped):
+        options += ["--from-line", str(min(lines)), "--to-line", str(max(lines))]
+        return f"To send them after all: `{command_line('redeliver', job, *options)}`"
+    listed = command_line("log", job, "--status", "skipped", "-n", str(len(ids)), *options)
+    return f"`{listed}` lists them; `{command_line('redeliver', job, *options)} --id ID` sends one after all."
 
 
 def initial_config() -> JsonObject:
@@ -11370,7 +11482,14 @@ def describe_code(code: str) -> JsonObject:
 
 
 @cli.command(epilog=examples("demo", "demo | less -R"))
-def demo() -> None:
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    help="text for people, json for scripts.",
+)
+def demo(form: str) -> None:
     """Show it all on this machine: no account, no network.
 
     Takes one escalation of each category through a webhook, a Slack and a PagerDuty sink, all played by a
@@ -11411,21 +11530,23 @@ def demo() -> None:
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1"
     try:
         with tempfile.TemporaryDirectory(prefix=f"{PROGRAM}-demo-") as name:
-            failed = run_demo(name, environ, received)
+            found = run_demo(name, environ, received)
     finally:
         server.shutdown()
         server.server_close()
-    if failed:
+    if form == "json":
+        print_json(found, pretty=False)
+    else:
+        click.echo(demo_text(found, received))
+    if found["status"] == "failed":
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
 
 
-def run_demo(repo: str, environ: Mapping[str, str], received: Mapping[str, list[JsonObject]]) -> bool:
-    """Play the demo in a folder. Returns whether a sink missed an escalation or received one twice."""
-    import html
-
-    def title(text: str) -> None:
-        click.echo(f"\n{click.style(text, bold=True)}")
-
+def run_demo(
+    repo: str, environ: Mapping[str, str], received: Mapping[str, Sequence[JsonObject]]
+) -> JsonObject:
+    """Play the demo in a folder: two passes. It failed if a sink missed an escalation or received one
+    twice."""
     job = usual_job(repo, "demo-loop")
     escalations = demo_escalations(job.loop_id)
     make_folder(os.path.dirname(job.config_file))
@@ -11433,45 +11554,68 @@ def run_demo(repo: str, environ: Mapping[str, str], received: Mapping[str, list[
     replace_file(job.config_file, encode_json(demo_config()), durable=False)
     source = b"".join(encode_json(record) + b"\n" for record in escalations)
     replace_file(job.escalations_file, source, durable=False)
-    click.echo(f"{plural(len(escalations), 'escalation')} in escalations.jsonl, three sinks on 127.0.0.1.")
-    title("First pass")
-    click.echo(summary_text(run_pass(job, environ)))
-    title("What webhook-demo received (webhook: JSON)")
+    passes = [run_pass(job, environ) for _ in range(2)]
+    in_digests = [block for body in received["slack"] for block in body["blocks"] if "block_id" in block]
+    counts = {name: len(bodies) for name, bodies in received.items()} | {"slack": len(in_digests)}
+    exact = all(count == len(escalations) for count in counts.values())
+    return {
+        "schemaVersion": SCHEMA_VERSION,
+        "status": "success" if exact else "failed",
+        "escalationCount": len(escalations),
+        "receivedCounts": counts,
+        "passes": passes,
+        "telemetry": list(iterate_rows(job.telemetry_file)),
+    }
+
+
+def demo_text(found: JsonObject, received: Mapping[str, Sequence[JsonObject]]) -> str:
+    """The demo for people: both passes, and between them what each sink received."""
+    import html
+
+    def title(text: str) -> list[str]:
+        return ["", click.style(text, bold=True)]
+
+    first, second = found["passes"]
+    lines = [
+        f"{plural(found['escalationCount'], 'escalation')} in escalations.jsonl, three sinks on 127.0.0.1."
+    ]
+    lines += [*title("First pass"), summary_text(first)]
+    lines += title("What webhook-demo received (webhook: JSON)")
     for body in received["webhook"]:
         event = body["event"]
-        click.echo(f"  {event['severity']:8} {event['category']:24} of {body['source']['loopId']}")
-    title("What slack-demo received (slack: as it shows it, up to four escalations a message)")
+        lines.append(f"  {event['severity']:8} {event['category']:24} of {body['source']['loopId']}")
+    lines += title("What slack-demo received (slack: as it shows it, up to four escalations a message)")
     for body in received["slack"]:
         for block in body["blocks"]:
             texts = [block["text"]["text"]] if "text" in block else [e["text"] for e in block["elements"]]
-            for text in map(html.unescape, texts):
-                style = {"bold": block["type"] == "header", "dim": block["type"] == "context"}
-                click.echo("\n".join(click.style(f"  {line}", **style) for line in text.splitlines()))
-        click.echo()
-    title("What pagerduty-demo received (pagerduty_events: Events API v2)")
+            style = {"bold": block["type"] == "header", "dim": block["type"] == "context"}
+            for line in (line for text in texts for line in html.unescape(text).splitlines()):
+                lines.append(click.style(f"  {line}", **style))
+        lines.append("")
+    lines += title("What pagerduty-demo received (pagerduty_events: Events API v2)")
     for body in received["pagerduty"]:
-        click.echo(f"  {body['event_action']}  {body['payload']['summary']}\n           {body['dedup_key']}")
-    title("What the telemetry says (telemetry/alerts.jsonl)")
+        lines.append(
+            f"  {body['event_action']}  {body['payload']['summary']}\n           {body['dedup_key']}"
+        )
+    lines += title("What the telemetry says (telemetry/alerts.jsonl)")
     rows = [
         (
             row["status"],
-            row["escalationCategory"],
             row["eventSeverity"],
+            row["escalationCategory"],
             f"{row['dispatchedSinkCount']}/{row['sinkCount']}",
         )
-        for row in iterate_rows(job.telemetry_file)
+        for row in found["telemetry"]
     ]
-    click.echo(table(("STATUS", "CATEGORY", "SEVERITY", "SINKS"), rows))
-    title("Second pass: nothing goes out twice")
-    click.echo(summary_text(run_pass(job, environ)))
-    told = [block for body in received["slack"] for block in body["blocks"] if "block_id" in block]
-    counts = {name: len(bodies) for name, bodies in received.items()} | {"slack": len(told)}
-    exact = all(count == len(escalations) for count in counts.values())
-    click.echo(f"\nReceived in all: {', '.join(f'{name} {count}' for name, count in counts.items())}.")
-    click.echo(
+    lines.append(table(("STATUS", "SEVERITY", "CATEGORY", "SINKS"), rows))
+    lines += [*title("Second pass: nothing goes out twice"), summary_text(second), ""]
+    counts = ", ".join(f"{name} {count}" for name, count in found["receivedCounts"].items())
+    exact = found["status"] == "success"
+    lines.append(f"Received in all: {counts}.")
+    lines.append(
         "Each sink has each escalation exactly once." if exact else "A sink missed one, or got one twice."
     )
-    return not exact
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -11496,8 +11640,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(f"error: cannot write the output: {error.strerror}")
         return EXIT_STORAGE
     except SystemExit as end:
-        # So click ends when whoever read our output has gone.
-        return EXIT_STORAGE if end.code else 0
+        # So click ends when whoever read our output has gone, as `head` does: what a signal would have done.
+        return 128 + signal.SIGPIPE if end.code else 0
     except Exception as error:  # noqa: BLE001 - whatever it is, no traceback helps an operator
         complain(f"error: {program_fault(error)}")
         return EXIT_STORAGE

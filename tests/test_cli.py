@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -290,6 +291,14 @@ def test_the_demo_shows_all_three_sinks_and_leaves_nothing_behind(tmp_path: Path
     assert "\x1b" not in done.stdout
     assert list(temporary.iterdir()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["tmp"]
+
+
+def test_the_demo_is_json_for_scripts(tmp_path: Path) -> None:
+    found = json.loads(program(tmp_path, "demo", "--format", "json").stdout)
+    assert (found["status"], found["escalationCount"]) == ("success", 5)
+    assert found["receivedCounts"] == {"webhook": 5, "slack": 5, "pagerduty": 5}
+    assert [one["processedCount"] for one in found["passes"]] == [5, 0]
+    assert [row["status"] for row in found["telemetry"]] == ["dispatched"] * 5
 
 
 def test_the_demo_needs_nothing_from_the_environment_and_takes_no_proxy(tmp_path: Path) -> None:

@@ -282,7 +282,7 @@ BROKEN: dict[str, tuple[Callable[[Repo], object], int, str]] = {
         5,
         "cannot lock",
     ),
-    "the source is a folder": (source_folder, 5, "not a regular file"),
+    "the source is a folder": (source_folder, 5, "not a regular file\n  it is a folder: move it away"),
 }
 
 
@@ -304,6 +304,24 @@ def test_a_loop_that_is_broken_is_told_and_the_others_are_served(
     assert (summary["status"], summary["brokenLoopCount"], summary["dispatchedCount"]) == ("partial", 1, 2)
     assert arrived(server) == [("a", 0), ("c", 0)]
     assert [len(loop.get("escalations", ())) for loop in json.loads(planned.stdout)["loops"]][::2] == [1, 1]
+
+
+@pytest.mark.parametrize("command", [["dispatch", "--all-loops"], ["status"]])
+def test_what_is_wrong_with_a_loop_is_said_before_how_the_others_are(
+    repo: Repo, three: list[Repo], command: list[str]
+) -> None:
+    source_folder(three[1])
+    reader, writer = os.pipe()
+    process = repo.popen(*command, "--format", "text", stdout=writer, stderr=writer)
+    os.close(writer)
+    with os.fdopen(reader, encoding="utf-8") as stream:
+        said = stream.read()
+    assert process.wait(60) == 5
+    assert said.startswith("error: loop b: cannot read ")
+    assert "it is a folder: move it away" in said.splitlines()[1]
+    # A dry run does not say of a loop that cannot be read that nothing waits in it.
+    dry = dispatch_all(repo, "--dry-run", "--format", "text").stdout
+    assert re.search("^b +error ", dry, re.MULTILINE)
 
 
 def test_a_loop_that_may_not_be_read_is_told_and_the_others_are_served(
@@ -502,9 +520,13 @@ def test_a_dry_run_over_all_loops_touches_nothing_and_names_each(
         ("b", 0),
         ("c", 1),
     ]
-    assert [line for line in text.splitlines() if line in ("a", "b", "c")] == ["a", "c"]
+    listed = [line.split()[0] for line in text.splitlines() if line.endswith(HOOK)]
+    assert listed == ["a", "c"]
     dispatch_all(repo)
-    assert "Nothing waits in 3 loops" in dispatch_all(repo, "--dry-run", "--format", "text").stdout
+    assert (
+        "Nothing waits: a pass would send nothing."
+        in dispatch_all(repo, "--dry-run", "--format", "text").stdout
+    )
 
 
 def test_a_terminal_gets_a_line_for_each_loop_that_has_something_to_tell(
@@ -521,7 +543,7 @@ def test_a_terminal_gets_a_line_for_each_loop_that_has_something_to_tell(
     assert run.exit_code == 4
     first, _, headings, *rows = run.stdout.splitlines()
     assert "partial" in first
-    assert "3 loops, 1 new escalation" in first
+    assert "3 loops, 1 new" in first
     shown = re.split("  +", headings)[1:-1]
     # The last one is cut if the path in a row is long.
     assert [*shown[:-1], shown[-1][:4]] == ["STATUS", "NEW", "DELIVERED", "DEAD"], "no column of noughts"

@@ -167,6 +167,7 @@ def test_what_no_pass_has_taken_up_yet_counts_as_lag(repo: Repo) -> None:
     assert {sink["id"]: sink["lagCount"] for sink in found["sinks"]} == {CHAT: 0, HOOK: 3, PAGER: 1}
     assert sink_of(found, HOOK)["oldestPendingAt"] == oldest["timestamp"]
     assert sink_of(found, CHAT)["health"] == "disabled"
+    assert found["unreadCount"] == 4
     assert (found["health"], found["alerts"]["dispatch"]) == ("unknown", None)
 
     repo.dispatch()
@@ -188,7 +189,7 @@ def test_status_works_without_config_and_secrets_and_says_what_it_cannot_know(
     chat = sink_of(found, CHAT)
     assert (chat["type"], chat["enabled"], chat["lagCount"]) == (None, None, 2)
     assert any("is not there" in note for note in found["notes"])
-    assert any("1 escalation not read yet" in note for note in found["notes"])
+    assert any("1 line of the source not read yet" in note for note in found["notes"])
     # The config may just be elsewhere: nobody is sent to mend it, even when the sink is critical.
     code, line = check(repo, "--critical-after", "0")
     assert code == 2
@@ -284,7 +285,9 @@ def test_status_says_the_verdict_and_the_advice_first(repo: Repo, server: SinkSe
     )
     assert blank == ""
     assert titles.split()[:3] == ["SINK", "HEALTH", "WAITING"]
-    assert "Recent failures: delivery_deferred 1" in text
+    [failure] = [line for line in text.splitlines() if " delivery_deferred " in line]
+    assert failure.split()[0] == "1"
+    assert failure.endswith(ops_alert_dispatch.CODES["delivery_deferred"].meaning)
 
 
 # --- status --check: for a monitor
@@ -377,7 +380,7 @@ def test_a_metric_says_that_the_config_is_invalid_and_nothing_is_sent(repo: Repo
     repo.dispatch()
     text = repo.run("status", "--repo", str(repo.root), "--format", "prometheus").stdout
     samples = dict(re.findall(r"^ops_alert_dispatch_(\w+)\{loop=.*\} (\S+)$", text, re.MULTILINE))
-    assert (samples["health"], samples["config_valid"], samples["untaken"]) == ("2", "0", "1")
+    assert (samples["health"], samples["config_valid"], samples["unread"]) == ("2", "0", "1")
     assert abs(float(samples["last_pass_timestamp_seconds"]) - time.time()) < RUN_TIMEOUT
 
 
@@ -402,11 +405,11 @@ def test_prometheus_takes_the_metrics_without_a_remark(repo: Repo, server: SinkS
         name.replace('loop="night \\"build\\" \\\\ 2",', ""): float(value)
         for name, value in re.findall(r"^ops_alert_dispatch_(.*\}) (\S+)$", run.stdout, re.MULTILINE)
     }
-    assert samples[f'lag{{sink="{CHAT}"}}'] == 3
-    assert samples[f'lag{{sink="{HOOK}"}}'] == 0
+    assert samples[f'waiting{{sink="{CHAT}"}}'] == 3
+    assert samples[f'waiting{{sink="{HOOK}"}}'] == 0
     assert samples[f'dead_letters{{sink="{HOOK}"}}'] == 1
     assert samples[f'consecutive_failures{{sink="{CHAT}"}}'] == 1
-    assert 60 <= samples[f'oldest_pending_age_seconds{{sink="{CHAT}"}}'] < 60 + RUN_TIMEOUT
+    assert 60 <= samples[f'oldest_waiting_age_seconds{{sink="{CHAT}"}}'] < 60 + RUN_TIMEOUT
     assert abs(samples[f'last_success_timestamp_seconds{{sink="{PAGER}"}}'] - time.time()) < RUN_TIMEOUT
     assert f'last_success_timestamp_seconds{{sink="{CHAT}"}}' not in samples
     assert samples[f'deliveries_total{{sink="{PAGER}",outcome="delivered"}}'] == 3
@@ -693,14 +696,14 @@ def test_a_question_does_not_spoil_the_json(
     ids = make_backlog(repo, server, 2)
     asked = repo.run(*command, *repo.target, stdin="n\n")
     assert (asked.exit_code, asked.stdout) == (130, "")
-    assert all(name in asked.stderr for name in (*ids, "2 deliveries?", "--yes"))
+    assert all(name in asked.stderr for name in (*(i[:12] for i in ids), "2 deliveries?", "--yes"))
     assert server.requests == []
     done = repo.run(*command, *repo.target, stdin="y\n")
     assert done.json[field] == 2
     assert [(d["escalationId"], d["sinkId"]) for d in done.json["deliveries"]] == [
         (name, command[-1]) for name in ids
     ]
-    assert all(name in done.stderr for name in ids)
+    assert all(name[:12] in done.stderr for name in ids)
     quiet = repo.run(*command, *repo.target, "--yes", "--pretty")
     assert quiet.stderr == ""
     assert quiet.stdout.startswith("{\n")
@@ -787,7 +790,7 @@ def test_a_dead_letter_that_is_redelivered_is_one_no_longer(repo: Repo, server: 
     command = ["redeliver", *repo.target, "--dead-letters", "--format", "text"]
     run = on_terminal(repo, *command, answer="n")
     assert run.exit_code != 0
-    assert dead in run.stdout
+    assert dead[:12] in run.stdout
     assert "Send 1 delivery?" in run.stdout
     assert server.requests == []
     assert {k: v[2] for k, v in repo.snapshot().items()} == {k: v[2] for k, v in before.items()}
@@ -1059,13 +1062,14 @@ def test_a_backlog_is_given_up_on_record_and_can_be_redelivered(repo: Repo, serv
     run = on_terminal(repo, *command, answer="n", COLUMNS="160")
     assert run.exit_code == 130
     assert "Give up 5 deliveries?" in run.stdout
-    assert all(run.stdout.count(name) == 1 for name in ids)
+    assert all(run.stdout.count(name[:12]) == 1 for name in ids)
     assert len(repo.telemetry()) == rows_before
     assert repo.state() == state
 
     run = on_terminal(repo, *command, "--to-line", "3", answer="y")
     assert run.exit_code == 0
-    assert "3 deliveries skipped" in run.stdout
+    assert "3 deliveries skipped. To send them after all: " in run.stdout
+    [command_after_all] = re.findall(r"`(.*)`", run.stdout)
     rows = repo.telemetry()[rows_before:]
     assert [(row["escalationId"], row["status"], row["reasonCode"]) for row in rows] == [
         (wanted, "skipped", "skipped_by_operator") for wanted in ids[:3]
@@ -1089,9 +1093,9 @@ def test_a_backlog_is_given_up_on_record_and_can_be_redelivered(repo: Repo, serv
     repo.dispatch()
     assert ids_at(server, CHAT) == []
     assert len(ids_at(server, HOOK)) == 1
-    done = repo.run("redeliver", *repo.target, "--from-line", "1", "--to-line", "4", "--sink", CHAT, "--yes")
-    assert done.exit_code == 0
-    assert sorted(ids_at(server, CHAT)) == sorted(ids)
+    after_all = shlex.split(command_after_all)[1:]
+    assert repo.run(*after_all, "--yes").exit_code == 0
+    assert sorted(ids_at(server, CHAT)) == sorted(ids[:3])
     done = repo.run("redeliver", *repo.target, "--id", ids[0], "--sink", CHAT, "--yes")
     assert done.json["deliveredCount"] == 1
 
@@ -1224,8 +1228,12 @@ def test_init_writes_a_config_that_is_valid_and_sends_nothing(repo: Repo, server
     code, line = check(repo)
     assert (code, "no sink is enabled" in line) == (1, True)
     run = repo.run("test", "--repo", str(repo.root))
-    assert (run.exit_code, run.stdout) == (2, "")
+    assert (run.exit_code, run.stdout) == (3, "")
     assert "no sink is enabled" in run.stderr
+    assert "Usage" not in run.stderr
+    [command] = re.findall("`(.*)`", run.stderr)
+    url = {"OPS_MANAGER_ALERT_WEBHOOK_URL": server.url}
+    assert repo.run(*shlex.split(command)[1:], env=url).json["sinks"][0]["status"] == "success"
 
 
 def test_a_lost_state_of_a_config_without_an_enabled_sink_costs_nothing(repo: Repo) -> None:
@@ -1313,9 +1321,13 @@ def test_a_dry_run_says_of_each_delivery_what_becomes_of_it_and_why(repo: Repo, 
     gone = "1 delivery waiting for old will be given up: the config has no such sink any more"
     assert gone in status(repo)["notes"]
     text = repo.dispatch("--dry-run", "--format", "text").stdout
-    assert "  skip  sent to nobody, on record as invalid_escalation_json" in text
-    assert "A pass would make 1 delivery of 3 escalations, leave 3 waiting; the oldest was written " in text
+    assert text.startswith(f"dry_run  loop {repo.loop}, 2 new: 1 delivered, 0 skipped, 2 failed")
+    assert re.search(rf"^{CHAT} +0 +2 .* http_error 401: who are you$", text, re.MULTILINE)
+    assert re.search(
+        r"^2 .* invalid_escalation_json .* failed \(invalid_escalation_json\)$", text, re.MULTILINE
+    )
     assert "Nothing was sent or written." in text
+    assert "Of what it would send, the oldest was written just now." in text
     assert repo.snapshot() == before
     # It is what happens.
     server.forget()
@@ -1333,7 +1345,7 @@ def test_a_dry_run_says_what_is_too_old_to_be_sent(repo: Repo, server: SinkServe
     plan = repo.dispatch("--dry-run").json
     [sink] = plan["escalations"][0]["sinks"]
     assert (sink["id"], sink["decision"]) == (CHAT, "drop")
-    assert "give up 1" in repo.dispatch("--dry-run", "--format", "text").stdout
+    assert "0 delivered, 1 given up" in repo.dispatch("--dry-run", "--format", "text").stdout
     assert repo.dispatch().json["deadLetterCount"] == 1
 
 
@@ -1384,9 +1396,9 @@ def test_a_long_backlog_is_summed_up_before_the_question(repo: Repo, server: Sin
     make_backlog(repo, server, 25)
     run = on_terminal(repo, "skip", *repo.target, "--sink", CHAT, answer="n", NO_COLOR="1")
     lines = run.stdout.splitlines()
-    titles = lines.index(next(line for line in lines if line.startswith("SINK")))
-    assert lines[titles].split() == ["SINK", "CATEGORY", "COUNT", "OLDEST", "NEWEST"]
-    counts = [int(line.split()[2]) for line in lines[titles + 1 :] if line.startswith(CHAT)]
+    titles = lines.index(next(line for line in lines if line.startswith("CATEGORY")))
+    assert lines[titles].split() == ["CATEGORY", "COUNT", "OLDEST", "NEWEST", "SINK"]
+    counts = [int(line.split()[1]) for line in lines[titles + 1 :] if line.endswith(f" {CHAT}")]
     assert sum(counts) == 25
     assert len(lines) < 12
     assert "Give up 25 deliveries?" in run.stdout

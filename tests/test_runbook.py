@@ -357,8 +357,8 @@ def test_a_move_to_another_machine(recipe: Recipe, host: Repo, server: SinkServe
     server.answer(SLACK, ok())
     server.forget()
     said = recipe.run(1, env={"R": str(there.root)}).stdout
-    assert re.findall(r"^line (\d+): ", said, re.MULTILINE) == ["6", "7"]
-    assert "A pass would make 2 deliveries of 2 escalations;" in said
+    assert re.findall(r"^(\d+) .* delivered: slack-default$", said, re.MULTILINE) == ["6", "7"]
+    assert "0 new: 0 delivered, 0 skipped, 0 failed; late: 2 delivered, 0 given up" in said
     there.dispatch("--now")
     assert sent_to_slack(server) == waiting
     assert len(server.requests) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import re
 import shlex
 import signal
@@ -80,7 +81,7 @@ def test_the_log_says_what_happened_lately_the_newest_last(repo: Repo, server: S
     head, first, second = look(repo, "log").stdout.splitlines()
     assert head.split() == ["TIME", "SEVERITY", "CATEGORY", "ID", "SINKS"]
     assert re.match(r"\d+ s ago", first)
-    assert f"failed: {CHAT} (http_error); delivered: " in second
+    assert f"failed (http_error): {CHAT}; delivered: " in second
     assert newer["escalationId"][:12] in second
 
 
@@ -170,7 +171,7 @@ def test_what_no_sink_was_to_get_says_why(repo: Repo, server: SinkServer) -> Non
     repo.dispatch()
     [entry] = repo.run("log", *repo.target).json["escalations"]
     assert (entry["status"], entry["reasonCode"]) == ("skipped", "severity_below_min")
-    assert "skipped: severity_below_min" in look(repo, "log").stdout
+    assert "skipped (severity_below_min)" in look(repo, "log").stdout
     assert program.CODES["severity_below_min"].meaning in look(repo, "show", entry["escalationId"]).stdout
 
 
@@ -198,6 +199,35 @@ def test_an_ambiguous_or_unknown_id_is_named_as_such(repo: Repo) -> None:
     assert (run.exit_code, "has an id that begins with 'xyz'" in run.stderr) == (2, True)
 
 
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_a_reason_gets_the_room_that_a_table_leaves(repo: Repo, server: SinkServer, width: int) -> None:
+    repo.write_config(to_all())
+    make_dead_letter(repo, server)
+    server.answer(PATHS[CHAT], error(503, "repair " * 20))
+    repo.append(health_critical())
+    env = {"NO_COLOR": "1", "COLUMNS": str(width)}
+    for command, heading in (("dispatch", "SINK"), ("log", "TIME")):
+        text = repo.run_on_terminal(command, *repo.target, env=env).stdout
+        table = text[text.index(f"{heading}  ") :].splitlines()
+        wide = max(map(len, table))
+        assert wide <= width
+        assert wide == width or "…" not in text, "cut though there was room"
+
+
+def test_an_attempt_is_shown_with_its_fault_code_as_its_reason_code_promises(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.write_config(to_all())
+    identity = make_dead_letter(repo, server)
+    assert "fault code, which `ops-alert-dispatch explain CODE` explains" in look_up(repo, "http_error")
+    assert "fault code, which `ops-alert-dispatch explain CODE` explains" in look_up(repo, "request_failed")
+    assert ", fault code record_refused\n" in look(repo, "show", identity).stdout
+
+
+def look_up(repo: Repo, code: str) -> str:
+    return repo.run("explain", code, "--format", "text").stdout
+
+
 # --- A mistyped loop
 
 
@@ -215,7 +245,8 @@ def test_a_mistyped_loop_makes_nothing_and_is_answered_with_those_there_are(repo
     words = arguments.get(command, [command])
     run = repo.run(*words, "--repo", str(repo.root), "--loop", "nigth-build", "--format", "text")
     said = re.sub(r"\s+", " ", run.stdout + run.stderr)
-    assert "loop nigth-build has no escalations" in said
+    assert said.count("no escalations in") == 1
+    assert "loop nigth-build: no escalations in" in said
     assert f"loops: {LOOP}, another" in said
     assert repo.snapshot() == before
 
@@ -226,6 +257,21 @@ def test_a_loop_without_escalations_is_no_error_for_reconcile(repo: Repo) -> Non
     assert (run.json["status"], run.stderr) == ("no_source", "")
     assert "no loop of this repo has escalations yet" in run.json["message"]
     assert repo.snapshot() == before
+
+
+def test_a_mistyped_sink_is_answered_with_those_there_are(repo: Repo, server: SinkServer) -> None:
+    make_trouble(repo, server)
+    for command in (["log"], ["skip"], ["redeliver", "--dead-letters"]):
+        run = look(repo, *command, "--sink", "team-hok")
+        said = re.sub(r"\s+", " ", run.stderr)
+        assert run.exit_code == 2
+        assert f"there is no sink 'team-hok'; sinks: {HOOK}, " in said
+    # One that was removed is no slip of the pen: the log has what it was sent.
+    config = to_all()
+    del config["sinks"][HOOK]
+    config["routing"]["defaultSinks"].remove(HOOK)
+    repo.write_config(config)
+    assert look(repo, "log", "--sink", HOOK, "--status", "dead").stdout == "Nothing on record matches.\n"
 
 
 # --- What a pass did, and what is left
@@ -271,7 +317,7 @@ def test_what_was_not_read_is_counted(repo: Repo) -> None:
     run = repo.dispatch("--max-escalations", "2", "--format", "text")
     assert (repo.state()["unreadCount"], repo.state()["stoppedBy"]) == (3, None)
     assert "3 lines of the source not read yet" in run.stdout
-    assert "Not read yet: 3 escalations" in look(repo, "status").stdout
+    assert "3 lines of the source not read yet" in look(repo, "status").stdout
 
 
 def test_late_deliveries_stand_in_the_headline(repo: Repo, server: SinkServer) -> None:
@@ -279,7 +325,51 @@ def test_late_deliveries_stand_in_the_headline(repo: Repo, server: SinkServer) -
     make_backlog(repo, server, 2)
     server.answer(PATHS[CHAT], ok())
     head = look(repo, "dispatch").stdout.splitlines()[0]
-    assert head.endswith("0 new escalations: 0 delivered, 0 skipped, 0 failed; late: 2 delivered, 0 given up")
+    assert head.endswith("0 new: 0 delivered, 0 skipped, 0 failed; late: 2 delivered, 0 given up")
+
+
+def rows_of(text: str, first: str = "SINK") -> dict[str, dict[str, str]]:
+    """The first table in a text, by the cell of its first column, whose heading is `first`."""
+    lines = text[text.index(f"{first}  ") :].partition("\n\n")[0].splitlines()
+    headings, *rows = (re.split("  +", line) for line in lines)
+    return {cells[0]: dict(zip(headings, cells, strict=True)) for cells in rows}
+
+
+def test_dispatch_and_what_looks_after_it_say_the_same_in_the_same_words(
+    repo: Repo, server: SinkServer
+) -> None:
+    make_trouble(repo, server)
+    repo.write_config(to_all(backoffSeconds={"initial": 900, "max": 900}))
+    repo.append(*batch(2), "no JSON\n", "\n")
+    done = look(repo, "dispatch", "--max-escalations", "2")
+    after = look(repo, "status")
+    shared = ("SINK", "WAITING", "OLDEST", "NEXT ATTEMPT", "DEAD")
+    for sink, row in rows_of(done.stdout).items():
+        for heading in shared:
+            # Ages may differ by a second.
+            same, seen = (
+                re.sub(r"\d+ s|\d+ min", "age", found[heading])
+                for found in (row, rows_of(after.stdout)[sink])
+            )
+            assert same == seen, (sink, heading)
+    waiting = rows_of(done.stdout)[CHAT]["WAITING"]
+    assert waiting == "3"
+    assert "2 lines of the source not read yet" in done.stdout
+    assert "2 lines of the source not read yet" in after.stdout
+    metrics = repo.run("status", "--repo", str(repo.root), "--format", "prometheus").stdout
+    assert f'ops_alert_dispatch_waiting{{loop="{LOOP}",sink="{CHAT}"}} {waiting}\n' in metrics
+    assert f'ops_alert_dispatch_unread{{loop="{LOOP}"}} 2\n' in metrics
+    # A dry run has the table of the pass, and the words of `log`. What is no escalation goes to no sink.
+    dry = look(repo, "dispatch", "--dry-run").stdout
+    assert rows_of(dry)[CHAT].keys() == rows_of(done.stdout)[CHAT].keys()
+    assert rows_of(dry)[CHAT]["WAITING"] == waiting
+    lines = rows_of(dry, "LINE")
+    assert {number: row["SINKS"].partition(": ")[0] for number, row in lines.items()} == {
+        **dict.fromkeys("234", "waiting (http_error)"),
+        "5": "failed (invalid_escalation_json)",
+        "6": "skipped (blank_line)",
+    }
+    assert rows_of(look(repo, "log").stdout, "TIME") != {}
 
 
 def test_a_time_that_has_come_is_due_now(repo: Repo, server: SinkServer) -> None:
@@ -396,6 +486,17 @@ def test_an_exit_code_says_what_the_help_says(repo: Repo) -> None:
         assert repo.run("skip", *repo.target, "--sink", CHAT, "--yes").exit_code == 4
     text = repo.run("--help").stdout
     assert "4    the state file or the queue cannot be used, or a pass is using it" in text
+
+
+@pytest.mark.parametrize("command", [["--help"], ["demo"], ["explain"]])
+def test_a_reader_who_has_gone_is_no_error(repo: Repo, command: list[str]) -> None:
+    """As with `git log | head`: the exit code is that of the signal, and nobody is told."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = repo.popen(*command, stdout=writer)
+    os.close(writer)
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (128 + signal.SIGPIPE, "")
 
 
 # --- Help and completion
