@@ -7895,11 +7895,15 @@ def plan_loops(jobs: Sequence[Job], environ: Mapping[str, str], *, show_payload:
     return outcomes
 
 
-# What a dry run prints of the summary of the pass: not when it was, which is told apart by its traceId.
+# What a dry run prints of the summary of the pass that it plays, and of its sinks: not when something was.
 DRY_RUN_FIELDS = (
     *("schemaVersion", "loopId", "escalationsFile", "dispatchTelemetryFile", "status", *COUNT_KEYS),
     *("failureReasonCodes", *LINE_COUNTS, "unreadCount", "stoppedBy"),
-    *("lateDispatchedCount", "lateFailedCount", "waitingCount", "deadLetterCount", "sinks"),
+    *("lateDispatchedCount", "lateFailedCount", "waitingCount", "deadLetterCount"),
+)
+DRY_RUN_SINK_FIELDS = (
+    *("enabled", "sentCount", "waitingCount", "oldestPendingAt", "deadLetterCount", "perMinute"),
+    *("consecutiveFailures", "nextAttemptAt", "reasonCode", "httpStatus", "message"),
 )
 
 
@@ -7932,6 +7936,10 @@ def plan_pass(queue: Queue, job: Job, config: Config, *, show_payload: bool) -> 
     return {
         **{key: outcome[key] for key in DRY_RUN_FIELDS},
         "status": "dry_run",
+        "sinks": {
+            sink_id: {key: figure[key] for key in DRY_RUN_SINK_FIELDS}
+            for sink_id, figure in outcome["sinks"].items()
+        },
         "oldestAt": min(written, key=lambda moment: parse_time(moment) or 0.0, default=None),
         "escalations": plans,
         "notes": [*notes, *dropped],
