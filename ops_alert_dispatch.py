@@ -7052,35 +7052,33 @@ class Sender:
         with self.queue.probing(destination, max(0.0, clock.left), FRESH_SECONDS) as turn:
             if not turn:
                 return False
-            wait: float | None
-            verdict = None
-            shared = False
-            while True:
-                with self.queue.transaction():
-                    if self.ended:
-                        return False
-                    destination = self._known()
-                    if verdict is not None and self._batch is not None:
-                        self.record(verdict, destination)
-                        if self.resting:
-                            self._write_counts()
-                            return False
-                        if verdict.outcome == "delivered":
-                            if not shared:
-                                self.queue.share(destination)
-                            shared = True
-                        else:
-                            destination = self._known()
-                    self._batch = None
-                    step = self._next(destination)
-                    if not isinstance(step, Batch):
-                        self._write_counts()
-                        wait = step
-                        break
-                verdict = self._send(step)
-        if wait is not None:
-            return clock.pause(wait)
+            step = self._record_and_choose(None)
+            while isinstance(step, Batch):
+                step = self._record_and_choose(self._send(step))
+        if step is not None:
+            return clock.pause(step)
         return not self.resting and self._wait_for_work()
+
+    def _record_and_choose(self, verdict: Verdict | None) -> Batch | float | None:
+        """In one transaction, write down what came of the last request, and choose the next one: see `_next`.
+
+        `verdict`: on the last request; None before the first one.
+        """
+        with self.queue.transaction():
+            if self.ended:
+                return None
+            destination = self._known()
+            if verdict is not None:
+                self.record(verdict, destination)
+                if verdict.outcome == "delivered":
+                    self.queue.share(destination)
+                else:
+                    destination = self._known()
+            self._batch = None
+            step = None if self.resting else self._next(destination)
+            if not isinstance(step, Batch):
+                self._write_counts()
+            return step
 
     def _wait_for_work(self) -> bool:
         """Wait until there is something to send; False if it never will in this pass."""
