@@ -2956,7 +2956,7 @@ CODES: dict[str, Code] = {
         "report it with that message and the version; other deliveries are not affected",
     ),
     "delivery_deferred": Code(
-        "The delivery waits: for its turn, or behind others because its sink is failing.",
+        "The delivery waited: for its turn, or behind others because its sink was failing.",
         "Run `{status}`: it says what the sink waits for.",
         "nothing to do if it only waits for its turn; else follow the advice of `{status}`",
     ),
@@ -8777,7 +8777,8 @@ def progress_bar() -> Iterator[Progress | None]:
         yield show
 
 
-STATUS_COLOURS = {"success": "green", "no_new_escalations": "green", "partial": "yellow", "failed": "red"}
+# Of a pass in which nothing failed, or everything.
+STATUS_COLOURS = {"success": "green", "no_new_escalations": "green", "failed": "red"}
 
 
 def summary_text(summary: JsonObject) -> str:
@@ -8788,7 +8789,8 @@ def summary_text(summary: JsonObject) -> str:
     idle = bool(sinks) and not any(sink.get("enabled", True) for sink in sinks.values())
     counts = (("delivered", "dispatchedCount"), ("skipped", "skippedCount"), ("failed", "failedCount"))
     outcome = ", ".join(f"{summary[key]} {word}" for word, key in counts)
-    coloured = click.style(status, fg="yellow" if idle else STATUS_COLOURS.get(status, "yellow"))
+    well = not idle and (status == "failed" or not has_failed(summary))
+    coloured = click.style(status, fg=STATUS_COLOURS.get(status) if well else "yellow")
     head = f"{summary['processedCount']} new: {outcome}"
     if summary["lateDispatchedCount"] or summary["lateFailedCount"]:
         head += f"; late: {summary['lateDispatchedCount']} delivered, {summary['lateFailedCount']} given up"
@@ -8836,12 +8838,12 @@ def stopped_words(by: str, unread: int) -> str:
 
 def what_is_left(sink: JsonObject) -> str | None:
     """What a sink's deliveries wait for: the trouble with it, or its rate and how long that takes."""
-    if sink["consecutiveFailures"] or (sink["deadLetterCount"] and sink.get("reasonCode")):
+    if sink["consecutiveFailures"]:
         return cut(why_it_failed(sink), 200)
-    if not sink["waitingCount"]:
-        return None
     if sink.get("enabled") is False:
         return "disabled"
+    if not sink["waitingCount"]:
+        return "`log --status dead` says why" if sink["deadLetterCount"] else None
     rate = sink.get("perMinute")
     if not rate:
         return "waits for the next pass"
@@ -8927,17 +8929,13 @@ def plan_cell(item: JsonObject) -> str:
     """What a pass would make of an escalation, or of a line that is none, in a cell."""
     if not item.get("sinks"):
         return f"{'skipped' if item['decision'] not in UNUSABLE else 'failed'} ({item['decision']})"
-    return sinks_words(
-        (
-            (
-                PLAN_WORDS[sink["decision"]],
-                sink.get("reasonCode") or sink.get("why"),
-                sink["id"],
-            )
-            for sink in item["sinks"]
-        ),
-        named=True,
+    words = list(PLAN_WORDS)
+    sinks = sorted(item["sinks"], key=lambda sink: words.index(sink["decision"]))
+    said = (
+        (PLAN_WORDS[sink["decision"]], sink.get("reasonCode") or sink.get("why"), sink["id"])
+        for sink in sinks
     )
+    return sinks_words(said, named=True)
 
 
 def grouped_table(
@@ -9350,9 +9348,7 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
             *find_broken_pass(document, last),
         ]
     if not findings:
-        findings = [
-            Finding("ok", "nothing waits: each escalation is delivered, or its row says why it is not")
-        ]
+        findings = [Finding("ok", "nothing is waiting")]
     return {
         **found,
         "health": max((finding.health for finding in findings), key=HEALTH_ORDER.index),
@@ -9527,6 +9523,13 @@ def find_troubles(
     if not ran and (missing := no_such_loop(job)):
         yield Finding("unknown", missing)
         return
+    if not ran and status["configValid"] is None:
+        words = f"no pass has run yet, and {job.config_file} is not there"
+        init = f"`{shell_line(PROGRAM, 'init', '--repo', job.repo)}`"
+        yield Finding(
+            "unknown", words, f"write the config with {init}, or name yours with --alert-config-file"
+        )
+        return
     if not ran:
         yield Finding("unknown", "no pass has run yet", f"run {dispatch}, or hook it into reconcile")
         return
@@ -9542,6 +9545,8 @@ def find_troubles(
         words = f"{sink['id']} is failing ({why_it_failed(sink)})"
         if sink["waitingCount"]:
             words += f", {plural(sink['waitingCount'], 'delivery')} waiting"
+        if sink["health"] == "critical":
+            words += f", first failure {sink['failingSince']}"
         advice = sink["advice"]
         if sink["nextAttemptAt"]:
             at_once = command_line("dispatch", job, "--now")

@@ -91,7 +91,7 @@ def test_status_is_right_after_a_kill_and_without_a_state(
     server.answer(PATHS[CHAT], ok())
     server.answer(PATHS[PAGER], ok())
     repo.dispatch()
-    assert look(repo)["verdict"].startswith("nothing waits")
+    assert look(repo)["verdict"].startswith("nothing is waiting")
 
 
 def test_status_tells_how_far_a_pass_is_that_is_still_at_work(repo: Repo, server: SinkServer) -> None:

@@ -439,6 +439,15 @@ def test_a_missing_config_is_answered_with_the_command_that_writes_one(repo: Rep
     )
 
 
+def test_status_before_there_is_a_config_names_the_command_that_writes_one(repo: Repo) -> None:
+    repo.append(health_critical())
+    repo.config_file.unlink()
+    found = repo.run("status", *repo.target).json
+    [command] = re.findall("`(.*)`", found["advice"][0])
+    assert repo.run(*shlex.split(command)[1:]).exit_code == 0
+    assert repo.config_file.is_file()
+
+
 def test_a_config_that_may_not_be_read_is_not_called_missing(repo: Repo) -> None:
     repo.config_file.unlink()
     repo.config_file.mkdir()
