@@ -8468,7 +8468,9 @@ def has_failed(summary: JsonObject) -> bool:
         return True
     if "loops" in summary:
         return any(loop["status"] != "error" and has_failed(loop) for loop in summary["loops"])
-    return any(sink["waitingCount"] and sink["consecutiveFailures"] for sink in summary["sinks"].values())
+    return any(
+        sink["waitingCount"] and sink["consecutiveFailures"] for sink in summary.get("sinks", {}).values()
+    )
 
 
 def find_loops(repo: str) -> tuple[list[str], dict[str, StorageError]]:
@@ -9526,9 +9528,7 @@ def find_troubles(
     if not ran and status["configValid"] is None:
         words = f"no pass has run yet, and {job.config_file} is not there"
         init = f"`{shell_line(PROGRAM, 'init', '--repo', job.repo)}`"
-        yield Finding(
-            "unknown", words, f"write the config with {init}, or name yours with --alert-config-file"
-        )
+        yield Finding("unknown", words, f"{init} writes one, or name yours with --alert-config-file")
         return
     if not ran:
         yield Finding("unknown", "no pass has run yet", f"run {dispatch}, or hook it into reconcile")

@@ -256,6 +256,7 @@ def test_a_loop_without_escalations_is_no_error_for_reconcile(repo: Repo) -> Non
     run = repo.dispatch()
     assert (run.json["status"], run.stderr) == ("no_source", "")
     assert "no loop of this repo has escalations yet" in run.json["message"]
+    assert repo.dispatch("--strict").exit_code == 0
     assert repo.snapshot() == before
 
 
