@@ -11151,7 +11151,7 @@ def redelivery_text(results: Sequence[JsonObject]) -> str:
     """What came of deliveries, for people: each of a few, of many how many had the same end."""
     counts = Counter(result["status"] for result in results)
     if len(results) <= LISTED:
-        lines = [outcome_text(f"{r['escalationId']} to {r['sinkId']}", r) for r in results]
+        lines = [outcome_text(f"{short_id(r['escalationId'])} to {r['sinkId']}", r) for r in results]
     else:
         alike = Counter(outcome_text(f"to {result['sinkId']}", result) for result in results)
         lines = [f"{count} {text}" for text, count in alike.most_common(LISTED)]
