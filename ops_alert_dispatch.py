@@ -4725,6 +4725,51 @@ def held_back_text(delivery: Delivery) -> str:
 
 SEVERITY_EMOJI = {"info": "\N{INFORMATION SOURCE}\ufe0f", "warning": "⚠️", "critical": "🚨"}
 
+
+def headline(delivery: Delivery, limit: int) -> str:
+    """One line that says what is wrong where: `[critical] health_critical on demo-loop: ingest_stale`.
+
+    At most `limit` characters; what was held back is said at its end, and never cut off.
+    """
+    escalation = delivery.escalation
+    what = ", ".join(reason_codes(escalation)) or explain(escalation)[0]
+    where = f"{shown(escalation.category, 100)} on {shown(escalation.loop_id, 100)}"
+    tail = f" ({held_back_text(delivery)})" if delivery.held_back else ""
+    return cut(f"[{delivery.resolution.event_severity}] {where}: {what}", limit - len(tail)) + tail
+
+
+def facts_of(delivery: Delivery, origin: Origin) -> list[str]:
+    """What a person on call looks for below the reasons: severity, loop, time, transport, trace."""
+    escalation = delivery.escalation
+    facts = [
+        delivery.resolution.event_severity,
+        f"loop {shown(escalation.loop_id)}",
+        shown(escalation.timestamp),
+        f"transport {shown(escalation.body.get('transport')) or 'unknown'}",
+        f"trace {shown(escalation.trace_id) or shown(origin.trace_id)}",
+    ]
+    return [fact for fact in facts if fact]
+
+
+def bullets(
+    lines: Sequence[str], limit: int, escape: Callable[[str, int], str], most: int | None = None
+) -> str:
+    """A list of at most `most` lines as one text of at most `limit` characters; says how many fell off.
+
+    `escape`: escapes a text for the sink, and cuts it to a number of characters.
+    """
+    kept: list[str] = []
+    room = limit - len("… and 9999999 more")
+    for index, line in enumerate(lines):
+        text = escape(f"• {line}", max(room, 1))
+        if len(text) > room or room < 20 or index == most:
+            kept.append(f"… and {len(lines) - index} more")
+            break
+        kept.append(text)
+        room -= len(text) + 1
+    return "\n".join(kept)
+
+
 # Slack, "Block Kit reference", header and section blocks; "chat.postMessage", `text`. Characters as they are
 # sent, entities included.
 SLACK_HEADER = 150
@@ -4793,20 +4838,6 @@ def slack_escape(text: str, limit: int) -> str:
         room -= needed
         kept += 1
     return text[:kept].translate(SLACK_ENTITIES) + "…"
-
-
-def slack_escape_lines(lines: Sequence[str], limit: int) -> str:
-    """Escape a list of lines as one text of at most `limit` characters; says how many lines fell off."""
-    kept: list[str] = []
-    room = limit - len("… and 9999999 more")
-    for index, line in enumerate(lines):
-        text = slack_escape(f"• {line}", max(room, 1))
-        if len(text) > room or room < 20:
-            kept.append(f"… and {len(lines) - index} more")
-            break
-        kept.append(text)
-        room -= len(text) + 1
-    return "\n".join(kept)
 
 
 def slack_text(text: str) -> JsonObject:
@@ -4883,17 +4914,10 @@ def slack_message(delivery: Delivery, origin: Origin) -> JsonObject:
     """One escalation: category and loop, what is wrong, then time, transport and trace."""
     escalation, severity = delivery.escalation, delivery.resolution.event_severity
     title = f"{SEVERITY_EMOJI[severity]} {shown(escalation.category, 80)} on {shown(escalation.loop_id, 60)}"
-    context = [
-        severity,
-        f"loop {shown(escalation.loop_id)}",
-        shown(escalation.timestamp),
-        f"transport {shown(escalation.body.get('transport')) or 'unknown'}",
-        f"trace {shown(escalation.trace_id) or shown(origin.trace_id)}",
-    ]
     blocks = [
         slack_header(title) | {"block_id": escalation.id},
-        slack_section(slack_escape_lines(explain(escalation), SLACK_SECTION)),
-        slack_context(context),
+        slack_section(bullets(explain(escalation), SLACK_SECTION, slack_escape)),
+        slack_context(facts_of(delivery, origin)),
     ]
     if delivery.held_back:
         blocks.insert(2, slack_section(slack_escape(held_back_text(delivery), SLACK_SECTION)))
@@ -4965,16 +4989,116 @@ def slack_context(parts: Iterable[str | None]) -> JsonObject:
     }
 
 
-def headline(delivery: Delivery, limit: int) -> str:
-    """One line that says what is wrong where: `[critical] health_critical on demo-loop: ingest_stale`.
+# Discord, "Execute Webhook": content of up to 2,000 characters.
+DISCORD_CONTENT = 2000
+DISCORD_HEADLINE = 200
+DISCORD_FACT = 120
+# Discord, "JSON Error Codes": the webhook is gone, or its token is wrong.
+DISCORD_FAULTS: dict[str, FaultCode] = {"10015": "not_found", "50027": "unauthorized"}
 
-    At most `limit` characters; what was held back is said at its end, and never cut off.
+
+class DiscordAdapter(Adapter):
+    """A message to a Discord webhook: a headline, and below it in a code block what a person needs to know.
+
+    In a code block nothing is a format, a link or a mention. The headline is not in it, because a phone
+    shows the beginning of a message as it is written.
     """
-    escalation = delivery.escalation
-    what = ", ".join(reason_codes(escalation)) or explain(escalation)[0]
-    where = f"{shown(escalation.category, 100)} on {shown(escalation.loop_id, 100)}"
-    tail = f" ({held_back_text(delivery)})" if delivery.held_back else ""
-    return cut(f"[{delivery.resolution.event_severity}] {where}: {what}", limit - len(tail)) + tail
+
+    url_key = "webhookUrlEnv"
+    # Discord gives no figure and answers 429; users report 30 messages a minute for a webhook.
+    max_per_minute = 30
+
+    def build(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> HttpRequest:
+        [delivery] = deliveries
+        escalation = delivery.escalation
+        emoji = SEVERITY_EMOJI[delivery.resolution.event_severity]
+        head = f"{emoji} {discord_escape(headline(delivery, DISCORD_HEADLINE))}\n```\n"
+        facts = [discord_code(fact, DISCORD_FACT) for fact in facts_of(delivery, origin)]
+        tail = "\n".join(["", "", *facts, f"id {escalation.id}", "```"])
+        room = DISCORD_CONTENT - len(head) - len(tail)
+        message = {
+            "content": head + bullets(explain(escalation), room, discord_code) + tail,
+            # Discord, "Allowed Mentions Object": an empty `parse` lets no text mention anybody.
+            "allowed_mentions": {"parse": []},
+        }
+        return HttpRequest(self.url(sink), {"Content-Type": "application/json"}, encode_json(message))
+
+    def judge(self, answer: Answer, now: float) -> Verdict:
+        """Discord names its errors by a number in the body, and there the wait of a 429 as well."""
+        verdict, said = judge_api(answer, now), JsonObject()
+        with contextlib.suppress(ValueError):
+            said = mapping(decode_json(answer.text))
+        if fault := DISCORD_FAULTS.get(str(said.get("code"))):
+            return verdict._replace(outcome="misconfigured", fault=fault)
+        if verdict.fault == "rate_limited" and verdict.retry_after is None:
+            return verdict._replace(retry_after=parse_retry_after(str(said.get("retry_after")), now))
+        return verdict
+
+
+def discord_escape(text: str) -> str:
+    """Escape text for Discord: a backslash before a character of ASCII's punctuation makes it plain, so that
+    it is no format, and an address no link."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", printable(text))
+
+
+def discord_code(text: str, limit: int) -> str:
+    """Text for a code block, which only backticks could end."""
+    return cut(printable(text).replace("`", "\N{MODIFIER LETTER GRAVE ACCENT}"), limit)
+
+
+# Microsoft, "Create and send actionable messages": a message of up to 28 KB. Of these characters each may
+# take four bytes, and each line some ninety more.
+TEAMS_TEXT = 4000
+TEAMS_LINES = 30
+TEAMS_HEADLINE = 300
+# Colours of an Adaptive Card.
+TEAMS_COLOURS = {"info": "Accent", "warning": "Warning", "critical": "Attention"}
+
+
+class TeamsAdapter(Adapter):
+    """An Adaptive Card (version 1.4) to a workflow of Microsoft Teams that posts what a webhook gets.
+
+    All text is in TextRuns, which show it as it is: in a TextBlock, Markdown would be rendered.
+    """
+
+    url_key = "webhookUrlEnv"
+    # Microsoft, "Create and send actionable messages", "Rate limiting": four requests a second. A flow of
+    # Power Automate takes fewer; a card a second is what people can read.
+    max_per_minute = 60
+
+    def build(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> HttpRequest:
+        [delivery] = deliveries
+        escalation, severity = delivery.escalation, delivery.resolution.event_severity
+        title = f"{SEVERITY_EMOJI[severity]} {shown(headline(delivery, TEAMS_HEADLINE), TEAMS_HEADLINE)}"
+        reasons = bullets(explain(escalation), TEAMS_TEXT, shown, TEAMS_LINES)
+        facts = " · ".join([*facts_of(delivery, origin), f"id {escalation.id}"])
+        card = {
+            "$schema": "http://adaptivecards.io/schemas/adaptive-card.json",
+            "type": "AdaptiveCard",
+            "version": "1.4",
+            "msteams": {"width": "Full"},
+            "body": [
+                teams_text(title, weight="Bolder", size="Medium", color=TEAMS_COLOURS[severity]),
+                *(teams_text(line) for line in reasons.split("\n")),
+                teams_text(facts, isSubtle=True, size="Small"),
+            ],
+        }
+        attachment = {
+            "contentType": "application/vnd.microsoft.card.adaptive",
+            "contentUrl": None,
+            "content": card,
+        }
+        message = {"type": "message", "attachments": [attachment]}
+        return HttpRequest(self.url(sink), {"Content-Type": "application/json"}, encode_json(message))
+
+    def judge(self, answer: Answer, now: float) -> Verdict:
+        """A workflow answers 202; whether Teams then shows the card, it does not say."""
+        return judge_api(answer, now)
+
+
+def teams_text(text: str, **style: object) -> JsonObject:
+    """A line of a card."""
+    return {"type": "RichTextBlock", "inlines": [{"type": "TextRun", "text": text, **style}]}
 
 
 # PagerDuty, "Send an alert event" (Events API v2): an event of 512 KB (taken as the smaller of what that may
@@ -5221,6 +5345,8 @@ ADAPTERS: dict[str, Adapter] = {
     "slack": SlackAdapter(),
     "pagerduty_events": PagerDutyAdapter(),
     "alertmanager": AlertmanagerAdapter(),
+    "discord": DiscordAdapter(),
+    "teams": TeamsAdapter(),
 }
 
 

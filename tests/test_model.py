@@ -682,8 +682,8 @@ def test_slack_text_keeps_to_its_limit_and_never_ends_within_an_entity(text: str
 
 @PURE
 @given(st.lists(st.text("<>&ab", max_size=80), max_size=12), st.integers(60, 400))
-def test_slack_lines_keep_to_their_limit(lines: list[str], limit: int) -> None:
-    assert len(program.slack_escape_lines(lines, limit)) <= limit
+def test_the_lines_of_a_message_keep_to_their_limit(lines: list[str], limit: int) -> None:
+    assert len(program.bullets(lines, limit, program.slack_escape)) <= limit
 
 
 def escalation(**fields: Any) -> program.Escalation:

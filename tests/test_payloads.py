@@ -440,6 +440,13 @@ def test_any_record_with_a_category_becomes_a_valid_request_for_every_sink(recor
         assert all(name.isascii() and value.isprintable() for name, value in request.headers.items())
 
 
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_every_type_of_sink_is_sent_the_id_by_which_a_repeat_is_known(kind: str) -> None:
+    line = json.dumps(health_critical()).encode()
+    request = build(kind, line)
+    assert parse(line).id in f"{request.headers} {request.body.decode()}"
+
+
 @settings(max_examples=300)
 @given(st.binary(max_size=80) | json_values.map(lambda value: json.dumps(value).encode()))
 def test_any_line_is_an_escalation_or_has_a_reason_not_to_be_one(line: bytes) -> None:
