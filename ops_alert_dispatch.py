@@ -1575,7 +1575,7 @@ def check_url(value: str, settings: JsonObject) -> str | None:
     """Say what is wrong with the URL of a sink; None where nothing is."""
     url = re.fullmatch(URL, value, re.IGNORECASE)
     if url is None:
-        return "is not an https:// URL; set it to https://…, or http://… if the receiver is on this machine"
+        return "is not an https:// URL; set it to https://… (http://… if the receiver is on this machine)"
     if settings.get("type") == "alertmanager" and url["beyond_path"]:
         return "is a URL with a # or ?, which cannot be right here; set it to https://HOST/…"
     if re.fullmatch(r"(.*@)?(:.*)?", url["authority"]):

@@ -184,7 +184,7 @@ def test_unset_secrets_are_named_and_never_shown(repo: Repo) -> None:
 def test_a_local_url_without_its_scheme_is_told_that_http_is_enough(repo: Repo, value: str) -> None:
     run = config_of(repo, env={"ALERT_HOOK_URL": value})
     assert run.exit_code == 3
-    assert "set it to https://…, or http://… if the receiver is on this machine" in run.stderr
+    assert "set it to https://… (http://… if the receiver is on this machine)" in run.stderr
 
 
 def test_each_unset_secret_has_a_line_of_its_own_with_its_place(repo: Repo) -> None:

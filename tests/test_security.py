@@ -259,7 +259,7 @@ def test_a_ca_file_that_cannot_be_used_is_found_before_the_night_it_matters(
         ca_file.write_text(content, encoding="ascii")
     config = sink_config()
     config["sinks"][sink]["caFileEnv"] = "ALERT_CA_FILE"
-    (fault,) = config_faults(config, tmp_path, ALERT_CA_FILE="" if content == "unset" else str(ca_file))
+    fault, *_ = config_faults(config, tmp_path, ALERT_CA_FILE="" if content == "unset" else str(ca_file))
 
     assert f"$.sinks['{sink}'].caFileEnv" in fault
     assert "ALERT_CA_FILE" in fault
