@@ -9392,12 +9392,56 @@ def read_figures(job: Job, config: Config | None, now: float) -> LoopFigures:
     return LoopFigures(past.cursor, {}, {}, [], {}, past, damage)
 
 
-def loop_status(job: Job, critical_after: float) -> JsonObject:
-    """How each sink of a loop fares, right now. Needs neither config nor secrets, and works without a queue:
-    what it cannot know, it says.
+class Unread(NamedTuple):
+    """What no pass has read yet: how many lines, the timestamp of the oldest escalation in them, and for each
+    sink how many are for it, and the timestamp of the oldest of these."""
 
-    Raises StateError or StorageError.
+    lines: int
+    oldest: str | None
+    by_sink: dict[str, tuple[int, str | None]]
+
+
+class Seen(NamedTuple):
+    """What `status` has read of a loop, before it judges any of it.
+
+    `document`: the state file; None if there is none, or a damaged one. `config`: None if it cannot be read;
+    `config_valid`: None if there is none. `rows`: those at the end of the telemetry. `last`: the last one.
+    `failures`: the last failed attempt of each sink, as far as it is at hand.
     """
+
+    job: Job
+    now: float
+    critical_after: float
+    document: JsonObject | None
+    config: Config | None
+    config_valid: bool | None
+    figures: LoopFigures
+    unread: Unread
+    rows: list[JsonObject]
+    last: JsonObject | None
+    failures: dict[str, JsonObject]
+    commands: dict[str, str]
+    notes: list[str]
+
+    @property
+    def queue_knows(self) -> bool:
+        """Tell whether the queue, or else the loop's files, say how far its source was read."""
+        return self.figures.past is None or bool(self.figures.cursor.number or self.figures.cursor.line)
+
+    @property
+    def has_run(self) -> bool:
+        """Tell whether a pass has."""
+        return self.queue_knows or self.document is not None
+
+    @property
+    def was_invalid(self) -> bool:
+        """Tell whether the last pass found the config invalid, though it does not look so now: a secret was
+        unset, or the file was corrected since."""
+        return (self.document or {}).get("status") == "config_invalid" and self.config_valid is not False
+
+
+def read_loop(job: Job, critical_after: float) -> Seen:
+    """Read all that is known of a loop. Raises StateError or StorageError."""
     now = time.time()
     notes: list[str] = []
     try:
@@ -9407,83 +9451,84 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
         notes.append(f"the state file {job.state_file} is damaged: the next pass writes a new one")
     config, config_valid, said = config_of_status(job, document)
     figures = read_figures(job, config, now)
-    known = figures.past is None or bool(figures.cursor.number or figures.cursor.line)
-    if document is None and not notes and known:
+    seen = Seen(
+        job=job,
+        now=now,
+        critical_after=critical_after,
+        document=document,
+        config=config,
+        config_valid=config_valid,
+        figures=figures,
+        unread=count_unread(job, figures.cursor, config),
+        rows=recent_rows(job.telemetry_file),
+        last=last_row(job.telemetry_file),
+        failures=last_failures(job),
+        commands=commands_for(job),
+        notes=notes,
+    )
+    if document is None and not notes and seen.queue_knows:
         notes.append(f"the state file {job.state_file} is not there: the next pass writes a new one")
     if figures.damage:
         notes.append(f"{figures.damage}: the next pass keeps it aside and starts a new one")
     notes += said
-    new, oldest_new, pending = count_unread(job, figures.cursor, config)
-    if new and config is None:
-        notes.append(f"{unread_words(new)}: without a config it is not known for which sinks")
-    failures = last_failures(job)
-    commands = commands_for(job)
+    if seen.unread.lines and config is None:
+        notes.append(f"{unread_words(seen.unread.lines)}: without a config it is not known for which sinks")
+    return seen
+
+
+def loop_status(job: Job, critical_after: float) -> JsonObject:
+    """How each sink of a loop fares, right now. Needs neither config nor secrets, and works without a queue:
+    what it cannot know, it says.
+
+    Raises StateError or StorageError.
+    """
+    seen = read_loop(job, critical_after)
+    document, last, in_config = seen.document, seen.last, seen.config.sinks if seen.config else {}
     sinks = [
-        sink_status(
-            job, sink_id, config, figures, failures, pending.get(sink_id), commands, critical_after, now
-        )
-        for sink_id in sorted({*figures.sinks, *(config.sinks if config else ())})
-        if config is None or sink_id in config.sinks or has_open_deliveries(figures.sinks[sink_id])
+        sink_status(seen, sink_id)
+        for sink_id in sorted({*seen.figures.sinks, *in_config})
+        if seen.config is None or sink_id in in_config or has_open_deliveries(seen.figures.sinks[sink_id])
     ]
-    for sink in sinks:
-        waiting = plural(sink["waitingCount"], "delivery")
-        if sink["enabled"] is False and sink["waitingCount"]:
-            notes.append(
-                f"{waiting} waiting for {sink['id']}, which is disabled: kept until it is enabled, or given "
-                "up with `skip`"
-            )
-        elif config is not None and sink["id"] not in config.sinks and sink["waitingCount"]:
-            notes.append(
-                f"{waiting} waiting for {sink['id']} will be given up: the config has no such sink any more"
-            )
-    # The file is valid now; a secret was unset, or it was corrected since.
-    was_invalid = (document or {}).get("status") == "config_invalid" and config_valid is not False
-    if was_invalid:
-        config_valid = False
-        notes.append(f"the last pass found the config invalid: {(document or {}).get('message')}")
-    if config_valid is False:
-        for sink in sinks:
-            # Nothing is sent to it.
-            sink["health"] = "disabled" if sink["health"] == "disabled" else "critical"
-    rows = recent_rows(job.telemetry_file)
-    found = {
+    findings = list(find_troubles(seen, sinks)) or [Finding("ok", "nothing is waiting")]
+    return {
         "schemaVersion": SCHEMA_VERSION,
-        "generatedAt": iso(now),
+        "generatedAt": iso(seen.now),
         "repoPath": job.repo,
         "loopId": job.loop_id,
-        "health": "unknown",
+        "health": max((finding.health for finding in findings), key=HEALTH_ORDER.index),
         "alerts": {
             "dispatch": document
             and {
                 **{key: document.get(key) for key in DISPATCH_FIELDS},
                 "lastTraceId": document.get("traceId"),
             },
-            "lastDelivery": (last := last_row(job.telemetry_file))
-            and {key: last.get(key) for key in DELIVERY_FIELDS},
+            "lastDelivery": last and {key: last.get(key) for key in DELIVERY_FIELDS},
         },
         "sinks": sinks,
-        "failureReasons": count_failures(rows),
-        "unreadCount": new,
-        "configValid": config_valid,
-        "silent": is_silent(document, last, sinks, new, oldest_new, critical_after, now),
-    }
-    ran = known or document is not None
-    findings = list(find_troubles(job, found, ran, commands, was_invalid=was_invalid))
-    if config_valid is not False and ran:
-        findings += [
-            *find_lost(job, figures, rows, commands),
-            *find_unfinished(job, now),
-            *find_broken_pass(document, last),
-        ]
-    if not findings:
-        findings = [Finding("ok", "nothing is waiting")]
-    return {
-        **found,
-        "health": max((finding.health for finding in findings), key=HEALTH_ORDER.index),
+        "failureReasons": count_failures(seen.rows),
+        "unreadCount": seen.unread.lines,
+        "configValid": False if seen.was_invalid else seen.config_valid,
+        "silent": is_silent(seen, sinks),
         "verdict": "; ".join(finding.words for finding in findings),
         "advice": list(dict.fromkeys(finding.advice for finding in findings if finding.advice)),
-        "notes": notes,
+        "notes": [*seen.notes, *notes_of_sinks(seen, sinks)],
     }
+
+
+def notes_of_sinks(seen: Seen, sinks: Sequence[JsonObject]) -> Iterator[str]:
+    """What becomes of what waits for sinks that are disabled or were removed; and why the last pass sent
+    nothing."""
+    for sink in sinks:
+        waiting = plural(sink["waitingCount"], "delivery")
+        if sink["waitingCount"] and sink["enabled"] is False:
+            yield (
+                f"{waiting} waiting for {sink['id']}, which is disabled: kept until it is enabled, or given "
+                "up with `skip`"
+            )
+        elif sink["waitingCount"] and seen.config is not None and sink["enabled"] is None:
+            yield f"{waiting} waiting for {sink['id']} will be given up: the config has no such sink any more"
+    if seen.was_invalid:
+        yield f"the last pass found the config invalid: {(seen.document or {}).get('message')}"
 
 
 def config_of_status(job: Job, document: JsonObject | None) -> tuple[Config | None, bool | None, list[str]]:
@@ -9501,28 +9546,22 @@ def config_of_status(job: Job, document: JsonObject | None) -> tuple[Config | No
     return config, True, list(config_warnings(config)) if enabled else []
 
 
-def count_unread(
-    job: Job, cursor: Cursor, config: Config | None
-) -> tuple[int, str | None, dict[str, tuple[int, str | None]]]:
-    """Count the lines that no pass has read yet, and what is new in them for each sink; with the timestamp of
-    the oldest.
-
-    Raises StorageError.
-    """
+def count_unread(job: Job, cursor: Cursor, config: Config | None) -> Unread:
+    """Count what no pass has read yet. Raises StorageError."""
     router = Router(config) if config else None
-    new, oldest_new = 0, None
-    pending: dict[str, tuple[int, str | None]] = {}
+    lines, oldest = 0, None
+    by_sink: dict[str, tuple[int, str | None]] = {}
     with contextlib.closing(Source(job.escalations_file, cursor)) as source:
         for line in (line for chunk in source.chunks() for line in chunk.lines):
-            new += 1
+            lines += 1
             for found in parse_line(line.text, line.size, job.loop_id):
                 if isinstance(found, Unusable):
                     continue
-                oldest_new = oldest_new or found.written_at
+                oldest = oldest or found.written_at
                 for sink in router.resolve(found.category, found.severity).dispatchable if router else ():
-                    count, oldest = pending.get(sink.id, (0, found.written_at))
-                    pending[sink.id] = (count + 1, oldest)
-    return new, oldest_new, pending
+                    count, first = by_sink.get(sink.id, (0, found.written_at))
+                    by_sink[sink.id] = (count + 1, first)
+    return Unread(lines, oldest, by_sink)
 
 
 def has_open_deliveries(figure: JsonObject) -> bool:
@@ -9538,65 +9577,54 @@ NO_FIGURE: JsonObject = {
 }
 
 
-def sink_status(
-    job: Job,
-    sink_id: str,
-    config: Config | None,
-    figures: LoopFigures,
-    failures: Mapping[str, JsonObject],
-    new: tuple[int, str | None] | None,
-    commands: Mapping[str, str],
-    critical_after: float,
-    now: float,
-) -> JsonObject:
-    """How one sink fares. `failures`: the attempts rows of the last failures, as far as they are at hand.
-    `new`: how many escalations for it no pass has ingested, and the timestamp of the oldest."""
-    sink = config.sinks.get(sink_id) if config else None
-    figure = figures.sinks.get(sink_id, NO_FIGURE)
-    commands = {**commands, "test": test_command(job.repo, job.config_file, sink_id)}
-    lag = figure["waitingCount"] + (new[0] if new else 0)
+def sink_status(seen: Seen, sink_id: str) -> JsonObject:
+    """How one sink fares."""
+    sink = seen.config.sinks.get(sink_id) if seen.config else None
+    figure = seen.figures.sinks.get(sink_id, NO_FIGURE)
+    commands = {**seen.commands, "test": test_command(seen.job.repo, seen.job.config_file, sink_id)}
+    unread, oldest_unread = seen.unread.by_sink.get(sink_id, (0, None))
+    to_come = figure["waitingCount"] + unread
     # If nothing is left to be sent, nothing is stuck, whatever became of it.
-    failing = figure["consecutiveFailures"] > 0 and lag > 0
-    since = parse_time(figure["failingSince"])
-    health: Health = "ok"
-    if sink is not None and not sink.enabled:
-        health = "disabled"
-    elif failing and since is not None and now - since > critical_after:
-        health = "critical"
-    elif lag or figure["deadLetterCount"] or figure["laggingPeers"]:
-        health = "warning"
+    failing = figure["consecutiveFailures"] > 0 and to_come > 0
     # A record that was refused is no failure of its destination.
-    refused = failures.get(sink_id) if not failing else None
+    refused = seen.failures.get(sink_id) if not failing else None
     reason = refused or figure
     return {
         "id": sink_id,
         "type": sink.type if sink else None,
         "enabled": sink.enabled if sink else None,
-        "health": health,
-        "lagCount": lag,
+        "health": sink_health(seen, sink, figure, to_come, failing=failing),
+        "lagCount": to_come,
         "waitingCount": figure["waitingCount"],
-        "oldestPendingAt": figure["oldestPendingAt"] or (new[1] if new else None),
+        "oldestPendingAt": figure["oldestPendingAt"] or oldest_unread,
         "lastSuccessAt": figure["lastSuccessAt"],
         "lastFailureAt": refused["timestamp"] if refused else figure["lastFailureAt"],
         **{key: reason.get(key) for key in ("reasonCode", "httpStatus", "message", "faultCode")},
         "advice": advise(reason.get("faultCode"), sink, commands) if failing else None,
         "consecutiveFailures": figure["consecutiveFailures"],
-        "pendingLine": None if failing else figures.stuck.get(sink_id),
-        "failingSince": figure["failingSince"] if failing else None,
-        "nextAttemptAt": figure["nextAttemptAt"] if failing else None,
-        "deadLetterCount": figure["deadLetterCount"],
-        "deliveredCount": figure["deliveredCount"],
-        "failedAttemptCount": figure["failedAttemptCount"],
-        "givenUpCount": figure["givenUpCount"],
-        "skippedCount": figure["skippedCount"],
-        "clockOffsetSeconds": figure["clockOffsetSeconds"],
-        "hours": last_hours(figures.hours.get(sink_id, {}), now),
+        "pendingLine": None if failing else seen.figures.stuck.get(sink_id),
+        **{key: figure[key] if failing else None for key in ("failingSince", "nextAttemptAt")},
+        **{key: figure[key] for key in ("deadLetterCount", "deliveredCount", "failedAttemptCount")},
+        **{key: figure[key] for key in ("givenUpCount", "skippedCount", "clockOffsetSeconds")},
+        "hours": last_hours(seen.figures.hours.get(sink_id, {}), seen.now),
         # Of a cluster: the peers that have missed what another one took.
         "laggingPeers": [
             {**peer, "advice": advise(peer["faultCode"], sink, commands)}
             for peer in sorted(figure["laggingPeers"], key=lambda peer: str(peer["peer"]))
         ],
     }
+
+
+def sink_health(seen: Seen, sink: Sink | None, figure: JsonObject, to_come: int, *, failing: bool) -> Health:
+    """How well a sink is."""
+    if sink is not None and not sink.enabled:
+        return "disabled"
+    if seen.config_valid is False or seen.was_invalid:
+        return "critical"  # nothing is sent to it
+    since = parse_time(figure["failingSince"])
+    if failing and since is not None and seen.now - since > seen.critical_after:
+        return "critical"
+    return "warning" if to_come or figure["deadLetterCount"] or figure["laggingPeers"] else "ok"
 
 
 def last_hours(counts: Mapping[int, tuple[int, int]], now: float) -> list[JsonObject]:
@@ -9628,45 +9656,74 @@ def bar_chart(hours: Sequence[JsonObject]) -> Styled:
     return Styled("".join(bars))
 
 
-def find_troubles(
-    job: Job, status: JsonObject, ran: bool, commands: Mapping[str, str], *, was_invalid: bool
-) -> Iterator[Finding]:
-    """What is wrong with a loop's config, passes and sinks, worst first.
+def find_troubles(seen: Seen, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
+    """What is wrong with a loop, worst first. If nothing can be sent, why is all that matters."""
+    if found := find_obstacle(seen):
+        yield found
+        return
+    active = [sink for sink in sinks if sink["health"] != "disabled"]
+    yield from find_silence(seen, sinks)
+    yield from find_failing(seen, active)
+    yield from find_waiting(seen, active)
+    for sink in active:
+        for peer in sink["laggingPeers"]:
+            why = f" ({why_it_failed(peer)})" if peer["reasonCode"] else ""
+            words = f"{peer['peer']} of {sink['id']} misses what its peers have, since {peer['since']}{why}"
+            yield Finding(
+                "warning", words, f"{peer['peer']}: {peer['advice']}; it gets what it misses by itself"
+            )
+    yield from find_dead_letters(seen, active)
+    for sink in active:
+        if wrong := clock_words(sink["clockOffsetSeconds"]):
+            words = f"the clock of {sink['id']} is {wrong} this machine's"
+            yield Finding(
+                "warning", words, f"compare `date -u` with {sink['id']}, and set the one that is wrong"
+            )
+    if sinks and not active:
+        words = "no sink is enabled: nothing is sent"
+        yield Finding("warning", words, 'set "enabled": true on a sink in the config')
+    yield from find_lost(seen)
+    yield from find_unfinished(seen)
+    yield from find_broken_pass(seen)
 
-    `ran`: a pass has. `was_invalid`: the last one found the config invalid, which it does not look now.
-    """
-    if was_invalid:
-        words = "the last pass found the config invalid, and sent nothing"
-        advice = (
+
+def find_obstacle(seen: Seen) -> Finding | None:
+    """Report what keeps a loop from being served at all: its config, or that no pass has run."""
+    commands = seen.commands
+    if seen.was_invalid:
+        return Finding(
+            "critical",
+            "the last pass found the config invalid, and sent nothing",
             "fix what the note below names, in the environment that reconcile runs in; the next pass sends "
-            f"everything, and `{commands['dispatch']}` runs one now"
+            f"everything, and `{commands['dispatch']}` runs one now",
         )
-        yield Finding("critical", words, advice)
-        return
-    if status["configValid"] is False:
+    if seen.config_valid is False:
         advice = f"run `{commands['config']}` and fix what it names; the next pass sends what waits"
-        yield Finding("critical", "the config is invalid: nothing is sent", advice)
-        return
-    dispatch = f"`{commands['dispatch']}`"
-    if not ran and (missing := no_such_loop(job)):
-        yield Finding("unknown", missing)
-        return
-    if not ran and status["configValid"] is None:
-        words = f"no pass has run yet, and {job.config_file} is not there"
-        init = f"`{shell_line(PROGRAM, 'init', '--repo', job.repo)}`"
-        yield Finding("unknown", words, f"{init} writes one, or name yours with --alert-config-file")
-        return
-    if not ran:
-        yield Finding("unknown", "no pass has run yet", f"run {dispatch}, or hook it into reconcile")
-        return
-    if status["silent"]:
-        last = (status["alerts"]["dispatch"] or {}).get("updatedAt") or "who knows when"
+        return Finding("critical", "the config is invalid: nothing is sent", advice)
+    if seen.has_run:
+        return None
+    if missing := no_such_loop(seen.job):
+        return Finding("unknown", missing)
+    if seen.config is None:
+        words = f"no pass has run yet, and {seen.job.config_file} is not there"
+        init = shell_line(PROGRAM, "init", "--repo", seen.job.repo)
+        return Finding("unknown", words, f"`{init}` writes one, or name yours with --alert-config-file")
+    advice = f"run `{commands['dispatch']}`, or hook it into reconcile"
+    return Finding("unknown", "no pass has run yet", advice)
+
+
+def find_silence(seen: Seen, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
+    """Report that no pass runs any more."""
+    if is_silent(seen, sinks):
+        last = (seen.document or {}).get("updatedAt") or "who knows when"
         words = f"no pass has run since {last}, and something waits for one"
-        yield Finding(
-            "critical", words, f"see why reconcile, or the timer, runs none; {dispatch} runs one now"
-        )
-    active = [sink for sink in status["sinks"] if sink["health"] != "disabled"]
-    failing = [sink for sink in active if sink["consecutiveFailures"] and sink["lagCount"]]
+        now = f"`{seen.commands['dispatch']}` runs one now"
+        yield Finding("critical", words, f"see why reconcile, or the timer, runs none; {now}")
+
+
+def find_failing(seen: Seen, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
+    """Report the sinks that are failing, the critical ones first."""
+    failing = [sink for sink in sinks if sink["advice"]]
     for sink in sorted(failing, key=lambda sink: sink["health"] != "critical"):
         words = f"{sink['id']} is failing ({why_it_failed(sink)})"
         if sink["waitingCount"]:
@@ -9675,49 +9732,41 @@ def find_troubles(
             words += f", first failure {sink['failingSince']}"
         advice = sink["advice"]
         if sink["nextAttemptAt"]:
-            at_once = command_line("dispatch", job, "--now")
+            at_once = command_line("dispatch", seen.job, "--now")
             advice += f"; next attempt {sink['nextAttemptAt']}, or at once with `{at_once}`"
         named = f"{sink['id']}: " if len(failing) > 1 else ""
         yield Finding(sink["health"], words, named + advice)
-    stuck = [sink for sink in active if sink["pendingLine"]]
-    for sink in stuck:
+
+
+def find_waiting(seen: Seen, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
+    """Report what waits for sinks that are well, and what was not read yet."""
+    dispatch = f"`{seen.commands['dispatch']}`"
+    waiting = [sink for sink in sinks if sink["waitingCount"] and not sink["advice"]]
+    for sink in (sink for sink in waiting if sink["pendingLine"]):
         line = sink["pendingLine"]
-        given_up = command_line("skip", job, "--sink", sink["id"], "--to-line", str(line))
-        waiting = plural(sink["waitingCount"], "delivery")
-        words = f"{sink['id']} fails on line {line} again and again, {waiting} waiting"
+        given_up = command_line("skip", seen.job, "--sink", sink["id"], "--to-line", str(line))
+        count = plural(sink["waitingCount"], "delivery")
+        words = f"{sink['id']} fails on line {line} again and again, {count} waiting"
         yield Finding("warning", words, f"others get through to {sink['id']}: `{given_up}` gives that one up")
-    if in_turn := [sink for sink in active if sink["waitingCount"] and sink not in failing + stuck]:
+    if in_turn := [sink for sink in waiting if not sink["pendingLine"]]:
         count = plural(sum(sink["waitingCount"] for sink in in_turn), "delivery")
         words = f"{count} waiting for {', '.join(sink['id'] for sink in in_turn)}"
         yield Finding("warning", words, f"the next pass goes on with them; {dispatch} does so now")
     # Without a config it is not known whether a sink is to get what was not read: it may be.
-    to_come = status["configValid"] is None or any(sink["lagCount"] > sink["waitingCount"] for sink in active)
-    if status["unreadCount"] and to_come:
-        words = unread_words(status["unreadCount"])
+    if seen.unread.lines and (seen.config is None or any(s["lagCount"] > s["waitingCount"] for s in sinks)):
+        words = unread_words(seen.unread.lines)
         yield Finding("warning", words, f"the next pass reads on; {dispatch} does so now")
-    for sink in active:
-        for peer in sink["laggingPeers"]:
-            why = f" ({why_it_failed(peer)})" if peer["reasonCode"] else ""
-            words = f"{peer['peer']} of {sink['id']} misses what its peers have, since {peer['since']}{why}"
-            yield Finding(
-                "warning", words, f"{peer['peer']}: {peer['advice']}; it gets what it misses by itself"
-            )
-    if dead := [sink for sink in active if sink["deadLetterCount"]]:
+
+
+def find_dead_letters(seen: Seen, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
+    """Report what was given up."""
+    if dead := [sink for sink in sinks if sink["deadLetterCount"]]:
         count = plural(sum(sink["deadLetterCount"] for sink in dead), "dead letter")
         words = f"{count} of {', '.join(sink['id'] for sink in dead)}"
-        listed = f"`{command_line('log', job, '--status', 'dead')}` says why"
-        again = f"fix the cause, then `{commands['redeliver_dead']}` sends them again"
-        advice = f"{listed}; {again}, or `{commands['skip_dead']}` dismisses them"
+        listed = f"`{command_line('log', seen.job, '--status', 'dead')}` says why"
+        again = f"fix the cause, then `{seen.commands['redeliver_dead']}` sends them again"
+        advice = f"{listed}; {again}, or `{seen.commands['skip_dead']}` dismisses them"
         yield Finding("warning", words, advice)
-    for sink in active:
-        if wrong := clock_words(sink["clockOffsetSeconds"]):
-            words = f"the clock of {sink['id']} is {wrong} this machine's"
-            yield Finding(
-                "warning", words, f"compare `date -u` with {sink['id']}, and set the one that is wrong"
-            )
-    if status["sinks"] and not active:
-        words = "no sink is enabled: nothing is sent"
-        yield Finding("warning", words, 'set "enabled": true on a sink in the config')
 
 
 def clock_words(offset: float | None) -> str | None:
@@ -9745,46 +9794,39 @@ def where_it_worked(job: Job) -> Job:
     return job._replace(**files)
 
 
-def is_silent(
-    document: JsonObject | None,
-    last: JsonObject | None,
-    sinks: Sequence[JsonObject],
-    new: int,
-    oldest_new: str | None,
-    critical_after: float,
-    now: float,
-) -> bool:
+def is_silent(seen: Seen, sinks: Sequence[JsonObject]) -> bool:
     """Tell whether no pass runs any more, though something has waited for one for too long.
 
-    `last`: the last row of the telemetry, in case the state does not say when a pass has run. Something
-    without a timestamp counts as waiting for long.
+    Something without a timestamp counts as waiting for long. If the state does not say when a pass has run,
+    the last row of the telemetry does.
     """
     waiting = [sink["oldestPendingAt"] for sink in sinks if sink["lagCount"] and sink["health"] != "disabled"]
-    waiting += [oldest_new] if new else []
-    times = (parse_time((row or {}).get(key)) for row, key in ((document, "updatedAt"), (last, "timestamp")))
-    worked = next((at for at in times if at is not None and at <= now + WRITER_GRACE), 0.0)
-    since = min((parse_time(at) or 0.0 for at in waiting), default=now)
-    return now - max(worked, 0.0) > critical_after and now - since > critical_after
+    waiting += [seen.unread.oldest] if seen.unread.lines else []
+    times = (
+        parse_time((row or {}).get(key))
+        for row, key in ((seen.document, "updatedAt"), (seen.last, "timestamp"))
+    )
+    worked = next((at for at in times if at is not None and at <= seen.now + WRITER_GRACE), 0.0)
+    since = min((parse_time(at) or 0.0 for at in waiting), default=seen.now)
+    return seen.now - max(worked, 0.0) > seen.critical_after and seen.now - since > seen.critical_after
 
 
-def find_lost(
-    job: Job, figures: LoopFigures, rows: Sequence[JsonObject], commands: Mapping[str, str]
-) -> Iterator[Finding]:
-    """Report what reached no sink and never will by itself, for as long as LOSS_SHOWN. `rows`: those at the
-    end of the telemetry."""
+def find_lost(seen: Seen) -> Iterator[Finding]:
+    """Report what reached no sink and never will by itself, for as long as LOSS_SHOWN."""
+    figures = seen.figures
     if figures.past is not None and figures.past.waiting:
         waited = plural(figures.past.waiting, "delivery")
         state = "damaged" if figures.damage else "gone"
-        words = f"{waited} waited in the queue {job.queue_file}, which is {state} (queue_lost)"
-        again = send_what_was_lost(job, figures.past)
+        words = f"{waited} waited in the queue {seen.job.queue_file}, which is {state} (queue_lost)"
+        again = send_what_was_lost(seen.job, figures.past)
         yield Finding("warning", words, f"put the queue back, or run {again}")
     for code, count, at in figures.losses:
         # The row of a lost queue names the lines.
-        messages = (row.get("message") for row in reversed(rows) if row.get("reasonCode") == code)
+        messages = (row.get("message") for row in reversed(seen.rows) if row.get("reasonCode") == code)
         said = f"{next(messages, '')} " if code == "queue_lost" else ""
         words, noun = LOSSES.get(code, ("{} of the source sent to nobody", "line"))
         words = f"{words.format(plural(count, noun))} ({code}, last {iso(at)})"
-        yield Finding("warning", words, said + words_of(CODES[code].fix, commands))
+        yield Finding("warning", words, said + words_of(CODES[code].fix, seen.commands))
 
 
 # What is lost by reason code, and what it is counted in; if it is not here, it is lines.
@@ -9796,20 +9838,21 @@ LOSSES = {
 }
 
 
-def find_unfinished(job: Job, now: float) -> Iterator[Finding]:
+def find_unfinished(seen: Seen) -> Iterator[Finding]:
     """Report a last line that nobody finishes: it waits for its line feed, and spoils the next one."""
-    size, written = unterminated(job.escalations_file)
-    if size and now - written > WRITER_GRACE:
+    size, written = unterminated(seen.job.escalations_file)
+    if size and seen.now - written > WRITER_GRACE:
         words = f"the source ends in {plural(size, 'byte')} without a line feed, since {iso(written)}"
-        end = f"`echo >>{shell_line(job.escalations_file)}`"
+        end = f"`echo >>{shell_line(seen.job.escalations_file)}`"
         advice = f"if its writer has gone, end the line: {end}; the next pass sends it"
         yield Finding("warning", words, advice)
 
 
-def find_broken_pass(document: JsonObject | None, last: JsonObject | None) -> Iterator[Finding]:
+def find_broken_pass(seen: Seen) -> Iterator[Finding]:
     """Report a last pass that ended with an error, of which only reconcile's own row knows."""
+    last, document = seen.last, seen.document or {}
     if last is not None and last.get("status") == "failed_command":
-        ended, worked = parse_time(last.get("timestamp")), parse_time((document or {}).get("updatedAt"))
+        ended, worked = parse_time(last.get("timestamp")), parse_time(document.get("updatedAt"))
         if ended is not None and (worked is None or ended >= worked):
             said = cut(printable(str(last.get("message"))), 200)
             yield Finding("warning", f"the last pass ended with an error: {said}", "do what the error says")
@@ -9922,85 +9965,90 @@ def status_text(status: JsonObject) -> str:
     return "\n".join(lines)
 
 
-def prometheus_text(statuses: Sequence[JsonObject], unreadable: Sequence[str] = ()) -> str:
+def age_of_oldest(sink: JsonObject) -> float | None:
+    """For how long the oldest has waited for a sink; 0 if nothing does, None if it has no time."""
+    written = parse_time(sink["oldestPendingAt"])
+    if not sink["lagCount"]:
+        return 0.0
+    return None if written is None else max(0.0, round(time.time() - written, 3))
+
+
+# The metrics of a loop, and those of a sink: name, help, and the value by the JSON of `status`; None: unknown.
+Metric = tuple[str, str, Callable[[JsonObject], float | None]]
+LOOP_METRICS: tuple[Metric, ...] = (
+    ("health", "0 ok, 1 warning, 2 critical, 3 unknown.", lambda loop: PLUGIN_CODES[loop["health"]]),
+    ("config_valid", "1 where the config is valid, else 0.", lambda loop: loop["configValid"]),
+    ("unread", "Lines of the source that no pass has read yet.", lambda loop: loop["unreadCount"]),
+    (
+        "last_pass_timestamp_seconds",
+        "When the last pass ended.",
+        lambda loop: parse_time((loop["alerts"]["dispatch"] or {}).get("updatedAt")),
+    ),
+)
+SINK_METRICS: tuple[Metric, ...] = (
+    ("waiting", "Deliveries that wait for the sink.", lambda sink: sink["waitingCount"]),
+    (
+        "oldest_waiting_age_seconds",
+        "Age of the oldest that waits for the sink or was not read yet.",
+        age_of_oldest,
+    ),
+    (
+        "last_success_timestamp_seconds",
+        "When the sink last took a delivery.",
+        lambda sink: parse_time(sink["lastSuccessAt"]),
+    ),
+    ("consecutive_failures", "Failed attempts in a row.", lambda sink: sink["consecutiveFailures"]),
+    ("dead_letters", "Deliveries given up for good.", lambda sink: sink["deadLetterCount"]),
+    ("clock_offset_seconds", "How far the sink's clock is ahead.", lambda sink: sink["clockOffsetSeconds"]),
+    ("lagging_peers", "Peers of a cluster that miss deliveries.", lambda sink: len(sink["laggingPeers"])),
+)
+DELIVERY_OUTCOMES = {
+    "delivered": "deliveredCount",
+    "failed": "failedAttemptCount",
+    "dead_letter": "givenUpCount",
+    "skipped": "skippedCount",
+}
+
+
+def prometheus_text(statuses: Sequence[JsonObject], unreadable: Sequence[str]) -> str:
     """The status of loops as text exposition, for node_exporter's textfile collector.
 
-    `unreadable`: loops of which nothing is known but that. Prometheus, "Exposition formats": a label's value
-    escapes backslash, quote and line feed.
+    `unreadable`: loops of which nothing is known but that.
     """
-
-    def labels(**pairs: str) -> str:
-        escaped = {
-            key: printable(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-            for key, value in pairs.items()
-        }
-        return "{" + ",".join(f'{key}="{value}"' for key, value in escaped.items()) + "}"
-
-    def age(moment: str | None) -> float | None:
-        written = parse_time(moment)
-        return None if written is None else max(0.0, round(time.time() - written, 3))
-
-    of_loops: list[tuple[str, str, Callable[[JsonObject], float | None]]] = [
-        ("health", "0 ok, 1 warning, 2 critical, 3 unknown.", lambda s: PLUGIN_CODES[s["health"]]),
-        ("config_valid", "1 where the config is valid, else 0.", lambda s: s["configValid"]),
-        ("unread", "Lines of the source that no pass has read yet.", lambda s: s["unreadCount"]),
-        (
-            "last_pass_timestamp_seconds",
-            "When the last pass ended.",
-            lambda s: parse_time((s["alerts"]["dispatch"] or {}).get("updatedAt")),
-        ),
-    ]
-    of_sinks: list[tuple[str, str, Callable[[JsonObject], float | None]]] = [
-        ("waiting", "Deliveries that wait for the sink.", lambda s: s["waitingCount"]),
-        (
-            "oldest_waiting_age_seconds",
-            "Age of the oldest that waits for the sink or was not read yet.",
-            lambda s: age(s["oldestPendingAt"]) if s["lagCount"] else 0,
-        ),
-        (
-            "last_success_timestamp_seconds",
-            "When the sink last took a delivery.",
-            lambda s: parse_time(s["lastSuccessAt"]),
-        ),
-        ("consecutive_failures", "Failed attempts in a row.", lambda s: s["consecutiveFailures"]),
-        ("dead_letters", "Deliveries given up for good.", lambda s: s["deadLetterCount"]),
-        ("clock_offset_seconds", "How far the sink's clock is ahead.", lambda s: s["clockOffsetSeconds"]),
-        ("lagging_peers", "Peers of a cluster that miss deliveries.", lambda s: len(s["laggingPeers"])),
-    ]
     lines: list[str] = []
 
-    def family(name: str, text: str, samples: Iterable[tuple[str, float | None]]) -> None:
+    def family(name: str, kind: str, text: str, samples: Iterable[tuple[str, float | None]]) -> None:
         metric = f"ops_alert_dispatch_{name}"
-        lines.extend((f"# HELP {metric} {text}", f"# TYPE {metric} gauge"))
-        lines.extend(f"{metric}{found} {value:.15g}" for found, value in samples if value is not None)
+        lines.extend((f"# HELP {metric} {text}", f"# TYPE {metric} {kind}"))
+        lines.extend(f"{metric}{{{labels}}} {value:.15g}" for labels, value in samples if value is not None)
 
-    for name, text, value_of in of_loops:
-        samples = [(labels(loop=status["loopId"]), value_of(status)) for status in statuses]
+    sinks = [
+        (f"{label('loop', status['loopId'])},{label('sink', sink['id'])}", sink)
+        for status in statuses
+        for sink in status["sinks"]
+    ]
+    for name, text, value_of in LOOP_METRICS:
+        samples = [(label("loop", status["loopId"]), value_of(status)) for status in statuses]
         if name == "health":
-            samples += [(labels(loop=loop), PLUGIN_CODES["unknown"]) for loop in unreadable]
-        family(name, text, samples)
-    for name, text, value_of in of_sinks:
-        found = [
-            (labels(loop=status["loopId"], sink=sink["id"]), value_of(sink))
-            for status in statuses
-            for sink in status["sinks"]
-        ]
-        family(name, text, found)
-    metric = "ops_alert_dispatch_deliveries_total"
+            samples += [(label("loop", loop), PLUGIN_CODES["unknown"]) for loop in unreadable]
+        family(name, "gauge", text, samples)
+    for name, text, value_of in SINK_METRICS:
+        family(name, "gauge", text, [(labels, value_of(sink)) for labels, sink in sinks])
     text = "Deliveries made, made dead letters or skipped; and failed, which are attempts."
-    lines += [f"# HELP {metric} {text}", f"# TYPE {metric} counter"]
-    outcomes = {
-        "delivered": "deliveredCount",
-        "failed": "failedAttemptCount",
-        "dead_letter": "givenUpCount",
-        "skipped": "skippedCount",
-    }
-    for status in statuses:
-        for sink in status["sinks"]:
-            for outcome, key in outcomes.items():
-                label = labels(loop=status["loopId"], sink=sink["id"], outcome=outcome)
-                lines.append(f"{metric}{label} {sink[key]}")
+    counts = [
+        (f"{labels},{label('outcome', outcome)}", sink[key])
+        for labels, sink in sinks
+        for outcome, key in DELIVERY_OUTCOMES.items()
+    ]
+    family("deliveries_total", "counter", text, counts)
     return "\n".join(lines)
+
+
+def label(key: str, value: str) -> str:
+    """A label of a metric. Prometheus, "Exposition formats": its value escapes backslash, quote and line feed;
+    of a line feed, `printable` leaves none."""
+    escaped = printable(value).replace("\\", "\\\\").replace('"', '\\"')
+    return f'{key}="{escaped}"'
 
 
 class StatusCommand(click.Command):
