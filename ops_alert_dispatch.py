@@ -400,7 +400,7 @@ def duration_words(seconds: float) -> str:
     return f"{seconds // length:.0f} {unit}"
 
 
-def say_times(text: str, now: float) -> str:
+def times_as_ages(text: str, now: float) -> str:
     """A text with its times as people say them; commands stay as they are."""
 
     def say(found: re.Match[str]) -> str:
@@ -8416,9 +8416,45 @@ config_option = click.option(
 )
 
 
-def file_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that name a loop's files, for each command that works on them."""
-    options = (
+queue_option = click.option(
+    "--queue-file",
+    envvar=QUEUE_ENV,
+    show_envvar=True,
+    type=FILE_TYPE,
+    show_default=f"{QUEUE_FILE} of the repo",
+    help="The queue of all loops of the repo.",
+)
+
+
+class Paths(NamedTuple):
+    """The repo and the files that the command line names; None: where the host keeps that file."""
+
+    repo: str
+    config_file: str | None = None
+    queue_file: str | None = None
+    escalations_file: str | None = None
+    state_file: str | None = None
+    telemetry_file: str | None = None
+
+
+def file_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that name files, for each command that works on loops: it gets them and --repo as
+    `paths`."""
+
+    @functools.wraps(command)
+    def with_paths(
+        repo: str,
+        alert_config_file: str | None,
+        queue_file: str | None,
+        escalations_file: str | None,
+        dispatch_state_file: str | None,
+        dispatch_telemetry_file: str | None,
+        **options: object,
+    ) -> None:
+        of_loop = (escalations_file, dispatch_state_file, dispatch_telemetry_file)
+        command(paths=Paths(repo, alert_config_file, queue_file, *of_loop), **options)
+
+    of_loop = (
         ("--escalations-file", SOURCE_FILE, "The source: one JSON object a line."),
         ("--dispatch-state-file", STATE_FILE, "The summary of the last pass."),
         (
@@ -8427,19 +8463,12 @@ def file_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "What became of each escalation; a file beside it has every attempt.",
         ),
     )
-    command = click.option(
-        "--queue-file",
-        envvar=QUEUE_ENV,
-        show_envvar=True,
-        type=FILE_TYPE,
-        show_default=f"{QUEUE_FILE} of the repo",
-        help="The queue of all loops of the repo.",
-    )(command)
-    for name, default, text in reversed(options):
-        command = click.option(
-            name, type=FILE_TYPE, show_default=f"{default} in the loop's folder", help=text
-        )(command)
-    return command
+    found = queue_option(with_paths)
+    for name, default, text in reversed(of_loop):
+        found = click.option(name, type=FILE_TYPE, show_default=f"{default} in the loop's folder", help=text)(
+            found
+        )
+    return config_option(found)
 
 
 pretty_option = click.option("--pretty", is_flag=True, help="Print indented JSON.")
@@ -8487,7 +8516,6 @@ def cli() -> None:
     show_default="a new UUID",
     help="Written into everything this pass writes.",
 )
-@config_option
 @click.option(
     "--max-escalations",
     type=click.IntRange(min=0),
@@ -8516,15 +8544,10 @@ def cli() -> None:
 @format_option
 @pretty_option
 def dispatch(
-    repo: str,
+    paths: Paths,
     loop_id: str | None,
     all_loops: bool,
-    escalations_file: str | None,
-    dispatch_state_file: str | None,
-    dispatch_telemetry_file: str | None,
-    queue_file: str | None,
     trace_id: str | None,
-    alert_config_file: str | None,
     max_escalations: int,
     time_budget: float,
     at_once: bool,
@@ -8547,11 +8570,8 @@ def dispatch(
         )
     if (loop_id is None) is not all_loops:
         raise click.UsageError("say which: --loop ID, or --all-loops")
-    files = (escalations_file, dispatch_state_file, dispatch_telemetry_file)
-    if all_loops and any(files):
-        raise click.UsageError("--all-loops works on each loop's own files: name none")
     trace = printable(trace_id) if trace_id else new_trace_id()
-    found, unusable = make_jobs(repo, loop_id, alert_config_file, queue_file, *files, trace_id=trace)
+    found, unusable = make_jobs(paths, loop_id, trace)
     # Those first that were served longest ago: so none is left out for ever.
     jobs = [
         job._replace(max_escalations=max_escalations, time_budget=time_budget, now=at_once)
@@ -8567,7 +8587,7 @@ def dispatch(
     if errors and not all_loops:
         raise next(iter(errors.values()))
     if all_loops:
-        document = summarise_loops(absolute(repo), outcomes, dry_run=dry_run)
+        document = summarise_loops(absolute(paths.repo), outcomes, dry_run=dry_run)
     else:
         document = cast("JsonObject", outcomes[jobs[0].loop_id])
         if missing := no_such_loop(jobs[0]):
@@ -8803,30 +8823,15 @@ def check_regular(job: Job) -> None:
             raise error(f"{path} is not a regular file", ["it is to be written to: move it away"])
 
 
-def make_job(
-    repo: str,
-    loop_id: str,
-    config_file: str | None = None,
-    queue_file: str | None = None,
-    escalations_file: str | None = None,
-    state_file: str | None = None,
-    telemetry_file: str | None = None,
-    *,
-    trace_id: str | None = None,
-) -> Job:
+def make_job(paths: Paths, loop_id: str, trace_id: str | None = None) -> Job:
     """A job on the files that the command line names, the others where the host keeps them.
 
     Raises UsageError, StateError or StorageError.
     """
-    files = {
-        "escalations_file": escalations_file,
-        "state_file": state_file,
-        "telemetry_file": telemetry_file,
-        "config_file": config_file,
-        "queue_file": queue_file,
+    named: dict[str, Any] = {
+        name: absolute(path) for name, path in paths._asdict().items() if path is not None and name != "repo"
     }
-    named: dict[str, Any] = {name: absolute(path) for name, path in files.items() if path is not None}
-    job = usual_job(repo, loop_id, trace_id)
+    job = usual_job(paths.repo, loop_id, trace_id)
     if named:
         job = job._replace(**named)
         check_apart(job)
@@ -8835,25 +8840,22 @@ def make_job(
 
 
 def make_jobs(
-    repo: str,
-    loop_id: str | None,
-    config_file: str | None,
-    queue_file: str | None,
-    *files: str | None,
-    trace_id: str | None = None,
+    paths: Paths, loop_id: str | None, trace_id: str | None = None
 ) -> tuple[list[Job], dict[str, DispatchError]]:
-    """The jobs of one loop or, where none is named, of all; and of those that cannot be served what is wrong.
+    """The jobs of one loop or, if none is named, of all; and of those that cannot be served what is wrong.
 
-    Raises UsageError, StateError or StorageError where one is named, StorageError where there is no looking.
+    Raises UsageError; StateError or StorageError if a loop is named; StorageError if the repo cannot be read.
     """
     if loop_id is not None:
-        return [make_job(repo, loop_id, config_file, queue_file, *files, trace_id=trace_id)], {}
-    names, odd = find_loops(absolute(repo))
+        return [make_job(paths, loop_id, trace_id)], {}
+    if paths.escalations_file or paths.state_file or paths.telemetry_file:
+        raise click.UsageError("a loop's own files go with --loop ID: name none for all loops")
+    names, odd = find_loops(absolute(paths.repo))
     jobs: list[Job] = []
     faults: dict[str, DispatchError] = dict(odd)
     for name in names:
         try:
-            jobs.append(make_job(repo, name, config_file, queue_file, trace_id=trace_id))
+            jobs.append(make_job(paths, name, trace_id))
         except DispatchError as error:
             faults[name] = error
         except click.UsageError as fault:
@@ -8866,14 +8868,14 @@ def orderly_end() -> Iterator[threading.Event]:
     """Let SIGTERM, SIGINT and SIGHUP end a pass as its time budget would; a second one ends it at once."""
     stop = threading.Event()
 
-    def ask(signum: int, _: object) -> None:
+    def end(signum: int, _: object) -> None:
         stop.set()
         signal.signal(signum, signal.SIG_DFL)
 
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     for signum, handler in before.items():
         if handler is not signal.SIG_IGN:  # as nohup has it
-            signal.signal(signum, ask)
+            signal.signal(signum, end)
     try:
         yield stop
     finally:
@@ -9919,8 +9921,8 @@ def status_text(status: JsonObject) -> str:
     """The status of a loop for people: the verdict and the advice, then each sink, then the evidence."""
     head = click.style(status["health"].upper(), fg=HEALTH_COLOURS[status["health"]], bold=True)
     now = parse_time(status["generatedAt"]) or 0.0
-    lines = [f"{head}  loop {status['loopId']}: {say_times(printable(status['verdict']), now)}"]
-    lines += [f"What to do: {say_times(printable(advice), now)}" for advice in status["advice"]]
+    lines = [f"{head}  loop {status['loopId']}: {times_as_ages(printable(status['verdict']), now)}"]
+    lines += [f"What to do: {times_as_ages(printable(advice), now)}" for advice in status["advice"]]
     rows = [
         (
             sink["id"],
@@ -9973,7 +9975,7 @@ def age_of_oldest(sink: JsonObject) -> float | None:
     return None if written is None else max(0.0, round(time.time() - written, 3))
 
 
-# The metrics of a loop, and those of a sink: name, help, and the value by the JSON of `status`; None: unknown.
+# The metrics of a loop and of a sink: name, help, and the value by the JSON of `status`; None if not known.
 Metric = tuple[str, str, Callable[[JsonObject], float | None]]
 LOOP_METRICS: tuple[Metric, ...] = (
     ("health", "0 ok, 1 warning, 2 critical, 3 unknown.", lambda loop: PLUGIN_CODES[loop["health"]]),
@@ -10045,8 +10047,8 @@ def prometheus_text(statuses: Sequence[JsonObject], unreadable: Sequence[str]) -
 
 
 def label(key: str, value: str) -> str:
-    """A label of a metric. Prometheus, "Exposition formats": its value escapes backslash, quote and line feed;
-    of a line feed, `printable` leaves none."""
+    """A label of a metric. Its value escapes backslash, quote and line feed (Prometheus, "Exposition
+    formats"); `printable` leaves no line feed."""
     escaped = printable(value).replace("\\", "\\\\").replace('"', '\\"')
     return f'{key}="{escaped}"'
 
@@ -10088,7 +10090,6 @@ def unknown_to_a_monitor(*, check: bool) -> Iterator[None]:
 )
 @repo_option
 @any_loop_option
-@config_option
 @file_options
 @click.option("--check", is_flag=True, help="One line for a monitor, and its exit codes.")
 @click.option(
@@ -10114,13 +10115,8 @@ def unknown_to_a_monitor(*, check: bool) -> Iterator[None]:
 )
 @pretty_option
 def status(
-    repo: str,
+    paths: Paths,
     loop_id: str | None,
-    alert_config_file: str | None,
-    escalations_file: str | None,
-    dispatch_state_file: str | None,
-    dispatch_telemetry_file: str | None,
-    queue_file: str | None,
     check: bool,
     ack: bool,
     critical_after: float,
@@ -10132,13 +10128,10 @@ def status(
     Says how each sink of a loop fares, from the files alone: it sends nothing and, without --ack, changes
     nothing. The files that can be named are those of one loop: they go with --loop.
     """
-    files = (escalations_file, dispatch_state_file, dispatch_telemetry_file)
     statuses: list[JsonObject] = []
     if not critical_after >= 0:  # NaN is neither
         raise click.BadParameter(f"{critical_after:g} is no time", param_hint="--critical-after")
-    if loop_id is None and any(files):
-        raise click.UsageError("a loop's own files go with --loop")
-    jobs, errors = make_jobs(repo, loop_id, alert_config_file, queue_file, *files)
+    jobs, errors = make_jobs(paths, loop_id)
     jobs = list(map(where_it_worked, jobs))
     for job in jobs:
         try:
@@ -10167,7 +10160,7 @@ def status(
         statuses.sort(key=lambda known: HEALTH_ORDER.index(known["health"]), reverse=True)
         click.echo("\n\n".join(map(status_text, statuses)))
     else:
-        click.echo(f"No loop of {printable(repo)} has escalations. --repo names another folder.")
+        click.echo(f"No loop of {printable(paths.repo)} has escalations. --repo names another folder.")
     # The metrics of the other loops are to reach their collector; of these they say that nothing is known.
     if errors and form != "prometheus":
         raise click.exceptions.Exit(max(error.exit_code for error in errors.values()))
@@ -10414,7 +10407,6 @@ def read_since(_: click.Context, param: click.Parameter, value: str | None) -> f
 )
 @repo_option
 @any_loop_option
-@config_option
 @file_options
 @click.option(
     "--sink", "sink_id", metavar="ID", shell_complete=complete_sink, help="Deliveries to this sink."
@@ -10431,13 +10423,8 @@ def read_since(_: click.Context, param: click.Parameter, value: str | None) -> f
 @format_option
 @pretty_option
 def log(
-    repo: str,
+    paths: Paths,
     loop_id: str | None,
-    alert_config_file: str | None,
-    escalations_file: str | None,
-    dispatch_state_file: str | None,
-    dispatch_telemetry_file: str | None,
-    queue_file: str | None,
     sink_id: str | None,
     word: str | None,
     category: str | None,
@@ -10450,15 +10437,14 @@ def log(
 
     One line for each escalation, and how its deliveries stand; also lines that are no escalation, and losses.
     """
-    files = (escalations_file, dispatch_state_file, dispatch_telemetry_file)
-    jobs, _ = make_jobs(repo, loop_id, alert_config_file, queue_file, *files)
+    jobs, _ = make_jobs(paths, loop_id)
     jobs = list(map(where_it_worked, jobs))
     entries = read_log(jobs, loop_id, Filter(sink_id, word, category, since), count)
     if loop_id and not entries and (missing := no_such_loop(jobs[0])):
         raise click.BadParameter(f"loop {loop_id}: {missing}", param_hint="--loop")
     if sink_id and not entries and not read_log(jobs, loop_id, Filter(sink_id), 1):
         with contextlib.suppress(ConfigError):  # then the sinks are not known
-            config_file = absolute(alert_config_file or os.path.join(repo, DEFAULT_CONFIG))
+            config_file = absolute(paths.config_file or os.path.join(paths.repo, DEFAULT_CONFIG))
             check_sink(load_config(config_file, {}, check_env=False), sink_id)
     if wants_json(form, pretty):
         print_json({"schemaVersion": SCHEMA_VERSION, "escalations": entries}, pretty)
@@ -10619,19 +10605,13 @@ def escalation_text(found: JsonObject, now: float) -> str:
 @click.argument("escalation", metavar="ID")
 @repo_option
 @any_loop_option
-@config_option
 @file_options
 @format_option
 @pretty_option
 def show(
     escalation: str,
-    repo: str,
+    paths: Paths,
     loop_id: str | None,
-    alert_config_file: str | None,
-    escalations_file: str | None,
-    dispatch_state_file: str | None,
-    dispatch_telemetry_file: str | None,
-    queue_file: str | None,
     form: Format,
     pretty: bool,
 ) -> None:
@@ -10640,13 +10620,12 @@ def show(
     Its record, its route and why, and each delivery with its attempts. ID is its id, or as much of it as
     tells it from others.
     """
-    files = (escalations_file, dispatch_state_file, dispatch_telemetry_file)
-    jobs, _ = make_jobs(repo, loop_id, alert_config_file, queue_file, *files)
+    jobs, _ = make_jobs(paths, loop_id)
     by_loop = {job.loop_id: where_it_worked(job) for job in jobs}
     if not escalation.strip():
         raise click.BadParameter("is empty", param_hint="ID")
     found = find_one(list(by_loop.values()), loop_id, escalation.strip())
-    job = by_loop.get(found[0]["loopId"]) or make_job(repo, found[0]["loopId"], alert_config_file, queue_file)
+    job = by_loop.get(found[0]["loopId"]) or make_job(paths, found[0]["loopId"])
     document = describe_escalation(job, *found)
     if wants_json(form, pretty):
         print_json(document, pretty)
@@ -10688,12 +10667,12 @@ def attempt_once(
         return dict.fromkeys(peers, (request, 0.0))
     found: dict[str, tuple[Verdict, float]] = {}
 
-    def ask(peer: str, url: str) -> None:
+    def send_to(peer: str, url: str) -> None:
         began = time.monotonic()
         client = Client(sink.timeout_seconds, sink.secrets.get(CA_FILE_KEY))
         found[peer] = attempt(adapter, sink, client, url, request, redactor), time.monotonic() - began
 
-    workers = [threading.Thread(target=ask, args=pair, daemon=True) for pair in peers.items()]
+    workers = [threading.Thread(target=send_to, args=pair, daemon=True) for pair in peers.items()]
     began = time.monotonic()
     for worker in workers:
         worker.start()
@@ -10827,7 +10806,7 @@ class Selection(NamedTuple):
     sink_id: str | None = None
 
 
-class Chosen(NamedTuple):
+class Selected(NamedTuple):
     """A delivery that an operator means. `named.escalation`: 0 if the queue does not have the record."""
 
     named: Named
@@ -10865,7 +10844,7 @@ def operator_lock(job: Job) -> Iterator[None]:
         yield
 
 
-def look_at(job: Job, config: Config, selection: Selection) -> tuple[list[Chosen], bool, bool]:
+def find_selected(job: Job, config: Config, selection: Selection) -> tuple[list[Selected], bool, bool]:
     """Find the deliveries that an operator names; and tell whether the queue knows the loop, and whether a
     pass has ingested anything. Nothing changes.
 
@@ -10887,7 +10866,7 @@ def look_at(job: Job, config: Config, selection: Selection) -> tuple[list[Chosen
         elif selection.lines is not None:
             check_lines(job, source, selection.lines[0])
             known += [name_of(stored) for stored in read_unknown(job, source, selection.lines, known)]
-        chosen = choose(known, Router(config), selection)
+        chosen = select(known, Router(config), selection)
     if selection.escalation is not None and not known:
         explain_unknown(job, selection.escalation)
     return chosen, found is not None, bool(found or cursor.number or cursor.line)
@@ -10965,10 +10944,10 @@ def name_of(stored: Stored) -> Named:
     )
 
 
-def choose(known: Sequence[Named], router: Router, selection: Selection) -> list[Chosen]:
+def select(known: Sequence[Named], router: Router, selection: Selection) -> list[Selected]:
     """The deliveries that an operator means: to the sinks that the escalations went to, and to those that
     their routes name now."""
-    chosen: dict[object, Chosen] = {}
+    chosen: dict[object, Selected] = {}
     for _, group in itertools.groupby(
         known, key=lambda named: (named.escalation, named.offset, named.escalation_id)
     ):
@@ -10986,7 +10965,7 @@ def choose(known: Sequence[Named], router: Router, selection: Selection) -> list
                 continue
             if (there.get(name) == "waiting") != (waits and name in there):
                 continue
-            found = Chosen(rows[0], sink, dead)
+            found = Selected(rows[0], sink, dead)
             # Lines that are the same have one id: asked for by that, they are one.
             key = found.key if selection.escalation is None else name
             if dead or key not in chosen:
@@ -11057,7 +11036,7 @@ def operator_pass(
 
 
 def send_again(
-    job: Job, config: Config, selection: Selection, shown: Sequence[Chosen], stop: threading.Event
+    job: Job, config: Config, selection: Selection, shown: Sequence[Selected], stop: threading.Event
 ) -> list[JsonObject]:
     """Let deliveries wait that an operator was shown, and run a pass. Returns what came of each. Those that
     another command has dealt with since are left alone. Raises DispatchError."""
@@ -11079,7 +11058,7 @@ def send_again(
                     [stored._replace(id=number + place, loop=loop.id) for place, stored in enumerate(fresh)]
                 )
                 known = find_named(queue, loop.id, cursor, selection)
-            chosen = [item for item in choose(known, shared.router, selection) if item.key in keys]
+            chosen = [item for item in select(known, shared.router, selection) if item.key in keys]
             for item in chosen:
                 resolution = shared.router.resolve(item.named.category, item.named.severity)
                 severity = SEVERITIES.index(resolution.event_severity)
@@ -11093,7 +11072,7 @@ def send_again(
         return [{**item.to_json(), **redelivery_outcome(shared, job, item)} for item in chosen]
 
 
-def redelivery_outcome(shared: Shared, job: Job, item: Chosen) -> JsonObject:
+def redelivery_outcome(shared: Shared, job: Job, item: Selected) -> JsonObject:
     """What came of a delivery that was sent again."""
     found = shared.queue.lead(item.named.escalation, item.sink.id)
     if found is None:
@@ -11129,8 +11108,8 @@ def redelivery_outcome(shared: Shared, job: Job, item: Chosen) -> JsonObject:
 
 
 def skip_deliveries(
-    job: Job, config: Config, selection: Selection, shown: Sequence[Chosen], *, ingest: bool
-) -> tuple[list[Chosen], str]:
+    job: Job, config: Config, selection: Selection, shown: Sequence[Selected], *, ingest: bool
+) -> tuple[list[Selected], str]:
     """Give up deliveries that an operator was shown, on record. Returns those that were still there, and the
     segment of the source's current file.
 
@@ -11142,7 +11121,7 @@ def skip_deliveries(
         while ingest and loop.ingest():
             queue.tidy()
         known = find_named(queue, loop.id, loop.source.cursor, selection)
-        chosen = [item for item in choose(known, shared.router, selection) if item.key in keys]
+        chosen = [item for item in select(known, shared.router, selection) if item.key in keys]
         for start in range(0, len(chosen), ROWS_AT_ONCE):
             with queue.transaction():
                 for item in chosen[start : start + ROWS_AT_ONCE]:
@@ -11180,7 +11159,7 @@ def save_summary(job: Job, loop: Loop) -> None:
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
-def ask(question: str, what: str, *, err: bool) -> None:
+def confirm(question: str, what: str, *, err: bool) -> None:
     """Show what is about to be done and ask; anything but yes ends the command.
 
     `err`: on standard error, because standard output is for the JSON.
@@ -11196,7 +11175,7 @@ def ask(question: str, what: str, *, err: bool) -> None:
         raise
 
 
-def listing(deliveries: Sequence[Chosen]) -> str:
+def listing(deliveries: Sequence[Selected]) -> str:
     """Deliveries as a table, to be looked at before something is done with them; of many, a summary."""
     now = time.time()
     if len(deliveries) <= LISTED:
@@ -11226,7 +11205,6 @@ def listing(deliveries: Sequence[Chosen]) -> str:
 )
 @repo_option
 @loop_option
-@config_option
 @file_options
 @click.option("--dead-letters", is_flag=True, help="All dead letters.")
 @click.option("--id", "escalation", metavar="ESCALATION_ID", help="One escalation: its id, or the beginning.")
@@ -11239,13 +11217,8 @@ def listing(deliveries: Sequence[Chosen]) -> str:
 @format_option
 @pretty_option
 def redeliver(
-    repo: str,
+    paths: Paths,
     loop_id: str,
-    alert_config_file: str | None,
-    escalations_file: str | None,
-    dispatch_state_file: str | None,
-    dispatch_telemetry_file: str | None,
-    queue_file: str | None,
     dead_letters: bool,
     escalation: str | None,
     from_line: int | None,
@@ -11267,8 +11240,7 @@ def redeliver(
         raise click.UsageError("--to-line goes with --from-line")
     if to_line is not None and from_line is not None and to_line < from_line:
         raise click.UsageError(f"--to-line {to_line} is before --from-line {from_line}")
-    files = (escalations_file, dispatch_state_file, dispatch_telemetry_file)
-    job = make_job(repo, loop_id, alert_config_file, queue_file, *files)
+    job = make_job(paths, loop_id)
     lines = None if from_line is None else (from_line, to_line)
     escalation = escalation and whole_id(job, escalation)
     selection = Selection(dead_letters, None, escalation, lines, sink_id)
@@ -11276,7 +11248,7 @@ def redeliver(
     loaded = load_config(job.config_file, os.environ)
     check_sink(loaded, sink_id)
     with operator_lock(job):
-        found, _, has_run = look_at(job, loaded, selection)
+        found, _, has_run = find_selected(job, loaded, selection)
     if not has_run:
         raise StateError(f"no pass has run for loop {job.loop_id} yet", ["run `dispatch` first"])
     shown = [item for item in found if item.sink.enabled or item.sink.id == sink_id]
@@ -11286,7 +11258,7 @@ def redeliver(
     results: list[JsonObject] = []
     if shown:
         if not yes:
-            ask(f"Send {plural(len(shown), 'delivery')}?", listing(shown), err=as_json)
+            confirm(f"Send {plural(len(shown), 'delivery')}?", listing(shown), err=as_json)
         # No lock was held while a person thought.
         with orderly_end() as stop:
             results = send_again(job, loaded, selection, shown, stop)
@@ -11343,7 +11315,6 @@ def redelivery_text(results: Sequence[JsonObject]) -> str:
 )
 @repo_option
 @loop_option
-@config_option
 @file_options
 @click.option(
     "--sink",
@@ -11362,13 +11333,8 @@ def redelivery_text(results: Sequence[JsonObject]) -> str:
 @format_option
 @pretty_option
 def skip(
-    repo: str,
+    paths: Paths,
     loop_id: str,
-    alert_config_file: str | None,
-    escalations_file: str | None,
-    dispatch_state_file: str | None,
-    dispatch_telemetry_file: str | None,
-    queue_file: str | None,
     sink_id: str | None,
     to_line: int | None,
     dead_letters: bool,
@@ -11385,20 +11351,19 @@ def skip(
         raise click.UsageError("--to-line does not go with --dead-letters")
     if sink_id is None and not dead_letters:
         raise click.UsageError("say which: --sink ID, or --dead-letters")
-    files = (escalations_file, dispatch_state_file, dispatch_telemetry_file)
-    job = make_job(repo, loop_id, alert_config_file, queue_file, *files)
+    job = make_job(paths, loop_id)
     as_json = wants_json(form, pretty)
     selection = Selection(dead_letters, None if dead_letters else to_line or 0, sink_id=sink_id)
     loaded = load_config(job.config_file, os.environ)
     check_sink(loaded, sink_id)
     with operator_lock(job):
-        shown, is_known, _ = look_at(job, loaded, selection)
-    skipped: list[Chosen] = []
+        shown, is_known, _ = find_selected(job, loaded, selection)
+    skipped: list[Selected] = []
     segment = ""
     if shown:
         if not yes:
             noun = "dead letter" if dead_letters else "delivery"
-            ask(f"Give up {plural(len(shown), noun)}?", listing(shown), err=as_json)
+            confirm(f"Give up {plural(len(shown), noun)}?", listing(shown), err=as_json)
         # No lock was held while a person thought: what a pass has delivered since then is not skipped.
         skipped, segment = skip_deliveries(job, loaded, selection, shown, ingest=not is_known)
     if as_json:
@@ -11423,7 +11388,7 @@ def skip(
         click.echo(f"{said}. {how_to_send_after_all(job, skipped, segment)}")
 
 
-def how_to_send_after_all(job: Job, skipped: Sequence[Chosen], segment: str) -> str:
+def how_to_send_after_all(job: Job, skipped: Sequence[Selected], segment: str) -> str:
     """The command that sends again what was skipped, to be pasted into a shell. `segment`: that of the file
     whose lines a command can name."""
     ids = {item.named.escalation_id for item in skipped}

@@ -419,7 +419,7 @@ def test_loops_that_fail_leave_no_file_open_for_those_that_come_after(repo: Repo
     fill(loops)
     for loop in loops:
         no_telemetry_folder(loop)
-    jobs = [program.make_job(str(repo.root), loop.loop) for loop in loops]
+    jobs = [program.make_job(program.Paths(str(repo.root)), loop.loop) for loop in loops]
     outcomes = program.run_loops(jobs, {**os.environ, **repo.env})
     assert all(isinstance(outcome, program.StorageError) for outcome in outcomes.values())
     files = [str(entry.readlink()) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]

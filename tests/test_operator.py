@@ -502,6 +502,7 @@ def test_one_failing_sink_does_not_hide_the_others(repo: Repo, server: SinkServe
         (["skip", "--repo", ".", "--loop", "x", "--dead-letters", "--to-line", "1"], "--to-line"),
         (["status", "--repo", ".", "--dispatch-state-file", "s.json"], "--loop"),
         (["config", "--list-sinks", "--format", "json"], "--list-sinks"),
+        (["log", "--repo", ".", "--escalations-file", "e"], "--loop"),
         (["skip", "--repo", ".", "--loop", "../x", "--sink", "y"], "loop id"),
         (["status", "--repo", "nowhere"], "--repo"),
         (["status", "--repo", ".", "--critical-after", "-1"], "--critical-after"),

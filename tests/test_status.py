@@ -40,7 +40,7 @@ def config(repo: Repo) -> None:
 
 def look(repo: Repo) -> dict[str, Any]:
     """The status, without the cost of a process."""
-    job = ops_alert_dispatch.make_job(str(repo.root), repo.loop)
+    job = ops_alert_dispatch.make_job(ops_alert_dispatch.Paths(str(repo.root)), repo.loop)
     return ops_alert_dispatch.loop_status(job, 900.0)
 
 
