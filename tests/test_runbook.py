@@ -251,7 +251,7 @@ def test_dead_letters(recipe: Recipe, host: Repo, server: SinkServer) -> None:
     assert dead.startswith(shown)
     assert "slack-default  dead: http_error 422: no such field" in recipe.run(1, env={"ID": shown}).stdout
     server.forget()
-    assert f"{dead} to slack-default: delivered (200)" in recipe.run(2, typed="y").stdout
+    assert f"{shown} to slack-default: delivered (200)" in recipe.run(2, typed="y").stdout
     assert sent_to_slack(server) == [dead]
 
     server.script(SLACK, error(422, "no such field"))
