@@ -2989,7 +2989,7 @@ CODES: dict[str, Code] = {
     "skipped_by_operator": Code(
         "An operator gave the delivery up, or dismissed the dead letter, with `skip`.",
         "Run `{show}`.",
-        "nothing to do if that was meant; else `redeliver --id` sends it after all",
+        "nothing to do if that was meant; else `{redeliver_one}` sends it after all",
     ),
     "repeat_suppressed": Code(
         "The sink was sent the same within routing.repeat.windowSeconds.",
@@ -3061,6 +3061,7 @@ GENERAL_WORDS = {
     "log": f"{PROGRAM} log --loop L",
     "redeliver": f"{PROGRAM} redeliver --loop L --from-line N",
     "redeliver_dead": f"{PROGRAM} redeliver --loop L --dead-letters",
+    "redeliver_one": f"{PROGRAM} redeliver --loop L --id ID",
     "route": f"{PROGRAM} config --category NAME",
     "show": f"{PROGRAM} show ID",
     "skip_dead": f"{PROGRAM} skip --loop L --dead-letters",
@@ -8973,7 +8974,7 @@ def what_is_left(sink: JsonObject) -> str | None:
     if sink.get("enabled") is False:
         return "disabled"
     if not sink["waitingCount"]:
-        return "`log --status dead` says why" if sink["deadLetterCount"] else None
+        return "given up: status says why" if sink["deadLetterCount"] else None
     rate = sink.get("perMinute")
     if not rate:
         return "waits for the next pass"
@@ -9324,6 +9325,7 @@ def commands_for(job: Job) -> dict[str, str]:
         "log": command_line("log", job),
         "redeliver": command_line("redeliver", job, "--from-line", "1"),
         "redeliver_dead": command_line("redeliver", job, "--dead-letters"),
+        "redeliver_one": command_line("redeliver", job) + " --id ID",
         "show": command_line("show", job) + " ID",
         "skip_dead": command_line("skip", job, "--dead-letters"),
         "status": command_line("status", job),
@@ -9523,9 +9525,10 @@ def notes_of_sinks(seen: Seen, sinks: Sequence[JsonObject]) -> Iterator[str]:
     for sink in sinks:
         waiting = plural(sink["waitingCount"], "delivery")
         if sink["waitingCount"] and sink["enabled"] is False:
+            given_up = command_line("skip", seen.job, "--sink", sink["id"])
             yield (
                 f"{waiting} waiting for {sink['id']}, which is disabled: kept until it is enabled, or given "
-                "up with `skip`"
+                f"up with `{given_up}`"
             )
         elif sink["waitingCount"] and seen.config is not None and sink["enabled"] is None:
             yield f"{waiting} waiting for {sink['id']} will be given up: the config has no such sink any more"
@@ -10489,7 +10492,9 @@ def find_one(
         raise click.BadParameter(f"loop {loop_id}: {missing}", param_hint="--loop")
     if not found:
         where = f"loop {loop_id}" if loop_id else "this repo"
-        unknown = f"no escalation of {where} has an id that begins with {printable(prefix)!r}: see `log`"
+        unknown = (
+            f"no escalation of {where} has an id that begins with {printable(prefix)!r}; `log` lists them"
+        )
         raise click.BadParameter(unknown, param_hint="ID")
     if len(found) > 1:
         raise ambiguous(prefix, found, "ID")
@@ -11008,15 +11013,16 @@ def explain_unknown(job: Job, escalation: str) -> NoReturn:
     if unusable:
         said = f"its line is no escalation ({unusable.pop()}): append a corrected one to the source"
     elif found:
-        line = mapping(found[0].get("position")).get("line", "N")
+        line = str(mapping(found[0].get("position")).get("line", "N"))
+        again = command_line("redeliver", job, "--from-line", line, "--to-line", line)
         said = (
             f"{printable(escalation)} was settled more than {RETENTION_SECONDS / 86400:g} days ago, or "
             f"before {RETENTION_COUNT} others, and is in the queue no more; if its line is still in "
-            f"{job.escalations_file}, `redeliver --from-line {line} --to-line {line}` sends it"
+            f"{job.escalations_file}, `{again}` sends it"
         )
     else:
-        where = f"see escalationId in {job.telemetry_file}"
-        said = f"no escalation {printable(escalation)!r} is on record; {where}"
+        listed = f"`{command_line('log', job)}` lists those of late"
+        said = f"no escalation {printable(escalation)!r} is on record; {listed}"
     raise click.BadParameter(said, param_hint="--id")
 
 
@@ -11250,7 +11256,8 @@ def redeliver(
     with operator_lock(job):
         found, _, has_run = find_selected(job, loaded, selection)
     if not has_run:
-        raise StateError(f"no pass has run for loop {job.loop_id} yet", ["run `dispatch` first"])
+        first = f"run `{command_line('dispatch', job)}` first"
+        raise StateError(f"no pass has run for loop {job.loop_id} yet", [first])
     shown = [item for item in found if item.sink.enabled or item.sink.id == sink_id]
     for name in dict.fromkeys(item.sink.id for item in found if item not in shown):
         click.echo(f"note: nothing is sent to {name}, which is disabled: --sink {name} does", err=True)
@@ -11262,47 +11269,49 @@ def redeliver(
         # No lock was held while a person thought.
         with orderly_end() as stop:
             results = send_again(job, loaded, selection, shown, stop)
-    counts = Counter(result["status"] for result in results)
+    summary = redelivery_summary(loop_id, results)
     if as_json:
-        summary = {
-            "schemaVersion": SCHEMA_VERSION,
-            "loopId": loop_id,
-            "status": redelivery_status(counts),
-            "deliveredCount": counts["success"],
-            "failedCount": counts["failed"],
-            "waitingCount": counts["waiting"],
-            "deliveries": results,
-        }
         print_json(summary, pretty)
     elif results:
-        click.echo(redelivery_text(results))
+        click.echo(redelivery_text(summary))
     elif not found and dead_letters:
         click.echo(f"Nothing to redeliver: there is no dead letter{f' of {sink_id}' if sink_id else ''}.")
     else:
-        click.echo("Nothing to redeliver. What waits goes out by itself: see `status`.")
-    if counts["failed"]:
+        waits = f"`{command_line('status', job)}` shows what waits"
+        click.echo(f"Nothing to redeliver. What waits goes out by itself; {waits}.")
+    if summary["failedCount"]:
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
 
 
-def redelivery_status(counts: Mapping[str, int]) -> str:
-    """The status of several deliveries, in the words of a pass."""
-    if not counts:
-        return "nothing_to_do"
-    if not counts["failed"]:
-        return "success"
-    return "partial" if counts["success"] else "failed"
-
-
-def redelivery_text(results: Sequence[JsonObject]) -> str:
-    """What came of deliveries, for people: each of a few, of many how many had the same end."""
+def redelivery_summary(loop_id: str, results: Sequence[JsonObject]) -> JsonObject:
+    """What came of deliveries that were sent again, in the words of a pass."""
     counts = Counter(result["status"] for result in results)
+    status = "success"
+    if not results:
+        status = "nothing_to_do"
+    elif counts["failed"]:
+        status = "partial" if counts["success"] else "failed"
+    return {
+        "schemaVersion": SCHEMA_VERSION,
+        "loopId": loop_id,
+        "status": status,
+        "deliveredCount": counts["success"],
+        "failedCount": counts["failed"],
+        "waitingCount": counts["waiting"],
+        "deliveries": results,
+    }
+
+
+def redelivery_text(summary: JsonObject) -> str:
+    """What came of deliveries, for people: each of a few, of many how many had the same end."""
+    results = summary["deliveries"]
     if len(results) <= LISTED:
         lines = [outcome_text(f"{short_id(r['escalationId'])} to {r['sinkId']}", r) for r in results]
     else:
         alike = Counter(outcome_text(f"to {result['sinkId']}", result) for result in results)
         lines = [f"{count} {text}" for text, count in alike.most_common(LISTED)]
-    end = f"{counts['success']} delivered, {counts['failed']} failed"
-    end += f", {counts['waiting']} waiting" if counts["waiting"] else ""
+    end = f"{summary['deliveredCount']} delivered, {summary['failedCount']} failed"
+    end += f", {summary['waitingCount']} waiting" if summary["waitingCount"] else ""
     return "\n".join([*lines, f"{end}."])
 
 

@@ -521,7 +521,7 @@ def test_a_loop_that_no_pass_has_seen_is_named_as_such(repo: Repo) -> None:
     repo.append(health_critical())
     run = repo.run(*command, *repo.target, "--yes")
     assert (run.exit_code, run.stdout) == (4, "")
-    assert "run `dispatch` first" in run.stderr
+    assert f"run `ops-alert-dispatch dispatch --repo {repo.root} --loop {repo.loop}` first" in run.stderr
     repo.write_config("{}")
     assert repo.run(*command, *repo.target, "--yes").exit_code == 3
 
