@@ -10144,12 +10144,8 @@ def status(
         except DispatchError as error:  # it does not hide the other loops
             errors[job.loop_id] = error
     if check:
-        said_of = [(known["health"], known["loopId"], known["verdict"]) for known in statuses]
-        said_of += [("unknown", name, str(error).replace("\n", ";")) for name, error in errors.items()]
-        worst = max((health for health, _, _ in said_of), key=HEALTH_ORDER.index, default="unknown")
-        words = [f"{name}: {verdict}" for health, name, verdict in said_of if health == worst]
-        said = "; ".join(words) or "no loop has escalations or a state"
-        click.echo(printable(f"ALERT DISPATCH {worst.upper()}: {said}"))
+        worst, said = line_for_a_monitor(statuses, errors)
+        click.echo(said)
         raise click.exceptions.Exit(PLUGIN_CODES[worst])
     if loop_id and errors:
         raise errors[loop_id]
@@ -10167,6 +10163,18 @@ def status(
     # The metrics of the other loops are to reach their collector; of these they say that nothing is known.
     if errors and form != "prometheus":
         raise click.exceptions.Exit(max(error.exit_code for error in errors.values()))
+
+
+def line_for_a_monitor(
+    statuses: Sequence[JsonObject], errors: Mapping[str, DispatchError]
+) -> tuple[Health, str]:
+    """The health of the worst loops, and one line that says why."""
+    found = [(known["health"], known["loopId"], known["verdict"]) for known in statuses]
+    found += [("unknown", name, str(error).replace("\n", ";")) for name, error in errors.items()]
+    worst = max((health for health, _, _ in found), key=HEALTH_ORDER.index, default="unknown")
+    words = [f"{name}: {verdict}" for health, name, verdict in found if health == worst]
+    said = "; ".join(words) or "no loop has escalations or a state"
+    return worst, printable(f"ALERT DISPATCH {worst.upper()}: {said}")
 
 
 def acknowledge_losses(job: Job) -> None:
@@ -10492,10 +10500,8 @@ def find_one(
         raise click.BadParameter(f"loop {loop_id}: {missing}", param_hint="--loop")
     if not found:
         where = f"loop {loop_id}" if loop_id else "this repo"
-        unknown = (
-            f"no escalation of {where} has an id that begins with {printable(prefix)!r}; `log` lists them"
-        )
-        raise click.BadParameter(unknown, param_hint="ID")
+        unknown = f"no escalation of {where} has an id that begins with {printable(prefix)!r}"
+        raise click.BadParameter(f"{unknown}; `{PROGRAM} log` lists those of late", param_hint="ID")
     if len(found) > 1:
         raise ambiguous(prefix, found, "ID")
     return next(iter(found.values()))
