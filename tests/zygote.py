@@ -12,6 +12,7 @@ Not for tests of the start itself: what is imported when, with which interpreter
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import inspect
@@ -20,11 +21,15 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+from escalations import health_critical, line, sink_config, sink_env
 
 ROOT = Path(__file__).resolve().parent.parent
 STREAMS = 3
@@ -152,12 +157,29 @@ class Forked(subprocess.Popen[str]):
         self._close_pipe_fds(*(order[name] for name in ends))  # type: ignore[attr-defined]
 
 
-if __name__ == "__main__":
+def warm_up(program: ModuleType) -> None:
+    """Import what a pass imports, and compile the patterns that it compiles: what each run would do again."""
     import jsonschema  # noqa: F401
     import requests  # noqa: F401
 
+    os.environ.update(sink_env("http://127.0.0.1:9"))
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, program.DEFAULT_CONFIG)
+        config.parent.mkdir()
+        config.write_text(json.dumps(sink_config(everywhere=True)))
+        source = Path(folder, ".superloop/ops-manager/loop/escalations.jsonl")
+        source.parent.mkdir(parents=True)
+        source.write_text(line(health_critical()))
+        words = ["dispatch", "--repo", folder, "--loop", "loop", "--dry-run", "--show-payload"]
+        program.cli(words, standalone_mode=False)
+    with contextlib.suppress(program.NoAnswerError):
+        program.Client(1.0).send(program.HttpRequest("http://127.0.0.1:9/", {}, b""))
+
+
+if __name__ == "__main__":
     import ops_alert_dispatch
 
+    warm_up(ops_alert_dispatch)
     arguments = serve(socket.socket(fileno=int(sys.argv[1])))
     sys.argv = [ops_alert_dispatch.__file__, *arguments]
     ops_alert_dispatch.program()
