@@ -340,8 +340,7 @@ def test_a_queue_and_a_summary_that_are_both_lost_repeat_nothing(repo: Repo, ser
 # --- 8: a record that its sink cannot take
 
 
-@pytest.mark.parametrize("tries", [1, 3])
-@pytest.mark.parametrize("poison", [1, 4])
+@pytest.mark.parametrize(("tries", "poison"), [(3, 1), (1, 3)])
 def test_records_that_their_sink_always_answers_with_500_block_the_others_for_five_attempts_each_at_most(
     repo: Repo, server: SinkServer, tries: int, poison: int
 ) -> None:
