@@ -10169,7 +10169,9 @@ def line_for_a_monitor(
     statuses: Sequence[JsonObject], errors: Mapping[str, DispatchError]
 ) -> tuple[Health, str]:
     """The health of the worst loops, and one line that says why."""
-    found = [(known["health"], known["loopId"], known["verdict"]) for known in statuses]
+    found: list[tuple[Health, str, str]] = [
+        (known["health"], known["loopId"], known["verdict"]) for known in statuses
+    ]
     found += [("unknown", name, str(error).replace("\n", ";")) for name, error in errors.items()]
     worst = max((health for health, _, _ in found), key=HEALTH_ORDER.index, default="unknown")
     words = [f"{name}: {verdict}" for health, name, verdict in found if health == worst]
