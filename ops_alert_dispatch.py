@@ -10173,7 +10173,8 @@ def line_for_a_monitor(
         (known["health"], known["loopId"], known["verdict"]) for known in statuses
     ]
     found += [("unknown", name, str(error).replace("\n", ";")) for name, error in errors.items()]
-    worst = max((health for health, _, _ in found), key=HEALTH_ORDER.index, default="unknown")
+    healths: list[Health] = [health for health, _, _ in found] or ["unknown"]
+    worst = max(healths, key=HEALTH_ORDER.index)
     words = [f"{name}: {verdict}" for health, name, verdict in found if health == worst]
     said = "; ".join(words) or "no loop has escalations or a state"
     return worst, printable(f"ALERT DISPATCH {worst.upper()}: {said}")
