@@ -5977,7 +5977,7 @@ STATE_VERSION = 2
 
 
 def read_state_document(path: str) -> JsonObject | None:
-    """Read the state file; None where there is none.
+    """Read the state file; None if there is none.
 
     Raises ValueError for a damaged or foreign file, StateError for one that cannot be read or is newer.
     """
@@ -8157,7 +8157,7 @@ def plan_delivery(shared: Shared, sink: Sink, found: Queued) -> JsonObject:
 
 
 def why_not(sink: Sink, resolution: Resolution) -> str | None:
-    """Why a sink that a route selects is not sent a record; None where it is."""
+    """Why a record is not sent to a sink that its route selects; None if it is sent."""
     severity = resolution.event_severity
     if not resolution.should_dispatch:
         return f"severity {severity} is below the route's minimum {resolution.min_severity}"
@@ -8195,7 +8195,7 @@ def show_request(request: HttpRequest, redactor: Redactor) -> JsonObject:
 # ---------------------------------------------------------------------------------------------------------
 # Turns options into jobs, and summaries into text. Nothing above this section prints or asks.
 
-# So many deliveries are listed; of more, a summary.
+# At most this many deliveries are listed; of more, people get a summary.
 LISTED = 20
 REPO_ENV = "OPS_MANAGER_REPO"
 
@@ -8244,7 +8244,7 @@ def check_loop_id(_: click.Context, param: click.Parameter, value: str | None) -
 
 
 def what_is_wrong_with(loop_id: str) -> str | None:
-    """Say why a text is no loop id; None where it is one."""
+    """Say why a text is no loop id; None if it is one."""
     if loop_id in ("", ".", "..") or loop_id[0] == "-" or "/" in loop_id or printable(loop_id) != loop_id:
         shown = spell_out(loop_id)
         return f"'{shown}' is no loop id: it is one path component, can be printed, and does not start with -"
@@ -8396,7 +8396,13 @@ repo_option = click.option(
     help="The repository that the loops work on.",
 )
 loop_option = click.option(
-    "--loop", "loop_id", required=True, metavar="ID", callback=check_loop_id, help="The loop."
+    "--loop",
+    "loop_id",
+    required=True,
+    metavar="ID",
+    callback=check_loop_id,
+    shell_complete=complete_loop,
+    help="The loop.",
 )
 any_loop_option = click.option(
     "--loop",
@@ -8509,7 +8515,6 @@ def cli() -> None:
     "--loop", "loop_id", metavar="ID", callback=check_loop_id, shell_complete=complete_loop, help="The loop."
 )
 @click.option("--all-loops", is_flag=True, help="In place of --loop: every loop of the repo, side by side.")
-@file_options
 @click.option(
     "--trace-id",
     envvar=TRACE_ENV,
@@ -8535,13 +8540,14 @@ def cli() -> None:
     "--now",
     "at_once",
     is_flag=True,
-    help="Try every sink at once, also one that is to be left alone for a while.",
+    help="Try every sink at once, also one that failed a moment ago.",
 )
-@click.option("--strict", is_flag=True, help="Exit with 1 when any delivery failed or was put off.")
+@click.option("--strict", is_flag=True, help="Exit with 1 if a delivery failed or waits for a failing sink.")
 @click.option(
     "--dry-run", is_flag=True, help="Send and write nothing; say what would be sent where, and why."
 )
 @click.option("--show-payload", is_flag=True, help="With --dry-run: show the requests, secrets masked.")
+@file_options
 @format_option
 @pretty_option
 def dispatch(
@@ -8573,7 +8579,7 @@ def dispatch(
         raise click.UsageError("say which: --loop ID, or --all-loops")
     trace = printable(trace_id) if trace_id else new_trace_id()
     found, unusable = make_jobs(paths, loop_id, trace)
-    # Those first that were served longest ago: so none is left out for ever.
+    # The loops that were served longest ago come first, so that none is left out for ever.
     jobs = [
         job._replace(max_escalations=max_escalations, time_budget=time_budget, now=at_once)
         for job in sorted(found, key=last_served)
@@ -8690,7 +8696,7 @@ def check_sink(config: Config, sink_id: str | None) -> None:
 
 
 def is_loop(folder: str) -> bool:
-    """Tell whether a folder is that of a loop. One that cannot be looked into is: whoever tries says why."""
+    """Tell whether a folder is that of a loop. One that cannot be read counts as one: a pass says why."""
     for name in (SOURCE_FILE, STATE_FILE):
         try:
             os.stat(os.path.join(folder, name))
@@ -8821,7 +8827,9 @@ def check_regular(job: Job) -> None:
         with contextlib.suppress(OSError):  # what is wrong with it is said when it is opened
             found = os.stat(path)
         if found and not stat.S_ISREG(found.st_mode):
-            raise error(f"{path} is not a regular file", ["it is to be written to: move it away"])
+            raise error(
+                f"{path} is not a regular file", ["the program writes that file: move away what is there"]
+            )
 
 
 def make_job(paths: Paths, loop_id: str, trace_id: str | None = None) -> Job:
@@ -9147,7 +9155,7 @@ def config(
 
 
 def read_severity(word: str) -> str:
-    """The severity that a word on the command line means. Raises BadParameter where nobody knows it."""
+    """The severity that a word on the command line means. Raises BadParameter for an unknown word."""
     level = normalise_severity(word)
     if level is None:
         known = ", ".join(SEVERITIES)
@@ -9191,7 +9199,7 @@ def resolution_document(config: Config, resolution: Resolution) -> JsonObject:
 
 
 def config_text(config: Config) -> str:
-    """The config for people: the sinks and their secrets, where each category goes, what is hardly meant."""
+    """The config for people: the sinks and their secrets, where each category goes, and warnings."""
     present = config.env_status()
 
     def secrets(sink: Sink) -> str:
@@ -9229,7 +9237,7 @@ def config_text(config: Config) -> str:
             "",
             table(("CATEGORY", "SEVERITY", "MINIMUM", "GOES TO"), rows),
             "",
-            "SEVERITY counts where a record has none of its own.",
+            "SEVERITY counts if a record has none of its own.",
             *(f"warning: {printable(warning)}" for warning in config_warnings(config)),
         ]
     )
@@ -9256,7 +9264,7 @@ def resolution_text(resolution: Resolution) -> str:
 # Reads the queue, the summary, the source and the ends of the telemetry files. Never writes: no file or
 # folder is made, no alert is sent.
 
-# An unfinished line whose writer has been silent for so many seconds is reported.
+# An unfinished line is reported once its writer has been silent for this many seconds.
 WRITER_GRACE = 60.0
 Health = Literal["ok", "warning", "critical", "disabled", "unknown"]
 # Of many loops, a monitor learns of the worst.
@@ -9346,12 +9354,12 @@ def test_command(repo: str, config_file: str, sink_id: str) -> str:
 
 
 class LoopFigures(NamedTuple):
-    """What the queue says of a loop: where its source is to be read on, how its sinks stand, by sink id, the
-    lines of the current file that a sink does not take although it is well, what reached nobody of late, and
-    what came of the attempts of the last 24 hours, by sink.
+    """What the queue says of a loop.
 
-    `past`: what the loop's files say, if the queue does not know the loop. `damage`: what is wrong with the
-    queue.
+    `cursor`: how far its source was read. By sink id: `sinks` are the figures of each; `stuck` is the line of
+    the current file that the sink does not take though it is well; `hours` is what came of the attempts of
+    the last 24 hours. `losses`: what reached nobody of late. `past`: what the loop's files say, if the queue
+    does not know the loop. `damage`: what is wrong with the queue.
     """
 
     cursor: Cursor
@@ -9429,17 +9437,17 @@ class Seen(NamedTuple):
 
     @property
     def queue_knows(self) -> bool:
-        """Tell whether the queue, or else the loop's files, say how far its source was read."""
+        """Tell whether the queue or, without it, the loop's files say how far its source was read."""
         return self.figures.past is None or bool(self.figures.cursor.number or self.figures.cursor.line)
 
     @property
     def has_run(self) -> bool:
-        """Tell whether a pass has."""
+        """Tell whether a pass has ever run."""
         return self.queue_knows or self.document is not None
 
     @property
     def was_invalid(self) -> bool:
-        """Tell whether the last pass found the config invalid, though it does not look so now: a secret was
+        """Tell whether the last pass found the config invalid, though the file is valid now: a secret was
         unset, or the file was corrected since."""
         return (self.document or {}).get("status") == "config_invalid" and self.config_valid is not False
 
@@ -9481,8 +9489,8 @@ def read_loop(job: Job, critical_after: float) -> Seen:
 
 
 def loop_status(job: Job, critical_after: float) -> JsonObject:
-    """How each sink of a loop fares, right now. Needs neither config nor secrets, and works without a queue:
-    what it cannot know, it says.
+    """How a loop and each of its sinks stand. Works without config, secrets and queue, and says what it does
+    not know.
 
     Raises StateError or StorageError.
     """
@@ -9537,8 +9545,7 @@ def notes_of_sinks(seen: Seen, sinks: Sequence[JsonObject]) -> Iterator[str]:
 
 
 def config_of_status(job: Job, document: JsonObject | None) -> tuple[Config | None, bool | None, list[str]]:
-    """The config, if it can be read; whether it is valid, None if there is none; and what is to be said of
-    it."""
+    """The config, if it can be read; whether it is valid, None if there is none; and notes about it."""
     try:
         known = as_text((document or {}).get("configDigest"))
         config = load_config(job.config_file, {}, check_env=False, known_digest=known)
@@ -9583,13 +9590,13 @@ NO_FIGURE: JsonObject = {
 
 
 def sink_status(seen: Seen, sink_id: str) -> JsonObject:
-    """How one sink fares."""
+    """How one sink stands."""
     sink = seen.config.sinks.get(sink_id) if seen.config else None
     figure = seen.figures.sinks.get(sink_id, NO_FIGURE)
     commands = {**seen.commands, "test": test_command(seen.job.repo, seen.job.config_file, sink_id)}
     unread, oldest_unread = seen.unread.by_sink.get(sink_id, (0, None))
     to_come = figure["waitingCount"] + unread
-    # If nothing is left to be sent, nothing is stuck, whatever became of it.
+    # A sink for which nothing waits is not called failing, even if its last attempt failed.
     failing = figure["consecutiveFailures"] > 0 and to_come > 0
     # A record that was refused is no failure of its destination.
     refused = seen.failures.get(sink_id) if not failing else None
@@ -9982,7 +9989,7 @@ def age_of_oldest(sink: JsonObject) -> float | None:
 Metric = tuple[str, str, Callable[[JsonObject], float | None]]
 LOOP_METRICS: tuple[Metric, ...] = (
     ("health", "0 ok, 1 warning, 2 critical, 3 unknown.", lambda loop: PLUGIN_CODES[loop["health"]]),
-    ("config_valid", "1 where the config is valid, else 0.", lambda loop: loop["configValid"]),
+    ("config_valid", "1 if the config is valid, else 0.", lambda loop: loop["configValid"]),
     ("unread", "Lines of the source that no pass has read yet.", lambda loop: loop["unreadCount"]),
     (
         "last_pass_timestamp_seconds",
@@ -10057,7 +10064,7 @@ def label(key: str, value: str) -> str:
 
 
 class StatusCommand(click.Command):
-    """With `--check`, nothing that goes wrong looks CRITICAL to a monitor, whose exit codes have meanings."""
+    """With `--check`, an error ends with UNKNOWN: exit code 2 would mean CRITICAL to a monitor."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         with unknown_to_a_monitor(check="--check" in args):
@@ -10070,7 +10077,7 @@ class StatusCommand(click.Command):
 
 @contextlib.contextmanager
 def unknown_to_a_monitor(*, check: bool) -> Iterator[None]:
-    """Tell a monitor in one line on standard output where nothing can be said; others get the error."""
+    """With --check, print an error as one line on standard output, and end with UNKNOWN."""
     try:
         yield
     except (DispatchError, click.UsageError) as fault:
@@ -10093,21 +10100,20 @@ def unknown_to_a_monitor(*, check: bool) -> Iterator[None]:
 )
 @repo_option
 @any_loop_option
-@file_options
 @click.option("--check", is_flag=True, help="One line for a monitor, and its exit codes.")
 @click.option(
     "--ack",
     is_flag=True,
-    help="Note that you have seen what was lost and cannot be undone: it is in `log` only from now on.",
+    help="Note that you have seen what was lost and cannot be undone: from now on only `log` shows it.",
 )
 @click.option(
     "--critical-after",
     type=click.FloatRange(min=0),
     default=900.0,
     metavar="SECONDS",
-    help="A sink that has been failing for longer is critical, and so is it when no pass has run for longer "
-    "though something waits for one.",
+    help="CRITICAL if a sink has failed for longer, or if something waits and no pass has run for longer.",
 )
+@file_options
 @click.option(
     "--format",
     "form",
@@ -10126,10 +10132,9 @@ def status(
     form: str,
     pretty: bool,
 ) -> None:
-    """Say whether it works, what is stuck, why, what to do.
+    """Say whether all is well, what is stuck, why, and what to do.
 
-    Says how each sink of a loop fares, from the files alone: it sends nothing and, without --ack, changes
-    nothing. The files that can be named are those of one loop: they go with --loop.
+    It reads only files: it sends nothing and, without --ack, changes nothing.
     """
     statuses: list[JsonObject] = []
     if not critical_after >= 0:  # NaN is neither
@@ -10421,19 +10426,24 @@ def read_since(_: click.Context, param: click.Parameter, value: str | None) -> f
 )
 @repo_option
 @any_loop_option
-@file_options
 @click.option(
-    "--sink", "sink_id", metavar="ID", shell_complete=complete_sink, help="Deliveries to this sink."
+    "--sink", "sink_id", metavar="ID", shell_complete=complete_sink, help="Only deliveries to this sink."
 )
 @click.option(
     "--status",
     "word",
     type=click.Choice(list(ASKED_WORDS)),
-    help="With a delivery that stands like this; failed: dead, or waiting after a failure.",
+    help="Only with a delivery that is this; failed: dead, or waiting after a failure.",
 )
-@click.option("--category", metavar="NAME", help="Of this category.")
-@click.option("--since", metavar="TIME", callback=read_since, help="Ingested since: 30m, 2h or 3d ago.")
-@click.option("-n", "count", type=click.IntRange(min=1), default=20, metavar="N", help="At most so many.")
+@click.option("--category", metavar="NAME", help="Only of this category.")
+@click.option(
+    "--since",
+    metavar="TIME",
+    callback=read_since,
+    help="Only what was ingested since then: 30m, 2h or 3d ago.",
+)
+@click.option("-n", "count", type=click.IntRange(min=1), default=20, metavar="N", help="List at most N.")
+@file_options
 @format_option
 @pretty_option
 def log(
@@ -10629,10 +10639,9 @@ def show(
     form: Format,
     pretty: bool,
 ) -> None:
-    """Show one escalation whole.
+    """Show one escalation with all its attempts.
 
-    Its record, its route and why, and each delivery with its attempts. ID is its id, or as much of it as
-    tells it from others.
+    Its record, its route and why, and each delivery. ID is its id, or as much of it as tells it from others.
     """
     jobs, _ = make_jobs(paths, loop_id)
     by_loop = {job.loop_id: where_it_worked(job) for job in jobs}
@@ -11220,7 +11229,6 @@ def listing(deliveries: Sequence[Selected]) -> str:
 )
 @repo_option
 @loop_option
-@file_options
 @click.option("--dead-letters", is_flag=True, help="All dead letters.")
 @click.option("--id", "escalation", metavar="ESCALATION_ID", help="One escalation: its id, or the beginning.")
 @click.option(
@@ -11229,6 +11237,7 @@ def listing(deliveries: Sequence[Selected]) -> str:
 @click.option("--to-line", type=click.IntRange(min=1), metavar="M", help="… to this one, or to the end.")
 @click.option("--sink", "sink_id", metavar="ID", shell_complete=complete_sink, help="To this sink only.")
 @yes_option
+@file_options
 @format_option
 @pretty_option
 def redeliver(
@@ -11333,7 +11342,6 @@ def redelivery_text(summary: JsonObject) -> str:
 )
 @repo_option
 @loop_option
-@file_options
 @click.option(
     "--sink",
     "sink_id",
@@ -11348,6 +11356,7 @@ def redelivery_text(summary: JsonObject) -> str:
     "--dead-letters", is_flag=True, help="Dismiss dead letters, of --sink or of all, and not what waits."
 )
 @yes_option
+@file_options
 @format_option
 @pretty_option
 def skip(
@@ -11816,7 +11825,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def complain(about: str | click.ClickException) -> None:
-    """Say on standard error what is wrong, where that can be written."""
+    """Say on standard error what is wrong, if that can be written."""
     with contextlib.suppress(OSError):
         if isinstance(about, str):
             click.echo(about, err=True)

@@ -541,6 +541,7 @@ def test_the_help_has_examples_that_work_and_breaks_no_word(repo: Repo) -> None:
     [
         (["status", "--loop", "ni"], [LOOP]),
         (["skip", "--sink", "ops"], [CHAT]),
+        (["redeliver", "--loop", "ni"], [LOOP]),
         (["test", "--sink", ""], [CHAT, PAGER, HOOK]),
         (["explain", "unauth"], ["unauthorized"]),
     ],
