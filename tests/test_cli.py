@@ -9,10 +9,8 @@ import shutil
 import subprocess
 import sys
 import tomllib
-import venv
 from pathlib import Path
 
-import click
 import pytest
 from conftest import MODULE_FILE, RUN_TIMEOUT, Repo, clean_env
 from escalations import health_critical
@@ -216,55 +214,6 @@ def test_the_inline_metadata_asks_for_what_the_package_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert inline["requires-python"] == project["requires-python"]
     assert sorted(inline["dependencies"]) == sorted(project["dependencies"])
-
-
-@pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    # From a copy, so that two workers never build in one folder.
-    source = folder / "source"
-    source.mkdir()
-    for name in (MODULE_FILE.name, "alert-sinks.schema.json", "pyproject.toml", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, source)
-    built = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source],
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-        timeout=RUN_TIMEOUT,
-    )
-    assert built.returncode == 0, built.stderr
-    (found,) = folder.glob("*.whl")
-    return found
-
-
-def test_the_installed_wheel_finds_its_schema(wheel: Path, repo: Repo, tmp_path: Path) -> None:
-    folder = tmp_path / "venv"
-    venv.create(folder, symlinks=True)
-    bin_folder = folder / "bin"
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "pip", "--python", bin_folder / "python"),
-            *("install", "--quiet", "--no-deps", wheel),
-        ],
-        capture_output=True,
-        check=True,
-        timeout=RUN_TIMEOUT,
-    )
-    # Its dependencies are those of this interpreter: installing them again would take a minute.
-    (packages,) = folder.glob("lib/python*/site-packages")
-    (packages / "dependencies.pth").write_text(f"{Path(click.__file__).parent.parent}\n")
-    listed = sorted(path.name for path in packages.iterdir() if not path.name.endswith(".dist-info"))
-    assert {"ops_alert_dispatch.py", "alert-sinks.schema.json"} <= set(listed)
-    repo.append(health_critical())
-    repo.command = [str(bin_folder / "ops-alert-dispatch")]
-    run = repo.dispatch()
-
-    assert run.json["dispatchedCount"] == 1
-    assert repo.run("--version").exit_code == 0
-    where = run_in(tmp_path, bin_folder / "python", "-c", "import ops_alert_dispatch as m; print(m.__file__)")
-    assert where.stdout.startswith(str(packages))
 
 
 # --- Demo

@@ -299,7 +299,7 @@ def test_what_was_told_and_held_back_is_known_whatever_becomes_of_the_output(
 def test_of_very_many_different_things_each_repeat_is_held_back(
     repo: Repo, server: SinkServer, past: Past
 ) -> None:
-    count = 300
+    count = 100
     repo.write_config(quiet())
     repo.append(*(past.divergence(0, reasonCodes=[f"code_{n}" * 30]) for n in range(count)))
     repo.append(*(past.divergence(1, reasonCodes=[f"code_{n}" * 30]) for n in reversed(range(count))))
@@ -397,7 +397,7 @@ def test_a_long_backlog_of_repeats_does_not_outlast_the_budget(
     repo.write_config(config)
     repo.append(past.divergence(0))
     repo.dispatch()
-    count = 4 * program.TURN_DELIVERIES
+    count = 2 * program.TURN_DELIVERIES
     repo.append(*(past.divergence(1) for _ in range(count)))
     first = repo.dispatch("--time-budget", "0.001").json
     second = repo.dispatch().json
