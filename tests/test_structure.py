@@ -1,0 +1,145 @@
+"""The order of the file: what keeps it a place where one finds one's way."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import symtable
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from conftest import MODULE_FILE
+
+import ops_alert_dispatch as program
+
+SOURCE = MODULE_FILE.read_text(encoding="utf-8")
+TREE = ast.parse(SOURCE)
+Definition = ast.FunctionDef | ast.ClassDef
+
+
+class Section(NamedTuple):
+    """A part of the file under a headline between two rules."""
+
+    line: int
+    title: str
+
+
+@cache
+def sections() -> list[Section]:
+    rule = r"^# -{20,}\n"
+    found = re.finditer(rf"{rule}# (?P<title>[^\n]+)\n{rule}", SOURCE, re.MULTILINE)
+    return [Section(SOURCE.count("\n", 0, match.start()) + 1, match["title"]) for match in found]
+
+
+def section_of(line: int) -> int:
+    return sum(section.line <= line for section in sections()) - 1
+
+
+def names_of(node: ast.stmt) -> list[str]:
+    """The names that a statement at the top level defines."""
+    if isinstance(node, Definition):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+DEFINED = {name: node.lineno for node in TREE.body for name in names_of(node)}
+
+
+def globals_of(scope: symtable.SymbolTable) -> Iterator[str]:
+    """The names that a scope, and those within it, look up in the module."""
+    for symbol in scope.get_symbols():
+        if symbol.is_referenced() and symbol.is_global():
+            yield symbol.get_name()
+    for inner in scope.get_children():
+        yield from globals_of(inner)
+
+
+def test_no_section_uses_a_later_one() -> None:
+    assert len(sections()) >= 12
+    scopes = symtable.symtable(SOURCE, str(MODULE_FILE), "exec").get_children()
+    ahead = [
+        f"line {scope.get_lineno()}, {scope.get_name()}: {name} is defined in line {DEFINED[name]}"
+        for scope in scopes
+        for name in set(globals_of(scope))
+        if name in DEFINED and section_of(DEFINED[name]) > section_of(scope.get_lineno())
+    ]
+    assert not ahead, "\n".join(sorted(ahead))
+
+
+def test_each_section_begins_with_what_it_knows_and_never_does() -> None:
+    lines = SOURCE.splitlines()
+    for section in sections():
+        assert lines[section.line + 2].startswith("# "), f"{section.title}: nothing below its headline"
+
+
+def test_a_private_name_is_used_where_it_is_defined() -> None:
+    owners: dict[str, set[str]] = {}
+    used: list[tuple[str, str, int]] = []
+    for top in TREE.body:
+        owner = top.name if isinstance(top, Definition) else ""
+        for node in ast.walk(top):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+                used.append((node.attr, owner, node.lineno))
+                if isinstance(node.ctx, ast.Store):
+                    owners.setdefault(node.attr, set()).add(owner)
+            elif isinstance(node, Definition) and node.name.startswith("_"):
+                owners.setdefault(node.name, set()).add(owner)
+    strange = [
+        f"line {line}: {name} belongs to {', '.join(sorted(owners[name]))}"
+        for name, owner, line in used
+        if not name.endswith("__") and name in owners and owner not in owners[name]
+    ]
+    assert not strange, "\n".join(strange)
+
+
+def methods_of(node: ast.stmt) -> list[str]:
+    body = node.body if isinstance(node, ast.ClassDef) else []
+    return [item.name for item in body if isinstance(item, Definition)]
+
+
+def is_called_by_click(node: ast.stmt) -> bool:
+    parts = node.decorator_list if isinstance(node, ast.FunctionDef) else getattr(node, "bases", [])
+    return any(re.match(r"(cli|click)\.", ast.unparse(part)) for part in parts)
+
+
+def test_nothing_is_defined_and_never_used() -> None:
+    uses = Counter(
+        node.id if isinstance(node, ast.Name) else node.attr
+        for node in ast.walk(TREE)
+        if isinstance(node, ast.Name | ast.Attribute) and not isinstance(node.ctx, ast.Store)
+    )
+    # Annotations in quotes.
+    quoted = Counter(
+        word
+        for node in ast.walk(TREE)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 100
+        for word in re.findall(r"\w+", node.value)
+    )
+    unused = [
+        f"line {top.lineno}: {name}"
+        for top in TREE.body
+        for name in (*names_of(top), *methods_of(top))
+        if not (name.startswith("__") or is_called_by_click(top) or uses[name] or quoted[name])
+    ]
+    assert not unused, "\n".join(unused)
+
+
+def test_every_key_of_the_schema_is_read() -> None:
+    def keys(value: object) -> Iterator[str]:
+        if isinstance(value, dict):
+            yield from (key for key, known in value.get("properties", {}).items() if known is not True)
+            for item in value.values():
+                yield from keys(item)
+        elif isinstance(value, list):
+            for item in value:
+                yield from keys(item)
+
+    named = set(keys(json.loads(Path(program.SCHEMA_FILE).read_text(encoding="utf-8"))))
+    assert len(named) > 30
+    words = {node.value for node in ast.walk(TREE) if isinstance(node, ast.Constant)}
+    assert not named - words
