@@ -573,21 +573,6 @@ def test_no_source_yet_is_told_and_is_no_error(repo: Repo) -> None:
     assert repo.state() == summary
 
 
-def test_a_half_written_last_line_waits_until_it_is_whole(repo: Repo, server: SinkServer) -> None:
-    text = line(health_degraded())
-    repo.append(health_degraded(), text[:40])
-    first = repo.dispatch().json
-    assert (first["processedCount"], first["escalationsLineOffset"], first["escalationsLineCount"]) == (
-        1,
-        1,
-        1,
-    )
-
-    repo.append(text[40:])
-    assert counts(repo.dispatch().json) == (1, 1, 0, 0)
-    assert len(server.requests) == 2
-
-
 def test_an_idle_pass_changes_nothing_but_the_state(repo: Repo) -> None:
     repo.append(*batch(3))
     repo.dispatch()
