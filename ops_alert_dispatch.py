@@ -3558,6 +3558,8 @@ class Queue:
                 ["check the file, its folder and the disk; the next pass goes on where this one stopped"],
             ) from None
 
+    # -- locks and transactions
+
     def _take(self, kind: int, byte: int = 0, wait: float = QUEUE_WAIT_SECONDS) -> bool:
         """Lock a byte of the lock file; tells whether it was to be had within `wait` seconds."""
         deadline = time.monotonic() + wait
@@ -3651,6 +3653,8 @@ class Queue:
         [value] = self.execute("SELECT value FROM meta WHERE key = 'salt'").fetchone()
         return bytes.fromhex(value)
 
+    # -- loops and escalations
+
     def find_loop(self, loop_id: str) -> tuple[int, Cursor, JsonObject | None] | None:
         """A loop's number, its cursor, and the routes under which its deliveries wait; None for a new
         loop."""
@@ -3683,6 +3687,8 @@ class Queue:
             self._db.executemany(insert, rows)
         except UnicodeEncodeError:  # see `execute`; the rows before it are stored
             self._db.executemany(insert.replace("INSERT", "INSERT OR IGNORE"), map(strict_value, rows))
+
+    # -- what waits
 
     def add_deliveries(self, rows: Iterable[tuple[int, str, str, int, int, int, float]]) -> None:
         """Add deliveries that wait: escalation, sink, peer, loop, severity, lead, since when."""
@@ -3869,6 +3875,8 @@ class Queue:
         row = self.execute(f"SELECT {STORED_COLUMNS} FROM escalations e WHERE id = ?", number).fetchone()
         return Stored(*row)
 
+    # -- what becomes of a delivery
+
     def mark_in_flight(self, deliveries: Iterable[Queued]) -> None:
         """Note that requests with these deliveries are about to be sent."""
         self._db.executemany(
@@ -3993,6 +4001,8 @@ class Queue:
         )
         return [Stored(*row) for row in rows]
 
+    # -- destinations
+
     def destination(self, sink: str, peer: str, digest: str, setup: str, now: float) -> Destination:
         """What is known of a destination. One whose settings or secrets have changed begins anew, but for
         what was spent of its rate."""
@@ -4104,6 +4114,8 @@ class Queue:
         """Let other processes send to a destination as well: it has answered."""
         self._take(fcntl.LOCK_SH, destination.id, 0.0)
 
+    # -- repeats
+
     def last_sent(self, delivery: Queued, subject: str) -> tuple[str, int, str | None] | None:
         """When the record was written that a sink was sent last of a subject, the repeats held back since,
         and when the first of those was written."""
@@ -4126,6 +4138,8 @@ class Queue:
             "AND sink = ? AND peer = ? AND subject = ?",
             *(written_at, delivery.loop, delivery.sink, delivery.peer, subject),
         )
+
+    # -- figures
 
     def count_attempts(self, loop: int, sink: str, now: float, outcome: Outcome, count: int) -> None:
         """Count attempts with the same outcome. In the tallies one after which a delivery is a dead letter is
@@ -4204,6 +4218,8 @@ class Queue:
             *(sink, loop, attempts),
         ).fetchone()
         return row
+
+    # -- what operators name
 
     def named(self, loop: int, condition: str, *values: object) -> list["Named"]:
         """The escalations of a loop for which a condition holds, in the order of ingestion: one for each of
@@ -4285,6 +4301,8 @@ class Queue:
             "AND deliveries.peer = destinations.peer)",
             sink,
         )
+
+    # -- rows on their way, and the retention
 
     def write_row(self, loop: int, file: str, row: bytes) -> None:
         """Put a row on its way into a file."""
@@ -6506,6 +6524,8 @@ class Loop:
             raise storage_error("write", job.temporary_file, OSError(errno.EISDIR, os.strerror(errno.EISDIR)))
         self._recover_rows()
 
+    # -- ingest
+
     def ingest(self) -> bool:
         """Ingest one chunk of new lines, in one transaction; tells whether there may be more."""
         chunk = next(self.chunks, None)
@@ -6574,6 +6594,8 @@ class Loop:
         if row.get("reasonCode") in LOSS_CODES:
             self.queue.note_loss(self.id, row["reasonCode"], 1, time.time())
 
+    # -- a changed config
+
     def _apply_routes(self, before: JsonObject) -> None:
         """Bring what waits in line with a changed config: it goes to the sinks that its route names now, if
         they were in the config before, and no more to the others. `before`: the rules until now."""
@@ -6639,6 +6661,8 @@ class Loop:
             (*found[:2], peer, self.id, found.severity, int(lead and place == 0), found.waiting_since)
             for place, peer in enumerate(missing)
         )
+
+    # -- rows
 
     def write_event(
         self,
@@ -6817,6 +6841,8 @@ class Loop:
             self._append(missing)
             with self.queue.transaction():
                 self.queue.clear_outbox(self.id, rows[-1][0])
+
+    # -- the end of a pass
 
     def finish(self) -> JsonObject:
         """Write the rows that are still to be written, and the summary; returns that. Raises
@@ -7224,6 +7250,8 @@ class Sender:
     def _known(self) -> Destination:
         return self.queue.known_destination(self.sink.id, self.peer, self.digest)
 
+    # -- what goes out next
+
     def _next(self, destination: Destination) -> Batch | float | None:
         """What goes out with the next request, or seconds to wait before one, or None: nothing in this pass.
 
@@ -7378,6 +7406,8 @@ class Sender:
         speaks = self.queue.settle(item, STATUS_OF_OUTCOME[verdict.outcome], verdict, item.attempts)
         loop.note_end(item, speaks=speaks)
 
+    # -- the request
+
     def _send(self, batch: Batch) -> Verdict:
         """Send one request with these deliveries, and judge what comes back."""
         job = self.shared.loops[batch.queued[0].loop].job
@@ -7432,6 +7462,8 @@ class Sender:
                 )
                 self._write_counts()
                 self.queue.stop_probing(destination)
+
+    # -- what came of it
 
     def record(self, verdict: Verdict, destination: Destination) -> None:
         """Write down what came of a request: in the transaction in which the next one is chosen."""
