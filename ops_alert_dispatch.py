@@ -8727,6 +8727,11 @@ def check_sink(config: Config, sink_id: str | None) -> None:
         raise click.BadParameter(said, param_hint="--sink")
 
 
+def no_loops(repo: str) -> str:
+    """Say that a repo has no loops at all."""
+    return f"No loop of {printable(repo)} has escalations. --repo names another folder."
+
+
 def is_loop(folder: str) -> bool:
     """Tell whether a folder is that of a loop. One that cannot be read counts as one: a pass says why."""
     for name in (SOURCE_FILE, STATE_FILE):
@@ -8828,6 +8833,8 @@ def loops_text(summary: JsonObject) -> str:
     colour = STATUS_COLOURS.get(summary["status"], "yellow")
     counted = f"{plural(summary['loopCount'], 'loop')}, {summary['processedCount']} new"
     lines = [f"{click.style(summary['status'], fg=colour)}  {counted}"]
+    if not summary["loops"]:
+        lines.append(no_loops(summary["repoPath"]))
     stopped = {loop["stoppedBy"] for loop in loops if loop.get("stoppedBy")}
     lines += [stopped_words(by, summary["unreadCount"]) for by in sorted(stopped)]
     if rows:
@@ -9050,50 +9057,55 @@ PLAN_WORDS = {"send": "delivered", "wait": "waiting", "keep": "waiting", "drop":
 
 
 def plan_text(plans: Sequence[JsonObject], *, several: bool) -> str:
-    """What a dry run found for people: each escalation and what a pass would make of it; of many, a summary.
-    `several`: of more than one loop."""
+    """What a dry run found, for people. `several`: of more than one loop."""
     now = time.time()
-    rows = [(plan["loopId"], item, plan_cell(item)) for plan in plans for item in plan["escalations"]]
-    written = [plan["oldestAt"] for plan in plans if plan["oldestAt"]]
-    lines = ["", "Nothing was sent or written. This is what a pass would do, if each sink took it in time."]
-    if written:
+    lines = ["Nothing was sent or written. This is what a pass would do, if each sink took it in time."]
+    if written := [plan["oldestAt"] for plan in plans if plan["oldestAt"]]:
         oldest = min(written, key=lambda moment: parse_time(moment) or 0.0)
         lines.append(f"Of what it would send, the oldest was written {how_long(oldest, now)}.")
-    if not rows:
-        lines = ["", "Nothing waits: a pass would send nothing."]
-    elif len(rows) <= LISTED:
-        cells = [
-            (
-                *([loop_id] if several else []),
-                item["line"],
-                how_long(item.get("timestamp"), now),
-                item.get("eventSeverity"),
-                item.get("category") or item["decision"],
-                short_id(item["escalationId"]),
-                cell,
-            )
-            for loop_id, item, cell in rows
-        ]
-        headings = (*(["LOOP"] if several else []), "LINE", "TIME", "SEVERITY", "CATEGORY", "ID", "SINKS")
-        lines += ["", table(headings, cells, ("ID", "TIME"))]
+    if any(plan["escalations"] for plan in plans):
+        lines += ["", plan_table(plans, now, several=several)]
     else:
-        groups: dict[tuple[object, ...], list[str | None]] = {}
-        for loop_id, item, cell in rows:
-            named = (item.get("eventSeverity"), item.get("category") or item["decision"], cell)
-            groups.setdefault((*([loop_id] if several else []), *named), []).append(item.get("timestamp"))
-        headings = (*(["LOOP"] if several else []), "SEVERITY", "CATEGORY", "SINKS")
-        lines += ["", grouped_table(headings, groups, now)]
+        lines = ["Nothing waits: a pass would send nothing."]
     for plan in plans:
-        loop = f"loop {plan['loopId']}: " if several else ""
-        lines += note_lines(loop + note for note in plan["notes"])
-    for loop_id, item, _ in rows:
-        for sink in item.get("sinks", []):
-            if "request" in sink:
-                loop = f"loop {loop_id}, " if several else ""
-                shown = json.dumps(sink["request"], indent=2, ensure_ascii=False)
-                head = printable(f"{loop}line {item['line']} to {sink['id']}:")
-                lines += ["", click.style(head, bold=True), *map(printable, shown.splitlines())]
-    return "\n".join(lines)
+        loop = f"loop {plan['loopId']}, " if several else ""
+        lines += note_lines(f"{loop}{note}" for note in plan["notes"])
+        for item in plan["escalations"]:
+            for sink in item.get("sinks", []):
+                if "request" in sink:
+                    head = printable(f"{loop}line {item['line']} to {sink['id']}:")
+                    shown = json.dumps(sink["request"], indent=2, ensure_ascii=False)
+                    lines += ["", click.style(head, bold=True), *map(printable, shown.splitlines())]
+    return "\n".join(["", *lines])
+
+
+def plan_table(plans: Sequence[JsonObject], now: float, *, several: bool) -> str:
+    """Each escalation and what a pass would make of it; of many, how many are alike."""
+    first = 0 if several else 1  # the loop stands first
+    found = [
+        (
+            plan["loopId"],
+            item["line"],
+            item.get("timestamp"),
+            item.get("eventSeverity"),
+            item.get("category") or item["decision"],
+            item["escalationId"],
+            plan_cell(item),
+        )
+        for plan in plans
+        for item in plan["escalations"]
+    ]
+    if len(found) <= LISTED:
+        headings = ("LOOP", "LINE", "TIME", "SEVERITY", "CATEGORY", "ID", "SINKS")
+        rows = [
+            (loop, line, how_long(at, now), severity, category, short_id(identity), cell)[first:]
+            for loop, line, at, severity, category, identity, cell in found
+        ]
+        return table(headings[first:], rows, ("ID", "TIME"))
+    groups: dict[tuple[object, ...], list[str | None]] = {}
+    for loop, _, at, severity, category, _, cell in found:
+        groups.setdefault((loop, severity, category, cell)[first:], []).append(at)
+    return grouped_table(("LOOP", "SEVERITY", "CATEGORY", "SINKS")[first:], groups, now)
 
 
 def plan_cell(item: JsonObject) -> str:
@@ -10196,7 +10208,7 @@ def status(
         statuses.sort(key=lambda known: HEALTH_ORDER.index(known["health"]), reverse=True)
         click.echo("\n\n".join(map(status_text, statuses)))
     else:
-        click.echo(f"No loop of {printable(paths.repo)} has escalations. --repo names another folder.")
+        click.echo(no_loops(absolute(paths.repo)))
     # The metrics of the other loops are to reach their collector; of these they say that nothing is known.
     if errors and form != "prometheus":
         raise click.exceptions.Exit(max(error.exit_code for error in errors.values()))
@@ -10422,19 +10434,17 @@ def log_text(entries: Sequence[JsonObject], now: float, *, several: bool) -> str
     rows = []
     for entry in entries:
         sinks = sorted(entry["sinks"], key=lambda sink: DELIVERY_WORDS.index(sink["status"]))
-        said = sinks_words(
-            ((sink["status"], sink["reasonCode"], str(sink["id"])) for sink in sinks), named=False
+        words = ((sink["status"], sink["reasonCode"], str(sink["id"])) for sink in sinks)
+        why = entry.get("message") or entry.get("reasonCode") or "no sink"
+        row = (
+            how_long(entry["timestamp"] or entry["ingestedAt"], now),
+            *([entry["loopId"]] if several else []),
+            entry["severity"],
+            entry["category"] or entry.get("reasonCode"),
+            short_id(entry["escalationId"]),
+            sinks_words(words, named=False) or f"{entry['status']} ({why})",
         )
-        rows.append(
-            (
-                how_long(entry["timestamp"] or entry["ingestedAt"], now),
-                *([entry["loopId"]] if several else []),
-                entry["severity"],
-                entry["category"] or entry.get("reasonCode"),
-                short_id(entry["escalationId"]),
-                said or f"{entry['status']} ({entry.get('message') or entry.get('reasonCode') or 'no sink'})",
-            )
-        )
+        rows.append(row)
     headings = ("TIME", *(["LOOP"] if several else []), "SEVERITY", "CATEGORY", "ID", "SINKS")
     return table(headings, rows, ("SEVERITY",))
 
