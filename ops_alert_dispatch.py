@@ -21,8 +21,8 @@ that it did not, and why. Start at `Pass`, `Loop` and `Sender`; `QUEUE_SCHEMA` s
 
 import gc
 
-# What imports make stays for good. To search it for garbage over and over costs a tenth of an idle pass: that
-# is left out, and what was made is set aside at the end of this file.
+# No garbage collection during the imports: what they make stays, and collecting it again and again costs a
+# tenth of an idle pass. The end of this file turns collection on again.
 gc.disable()
 
 import contextlib
@@ -47,7 +47,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, 
 import click
 
 try:
-    # hashlib loads OpenSSL, which costs as much as a twentieth of an idle pass.
+    # hashlib loads OpenSSL, which costs a twentieth of an idle pass.
     from _blake2 import blake2b
 except ImportError:
     from hashlib import blake2b
@@ -68,7 +68,8 @@ JsonObject = dict[str, Any]
 # ---------------------------------------------------------------------------------------------------------
 # Errors, time, JSON, words
 # ---------------------------------------------------------------------------------------------------------
-# What every section may use: the errors that end a command, and how times, JSON and text are read and shown.
+# Knows nothing of what the program does: the errors that end a command, times, JSON, and text that is shown.
+# Every section uses it.
 
 EXIT_CHECK_FAILED = 1
 EXIT_USAGE = 2
@@ -91,7 +92,7 @@ Exit codes:
 
 
 class DispatchError(Exception):
-    """What ends a command: a headline, and one line for each fault with its place and what to do."""
+    """An error that ends a command: a headline, and a line for each fault with its place and what to do."""
 
     exit_code: ClassVar[int] = EXIT_STORAGE
 
@@ -117,29 +118,35 @@ class StateError(DispatchError):
 
 
 class StorageError(DispatchError):
-    """The source, the telemetry or the disk failed."""
+    """The source, the telemetry or the disk failed, or the program itself."""
 
-    exit_code = EXIT_STORAGE
+
+def place_of(error: Exception) -> str:
+    """The type of an exception, and the line of this file that it came through last. Not its message, which
+    may hold a secret."""
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    inner = frames[1:] or frames  # the first frame is the function that caught it
+    frame = ([frame for frame in inner if frame.filename == __file__] or inner)[-1]
+    return f"{type(error).__name__} in {frame.name}, line {frame.lineno}"
 
 
 def program_fault(error: Exception) -> StorageError:
-    """Say where the program itself is wrong, without the exception's own words: they may hold a secret."""
-    import traceback
-
-    *_, frame = traceback.extract_tb(error.__traceback__)
+    """The error that a fault of the program itself becomes."""
     return StorageError(
-        f"a fault of the program: {type(error).__name__} in {frame.name}, line {frame.lineno}",
+        f"a fault of the program: {place_of(error)}",
         ["report it with this line and the version; what was not delivered goes out with a later pass"],
     )
 
 
 def storage_error(action: str, path: str, error: OSError) -> StorageError:
-    """Say which file failed at what, and what an operator can do about that kind of failure."""
+    """`cannot append to alerts.jsonl: No space left on device`, with advice."""
     return StorageError(f"cannot {action} {path}: {error.strerror or error}", [what_to_do(error)])
 
 
 def what_to_do(error: OSError) -> str:
-    """What an operator can do about a failure of a file."""
+    """What an operator can do about an error of the file system."""
     return {
         errno.ENOSPC: "free space on this file system; the next pass goes on where this one stopped",
         errno.EDQUOT: "raise the quota or free space; the next pass goes on where this one stopped",
@@ -163,26 +170,15 @@ LAST_SECOND = 253_370_764_800.0
 
 
 def iso(epoch: float, *, milliseconds: bool = False) -> str:
-    """Write seconds since the epoch as the host does: ISO 8601, UTC, whole seconds."""
-    return write_time(epoch, "milliseconds") if milliseconds else write_time(int(epoch // 1), "seconds")
-
-
-# Most times are asked for again and again: those of the second in which a pass works.
-@functools.lru_cache(maxsize=64)
-def write_time(epoch: float, precision: str) -> str:
-    """`iso` to a precision that datetime knows."""
-    return datetime.fromtimestamp(epoch, UTC).isoformat(timespec=precision).replace("+00:00", "Z")
+    """Write seconds since the epoch as the host does: ISO 8601, UTC, whole seconds (rounded down)."""
+    moment = datetime.fromtimestamp(epoch if milliseconds else epoch // 1, UTC)
+    return moment.isoformat(timespec="milliseconds" if milliseconds else "seconds").replace("+00:00", "Z")
 
 
 def parse_time(text: object) -> float | None:
-    """Read an ISO 8601 time as seconds since the epoch; None where it is none. No zone means UTC."""
-    # Nothing that long is one, and what is read is kept for a while.
-    return read_time(text) if isinstance(text, str) and len(text) <= 64 else None
-
-
-@functools.lru_cache(maxsize=64)
-def read_time(text: str) -> float | None:
-    """`parse_time` of a text."""
+    """Read an ISO 8601 time as seconds since the epoch; None for anything else. Without a zone it is UTC."""
+    if not isinstance(text, str) or len(text) > 64:
+        return None
     try:
         moment = datetime.fromisoformat(text.strip())
         seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
@@ -191,8 +187,7 @@ def read_time(text: str) -> float | None:
     return seconds if 0 <= seconds < LAST_SECOND else None
 
 
-# Deeper nesting than this is no escalation that anybody wrote by hand or by jq, and it is far from the
-# depth at which Python's own JSON encoder gives up.
+# No person and no jq writes an escalation that is nested deeper, and Python's JSON encoder still takes it.
 MAX_DEPTH = 100
 BYTE_ORDER_MARK = "\ufeff".encode()
 
@@ -200,18 +195,18 @@ JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=
 
 
 class TooDeepError(ValueError):
-    """JSON whose containers stand in each other more than MAX_DEPTH deep."""
+    """JSON that is nested more than MAX_DEPTH deep."""
 
     def __init__(self) -> None:
         super().__init__(f"nested more than {MAX_DEPTH} deep")
 
 
-# Exceptions that reading JSON of others may raise.
+# Exceptions that taking apart JSON of an unknown shape can raise.
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
 def encode_json(value: object) -> bytes:
-    """Encode as compact UTF-8 JSON of one line, whatever the value holds.
+    """Encode any value as compact UTF-8 JSON on one line.
 
     Lone surrogates become U+FFFD; NaN and the infinities, which JSON does not have, become strings.
     """
@@ -221,18 +216,6 @@ def encode_json(value: object) -> bytes:
         return one_line(JSON_ENCODER.encode(strict_value(value)).encode())
 
 
-def one_line(data: bytes) -> bytes:
-    """Write valid JSON so that no reader sees more than one line in it.
-
-    Some readers split at U+0085, U+2028 and U+2029 too, which JSON has only within texts: they are escaped. A
-    carriage return, which JSON has only between tokens, becomes a space.
-    """
-    if not data.isascii():
-        for character, written in LINE_BREAKS:
-            data = data.replace(character, written)
-    return data.replace(b"\r", b" ")
-
-
 LINE_BREAKS = (
     ("\x85".encode(), rb"\u0085"),
     ("\u2028".encode(), rb"\u2028"),
@@ -240,8 +223,20 @@ LINE_BREAKS = (
 )
 
 
+def one_line(data: bytes) -> bytes:
+    """Put valid JSON on one line for every reader.
+
+    Some readers also split at U+0085, U+2028 and U+2029. Valid JSON has them only in strings: they are
+    escaped. It has a carriage return only between tokens: that becomes a space.
+    """
+    if not data.isascii():
+        for character, written in LINE_BREAKS:
+            data = data.replace(character, written)
+    return data.replace(b"\r", b" ")
+
+
 def strict_value(value: object) -> object:
-    """Replace what strict JSON in UTF-8 cannot say. Nesting is at most MAX_DEPTH, so recursion is safe."""
+    """Replace what strict JSON in UTF-8 cannot hold. Nesting is at most MAX_DEPTH, so recursion is safe."""
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, float) and value - value != 0:  # NaN, inf, -inf
@@ -254,7 +249,7 @@ def strict_value(value: object) -> object:
 
 
 def too_deep(value: object) -> bool:
-    """Tell whether containers stand in each other more than MAX_DEPTH deep, without recursion."""
+    """Tell whether a value is nested more than MAX_DEPTH deep, without recursion."""
     level: list[object] = [value]
     for _ in range(MAX_DEPTH):
         level = [
@@ -268,16 +263,29 @@ def too_deep(value: object) -> bool:
     return True
 
 
-def decode_json(text: str) -> object:
-    """Read JSON leniently where leniency loses nothing: NaN and oversized integers are kept as strings.
+def as_integer(digits: str) -> int | str:
+    """An integer; with more digits than Python converts, the digits."""
+    try:
+        return int(digits)
+    except ValueError:
+        return digits
 
-    Raises ValueError for what is not JSON, TooDeepError for what is nested more than MAX_DEPTH deep.
+
+# `int` refuses NaN, Infinity and -Infinity, as strict JSON does.
+STRICT_DECODER = json.JSONDecoder(parse_constant=int)
+LENIENT_DECODER = json.JSONDecoder(parse_constant=str, parse_int=as_integer)
+
+
+def decode_json(text: str) -> object:
+    """Read JSON; NaN, the infinities and integers of too many digits become strings.
+
+    Raises ValueError if it is not JSON, TooDeepError if it is nested more than MAX_DEPTH deep.
     """
     return decode_record(text)[0]
 
 
 def decode_record(text: str) -> tuple[object, bool]:
-    """`decode_json`, and whether a strict reader reads the same from the text."""
+    """As `decode_json`; and whether a strict reader reads the same."""
     strict = True
     try:
         try:
@@ -293,43 +301,27 @@ def decode_record(text: str) -> tuple[object, bool]:
     return value, strict
 
 
-def as_integer(digits: str) -> int | str:
-    """An integer of a JSON text; one with more digits than Python converts stays a string."""
-    try:
-        return int(digits)
-    except ValueError:
-        return digits
-
-
-def refuse_constant(word: str) -> NoReturn:
-    """NaN and the infinities are no JSON."""
-    raise ValueError(word)
-
-
-STRICT_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
-LENIENT_DECODER = json.JSONDecoder(parse_constant=str, parse_int=as_integer)
-
-
 def mapping(value: object) -> JsonObject:
-    """A JSON object as it is; an empty one in place of anything else."""
+    """A JSON object as it is; an empty one for anything else."""
     return value if isinstance(value, dict) else {}
 
 
-# What is unprintable, once for all: control characters, line and paragraph separators, and those that change
-# the direction of text, which forge log lines and terminal output; and lone surrogates, which cannot be
-# encoded. A fixed list: what Unicode has not assigned yet is shown as it is, whatever Python's tables know.
+# Unprintable characters: those that can forge log lines or terminal output (control characters, line and
+# paragraph separators, changes of the text's direction), and lone surrogates, which cannot be encoded. The
+# list is fixed, so that what Unicode assigns later is shown the same by every version of Python.
 FORGING = "\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f"
 UNPRINTABLE = f"[\x00-\x1f{FORGING}\ud800-\udfff]+"
 
 
 def printable(text: str) -> str:
-    """Make text safe for a line of a log or a terminal: each stretch of unprintable characters is a space."""
-    # Nearly always nothing is to be done: then no pattern is compiled. Python calls more unprintable than we.
+    """Make text safe for a line of a log or a terminal: each run of unprintable characters becomes a
+    space."""
+    # Usually there is nothing to do, and no pattern is compiled. Python finds more unprintable than we do.
     return text if text.isprintable() else re.sub(UNPRINTABLE, " ", text)
 
 
 def spell_out(text: str, pattern: str = UNPRINTABLE) -> str:
-    """Write what is unprintable as JSON does, so that what differs stays different, unlike by `printable`."""
+    """Escape what is unprintable as JSON does. Unlike with `printable`, texts that differ still differ."""
     return re.sub(pattern, lambda found: "".join(f"\\u{ord(character):04x}" for character in found[0]), text)
 
 
@@ -338,47 +330,32 @@ def cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def stat_of(path: str) -> os.stat_result | None:
-    """What the file system says of a file; None where there is none. Raises OSError."""
-    try:
-        return os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
 def shell_line(*words: str) -> str:
-    """A command to be pasted into a shell."""
+    """A command that can be pasted into a shell."""
     import shlex
 
     return printable(shlex.join(words))
 
 
 def as_text(value: object) -> str | None:
-    """Normalise a field to text; None where there is nothing in it."""
+    """A field as text; None if there is nothing in it."""
     if value is None:
         return None
     text = value if isinstance(value, str) else encode_json(value).decode()
     return text.strip() or None
 
 
-# A value of a record is shown to people with at most this many characters, so that a long one leaves room for
-# the others; then a line with all its values.
+# How much of a value is shown to people, so that a long one leaves room for the others.
 SHOWN_CHARACTERS = 200
-SHOWN_LINE = 500
 
 
 def shown(value: object, limit: int = SHOWN_CHARACTERS) -> str:
-    """A field as a person is shown it: one line of at most `limit` characters, empty if it says nothing."""
+    """A field for people: one line of at most `limit` characters; empty if there is nothing in it."""
     return cut(printable(as_text(value) or "").strip(), limit)
 
 
-def shown_list(values: object) -> list[str]:
-    """The items of a list, each as it is shown; of anything else none."""
-    return [text for value in values if (text := shown(value))] if isinstance(values, list) else []
-
-
 def how_long(moment: str | None, now: float) -> str | None:
-    """A time as people at a terminal say it: `40 s ago`, `in 3 min`. What is no time is shown as it is."""
+    """A time relative to `now`: `40 s ago`, `in 3 min`. A text that is no time is shown as it is."""
     at = parse_time(moment)
     if at is None:
         return cut(moment, 20) if moment else None
@@ -388,20 +365,20 @@ def how_long(moment: str | None, now: float) -> str | None:
 
 
 def when_due(moment: str | None, now: float) -> str | None:
-    """When something will happen, as people say it: `in 3 min`; `due now` if that time has come."""
+    """When something will happen: `in 3 min`; `due now` if that time has come."""
     at = parse_time(moment)
     return "due now" if at is not None and at < now + 1 else how_long(moment, now)
 
 
 def duration_words(seconds: float) -> str:
-    """Some time as people say it: `40 s`, `3 min`, `5 h`, `2 days`."""
+    """A length of time: `40 s`, `3 min`, `5 h`, `2 days`."""
     units = ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"))
     length, unit = next((pair for pair in units if seconds >= 2 * pair[0]), (1, "s"))
     return f"{seconds // length:.0f} {unit}"
 
 
 def times_as_ages(text: str, now: float) -> str:
-    """A text with its times as people say them; commands stay as they are."""
+    """A text with its times relative to `now`; commands, in backticks, stay as they are."""
 
     def say(found: re.Match[str]) -> str:
         if found["time"] is None:
@@ -422,26 +399,31 @@ def plural(count: int, noun: str) -> str:
 # ---------------------------------------------------------------------------------------------------------
 # Files: append, replace, lock
 # ---------------------------------------------------------------------------------------------------------
-# Knows how the program makes, replaces, extends and locks files of its own. Never follows a symbolic link
-# there, and never leaves half a row.
-
-
-def beside(path: str, name: str) -> str:
-    """The path of another file in the folder of a file."""
-    return os.path.join(os.path.dirname(path), name)
+# Knows how the program makes, replaces, extends and locks its own files, not what is in them. Never follows a
+# symbolic link to one, and never leaves half a row.
 
 
 # What must fit on the disk before anything is sent.
 RESERVE_BYTES = 256 << 10
 LOCK_WAIT_SECONDS = 1.0
+# How much of a file of rows is read at once from its end.
+BLOCK_BYTES = 1 << 20
+
+
+def stat_of(path: str) -> os.stat_result | None:
+    """The status of a file; None if it is not there. Raises OSError."""
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def make_folder(path: str) -> None:
-    """Make a folder for this user alone; one that is there keeps its mode."""
+    """Make a folder that only this user can read; one that is there keeps its mode. Raises StorageError."""
     if os.path.isdir(path):
         return
     parent = os.path.dirname(path)
-    if parent != path:  # not `os.makedirs`, which gives what lies between the usual mode
+    if parent != path:  # not `os.makedirs`: the folders between would get the usual mode
         make_folder(parent)
     try:
         os.mkdir(path, 0o700)
@@ -454,18 +436,18 @@ def make_folder(path: str) -> None:
 
 
 def give_to_owner_of(other: str, descriptor: int) -> None:
-    """Let a file that root has made belong to whoever has the other one, its folder say: a pass that root
-    runs by hand must not lock out those of the user who runs it otherwise."""
+    """Give a file that root has made to the owner of `other`, usually its folder: a pass that root runs by
+    hand must not lock out the passes of the usual user."""
     if os.geteuid() == 0:
         owner = os.stat(other)
         if (owner.st_uid, owner.st_gid) != (0, 0):
-            with contextlib.suppress(OSError):  # there are file systems on which nobody may
+            with contextlib.suppress(OSError):  # not every file system allows that
                 os.fchown(descriptor, owner.st_uid, owner.st_gid)
 
 
 def open_own(path: str, flags: int) -> int:
-    """Open a file of the program's own in a folder that is there. One that is new is for the folder's owner
-    alone; a symbolic link is not followed. Raises OSError."""
+    """Open one of the program's own files, or make it, readable by the folder's owner only. The folder is
+    there. A symbolic link is not followed. Raises OSError."""
     flags |= os.O_CLOEXEC | os.O_NOFOLLOW
     while True:
         with contextlib.suppress(FileNotFoundError):
@@ -476,9 +458,16 @@ def open_own(path: str, flags: int) -> int:
             return descriptor
 
 
+def create_anew(path: str) -> int:
+    """Make a file for a moment's use. One that a killed pass has left there goes first. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
 def write_all(descriptor: int, data: bytes) -> None:
-    """Write every byte at the descriptor's place. What an error cuts short is taken back, where it is at the
-    end of a file. Raises OSError."""
+    """Write every byte at the end of a file. If an error cuts that short, the file is truncated to what it
+    was. Raises OSError."""
     view = memoryview(data)
     try:
         while view:
@@ -491,8 +480,8 @@ def write_all(descriptor: int, data: bytes) -> None:
 
 
 def append_rows(path: str, rows: bytes) -> None:
-    """Append whole lines to a file with one write, and close a line that a crash or a full disk has torn.
-    They are on the disk when this returns: some file systems say only then that there is no room.
+    """Append whole lines to a file. A torn last line, from a crash or a full disk, gets its line feed first.
+    The rows are flushed to the disk: some file systems report only then that they are full.
 
     Raises StorageError.
     """
@@ -511,7 +500,7 @@ def append_rows(path: str, rows: bytes) -> None:
 
 
 def check_appendable(path: str) -> None:
-    """Find out, before anything is sent, whether rows can be appended to a file. Raises StorageError."""
+    """Check, before anything is sent, that rows can be appended to a file. Raises StorageError."""
     try:
         os.close(open_own(path, os.O_RDWR | os.O_APPEND))
     except OSError as error:
@@ -519,7 +508,7 @@ def check_appendable(path: str) -> None:
 
 
 def last_bytes(path: str, size: int) -> bytes:
-    """The last `size` bytes of a file, or all of a shorter one; nothing if it is not there.
+    """The last `size` bytes of a file, or all of a shorter one; empty if it is not there.
 
     Raises StorageError.
     """
@@ -535,10 +524,10 @@ def last_bytes(path: str, size: int) -> bytes:
 
 
 def replace_file(path: str, data: bytes, *, durable: bool) -> None:
-    """Replace a file in one step: a reader sees the old content or the new one. Mode and owner are kept. The
-    folder is there.
+    """Replace a file in one step: a reader sees the old content or the new one. Its mode and owner are kept.
+    The folder is there.
 
-    `durable`: flush to disk before and after the rename. Raises StorageError.
+    `durable`: flush to the disk before and after the rename. Raises StorageError.
     """
     temporary = f"{path}.tmp"
     try:
@@ -547,12 +536,7 @@ def replace_file(path: str, data: bytes, *, durable: bool) -> None:
             mode, owned_like = os.lstat(path).st_mode, path
         if stat.S_ISLNK(mode):
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        try:
-            descriptor = os.open(temporary, flags, 0o600)
-        except FileExistsError:  # left by a pass that was killed
-            os.unlink(temporary)
-            descriptor = os.open(temporary, flags, 0o600)
+        descriptor = create_anew(temporary)
         try:
             give_to_owner_of(owned_like, descriptor)
             if mode & 0o777 != 0o600:
@@ -576,10 +560,10 @@ def replace_file(path: str, data: bytes, *, durable: bool) -> None:
 
 
 def check_room(folder: str, *files: str) -> None:
-    """Find out before anything is sent whether what happens to it can be written down.
+    """Check, before anything is sent, that there is room to write down the results.
 
-    Takes RESERVE_BYTES of the disk for a moment (free space, quota, a read-only mount), and looks at the file
-    size limit. Raises StorageError.
+    Reserves RESERVE_BYTES in the folder for a moment, which meets free space, quota and a read-only mount,
+    and compares `files` with the limit of a file's size. Raises StorageError.
     """
     import resource
 
@@ -588,15 +572,10 @@ def check_room(folder: str, *files: str) -> None:
     room = RESERVE_BYTES if limit == resource.RLIM_INFINITY else max(1, min(RESERVE_BYTES, limit))
     probe = os.path.join(folder, f".{PROGRAM}.reserve")
     try:
-        for file in files:
-            if limit == resource.RLIM_INFINITY:
-                break
+        for file in files if limit != resource.RLIM_INFINITY else ():
             if (found := stat_of(file)) and found.st_size + room > limit:
                 raise storage_error("append to", file, OSError(errno.EFBIG, os.strerror(errno.EFBIG)))
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(probe)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(probe, flags, 0o600)
+        descriptor = create_anew(probe)
         try:
             os.posix_fallocate(descriptor, 0, room)
         finally:
@@ -608,9 +587,9 @@ def check_room(folder: str, *files: str) -> None:
 
 @contextlib.contextmanager
 def loop_lock(path: str, wait: float = LOCK_WAIT_SECONDS) -> Iterator[bool]:
-    """Hold a loop's lock; yields whether it was to be had within `wait` seconds.
+    """Hold a loop's lock; yields False if it could not be had within `wait` seconds.
 
-    The kernel drops the lock with its process, so it is never left behind. Raises StorageError.
+    The kernel drops the lock when the process ends, so none is left behind. Raises StorageError.
     """
     make_folder(os.path.dirname(path))
     deadline = time.monotonic() + wait
@@ -649,8 +628,8 @@ def iterate_rows(path: str) -> Iterator[JsonObject]:
 
 
 def rows_backwards(path: str, containing: bytes = b"") -> Iterator[JsonObject]:
-    """The JSON objects of a file of rows whose lines contain something, the last one first; none if the file
-    is not there. Raises StorageError."""
+    """The JSON objects of a file of rows, the last one first: those whose line contains `containing`. Nothing
+    if the file is not there. Raises StorageError."""
     try:
         with open(path, "rb") as file:
             end, rest = file.seek(0, os.SEEK_END), b""
@@ -672,35 +651,33 @@ def rows_backwards(path: str, containing: bytes = b"") -> Iterator[JsonObject]:
         raise storage_error("read", path, error) from None
 
 
-# So much of a file of rows is read at once from its end.
-BLOCK_BYTES = 1 << 20
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Secrets: what is masked in text that comes from outside
 # ---------------------------------------------------------------------------------------------------------
-# Knows spellings of secrets, not where they are set. Masks answers and exceptions; never changes a record.
+# Knows how a secret can be spelled, not where it is set. Masks sinks' answers, and requests that are shown.
+# Never changes a record.
 
 MASK = "[secret]"
-# A run of this many characters of a secret is masked: no answer holds one by chance, and what a shorter one
-# tells of a key of sixteen characters or more does not help to guess the rest.
+# A run of this many characters of a secret is masked: no answer holds one by chance, and a shorter run does
+# not help to guess the rest of a key.
 SECRET_RUN = 8
-# A shorter secret is masked where it stands as a word; one that is shorter than this not at all.
+# A secret shorter than SECRET_RUN is masked where it is a whole word, and not at all if it is shorter than
+# this.
 SECRET_MIN = 4
-# A text as it is, and with its escapes undone once or twice: JSON that quotes a percent-encoded URL.
+# How often escapes are undone, less one: JSON may quote a percent-encoded URL.
 ENCODING_LAYERS = 3
 
-# Patterns that an idle pass does not need are compiled with their first use.
+# As in most sections, patterns are texts: what an idle pass does not need is compiled with its first use.
 ESCAPED = r"%([0-9A-Fa-f]{2})|\\u([0-9A-Fa-f]{4})|\\([\"/\\])"
 PLAIN_WORDS = "[A-Za-z]+(?:[-_.][A-Za-z]+)*"
 
 
 class Redactor:
-    """Masks secrets in text from outside (sinks' answers, exceptions) and in requests that are shown.
+    """Masks secrets in text.
 
-    Each secret is masked whole, and so is every run of SECRET_RUN characters of it, in any case. It is found
-    as it stands, JSON-escaped, percent-encoded and in base64. Records are never masked, nor are `public`
-    names (sink ids and categories that are plain words and no secret), even if a URL holds the same word.
+    Each secret is masked, and every run of SECRET_RUN characters of it, in upper or lower case, plain,
+    JSON-escaped, percent-encoded or in base64. `public` names (sink ids and categories) stay, if they are
+    plain words and not secrets themselves, even if a secret URL contains them.
     """
 
     def __init__(self, secrets: Iterable[str] = (), public: Iterable[str] = ()) -> None:
@@ -709,7 +686,7 @@ class Redactor:
 
     @functools.cached_property
     def _hidden(self) -> tuple[set[str], set[str]]:
-        """The runs of all secrets, and the secrets that are shorter than a run. All folded."""
+        """The runs of all secrets, and the secrets that are shorter than a run; in lower case."""
         tokens: set[str] = set()
         paths: set[str] = set()
         for secret in self._secrets:
@@ -735,7 +712,7 @@ class Redactor:
         )
 
     def mask(self, text: str) -> str:
-        """Put MASK in place of each stretch of a text that is a secret or a part of one."""
+        """Replace each secret, or part of one, by MASK."""
         runs, words = self._hidden
         if not runs and not words:
             return text
@@ -759,7 +736,7 @@ class Redactor:
         return mask_spans(text, spans)
 
     def mask_texts(self, value: Any) -> Any:
-        """`mask` every text of a JSON value: of a request that is shown."""
+        """`mask` every text in a JSON value."""
         if isinstance(value, str):
             return self.mask(value)
         if isinstance(value, dict):
@@ -767,16 +744,16 @@ class Redactor:
         return [self.mask_texts(item) for item in value] if isinstance(value, list) else value
 
 
-def fold(text: str) -> str:
-    """Write the 26 letters small: a text of the same length."""
-    return text.lower() if text.isascii() else text.translate(SMALL_LETTERS)
-
-
 SMALL_LETTERS = {letter: letter + 32 for letter in range(ord("A"), ord("Z") + 1)}
 
 
+def fold(text: str) -> str:
+    """Write A to Z in lower case. Unlike with `str.lower`, the length stays the same."""
+    return text.lower() if text.isascii() else text.translate(SMALL_LETTERS)
+
+
 def mask_spans(text: str, spans: Iterable[tuple[int, int]]) -> str:
-    """Put one MASK in place of each stretch of a text that these spans cover."""
+    """Replace what the spans cover by MASK, once for spans that touch."""
     pieces: list[str] = []
     covered = 0
     for start, stop in sorted(spans):
@@ -787,14 +764,14 @@ def mask_spans(text: str, spans: Iterable[tuple[int, int]]) -> str:
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """What is secret of a URL: user name and password, and what stands behind the host."""
+    """The secret parts of a URL: user name and password, and all that follows the host."""
     beyond_scheme = url.partition("://")[2]
     authority = re.split("[/?#]", beyond_scheme, maxsplit=1)[0]
     return authority.rpartition("@")[0], beyond_scheme[len(authority) :].strip("/")
 
 
 def token_parts(token: str) -> set[str]:
-    """A token, or each of several signing secrets, and the key that one encodes."""
+    """The words of a token, and the keys that they hold if they are signing secrets."""
     parts: set[str] = set()
     for word in token.split():
         parts |= {word, word.removeprefix("whsec_")}
@@ -803,10 +780,10 @@ def token_parts(token: str) -> set[str]:
 
 
 def signing_keys(value: str) -> list[bytes]:
-    """The keys that a webhook's signing secret holds, in its order; none where any of it is malformed.
+    """The keys of a webhook's signing secret, in its order; empty if a part of it is malformed.
 
-    Standard Webhooks, "Signature scheme": `whsec_` and the key in base64. Several stand side by side, with
-    a space between them, while a key is rotated.
+    Standard Webhooks, "Signature scheme": `whsec_` and the key in base64; several, separated by spaces, while
+    a key is rotated.
     """
     from base64 import b64decode
 
@@ -824,7 +801,7 @@ def signing_keys(value: str) -> list[bytes]:
 
 
 def spellings(part: str) -> set[str]:
-    """A part of a secret as it is, without its percent escapes, and in base64 alone or after other bytes."""
+    """A part of a secret as it is, percent-decoded, and in base64: by itself, or after other bytes."""
     from base64 import b64encode
     from urllib.parse import unquote
 
@@ -837,7 +814,7 @@ def spellings(part: str) -> set[str]:
 
 
 def decode_layer(text: str, places: list[tuple[int, int]]) -> tuple[str, list[tuple[int, int]]]:
-    """Undo one layer of percent and JSON escapes, and keep track of where each character came from."""
+    """Undo one layer of percent and JSON escapes. `places`: where in the original text each character is."""
     decoded: list[str] = []
     kept: list[tuple[int, int]] = []
     at = 0
@@ -854,27 +831,28 @@ def decode_layer(text: str, places: list[tuple[int, int]]) -> tuple[str, list[tu
 # Config: what the operator wrote, checked
 # ---------------------------------------------------------------------------------------------------------
 # Reads the config and the secrets of its sinks, and says what is wrong, where, and what to do. Fails closed:
-# never gives back half a config. Knows no sink type but through the schema and what adapters say of keys.
+# never returns half a config. Which keys a type has is in the schema; what their values do, in its adapter.
 
 SCHEMA_FILE = os.path.join(os.path.dirname(os.path.realpath(__file__)), "alert-sinks.schema.json")
 DEFAULT_CONFIG = "config/ops-manager-alert-sinks.v1.json"
 CONFIG_ENV = "OPS_MANAGER_ALERT_SINKS_FILE"
 TRACE_ENV = "OPS_MANAGER_TRACE_ID"
 MAX_CONFIG_BYTES = 1 << 20
-# More faults than this come from a file that is no config, or a hostile one.
+# A file with more faults is no config, or a hostile one: the rest is not listed.
 MAX_FAULTS = 100
-# Of so many known words one is suggested.
+# A suggestion is looked for among this many known words.
 MAX_KNOWN = 60
-# Of a longer key only its length is shown.
+# Only the length of a longer key is shown.
 LONG_KEY = 200
-# A secret in a file is no longer than this.
 MAX_SECRET_BYTES = 1 << 16
 
-# The keys of a sink that name environment variables, and what the variable holds. `headersEnv` is an object
-# of such names. All but the path of a CA file is secret.
+# The keys of a sink that name environment variables, and what the variable holds. The value of `headersEnv`
+# is an object of such names. All but the path of a CA file is secret.
 CA_FILE_KEY = "caFileEnv"
 HEADERS_KEY = "headersEnv"
 HEADER_KEYS = ("headers", HEADERS_KEY)
+# Types whose URL variable holds base URLs, to which a path is added, one for each peer of a cluster.
+CLUSTER_TYPES = ("alertmanager",)
 VariableKind = Literal["url", "token", "signing secret", "header", "CA file"]
 VARIABLE_KEYS: Mapping[str, VariableKind] = {
     "urlEnv": "url",
@@ -888,7 +866,7 @@ VARIABLE_KEYS: Mapping[str, VariableKind] = {
 
 DEFAULT_TIMEOUT: float = 5
 SEVERITIES = ("info", "warning", "critical")
-# Numbers are those of syslog (RFC 5424, section 6.2.1); P1 to P5 and sev0 to sev4 those of incident tools.
+# Numbers are syslog's (RFC 5424, section 6.2.1); P1 to P5 and sev0 to sev4 come from incident tools.
 SEVERITY_WORDS = {
     "info": "info informational information notice debug trace low ok healthy P4 P5 sev4 5 6 7",
     "warning": "warning warn degraded minor medium moderate P2 P3 sev2 sev3 3 4",
@@ -901,7 +879,7 @@ SEVERITY_OF_WORD = {
 
 
 def normalise_severity(value: object) -> str | None:
-    """Map a word, in any case, or a number to `info`, `warning` or `critical`; None if it is not known."""
+    """Map a word, in any case, or a number to `info`, `warning` or `critical`; None for any other value."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -909,13 +887,9 @@ def normalise_severity(value: object) -> str | None:
     return SEVERITY_OF_WORD.get(value.strip().lower()) if isinstance(value, str) else None
 
 
-# What an Alertmanager tells our alerts apart by: a sink's own labels must not stand in for these.
-ALERT_LABELS = ("alertname", "severity", "loop", "repo", "source")
-
-
 class Sink(NamedTuple):
-    """A configured sink: `settings` is its object in the config, `secrets` what its variables hold, by the
-    keys of `variables_of`."""
+    """A configured sink. `settings` is its object in the config, without comments. `secrets` has the values
+    of its variables, by the keys of `variables_of`; one that is unset is left out."""
 
     id: str
     type: str
@@ -927,11 +901,11 @@ class Sink(NamedTuple):
 
     @property
     def secret_refs(self) -> dict[str, str]:
-        """The keys that name environment variables, with those names: see `variables_of`."""
+        """The variables that it names: see `variables_of`."""
         return variables_of(self.settings)
 
     def summary(self) -> JsonObject:
-        """The sink as the resolver lists it: no secret, only the names of the variables."""
+        """The sink as the resolver lists it."""
         return {
             "id": self.id,
             "enabled": self.enabled,
@@ -941,7 +915,7 @@ class Sink(NamedTuple):
         }
 
     def describe(self) -> JsonObject:
-        """The sink as the resolver describes a selected one: `summary` and what else is set on it."""
+        """The sink as the resolver describes a selected one: `summary`, and its other settings."""
         known = {"enabled", "type", "timeoutSeconds", *VARIABLE_KEYS}
         config = {key: value for key, value in self.settings.items() if key not in known}
         return {**self.summary(), "config": config}
@@ -950,25 +924,45 @@ class Sink(NamedTuple):
 def variables_of(settings: JsonObject) -> dict[str, str]:
     """The variables that a sink's object names, in a valid config or not: `{"urlEnv": "ALERT_URL",
     "headersEnv.X-Api-Key": "ALERT_KEY"}`."""
-    found: dict[str, str] = {}
+    named: dict[str, object] = {}
     for key in VARIABLE_KEYS:
-        value = settings.get(key)
-        named = (
-            {f"{key}.{header}": name for header, name in mapping(value).items()}
-            if key == HEADERS_KEY
-            else {key: value}
-        )
-        found |= {k: name for k, name in named.items() if isinstance(name, str) and is_env_name(name)}
-    return found
+        if key == HEADERS_KEY:
+            named |= {f"{key}.{header}": name for header, name in mapping(settings.get(key)).items()}
+        else:
+            named[key] = settings.get(key)
+    # As the schema has it: `[A-Z_][A-Z0-9_]*`.
+    return {
+        key: name
+        for key, name in named.items()
+        if isinstance(name, str) and name.isascii() and name.isidentifier() and name == name.upper()
+    }
+
+
+class Variable(NamedTuple):
+    """A variable that a sink of a config names: `key` is the key of `variables_of`, `settings` the sink's
+    object."""
+
+    name: str
+    key: str
+    sink_id: str
+    settings: JsonObject
+
+
+def variables_in(document: JsonObject) -> Iterator[Variable]:
+    """The variables that the sinks of a config name, valid or not."""
+    for sink_id, sink in mapping(document.get("sinks")).items():
+        settings = mapping(sink)
+        for key, name in variables_of(settings).items():
+            yield Variable(name, key, sink_id, settings)
 
 
 def kind_of_variable(key: str) -> VariableKind:
-    """What the variable of a key of `variables_of` holds."""
+    """What a variable holds, by its key of `variables_of`."""
     return VARIABLE_KEYS[key.partition(".")[0]]
 
 
 class DeliveryPolicy(NamedTuple):
-    """How failures are treated. Times are in seconds."""
+    """When a failed delivery is tried again. Times are in seconds."""
 
     max_attempts_per_pass: int = 3
     backoff_initial: float = 30.0
@@ -977,7 +971,7 @@ class DeliveryPolicy(NamedTuple):
 
 
 class Config(NamedTuple):
-    """A valid config. `digest` stands for its bytes: a config with a known digest needs no validation."""
+    """A valid config. `digest`: of its bytes and the program's version. `hidden`: what must not be shown."""
 
     path: str
     digest: str
@@ -996,12 +990,12 @@ class Config(NamedTuple):
 
     @property
     def repeat_window(self) -> float:
-        """For how many seconds a sink is not sent the same again; 0: it always is."""
+        """For how many seconds repeats are held back; 0: not at all."""
         window: float = self.routing.get("repeat", {}).get("windowSeconds", 0)
         return window
 
     def rules(self) -> JsonObject:
-        """A config document of nothing but what decides where a record goes; no secret, no name of one."""
+        """The part of the document that decides where a record goes, without the names of secrets."""
         sinks = {
             sink_id: {key: settings[key] for key in ("type", "enabled", "minSeverity") if key in settings}
             for sink_id, settings in self.document["sinks"].items()
@@ -1016,7 +1010,7 @@ class Config(NamedTuple):
         return {"defaultMinSeverity": self.default_min_severity, "sinks": sinks, "routing": routing}
 
     def redactor(self) -> Redactor:
-        """A redactor for every secret that the environment holds for this config."""
+        """A redactor for every secret of this config."""
         return make_redactor(self.document, self.hidden)
 
     def env_status(self) -> JsonObject:
@@ -1029,7 +1023,7 @@ class Config(NamedTuple):
 
 
 def json_path(parts: Iterable[str | int]) -> str:
-    """Write a place in a document as JSONPath (RFC 9535): `$.sinks['webhook-default'].urlEnv`."""
+    """A place in a document as JSONPath (RFC 9535): `$.sinks['webhook-default'].urlEnv`."""
     path = "$"
     for part in parts:
         if isinstance(part, int):
@@ -1048,21 +1042,24 @@ def load_config(
 ) -> Config:
     """Read, validate and resolve the config.
 
-    `known_digest` is the digest of a config that an earlier pass found valid: the same bytes are not
-    validated against the schema again, which saves the import of jsonschema. The secrets are always checked.
+    `known_digest` is the digest of a config that an earlier pass found valid. The same bytes are not
+    validated again, which saves the import of jsonschema. The secrets are always checked.
 
     Raises ConfigError, which lists every fault with its JSON path.
     """
-    document, digest, faults = read_config(path)
-    environ, _ = read_secret_files(document, environ)
+    raw = read_config(path)
+    document, faults = parse_config(path, raw)
+    digest = blake2b(__version__.encode() + b"\0" + raw, digest_size=32).hexdigest()
+    environ, unreadable = read_secret_files(document, environ)
     if not faults and digest != known_digest:
         faults += validate_config(document)
     if check_env:
-        faults += check_secrets(document, environ)
+        faults += check_secrets(document, environ, unreadable)
     faults += find_secrets(document, environ)
+    hidden = hidden_values(document, environ)
     if faults:
-        # Whoever wrote a secret into the file is not to find it in a log as well.
-        redactor = make_redactor(document, hidden_values(document, environ))
+        # A fault may quote the file, and somebody may have written a secret into it.
+        redactor = make_redactor(document, hidden)
         raise config_error(path, [redactor.mask(fault) for fault in faults])
     delivery = document.get("delivery", {})
     backoff = delivery.get("backoffSeconds", {})
@@ -1080,12 +1077,12 @@ def load_config(
             give_up_after=delivery.get("giveUpAfterSeconds", defaults.give_up_after),
         ),
         env_checked=check_env,
-        hidden=hidden_values(document, environ),
+        hidden=hidden,
     )
 
 
 def sinks_of(document: JsonObject, environ: Mapping[str, str]) -> dict[str, Sink]:
-    """The sinks of a valid config document, with the secrets that the environment holds for them."""
+    """The sinks of a valid config document, with their secrets from the environment."""
     return {
         sink_id: Sink(
             id=sink_id,
@@ -1103,79 +1100,69 @@ def sinks_of(document: JsonObject, environ: Mapping[str, str]) -> dict[str, Sink
 def read_secret_files(
     document: JsonObject, environ: Mapping[str, str]
 ) -> tuple[Mapping[str, str], dict[str, str]]:
-    """The environment with what stands in files: the value of NAME, if unset, is the content of NAME_FILE.
+    """Let the file that NAME_FILE names stand in for a variable NAME that is unset, as with secrets of
+    Docker, Kubernetes and systemd. A line feed at the end of the file is left out.
 
-    Docker, Kubernetes and systemd hand secrets over so. One line feed at the end is left out. Also returns,
-    for each variable whose file cannot be used, why: without the path, which may be the secret by mistake.
+    Returns the environment with these values; and by variable what is wrong with a file that cannot be used.
+    That never shows the path, which may be the secret itself by mistake.
     """
     found: dict[str, str] = {}
-    unusable: dict[str, str] = {}
-    for sink in mapping(document.get("sinks")).values():
-        for name in variables_of(mapping(sink)).values():
-            path = environ.get(f"{name}_FILE")
-            if not path or environ.get(name):
-                continue
-            try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-                with os.fdopen(descriptor, "rb") as file:
-                    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                        raise OSError(errno.EINVAL, "not a regular file")
-                    raw = file.read(MAX_SECRET_BYTES + 1)
-            except (OSError, ValueError) as error:
-                why = (isinstance(error, OSError) and error.strerror) or "not a path"
-                unusable[name] = f"cannot be read: {why}; name a file that this user can read"
-                continue
-            value = raw.decode("utf-8", "surrogateescape").removesuffix("\n")
-            if len(raw) > MAX_SECRET_BYTES:
-                unusable[name] = f"is larger than {MAX_SECRET_BYTES} bytes; name the file of the secret"
-            elif not value:
-                unusable[name] = "is empty; write the secret into it"
-            else:
-                found[name] = value
-    return ({**environ, **found} if found else environ), unusable
+    unreadable: dict[str, str] = {}
+    for name in {variable.name for variable in variables_in(document)}:
+        path = environ.get(f"{name}_FILE")
+        if not path or environ.get(name):
+            continue
+        try:
+            raw = read_regular_file(path, MAX_SECRET_BYTES + 1)
+        except (OSError, ValueError) as error:
+            why = (isinstance(error, OSError) and error.strerror) or "not a path"
+            unreadable[name] = f"cannot be read: {why}; name a file that this user can read"
+            continue
+        value = raw.decode("utf-8", "surrogateescape").removesuffix("\n")
+        if len(raw) > MAX_SECRET_BYTES:
+            unreadable[name] = f"is larger than {MAX_SECRET_BYTES} bytes; name the file of the secret"
+        elif not value:
+            unreadable[name] = "is empty; write the secret into it"
+        else:
+            found[name] = value
+    return ({**environ, **found} if found else environ), unreadable
 
 
-def named_secrets(document: JsonObject, environ: Mapping[str, str]) -> dict[str, str]:
-    """The secrets that the environment holds for a config, valid or not: name of the variable, value."""
-    return {
-        name: environ[name]
-        for sink in mapping(document.get("sinks")).values()
-        for key, name in variables_of(mapping(sink)).items()
-        if kind_of_variable(key) != "CA file" and environ.get(name)
-    }
-
-
-def is_env_name(name: object) -> bool:
-    """Tell whether a key of the config names a variable as the schema has it: `[A-Z_][A-Z0-9_]*`."""
-    return isinstance(name, str) and name.isascii() and name.isidentifier() and name == name.upper()
+def read_regular_file(path: str, size: int) -> bytes:
+    """At most `size` bytes from the start of a file. Raises OSError, also for a folder or a device, and
+    ValueError for a path with a NUL character."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        return file.read(size)
 
 
 def hidden_values(document: JsonObject, environ: Mapping[str, str]) -> tuple[str, ...]:
-    """What must not be seen of the environment: a config's secrets, and what proxies ask for."""
+    """The values of the environment that must not be shown: a config's secrets, and the logins of proxies."""
     hidden: list[str] = []
-    for sink in mapping(document.get("sinks")).values():
-        settings = mapping(sink)
-        for key, name in variables_of(settings).items():
-            if kind_of_variable(key) != "CA file" and environ.get(name):
-                hidden += secret_parts(settings.get("type"), key, environ[name])
+    for name, key, _, settings in variables_in(document):
+        if kind_of_variable(key) != "CA file" and environ.get(name):
+            hidden += secret_parts(settings.get("type"), key, environ[name])
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         for proxy in (environ.get(name, ""), environ.get(name.upper(), "")):
-            # Of a proxy's URL only user name and password are secret.
             userinfo = proxy.rpartition("://")[2].partition("/")[0].rpartition("@")[0]
             hidden += filter(None, [userinfo, *userinfo.split(":")])
     return tuple(hidden)
 
 
 def make_redactor(document: JsonObject, hidden: Iterable[str]) -> Redactor:
-    """A redactor for a config, valid or not, that leaves sink ids and categories alone."""
+    """A redactor for a config, valid or not, that does not mask sink ids and categories."""
     categories = mapping(mapping(document.get("routing")).get("categorySeverity"))
     return Redactor(hidden, public=(*mapping(document.get("sinks")), *categories))
 
 
 def find_secrets(document: JsonObject, environ: Mapping[str, str]) -> Iterator[str]:
-    """Find what stands in the environment as a secret and in the file as well, where anybody may read it."""
+    """Find values of secret variables that stand in the file as well, where others may read them."""
     secrets = {
-        name: value for name, value in named_secrets(document, environ).items() if len(value) >= SECRET_RUN
+        name: environ[name]
+        for name, key, *_ in variables_in(document)
+        if kind_of_variable(key) != "CA file" and len(environ.get(name, "")) >= SECRET_RUN
     }
     text = json.dumps(document, ensure_ascii=False)
     if not any(json.dumps(value, ensure_ascii=False)[1:-1] in text for value in secrets.values()):
@@ -1196,9 +1183,32 @@ def find_secrets(document: JsonObject, environ: Mapping[str, str]) -> Iterator[s
                     )
 
 
-def read_config(path: str) -> tuple[JsonObject, str, list[str]]:
-    """Read the config's bytes: the document, a digest that stands for it and for this version, and what is
-    wrong with it already. Raises ConfigError where there is no document."""
+def read_config(path: str) -> bytes:
+    """Read the bytes of the config. Raises ConfigError."""
+    try:
+        raw = read_regular_file(path, MAX_CONFIG_BYTES + 1)
+        folders = {os.path.dirname(path), os.path.dirname(os.path.realpath(path))}
+        open_to_all = [item for item in (path, *sorted(folders)) if others_can_write(item)]
+    except OSError as error:
+        raise config_error(path, [why_unread(path, error)]) from None
+    if open_to_all:
+        raise config_error(
+            path,
+            [
+                f"$: everybody on this machine may write to {item}, and so choose where alerts and "
+                f"credentials go; chmod o-w {item}"
+                for item in open_to_all
+            ],
+        )
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise config_error(
+            path, [f"$: the file is larger than {MAX_CONFIG_BYTES} bytes; is it the right one?"]
+        )
+    return raw
+
+
+def parse_config(path: str, raw: bytes) -> tuple[JsonObject, list[str]]:
+    """The document of a config, and what is wrong with its JSON. Raises ConfigError if there is none."""
     faults: list[str] = []
 
     def unique(pairs: list[tuple[str, object]]) -> JsonObject:
@@ -1217,52 +1227,28 @@ def read_config(path: str) -> tuple[JsonObject, str, list[str]]:
         return int(value) if value.is_integer() else value
 
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.EINVAL, "not a regular file")
-            folders = {os.path.dirname(path), os.path.dirname(os.path.realpath(path))}
-            open_to_all = [item for item in (path, *sorted(folders)) if others_can_write(item)]
-            raw = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise config_error(path, [why_unread(path, error)]) from None
-    if open_to_all:
-        raise config_error(
-            path,
-            [
-                f"$: everybody on this machine may write to {item}, and so choose where alerts and "
-                f"credentials go; chmod o-w {item}"
-                for item in open_to_all
-            ],
-        )
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise config_error(
-            path, [f"$: the file is larger than {MAX_CONFIG_BYTES} bytes; is it the right one?"]
-        )
-    try:
         text = raw.removeprefix(BYTE_ORDER_MARK).decode()
         document = json.loads(text, object_pairs_hook=unique, parse_constant=no_number, parse_float=number)
     except UnicodeDecodeError as error:
-        raise config_error(path, [f"$: not UTF-8 at byte {error.start}; save the file as UTF-8"]) from None
+        why = f"not UTF-8 at byte {error.start}; save the file as UTF-8"
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise config_error(path, [f"$: not JSON at {place}: {error.msg}; correct the file there"]) from None
+        why = f"not JSON at line {error.lineno}, column {error.colno}: {error.msg}; correct the file there"
     except (RecursionError, ValueError):
-        raise config_error(path, ["$: nested too deeply, or a number too long; correct the file"]) from None
-    if not isinstance(document, dict):
-        raise config_error(path, ["$: must be one JSON object; see the README's full example"])
-    if too_deep(document):
-        raise config_error(path, [f"$: nested more than {MAX_DEPTH} deep; correct the file"])
-    digest = blake2b(__version__.encode() + b"\0" + raw, digest_size=32).hexdigest()
-    return document, digest, faults
+        why = "nested too deeply, or a number too long; correct the file"
+    else:
+        if isinstance(document, dict) and not too_deep(document):
+            return document, faults
+        why = "must be one JSON object; see the README's full example"
+        if isinstance(document, dict):
+            why = f"nested more than {MAX_DEPTH} deep; correct the file"
+    raise config_error(path, [f"$: {why}"])
 
 
 def others_can_write(path: str) -> bool:
-    """Tell whether any user can change a file, or replace what stands in a folder. Raises OSError.
+    """Tell whether any user can change a file, or replace the files in a folder. Raises OSError.
 
-    In a folder with the sticky bit, as /tmp has it, each can replace only what is theirs. On a mount that is
-    read-only, as that of a Kubernetes ConfigMap, nobody can write, whatever the mode says.
+    In a folder with the sticky bit, such as /tmp, users can replace only their own files. On a read-only
+    mount, such as that of a Kubernetes ConfigMap, nobody can write, even if the mode allows it.
     """
     mode = os.stat(path).st_mode
     if not mode & stat.S_IWOTH or (stat.S_ISDIR(mode) and mode & stat.S_ISVTX):
@@ -1281,7 +1267,7 @@ def why_unread(path: str, error: OSError) -> str:
 
 
 def config_error(path: str, faults: Sequence[str]) -> ConfigError:
-    """One error of all faults, which may quote what stands in the file: they steer no terminal."""
+    """One error for all faults. They may quote the file, so they are made printable."""
     listed = sorted({printable(fault) for fault in faults})
     if len(listed) > MAX_FAULTS:
         listed[MAX_FAULTS:] = [f"… and more; correct these {MAX_FAULTS} first"]
@@ -1289,7 +1275,7 @@ def config_error(path: str, faults: Sequence[str]) -> ConfigError:
 
 
 def validate_config(document: JsonObject) -> list[str]:
-    """Find every fault in a config document: first what the schema can say, then references between keys."""
+    """Find every fault in a config document: by the schema, and those that no schema can express."""
     import jsonschema
 
     try:
@@ -1313,8 +1299,8 @@ def validate_config(document: JsonObject) -> list[str]:
 
 
 def explain_schema_error(error: Any, common: Iterable[str]) -> Iterator[str]:
-    """Put a jsonschema ValidationError into words that an operator can act on, without the value itself
-    where that may be a secret that somebody wrote into the file. `common`: the keys that all sinks know."""
+    """Say in words what to do about a jsonschema ValidationError. A value is not shown if it may be a secret
+    that somebody wrote into the file. `common`: the keys that all sinks have."""
     path: list[str | int] = list(error.absolute_path)
     value, rule = error.instance, error.validator_value
     match error.validator:
@@ -1323,7 +1309,7 @@ def explain_schema_error(error: Any, common: Iterable[str]) -> Iterator[str]:
             yield f"{json_path([*path, missing])}: is missing; add it"
         case "additionalProperties" | "unevaluatedProperties":
             known = list(error.schema.get("properties", {}))
-            if error.validator == "unevaluatedProperties":  # a sink: what all have stands once
+            if error.validator == "unevaluatedProperties":  # of a sink
                 known = [*common, *known]
             for key in value:
                 if key not in known and not key.startswith("x-"):
@@ -1353,7 +1339,8 @@ def explain_schema_error(error: Any, common: Iterable[str]) -> Iterator[str]:
         case "pattern" | "not" if path and path[-1] == "labels":
             yield (
                 f"{json_path([*path, value])}: a label's name is of A-Z a-z 0-9 _, begins with no digit, "
-                f"and is none of {', '.join(ALERT_LABELS)}, which each alert has anyway; rename it"
+                f"and is none of {', '.join(error.schema['not']['enum'])}, which each alert has anyway; "
+                "rename it"
             )
         case "pattern" | "maxLength" if "propertyNames" in error.absolute_schema_path:
             yield f"{json_path([*path, value])}: a sink id is 1 to 64 of A-Z a-z 0-9 . _ -; rename it"
@@ -1368,7 +1355,7 @@ def explain_schema_error(error: Any, common: Iterable[str]) -> Iterator[str]:
 
 
 def nearest(word: object, known: Sequence[str]) -> str | None:
-    """Which of the known words was probably meant; None where nothing is near."""
+    """The known word that was probably meant; None if none is near."""
     from difflib import get_close_matches
 
     known = known[:MAX_KNOWN]
@@ -1379,7 +1366,7 @@ def nearest(word: object, known: Sequence[str]) -> str | None:
 
 
 def suggest(word: object, known: Sequence[str]) -> str:
-    """`did you mean …?`, or what is known where nothing is near."""
+    """`did you mean …?`, or the known words if none is near."""
     near = nearest(word, known)
     if near:
         return f"did you mean {near!r}?"
@@ -1388,7 +1375,7 @@ def suggest(word: object, known: Sequence[str]) -> str:
 
 
 def show_value(value: object) -> str:
-    """A short value as it stands in the config; what may be a secret, or is long, by its kind only."""
+    """A short value as it stands in the config; of a long one, or a possible secret, only the kind."""
     if isinstance(value, str | int | float | bool) and len(str(value)) <= 40 and "://" not in str(value):
         return json.dumps(value, ensure_ascii=False)
     return kind_of(value)
@@ -1402,7 +1389,7 @@ def kind_of(value: object) -> str:
 
 
 def check_references(document: JsonObject) -> Iterator[str]:
-    """Find references to sinks that are not there, and what else needs a look at two keys at once."""
+    """Find references to sinks that are not there, and a backoff that begins above its maximum."""
     sinks, routing = document.get("sinks"), document.get("routing")
     if isinstance(sinks, dict) and sinks and isinstance(routing, dict):
         lists: list[tuple[list[str | int], object]] = [(["defaultSinks"], routing.get("defaultSinks"))]
@@ -1423,8 +1410,8 @@ def check_references(document: JsonObject) -> Iterator[str]:
             yield f"$.delivery.backoffSeconds: initial {initial} is more than max {maximum}; swap them"
 
 
-# RFC 9110, sections 6 to 11: what frames the message, names its receiver or proves who we are. The program
-# sets these itself, or they must not be sent.
+# RFC 9110, sections 6 to 11: headers that frame a message or name its receiver. The program sets them, or
+# they must not be sent.
 OWN_HEADERS = {
     *("accept-encoding", "connection", "content-encoding", "content-length", "expect", "host", "keep-alive"),
     *("te", "trailer", "transfer-encoding", "upgrade", "proxy-connection"),
@@ -1437,7 +1424,7 @@ JSON_TYPE = r"application/json *(; *charset=\"?utf-8\"?)?"
 
 
 def check_headers(document: JsonObject) -> Iterator[str]:
-    """Find configured headers that would break a request, or that hold what must not stand in the file."""
+    """Find configured headers that would break a request, or that hold a secret."""
     for sink_id, sink in mapping(document.get("sinks")).items():
         seen: set[str] = set()
         settings = mapping(sink)
@@ -1463,37 +1450,35 @@ def check_headers(document: JsonObject) -> Iterator[str]:
                 yield f"{place}: is always application/json; take it out"
 
 
-def check_secrets(document: JsonObject, environ: Mapping[str, str]) -> list[str]:
+def check_secrets(
+    document: JsonObject, environ: Mapping[str, str], unreadable: Mapping[str, str]
+) -> list[str]:
     """Find the secrets of enabled sinks that are unset or unusable. No fault ever shows a value.
 
-    The document may be invalid elsewhere: one message names all faults.
+    `environ` and `unreadable` are from `read_secret_files`. The document may be invalid: one message names
+    all faults.
     """
     unset: dict[str, list[str]] = {}
     faults: list[str] = []
-    environ, unusable = read_secret_files(document, environ)
-    for sink_id, sink in mapping(document.get("sinks")).items():
-        settings = mapping(sink)
+    for name, key, sink_id, settings in variables_in(document):
         if settings.get("enabled") is not True:
             continue
-        for key, name in variables_of(settings).items():
-            place = json_path(["sinks", sink_id, *key.split(".", 1)])
-            if name in unusable:
-                faults.append(
-                    f"{place}: {name} is unset, and the file that {name}_FILE names {unusable[name]}"
-                )
-            elif not environ.get(name):
-                unset.setdefault(name, []).append(place)
-            else:
-                parts = secret_parts(settings.get("type"), key, environ[name])
-                found = dict.fromkeys(check_secret(key, part, settings) for part in parts)
-                faults += [f"{place}: the value of {name} {fault}" for fault in found if fault]
+        place = json_path(["sinks", sink_id, *key.split(".", 1)])
+        if name in unreadable:
+            faults.append(f"{place}: {name} is unset, and the file that {name}_FILE names {unreadable[name]}")
+        elif not environ.get(name):
+            unset.setdefault(name, []).append(place)
+        else:
+            parts = secret_parts(settings.get("type"), key, environ[name])
+            found = dict.fromkeys(check_secret(key, part, settings) for part in parts)
+            faults += [f"{place}: the value of {name} {fault}" for fault in found if fault]
     if unset:
         places = {name: ", ".join(sorted(found)) for name, found in sorted(unset.items())}
         place = "$.sinks" if len(unset) > 1 else next(iter(places.values()))
         faults.append(f"{place}: enabled sink secret env var(s) are unset: {' '.join(places)}")
         if len(unset) > 1:
             faults += [f"{found}: {name} is unset or empty; set it" for name, found in places.items()]
-        # It begins with no place, so that it stands last.
+        # It begins with no place, and so is sorted to the end.
         faults.append(
             f"what to do: set {'each' if len(unset) > 1 else 'it'} where reconcile runs, and here to try it "
             f'(export {next(iter(places))}=…), or set "enabled": false on the sink'
@@ -1502,15 +1487,15 @@ def check_secrets(document: JsonObject, environ: Mapping[str, str]) -> list[str]
 
 
 def secret_parts(sink_type: object, key: str, value: str) -> list[str]:
-    """What the value of a `…Env` key holds: one secret, or the base URLs of an Alertmanager's peers."""
-    if (sink_type, key) != ("alertmanager", "urlEnv"):
+    """What the variable of a sink holds: one secret, or the base URLs of a cluster's peers."""
+    if sink_type not in CLUSTER_TYPES or kind_of_variable(key) != "url":
         return [value]
     peers = dict.fromkeys(part.strip().rstrip("/") for part in value.split(","))
     return [peer for peer in peers if peer] or [value]
 
 
 def check_secret(key: str, value: str, settings: JsonObject) -> str | None:
-    """Say what is wrong with the value of a variable; None if nothing is."""
+    """What is wrong with the value of a variable; None if nothing is."""
     kind = kind_of_variable(key)
     if kind in ("url", "signing secret", "CA file") and is_quoted(value):
         return f"{IN_QUOTES}; take them away"
@@ -1534,12 +1519,12 @@ IN_QUOTES = "stands in quotes, which are part of it (docker and systemd read som
 
 
 def is_quoted(value: str) -> bool:
-    """Tell whether a value stands in quotes, as one that a shell would have taken them from."""
+    """Tell whether a value stands in quotes, which a shell would have removed."""
     return len(value) > 2 and value[0] == value[-1] and value[0] in "\"'"
 
 
 def quoted_secrets(sinks: Iterable[Sink]) -> list[str]:
-    """A hint for each variable of these sinks whose value stands in quotes: hardly anybody means that."""
+    """A warning for each variable of these sinks whose value stands in quotes."""
     return [
         f"{json_path(['sinks', sink.id, *key.split('.', 1)])}: the value of {sink.secret_refs[key]} "
         f"{IN_QUOTES}; take them away unless the provider gave them"
@@ -1550,7 +1535,7 @@ def quoted_secrets(sinks: Iterable[Sink]) -> list[str]:
 
 
 def check_ca_file(name: str) -> str | None:
-    """Say what is wrong with a file of CA certificates; None where nothing is."""
+    """What is wrong with a file of CA certificates; None if nothing is."""
     import ssl
 
     try:
@@ -1562,8 +1547,8 @@ def check_ca_file(name: str) -> str | None:
     return None
 
 
-# RFC 3986, section 3. Of the authority stricter than what readers of URLs take: they do not agree on what
-# lies beyond it. Done without urllib.parse, whose import costs a twenty-fifth of an idle pass.
+# RFC 3986, section 3. Stricter about the authority, because parsers disagree on odd ones. Not urllib.parse:
+# its import costs a twenty-fifth of an idle pass.
 URL = r"(?P<scheme>https?)://(?P<authority>[^/?#]*)[^?#]*(?P<beyond_path>[?#].*)?"
 AUTHORITY = (
     r"(?:(?P<userinfo>[A-Za-z0-9._~!$&'()*+,;=:%-]*)@)?"
@@ -1572,11 +1557,11 @@ AUTHORITY = (
 
 
 def check_url(value: str, settings: JsonObject) -> str | None:
-    """Say what is wrong with the URL of a sink; None where nothing is."""
+    """What is wrong with the URL of a sink; None if nothing is."""
     url = re.fullmatch(URL, value, re.IGNORECASE)
     if url is None:
         return "is not an https:// URL; set it to https://… (http://… if the receiver is on this machine)"
-    if settings.get("type") == "alertmanager" and url["beyond_path"]:
+    if settings.get("type") in CLUSTER_TYPES and url["beyond_path"]:
         return "is a URL with a # or ?, which cannot be right here; set it to https://HOST/…"
     if re.fullmatch(r"(.*@)?(:.*)?", url["authority"]):
         return "is a URL without a host; set it to https://HOST/…"
@@ -1600,7 +1585,7 @@ def check_url(value: str, settings: JsonObject) -> str | None:
 
 
 def is_host(host: str) -> bool:
-    """Tell whether the host of a URL can be one: an address in brackets is of IP version 6."""
+    """Tell whether the host of a URL is possible: what stands in brackets is an IPv6 address."""
     if not host.startswith("["):
         return True
     from ipaddress import IPv6Address
@@ -1622,7 +1607,7 @@ def is_loopback(host: str | None) -> bool:
 
 
 def config_warnings(config: Config) -> list[str]:
-    """What is valid in a config and hardly meant, with its place: sinks and routes that lead nowhere."""
+    """What is valid in a config but probably not meant, each with its place: such as a route to no sink."""
     routing = config.routing
     enabled = {sink.id for sink in config.sinks.values() if sink.enabled}
     hints = quoted_secrets(config.sinks.values())
@@ -1660,7 +1645,7 @@ def config_warnings(config: Config) -> list[str]:
 
 
 def never_matches(category: str, earlier: Mapping[str, int]) -> str | None:
-    """Why a route of this category can match nothing, behind those of `earlier`; None if it can."""
+    """Why a route of this category, after the `earlier` ones, can match nothing; None if it can."""
     if category in earlier:
         return f"routes[{earlier[category]}] has the same category {printable(category)!r}"
     if category != category.lstrip() or (category != category.rstrip() and not category.endswith("*")):
@@ -2566,6 +2551,15 @@ def encode_with_record(head: JsonObject, escalation: Escalation) -> bytes:
     """
     record = one_line(escalation.raw) if escalation.strict else encode_json(escalation.body)
     return encode_json(head)[:-1] + (b"," if head else b"") + b'"escalation":' + record + b"}"
+
+
+# A line that explains a record has at most this many characters.
+SHOWN_LINE = 500
+
+
+def shown_list(values: object) -> list[str]:
+    """The items of a list as they are shown; empty if it is no list."""
+    return [text for value in values if (text := shown(value))] if isinstance(values, list) else []
 
 
 def reason_codes(escalation: Escalation) -> list[str]:
@@ -4458,16 +4452,6 @@ def host_of(url: str) -> str:
     return f"{host}:{parts.port}" if parts.port not in (None, usual) else host
 
 
-def place_of(error: Exception) -> str:
-    """Where the program failed: type, function and line. An exception's own words could hold a secret."""
-    import traceback
-
-    frames = traceback.extract_tb(error.__traceback__)
-    inner = frames[1:] or frames  # the first is the function that guards the others
-    frame = ([frame for frame in inner if frame.filename == __file__] or inner)[-1]
-    return f"{type(error).__name__} in {frame.name}, line {frame.lineno}"
-
-
 class Origin(NamedTuple):
     """What every payload says of where it comes from.
 
@@ -5912,7 +5896,7 @@ class Job(NamedTuple):
 
     @property
     def attempts_file(self) -> str:
-        return beside(self.telemetry_file, "alert-attempts.jsonl")
+        return os.path.join(os.path.dirname(self.telemetry_file), "alert-attempts.jsonl")
 
     @property
     def lock_file(self) -> str:
@@ -10713,7 +10697,7 @@ OPERATOR_WAIT = 10.0
 def check_credentials(config: Config, sinks: Iterable[Sink]) -> None:
     """Raises ConfigError if a sink that is about to be asked, enabled or not, has unusable secrets."""
     document = {"sinks": {sink.id: {**sink.settings, "enabled": True} for sink in sinks}}
-    if faults := check_secrets(document, os.environ):
+    if faults := check_secrets(document, *read_secret_files(document, os.environ)):
         raise config_error(config.path, faults)
 
 

@@ -584,7 +584,7 @@ WRONG_SECRETS = {
 @pytest.mark.parametrize("value", WRONG_SECRETS.values(), ids=WRONG_SECRETS)
 def test_a_malformed_signing_secret_is_told_without_its_value(value: str) -> None:
     document = {"sinks": {HOOK: {"enabled": True, "signingSecretEnv": "SIGNING"}}}
-    [fault] = program.check_secrets(document, {"SIGNING": value})
+    [fault] = program.check_secrets(document, {"SIGNING": value}, {})
     assert fault.startswith("$.sinks['team-hook'].signingSecretEnv: the value of SIGNING is not whsec_")
     assert [part for part in re.split(r"whsec_|[-_\s]+", value) if part and part in fault] == []
 
@@ -592,7 +592,7 @@ def test_a_malformed_signing_secret_is_told_without_its_value(value: str) -> Non
 @pytest.mark.parametrize("value", [SIGNING, SIGNING.rstrip("="), f"{SIGNING} {SIGNING_NEXT}"])
 def test_a_good_signing_secret_is_no_fault(value: str) -> None:
     document = {"sinks": {HOOK: {"enabled": True, "signingSecretEnv": "SIGNING"}}}
-    assert program.check_secrets(document, {"SIGNING": value}) == []
+    assert program.check_secrets(document, {"SIGNING": value}, {}) == []
 
 
 def test_each_of_several_signing_keys_is_kept_out_of_every_output() -> None:

@@ -369,3 +369,5 @@ def test_schema_adapters_and_readme_know_the_same_sink_types_and_variables() -> 
     for kind, adapter in program.ADAPTERS.items():
         assert adapter.url_key in schema["$defs"][kind]["properties"]
         assert program.VARIABLE_KEYS[adapter.url_key] == "url"
+        is_cluster = type(adapter).peers is not program.Adapter.peers
+        assert is_cluster == (kind in program.CLUSTER_TYPES)
