@@ -1662,39 +1662,39 @@ def never_matches(category: str, earlier: Mapping[str, int]) -> str | None:
 # ---------------------------------------------------------------------------------------------------------
 # Source: the escalations file as an append-only log, through rotations
 # ---------------------------------------------------------------------------------------------------------
-# Knows files and bytes, not what a line says. A pass opens the source at its cursor, reads chunks of complete
-# lines, and stores each chunk together with the cursor after it. What was read once is never needed again.
+# Knows files and bytes, not what a line says, and never writes. A pass opens the source at its cursor and
+# reads chunks of complete lines. The queue stores each chunk in one transaction with the cursor after it.
 
 READ_CHUNK = 1 << 17
-# A record beyond this is put on record as too large instead of being held in memory.
+# A longer line is put on record as too large, and not held in memory.
 MAX_RECORD_BYTES = 32 << 20
 # One transaction of the queue holds about this many lines, or this many bytes.
 CHUNK_LINES = 1000
 CHUNK_BYTES = 4 << 20
-# How much of a first line names a file, and how much before an offset proves that the file is still the same.
+# How much of its first line names a file, and how much before an offset shows that it is still the same file.
 HEAD_BYTES = 4096
 TAIL_BYTES = 256
-# A writer that still has a rotated file open gets this many seconds to finish its last line.
+# Seconds. A writer that still has a rotated file open gets this long to finish its last line.
 ROTATED_TAIL_GRACE = 10.0
-# A file system's clock may lag behind ours by this many seconds.
+# Seconds. A file system's clock may lag behind ours by this.
 COARSE_SECONDS = 1.0
 # How many finished files to remember, so that touching one does not resend it.
 FINISHED_MAX = 64
-# A rotation that happens while the folder is listed is looked at again, this often.
+# How often files that are rotated meanwhile are looked at again.
 FIND_TRIES = 3
 
-# What a hole in a file, or an empty line, is made of.
+# Blank bytes: a crash can leave a hole of NUL bytes in a file.
 BLANK = b"\0 \t\r\v\f"
 COMPRESSED = (".gz", ".bz2", ".xz")
 
 
 def short_hash(data: bytes) -> str:
-    """Eight bytes of BLAKE2 as hexadecimal digits: names content, hides nothing."""
+    """Eight bytes of BLAKE2 in hexadecimal: tells contents apart, and hides nothing."""
     return blake2b(data, digest_size=8).hexdigest()
 
 
 def identity_of(found: os.stat_result) -> tuple[int, int]:
-    """Device and inode, from what the file system says of a file."""
+    """Device and inode of a file."""
     return found.st_dev, found.st_ino
 
 
@@ -1702,11 +1702,10 @@ class Cursor(NamedTuple):
     """How far the source has been read.
 
     `number` counts the files of the source, from 1; 0: none has been read yet, and the first `line` lines are
-    to be skipped. The file is named by its first
-    line (`fingerprint`) and by what stands before the offset (`tail`), so that it is found again under any
-    name. `offset` is in bytes, `line` counts complete lines. `rotated`: it was read to its end under another
-    name. `finished`: fingerprints of earlier files. `seen_at`: when a pass looked last, seconds since the
-    epoch; 0: never.
+    to be skipped. Hashes of the file's first line (`fingerprint`) and of the bytes before the offset (`tail`)
+    find it again under any name. `offset` is in bytes, `line` counts complete lines. `rotated`: the file was
+    read to its end under a rotated name. `finished`: fingerprints of earlier files. `seen_at`: when a pass
+    looked last, in seconds since the epoch; 0: never.
     """
 
     number: int = 0
@@ -1729,6 +1728,10 @@ class Cursor(NamedTuple):
     def identity(self) -> tuple[int, int]:
         return self.device, self.inode
 
+    def moved_to(self, identity: tuple[int, int]) -> Self:
+        """The same place in another file with the same content."""
+        return self._replace(device=identity[0], inode=identity[1])
+
     def to_json(self) -> JsonObject:
         return self._asdict()
 
@@ -1750,10 +1753,10 @@ class Cursor(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One line of the source without its line feed.
+    """One line of the source.
 
-    `text` is cut at MAX_RECORD_BYTES, `size` is its true size in bytes. `offset` to `end` are its bytes in
-    the file, `number` counts lines from 1.
+    `text` has no line feed and no blanks in front, and is cut at about MAX_RECORD_BYTES; `size` is the size
+    in bytes before that cut. `offset` to `end` are its bytes in the file, `number` counts lines from 1.
     """
 
     text: bytes
@@ -1770,8 +1773,11 @@ class Chunk(NamedTuple):
     cursor: Cursor
 
 
-class SourceChangedError(Exception):
-    """The file was truncated or replaced while it was read: look for it again."""
+class SourceChangedError(OSError):
+    """The source was truncated or rotated while it was read: look for the file again."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.EBUSY, "it keeps changing")
 
 
 class LogFile:
@@ -1788,7 +1794,7 @@ class LogFile:
             raise OSError(errno.EISDIR if folder else errno.EINVAL, "not a regular file")
         self.identity = identity_of(found)
         self.written_at = found.st_mtime
-        # What is read: of a compressed file a copy without a name, made when it is needed.
+        # Where it can be read at any offset. A compressed file needs a copy, made when it is first read.
         self._plain: int | None = None if path.endswith(COMPRESSED) else self._file
 
     def close(self) -> None:
@@ -1797,70 +1803,65 @@ class LogFile:
 
     @contextlib.contextmanager
     def _unpack(self) -> Iterator[Any]:
-        """A stream of what a compressed file holds."""
+        """A stream of what a compressed file holds. Raises OSError, also for what cannot be unpacked."""
         import bz2
         import gzip
         import lzma
 
         opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[os.path.splitext(self.path)[1]]
-        # Not by its name: a rotation may have given that to another file by now.
+        # Not opened by its name: a rotation may have given that to another file by now.
         os.lseek(self._file, 0, os.SEEK_SET)
-        with open(os.dup(self._file), "rb") as packed, opener(packed, "rb") as stream:
-            yield stream
+        try:
+            with open(os.dup(self._file), "rb") as packed, opener(packed, "rb") as stream:
+                yield stream
+        except Exception as error:
+            # gzip, bz2 and lzma raise different errors for a file that is incomplete or damaged.
+            raise OSError(errno.EIO, "cannot be unpacked") from error
 
-    def _copy(self) -> int:
-        import shutil
-        import tempfile
+    def _readable(self) -> int:
+        if self._plain is None:
+            import shutil
+            import tempfile
 
-        with tempfile.TemporaryFile() as copy:
-            try:
+            with tempfile.TemporaryFile() as copy:
                 with self._unpack() as stream:
                     shutil.copyfileobj(stream, copy)
-            except Exception as error:
-                # gzip, bz2 and lzma each raise errors of their own for a file that is incomplete or damaged.
-                raise OSError(errno.EIO, "cannot be unpacked") from error
-            copy.flush()
-            return os.dup(copy.fileno())
+                copy.flush()
+                self._plain = os.dup(copy.fileno())
+        return self._plain
 
     def read(self, size: int, offset: int) -> bytes:
         """At most `size` bytes from an offset on. Raises OSError."""
-        if self._plain is None:
-            self._plain = self._copy()
-        return os.pread(self._plain, size, offset)
+        return os.pread(self._readable(), size, offset)
 
     @property
     def size(self) -> int:
         """Its size in bytes, unpacked. Raises OSError."""
-        if self._plain is None:
-            self._plain = self._copy()
-        return os.fstat(self._plain).st_size
+        return os.fstat(self._readable()).st_size
 
     def fingerprint(self) -> str:
-        """A name by its first line that is not blank, which never changes; empty until that is complete.
+        """A hash of its first line that is not blank, which never changes; empty until that line is complete.
 
         Raises OSError.
         """
         if self._plain is not None:
-            return first_line_hash(functools.partial(os.pread, self._plain))
-        try:
-            with self._unpack() as stream:  # only as much of it as is needed
+            return first_line_hash(self.read)
+        with self._unpack() as stream:  # which reads only as much of it as is needed
 
-                def read(size: int, offset: int) -> bytes:
-                    stream.seek(offset)
-                    data: bytes = stream.read(size)
-                    return data
+            def read(size: int, offset: int) -> bytes:
+                stream.seek(offset)
+                data: bytes = stream.read(size)
+                return data
 
-                return first_line_hash(read)
-        except Exception as error:
-            raise OSError(errno.EIO, "cannot be unpacked") from error
+            return first_line_hash(read)
 
     def tail_before(self, offset: int) -> str:
-        """Names what stands just before an offset."""
+        """A hash of the bytes just before an offset."""
         start = max(0, offset - TAIL_BYTES)
         return short_hash(self.read(offset - start, start))
 
     def holds(self, cursor: Cursor) -> bool:
-        """Tell whether all that was read up to a cursor is in this file."""
+        """Tell whether this file holds everything that was read up to a cursor."""
         if cursor.fingerprint:
             same = self.fingerprint() == cursor.fingerprint
         else:
@@ -1880,8 +1881,8 @@ class LogFile:
 
 
 def first_line_hash(read: Callable[[int, int], bytes]) -> str:
-    """The hash of a file's first line that is not blank, or of its first HEAD_BYTES; empty if neither is
-    there yet."""
+    """A hash of a file's first line that is not blank, or of its first HEAD_BYTES; empty while the file has
+    neither. `read` gives at most `size` bytes from an offset on."""
     offset = 0
     while head := read(HEAD_BYTES, offset):
         if text := head.lstrip(BLANK + b"\n"):
@@ -1895,9 +1896,8 @@ def first_line_hash(read: Callable[[int, int], bytes]) -> str:
 def read_lines(read: Callable[[int, int], bytes], start: int, stop: int, before: int = 0) -> Iterator[Line]:
     """Stream the lines of a range; `before`: how many lines stand before it.
 
-    `read` gives at most so many bytes from an offset on. What stands after the last line feed of the range
-    counts as a line. Blanks and NUL bytes at the start of a line are skipped without being held, however many
-    there are: a crash can leave a hole of any size.
+    `read` gives at most `size` bytes from an offset on. Bytes after the last line feed of the range count as
+    a line. Blank bytes at the start of a line are not kept in memory: a hole can have any size.
     """
     pieces: list[bytes] = []
     size, at, begin = 0, start, start
@@ -1908,7 +1908,7 @@ def read_lines(read: Callable[[int, int], bytes], start: int, stop: int, before:
         *whole, rest = data.split(b"\n")
         for piece in whole:
             if not size:
-                text = piece.lstrip(BLANK) if piece[:1] in BLANKS else piece
+                text = piece.lstrip(BLANK)
                 size = len(text)
             else:
                 size += len(piece)
@@ -1933,14 +1933,73 @@ def read_lines(read: Callable[[int, int], bytes], start: int, stop: int, before:
         yield Line(b"".join(pieces), size, begin, stop, before + 1)
 
 
-BLANKS = tuple(BLANK[index : index + 1] for index in range(len(BLANK)))
+class Neighbour(NamedTuple):
+    """A file beside the source. `key` orders those that have a rotation's name, and is None for others.
+    `size` is in bytes; `written`: when it was last written to, in seconds since the epoch."""
+
+    path: str
+    key: tuple[int, str] | None
+    identity: tuple[int, int]
+    size: int
+    written: float
+
+
+def rotation_key(base: str, name: str) -> tuple[int, str] | None:
+    """A key that sorts rotated files, oldest first; None if the name is not a rotation's.
+
+    `base.3` < `base.2` < `base.1`; `base-20260101` < `base-20260102`, in any usual form of a date, which may
+    also stand before the extension. Each may be compressed (`.gz`, `.bz2`, `.xz`).
+    """
+    if name.endswith(COMPRESSED):
+        name = os.path.splitext(name)[0]
+    stem, extension = os.path.splitext(base)
+    if name.startswith(base):
+        suffix = name[len(base) :]
+    elif name.startswith(stem) and name.endswith(extension):
+        suffix = name[len(stem) : -len(extension)]
+    else:
+        return None
+    if match := re.fullmatch(r"\.(\d{1,7})", suffix):
+        return (10_000_000 - int(match[1]), "")
+    if re.fullmatch(r"[-._]\d{4}([-_.]?)\d{2}\1\d{2}[-_.:T\d]*Z?", suffix):
+        return (0, re.sub(r"\d+", lambda number: number[0].zfill(20), suffix))
+    return None
+
+
+def neighbours(*paths: str) -> dict[str, tuple[int, str] | None]:
+    """The paths beside these files that begin with their names, or that a rotation has named, each with its
+    rotation key: first those without one, then the oldest first. Raises OSError."""
+    keys: dict[str, tuple[int, str] | None] = {}
+    for path in dict.fromkeys(paths):
+        folder, base = os.path.split(path)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            for name in os.listdir(folder):
+                key = rotation_key(base, name)
+                if name != base and (key or name.startswith(base)):
+                    keys[os.path.join(folder, name)] = key
+    return dict(sorted(keys.items(), key=lambda item: (item[1] or (-1, ""), item[0])))
+
+
+def unterminated(path: str) -> tuple[int, float]:
+    """How many bytes follow the last line feed of a file, and when it was last written to; 0 and 0.0 if it is
+    not there. Raises StorageError."""
+    try:
+        file = LogFile(path)
+        try:
+            return file.size - file.end_of_lines(), file.written_at
+        finally:
+            file.close()
+    except FileNotFoundError:
+        return 0, 0.0
+    except OSError as error:
+        raise storage_error("read", path, error) from None
 
 
 class Source:
     """The source as a pass finds it: the files that are still to be read, from the cursor on.
 
-    `present`: there is a file at the source's own path. `loss`: what was lost before this pass, in words, if
-    anything was. Nothing that is appended after the pass has looked is read.
+    `present`: there is a file at the source's own path. `loss`: what may have been lost before this pass, in
+    words, or None. A file is read to where it ended when the pass came to it.
     """
 
     def __init__(self, path: str, cursor: Cursor) -> None:
@@ -1952,7 +2011,7 @@ class Source:
         # Files in the order in which they are read; the last one may be the current file.
         self._files: list[LogFile] = []
         self._current: LogFile | None = None
-        # The fingerprint of the current file before its neighbours were looked at.
+        # The fingerprint that the current file had before the folder was listed.
         self._began_with = ""
         self._open = contextlib.ExitStack()
         # How many more lines may be read.
@@ -1979,12 +2038,10 @@ class Source:
                     if self._left <= 0:
                         return
                 return
-            except SourceChangedError:
+            except SourceChangedError as error:
                 tries += 1
                 if tries > FIND_TRIES:
-                    raise storage_error(
-                        "read", self.path, OSError(errno.EBUSY, "it keeps changing")
-                    ) from None
+                    raise storage_error("read", self.path, error) from None
                 self.close()
                 self._find()
             except OSError as error:
@@ -2007,7 +2064,7 @@ class Source:
         return count
 
     def read_again(self, first: int, last: int | None) -> Iterator[Line]:
-        """The lines of the current file from `first` to `last` (None: all) that were read already.
+        """The lines of the current file from `first` to `last` (None: the cursor), all read before.
 
         Raises StorageError.
         """
@@ -2021,8 +2078,6 @@ class Source:
                         return
                     if line.number >= first:
                         yield line
-        except SourceChangedError:
-            raise storage_error("read", self.path, OSError(errno.EBUSY, "it keeps changing")) from None
         except OSError as error:
             raise storage_error("read", self.path, error) from None
 
@@ -2037,13 +2092,13 @@ class Source:
         for file in self._files:
             cursor = self.cursor
             if file is self._current and cursor.number > max(begun_at, 1) and file.holds(cursor):
-                # What was just read is a copy of it, and it is about to be truncated: only what follows is
-                # new.
-                cursor = cursor._replace(device=file.identity[0], inode=file.identity[1])
+                # What was just read is a copy of it, made to truncate it (copytruncate): only what follows
+                # the cursor is new.
+                cursor = cursor.moved_to(file.identity)
             elif cursor.identity != file.identity or not cursor.number:
                 fingerprint = file.fingerprint()
                 if file is self._current and fingerprint != self._began_with:
-                    raise SourceChangedError  # what it held before is in another file now
+                    raise SourceChangedError  # its earlier content is in another file now
                 if not fingerprint and (file is self._current or not file.size):
                     continue  # its first line is not complete yet
                 cursor = self._enter(file, fingerprint)
@@ -2051,7 +2106,7 @@ class Source:
                 cursor = cursor._replace(fingerprint=file.fingerprint())
             yield from self._read_file(file, cursor)
             if file is not self._current and self.cursor.offset < file.size:
-                return  # its writer may still be at its last line: what follows has its turn after that
+                return  # its writer may still be at its last line: a later pass reads the next file
 
     def _enter(self, file: LogFile, fingerprint: str) -> Cursor:
         """The cursor at the start of the next file."""
@@ -2072,19 +2127,19 @@ class Source:
         rotated = file is not self._current
         # A compressed file is complete.
         if rotated and stop < file.size and abs(time.time() - file.written_at) >= ROTATED_TAIL_GRACE:
-            stop = file.size  # its writer is gone: its last line is complete as it is
+            stop = file.size  # its writer is gone: its last line is complete without a line feed
         stop_tail = file.tail_before(stop)
         lines: list[Line] = []
-        held = 0
+        size = 0
         stream = read_lines(file.read, cursor.offset, stop, cursor.line)
         while True:
             line = next(stream, None)
             if line is not None:
                 lines.append(line)
-                held += len(line.text)
-            full = len(lines) >= min(CHUNK_LINES, self._left) or held >= CHUNK_BYTES
+                size += len(line.text)
+            full = len(lines) >= min(CHUNK_LINES, self._left) or size >= CHUNK_BYTES
             if line is None or full:
-                # Asked after reading: if the file is whole now, it was whole when these lines were read.
+                # Checked after reading: if the file is whole now, it was whole when these lines were read.
                 if file.size < stop or file.tail_before(stop) != stop_tail or not file.holds(cursor):
                     raise SourceChangedError
                 if lines:
@@ -2096,19 +2151,16 @@ class Source:
                         rotated=rotated and last.end == stop,
                     )
                     yield Chunk(lines, cursor)
-                lines, held = [], 0
+                lines, size = [], 0
             if line is None:
                 # A file that was read to its end may have moved since the cursor was written.
-                place = cursor._replace(
-                    device=file.identity[0], inode=file.identity[1], rotated=rotated and cursor.offset == stop
-                )
+                place = cursor.moved_to(file.identity)._replace(rotated=rotated and cursor.offset == stop)
                 if place != self.cursor:
                     yield Chunk([], place)
                 return
 
     def _find(self) -> None:
-        """Find what is to be read. Raises StorageError."""
-        self._files, self._current = [], None
+        """Find the files that are to be read. Raises StorageError."""
         looked_at = time.time()
         try:
             for attempt in range(FIND_TRIES):
@@ -2118,19 +2170,70 @@ class Source:
                 except SourceChangedError:
                     self.close()
                     if attempt == FIND_TRIES - 1:
-                        raise OSError(errno.EBUSY, "it keeps being rotated") from None
+                        raise
         except OSError as error:
             self.close()
             raise storage_error("read", self.path, error) from None
         first = next(iter(self._files), None)
         if not self.cursor.number and first is not None and (fingerprint := first.fingerprint()):
-            # So it is found again after a rotation, although nothing was read of it.
+            # Then it is found again after a rotation, even if nothing was read of it.
             self.cursor = self._enter(first, fingerprint)
         self.cursor = self.cursor._replace(seen_at=looked_at)
 
+    def _locate(self) -> None:
+        """Find the files to read: the current one, and before it those that were rotated since the last pass.
+
+        Raises OSError, of it SourceChangedError if a rotation is going on.
+        """
+        cursor = self.cursor
+        self._current = current = self._open_file(self.path)
+        self._began_with = current.fingerprint() if current else ""
+        self.present = current is not None
+        self._files = [current] if current else []
+        if cursor.number:
+            if current and current.identity == cursor.identity and current.holds(cursor):
+                return
+        elif cursor.line and current:
+            self.cursor = self._skip_lines(current)
+            return
+        elif not cursor.seen_at:
+            return
+        files = self._look_around()
+        found = self._find_cursor(files) if cursor.number else None
+        if found:
+            self.cursor = cursor.moved_to(found.identity)
+            if found is current:
+                return
+            newer, unread = self._rotated_since(found, files)
+            older = [found, *newer]
+            if unread and current:
+                names = ", ".join(map(printable, unread))
+                self.loss = f"the source was rotated, and what {names} may hold of it was not read"
+        else:
+            older = self._written_since(files)
+            if cursor.number and (current or older):
+                if not cursor.rotated:
+                    same_file = current is not None and current.identity == cursor.identity
+                    change = "truncated" if same_file else "replaced" if current else "removed"
+                    self.loss = (
+                        f"the file that was read to line {cursor.line} is gone ({change}): if anything was "
+                        "appended to it after that, it was not read"
+                    )
+                # Its number is used up, and a new file may have its inode.
+                self.cursor = cursor.moved_to((0, 0))
+        self._files = older + self._files
+
+        def rotated(files: Iterable[Neighbour]) -> list[tuple[str, tuple[int, int]]]:
+            return [(file.path, file.identity) for file in files if file.key]
+
+        if rotated(self._look_around()) != rotated(files):
+            self.loss = None
+            self.cursor = cursor
+            raise SourceChangedError
+
     def _skip_lines(self, file: LogFile) -> Cursor:
-        """The cursor after as many lines of a file as an earlier dispatcher has read. It counted lines of a
-        file that may have been rotated since: one with fewer lines is a new file."""
+        """The cursor after as many lines as the shell dispatcher has read. It counted lines of a file that
+        may have been rotated since: a file with fewer lines is a new one."""
         cursor = self.cursor
         for line in read_lines(file.read, 0, file.end_of_lines()):
             if line.number == cursor.line:
@@ -2138,78 +2241,29 @@ class Source:
                 return start._replace(offset=line.end, line=line.number, tail=file.tail_before(line.end))
         return Cursor(seen_at=cursor.seen_at)
 
-    def _locate(self) -> None:
-        cursor = self.cursor
-        self._files = []
-        self._current = current = self._open_file(self.path)
-        self._began_with = current.fingerprint() if current else ""
-        self.present = current is not None
-        if current is not None and cursor.number and current.identity == cursor.identity:
-            if current.holds(cursor):
-                self._files = [current]
-                return
-        elif not cursor.number and cursor.line and current is not None:
-            self.cursor = self._skip_lines(current)
-            self._files = [current]
-            return
-        elif not cursor.number and not cursor.seen_at:
-            self._files = [current] if current else []
-            return
-        files = self._look_around()
-        found = self._find_cursor(files) if cursor.number else None
-        if found is current and found is not None:
-            self._files = [found]
-            self.cursor = cursor._replace(device=found.identity[0], inode=found.identity[1])
-            return
-        if found is not None:
-            self.cursor = cursor._replace(device=found.identity[0], inode=found.identity[1])
-            newer, unread = self._rotated_since(found, files)
-            self._files = [found, *newer]
-            if unread and current is not None:
-                names = ", ".join(map(printable, unread))
-                self.loss = f"the source was rotated, and what {names} may hold of it was not read"
-        else:
-            self._files = self._written_since(files)
-            if cursor.number and (current is not None or self._files):
-                if not cursor.rotated:
-                    same_file = current is not None and current.identity == cursor.identity
-                    change = "truncated" if same_file else "replaced" if current is not None else "removed"
-                    self.loss = (
-                        f"the file that was read to line {cursor.line} is gone ({change}): if anything was "
-                        "appended to it after that, it was not read"
-                    )
-                # Its number is used up, and a new file may have its inode.
-                self.cursor = cursor._replace(device=0, inode=0)
-        if current is not None:
-            self._files.append(current)
-        if rotation_names(self._look_around()) != rotation_names(files):
-            self.loss = None
-            self.cursor = cursor
-            raise SourceChangedError
-
-    def _find_cursor(self, files: Sequence["Neighbour"]) -> LogFile | None:
-        """The file that holds the cursor, under whatever name: the file that was renamed first, then one with
-        the same content. A copy that somebody made is taken last: the rotated file may hold more."""
+    def _find_cursor(self, files: Sequence[Neighbour]) -> LogFile | None:
+        """The file that holds the cursor, under any name: the very file, if it was renamed; else the current
+        one, or another with the same content. An unknown name comes last: it may be a copy that somebody
+        made, and the rotated file may hold more."""
         cursor = self.cursor
         current = self._current
 
-        def likeness(file: Neighbour) -> int:
+        def unlikeness(file: Neighbour) -> int:
             return (0 if file.key else 2) if file.identity == cursor.identity else (3 if file.key else 4)
 
-        newest_first = list(files)
-        newest_first.reverse()
-        ordered = sorted(newest_first, key=likeness)
-        for file in (file for file in ordered if likeness(file) == 0):
+        newest_first = files[::-1]
+        ordered = sorted(newest_first, key=unlikeness)
+        for file in (file for file in ordered if unlikeness(file) == 0):
             if found := self._open_if_it_holds(file):
                 return found
-        if current is not None and current.identity != cursor.identity and current.holds(cursor):
+        if current and current.identity != cursor.identity and current.holds(cursor):
             return current
-        for file in (file for file in ordered if likeness(file) > 0):
+        for file in (file for file in ordered if unlikeness(file) > 0):
             if found := self._open_if_it_holds(file):
                 return found
         return None
 
-    def _open_if_it_holds(self, file: "Neighbour") -> LogFile | None:
+    def _open_if_it_holds(self, file: Neighbour) -> LogFile | None:
         opened = self._open_file(file.path, file.identity)
         if opened is None:
             return None
@@ -2218,10 +2272,10 @@ class Source:
                 return opened
         return None
 
-    def _written_since(self, files: Sequence["Neighbour"]) -> list[LogFile]:
-        """The rotated files that no pass can have read, oldest first, if the file of the cursor is not to be
-        found, or there was none: they were written since a pass looked, and they are not copies of one that
-        was read."""
+    def _written_since(self, files: Sequence[Neighbour]) -> list[LogFile]:
+        """The rotated files that no pass has read, oldest first, if the file of the cursor cannot be found,
+        or there was none: they were written since a pass looked, and are not copies of a file that was
+        read."""
         known = {*self.cursor.finished, self.cursor.fingerprint}
         unseen: list[LogFile] = []
         for file in files:
@@ -2233,14 +2287,12 @@ class Source:
                     unseen.append(opened)
         return unseen
 
-    def _rotated_since(
-        self, newest: LogFile, files: Sequence["Neighbour"]
-    ) -> tuple[list[LogFile], list[str]]:
-        """The files that were rotated after the file of the cursor, oldest first; and the names of younger
-        neighbours that no rotation scheme explains.
+    def _rotated_since(self, newest: LogFile, files: Sequence[Neighbour]) -> tuple[list[LogFile], list[str]]:
+        """The files that were rotated after `newest`, the file of the cursor, oldest first; and the names of
+        younger neighbours that no rotation scheme explains.
 
-        With numbers `.1` is newer than `.2`, with dates the later one. If numbers go up with time, an older
-        file has the smaller one: it was not written to later, either.
+        `.1` is newer than `.2`, and a later date is newer. Where numbers go up with time instead, an older
+        file has the smaller number: so the time of the last write must agree.
         """
         last = next((file for file in files if file.identity == newest.identity), None)
         newer: list[LogFile] = []
@@ -2253,15 +2305,15 @@ class Source:
             if follows and (file.written >= last.written or not is_numbered):
                 if opened := self._open_file(file.path, file.identity):
                     newer.append(opened)
-            elif file.path.startswith(f"{last.path}."):  # the same file, which is just being compressed
+            elif file.path.startswith(f"{last.path}."):  # the same file while it is being compressed
                 continue
             elif file.written > last.written or (file.key is None and file.written == last.written):
                 unread.append(os.path.basename(file.path))
         return newer, unread
 
-    def _look_around(self) -> list["Neighbour"]:
-        """The neighbours of the source, and of the file that it is a link to, each file once, oldest first. A
-        file that is also there uncompressed counts once. Raises OSError."""
+    def _look_around(self) -> list[Neighbour]:
+        """The neighbours of the source, and of the file that it links to, oldest first. Each file is listed
+        once, also if it is there both plain and compressed. Raises OSError."""
         files: list[Neighbour] = []
         seen = {self._current.identity} if self._current else set()
         keys = neighbours(self.path, os.path.realpath(self.path))
@@ -2278,83 +2330,17 @@ class Source:
         return files
 
     def _open_file(self, path: str, identity: tuple[int, int] | None = None) -> LogFile | None:
-        """Open a file of the source; None if it is not there, may not be read, or is another one by now."""
+        """Open a file of the source; None if it is not there, cannot be read, or is another file by now."""
         try:
             file = LogFile(path)
         except FileNotFoundError:
             return None
         except OSError as error:
-            if path == self.path or error.errno in (errno.EMFILE, errno.ENFILE):  # it may be there
+            if path == self.path or error.errno in (errno.EMFILE, errno.ENFILE):  # too many open files
                 raise
             return None
         self._open.callback(file.close)
         return file if identity in (None, file.identity) else None
-
-
-class Neighbour(NamedTuple):
-    """A file beside the source: device and inode, size in bytes, when it was last written to in seconds since
-    the epoch. `key` orders those that a rotation has named."""
-
-    path: str
-    key: tuple[int, str] | None
-    identity: tuple[int, int]
-    size: int
-    written: float
-
-
-def rotation_names(files: Iterable[Neighbour]) -> list[tuple[str, tuple[int, int]]]:
-    """Which file has which of the names that rotations give."""
-    return [(file.path, file.identity) for file in files if file.key]
-
-
-def unterminated(path: str) -> tuple[int, float]:
-    """How many bytes follow the last line feed of a file, and when it was written to. Raises StorageError."""
-    try:
-        file = LogFile(path)
-        try:
-            return file.size - file.end_of_lines(), file.written_at
-        finally:
-            file.close()
-    except FileNotFoundError:
-        return 0, 0.0
-    except OSError as error:
-        raise storage_error("read", path, error) from None
-
-
-def rotation_key(base: str, name: str) -> tuple[int, str] | None:
-    """Order rotated files, oldest first; None for a neighbour that no rotation made.
-
-    `base.3` < `base.2` < `base.1`; `base-20260101` < `base-20260102`, in any usual form of a date, and with
-    the extension last, too; numbers in it count as numbers. Each may be compressed (`.gz`, `.bz2`, `.xz`).
-    """
-    if name.endswith(COMPRESSED):
-        name = os.path.splitext(name)[0]
-    stem, extension = os.path.splitext(base)
-    if name.startswith(base):
-        suffix = name[len(base) :]
-    elif name.startswith(stem) and name.endswith(extension):
-        suffix = name[len(stem) : -len(extension)]
-    else:
-        return None
-    if match := re.fullmatch(r"\.(\d{1,7})", suffix):
-        return (10_000_000 - int(match[1]), "")
-    if re.fullmatch(r"[-._]\d{4}([-_.]?)\d{2}\1\d{2}[-_.:T\d]*Z?", suffix):
-        return (0, re.sub(r"\d+", lambda number: number[0].zfill(20), suffix))
-    return None
-
-
-def neighbours(*paths: str) -> dict[str, tuple[int, str] | None]:
-    """The paths beside these files whose names begin as theirs do, or that a rotation has given, with their
-    rotation keys: those without one first, then the oldest rotation first. Raises OSError."""
-    keys: dict[str, tuple[int, str] | None] = {}
-    for path in dict.fromkeys(paths):
-        folder, base = os.path.split(path)
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-            for name in os.listdir(folder):
-                key = rotation_key(base, name)
-                if name != base and (key or name.startswith(base)):
-                    keys[os.path.join(folder, name)] = key
-    return dict(sorted(keys.items(), key=lambda item: (item[1] or (-1, ""), item[0])))
 
 
 # ---------------------------------------------------------------------------------------------------------
