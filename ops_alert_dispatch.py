@@ -2346,21 +2346,18 @@ class Source:
 # ---------------------------------------------------------------------------------------------------------
 # Escalation and route: what a line says, and where it goes
 # ---------------------------------------------------------------------------------------------------------
-# Knows records and routes, neither files nor the queue. A record is kept as it was written.
+# Knows records and routes, neither files nor the queue. Never changes a record.
 
-# What is kept of a line that is no escalation.
+# How much is kept of a line that is no escalation.
 RAW_LINE_CHARACTERS = 10_000
 
 
-# What the config routes by: category, and the record's own severity.
-Kind = tuple[str, str | None]
-
-
 class Escalation(NamedTuple):
-    """One record. `severity` is the normalised one; `unknown_severity` the word that nobody knows.
+    """One record. `severity` is normalised; if the record's own word is not known, that is
+    `unknown_severity`.
 
-    `raw` is the record's own bytes, from which its id is made; `strict` says that a strict reader of JSON
-    reads `body` from them. `raw_line` is the text of a line that held more than this record.
+    `raw` has the record's own bytes, from which its id is made; `strict`: a strict JSON reader reads `body`
+    from them. `raw_line` is the text of the line, if that held more than this record.
     """
 
     id: str
@@ -2377,26 +2374,21 @@ class Escalation(NamedTuple):
 
     @property
     def salvaged(self) -> bool:
-        """Whether it was found on a line with debris, or with other records."""
+        """Whether it shared its line with debris or with other records."""
         return self.raw_line is not None
 
     @property
-    def kind(self) -> Kind:
-        """What the config routes it by."""
-        return self.category, self.severity
-
-    @property
     def written_at(self) -> str | None:
-        """The timestamp where it is a time: what may stand in the state, in a message, on a terminal."""
+        """The timestamp, if it is a time."""
         return self.timestamp if parse_time(self.timestamp) is not None else None
 
 
-# Why a line is no escalation; a blank one is none, either, and nothing is amiss with it.
+# Why a line is no escalation. (Nothing is wrong with a blank one.)
 UNUSABLE = {"invalid_escalation_json", "missing_escalation_category", "escalation_too_large"}
 
 
 class Unusable(NamedTuple):
-    """A line that cannot be routed, why, and the line as text, or the record that has no category."""
+    """A line that is no escalation, and why. `body`: the record, if it only lacks a category."""
 
     id: str
     reason_code: str
@@ -2404,46 +2396,50 @@ class Unusable(NamedTuple):
     body: JsonObject | None
     message: str | None = None
 
+    @classmethod
+    def from_line(cls, line: bytes, loop_id: str, reason_code: str, message: str | None = None) -> Self:
+        return cls(escalation_id(loop_id, line), reason_code, text_of(line), None, message)
+
 
 def escalation_id(loop_id: str, line: bytes) -> str:
-    """The idempotency key: derived from the loop and the record's bytes alone, the same on every try."""
+    """The idempotency key. It is made of nothing but the loop and the record's bytes: the same on every
+    try."""
     from hashlib import sha256
 
     return "esc_" + sha256(loop_id.encode("utf-8", "surrogateescape") + b"\0" + line).hexdigest()[:32]
 
 
-def parse_line(line: bytes, size: int, loop_id: str) -> list[Escalation | Unusable]:
-    """Read one line of the source: its escalation, or all that can be salvaged of it, or why there is none.
+def text_of(line: bytes) -> str:
+    """What is kept of a line as text."""
+    return cut(line.decode("utf-8", "replace"), RAW_LINE_CHARACTERS)
 
-    `line` is cut at MAX_RECORD_BYTES, `size` is its true size. The list is never empty. A byte order mark,
-    NUL bytes around the line (holes that a crash leaves) and a carriage return are passed over; bytes that
-    are not UTF-8 become U+FFFD. Odd fields never make a record unusable. From a line with debris come all
-    complete objects that have a category; if there is none, the line is unusable.
+
+def parse_line(line: bytes, size: int, loop_id: str) -> list[Escalation | Unusable]:
+    """Read one line of the source: its escalation, or what can be salvaged of it, or why there is none.
+
+    `line` is cut at MAX_RECORD_BYTES, `size` is its true size. The list is never empty. Around the record, a
+    byte order mark, NUL bytes (holes that a crash leaves) and blanks are ignored. Bytes that are not UTF-8
+    become U+FFFD. No field but the category can make a record unusable. A line with debris gives all complete
+    objects on it that have a category.
     """
-    line = line.removeprefix(BYTE_ORDER_MARK).strip(b"\0 \t\r\n\v\f")
+    line = line.removeprefix(BYTE_ORDER_MARK).strip(BLANK + b"\n")
     if not line:
-        return [Unusable(escalation_id(loop_id, line), "blank_line", "", None)]
+        return [Unusable.from_line(line, loop_id, "blank_line")]
     if size > MAX_RECORD_BYTES:
-        return [unusable(line, loop_id, "escalation_too_large")]
+        return [Unusable.from_line(line, loop_id, "escalation_too_large")]
     try:
         return [parse_record(line, loop_id)]
     except TooDeepError as error:
-        return [unusable(line, loop_id, "invalid_escalation_json", str(error))]
+        return [Unusable.from_line(line, loop_id, "invalid_escalation_json", str(error))]
     except json.JSONDecodeError as error:
         why = f"not JSON at column {error.colno}: {error.msg}"
     except ValueError as error:
         why = str(error)
-    return salvage(line, loop_id) or [unusable(line, loop_id, "invalid_escalation_json", why)]
-
-
-def unusable(line: bytes, loop_id: str, reason_code: str, message: str | None = None) -> Unusable:
-    """A line that is no escalation."""
-    raw_line = cut(line.decode("utf-8", "replace"), RAW_LINE_CHARACTERS)
-    return Unusable(escalation_id(loop_id, line), reason_code, raw_line, None, message)
+    return salvage(line, loop_id) or [Unusable.from_line(line, loop_id, "invalid_escalation_json", why)]
 
 
 def parse_record(line: bytes, loop_id: str) -> Escalation | Unusable:
-    """Read bytes that are one JSON object. Raises ValueError, of it TooDeepError, if they are not."""
+    """Read bytes that are one JSON object. Raises ValueError if they are not; TooDeepError is one."""
     utf8 = True
     try:
         text = line.decode()
@@ -2454,7 +2450,7 @@ def parse_record(line: bytes, loop_id: str) -> Escalation | Unusable:
         raise ValueError("not an object")
     category = as_text(body.get("category"))
     if category is None:
-        return unusable(line, loop_id, "missing_escalation_category")._replace(body=body)
+        return Unusable.from_line(line, loop_id, "missing_escalation_category")._replace(body=body)
     severity = normalise_severity(body.get("severity"))
     return Escalation(
         id=escalation_id(loop_id, line),
@@ -2471,7 +2467,7 @@ def parse_record(line: bytes, loop_id: str) -> Escalation | Unusable:
 
 
 def has_lone_surrogate(line: bytes, body: JsonObject) -> bool:
-    """Tell whether half a surrogate pair is escaped in a record: no strict reader takes that."""
+    """Tell whether a record escapes half a surrogate pair, which no strict reader accepts."""
     if b"\\ud" not in line and b"\\uD" not in line:
         return False
     try:
@@ -2481,24 +2477,24 @@ def has_lone_surrogate(line: bytes, body: JsonObject) -> bool:
     return False
 
 
-# Where an object may begin that has a key.
+# Where an object with a key may begin.
 OBJECT_START = r'\{[ \t\r]*"'
-# So many bytes are read for nothing on one line before the rest of it is given up: a second's work. An object
-# that is no record costs what reading so many bytes does, however short it is.
+# How many bytes may be read in vain on one line before the rest is given up: about a second's work. To look
+# at an object costs as much as to read SALVAGE_COST bytes, even if it is short.
 SALVAGE_WASTE = 4 * MAX_RECORD_BYTES
 SALVAGE_COST = 1000
 SALVAGE_MAX = 10_000
-# Only the ends of objects are looked for: no number is converted.
+# It only finds the ends of objects: no number is converted.
 OBJECT_DECODER = json.JSONDecoder(parse_constant=str, parse_int=str, parse_float=str)
 
 
 def salvage(line: bytes, loop_id: str) -> list[Escalation | Unusable]:
-    """Find the complete objects with a category on a line that is not one object; none of them in another.
+    """Find the complete objects with a category on a line that is not one object. Objects within others do
+    not count.
 
-    Empty if there is none. What is left of the line when its objects or its debris are too many is unusable,
-    and stands at the end of the list.
+    If there are too many objects or too much debris, the last item is the rest of the line, unusable.
     """
-    raw_line = cut(line.decode("utf-8", "replace"), RAW_LINE_CHARACTERS)
+    raw_line = text_of(line)
     found: list[Escalation | Unusable] = []
     text = line.decode("latin-1")  # a character for each byte
     pattern = re.compile(OBJECT_START)
@@ -2507,13 +2503,13 @@ def salvage(line: bytes, loop_id: str) -> list[Escalation | Unusable]:
         start = match.start()
         if len(found) == SALVAGE_MAX or wasted > SALVAGE_WASTE:
             why = "too much debris or too many records on one line"
-            rest = unusable(line[start:], loop_id, "invalid_escalation_json", why)
+            rest = Unusable.from_line(line[start:], loop_id, "invalid_escalation_json", why)
             return [*found, rest] if found else []
         wasted += SALVAGE_COST
         try:
             value, at = OBJECT_DECODER.raw_decode(text, start)
         except json.JSONDecodeError as error:
-            # The error counts the lines up to its place; of a text without an end it names the beginning.
+            # It has read up to `pos`; if that is the quote of a string without an end, all of it.
             wasted += len(text) if text[error.pos : error.pos + 1] == '"' else error.pos
             at = start + 1
         except RecursionError:
@@ -2529,11 +2525,11 @@ def salvage(line: bytes, loop_id: str) -> list[Escalation | Unusable]:
 
 
 def encode_with_record(head: JsonObject, escalation: Escalation) -> bytes:
-    """Encode an object of the fields of `head` and, last, the record as `escalation`: as it was written.
+    """Encode an object with the fields of `head` and, last, the record as `escalation`, in its own bytes:
+    numbers keep their digits, keys their order and their repeats.
 
-    Numbers keep their digits, keys their order and their repeats. A record that is not strict JSON (NaN,
-    bytes that are not UTF-8, half a surrogate pair, an integer of thousands of digits) is encoded from what
-    was read of it.
+    A record that is not strict JSON (NaN, bytes that are not UTF-8, half a surrogate pair, an integer of
+    thousands of digits) is encoded from what was read of it.
     """
     record = one_line(escalation.raw) if escalation.strict else encode_json(escalation.body)
     return encode_json(head)[:-1] + (b"," if head else b"") + b'"escalation":' + record + b"}"
@@ -2549,7 +2545,8 @@ def shown_list(values: object) -> list[str]:
 
 
 def reason_codes(escalation: Escalation) -> list[str]:
-    """The reason codes of a record as they are shown, whichever of the host's writers made it."""
+    """The reason codes of a record as they are shown; each of the host's writers has other fields for
+    them."""
     body = escalation.body
     found = [
         *shown_list(body.get("reasonCodes")),
@@ -2559,8 +2556,8 @@ def reason_codes(escalation: Escalation) -> list[str]:
     return list(dict.fromkeys(code for code in found if code and code != escalation.category))
 
 
-# Fields that are read by name, and those that every record has. Like the names of the host's files (`…File`),
-# what is left of the former is no news to a person, unless there is nothing else.
+# Fields that `explain` reads by name, and fields that every record has. It shows what is left of the former,
+# and names of files (`…File`), only if there is nothing else.
 READ_FIELDS = {
     *("reasonCodes", "reasonCode", "reasons", "divergenceFlags", "state", "sequence", "drift", "cursor"),
     *("ingestStatus", "healthStatus", "failureCode"),
@@ -2571,25 +2568,50 @@ COMMON_FIELDS = {"timestamp", "loopId", "traceId", "category", "transport", "sev
 def explain(escalation: Escalation) -> list[str]:
     """Say in short lines what a person needs to know of a record, worst news first; at least one line.
 
-    Reads what the category carries: reasons with observed and threshold, divergence flags, sequence
-    violations, drift advice; then any other field, so that a category nobody knows says something.
+    Reads what the host's categories have: reasons with observed and threshold, divergence flags, sequence
+    violations, drift advice. All other fields follow, so that an unknown category says something, too.
     """
     body = escalation.body
     reasons = body.get("reasons")
     reasons = reasons if isinstance(reasons, list) else []
-    lines = [explain_reason(reason) for reason in reasons]
-    told = {shown(reason.get("code") if isinstance(reason, dict) else reason) for reason in reasons}
+    sequence, drift = mapping(body.get("sequence")), mapping(body.get("drift"))
+    violations = shown_list(sequence.get("violations"))
+    codes = {shown(reason.get("code") if isinstance(reason, dict) else reason) for reason in reasons}
+    said = {*codes, *violations, shown(body.get("failureCode"))}
+    others = {key: value for key, value in body.items() if key not in COMMON_FIELDS}
+    news = {
+        key: value for key, value in others.items() if key not in READ_FIELDS and not key.endswith("File")
+    }
+    lines = [
+        *map(explain_reason, reasons),
+        *explain_divergence(body),
+        *([f"violations: {', '.join(violations)}"] if violations else []),
+        *explain_regression(sequence),
+        *explain_drift(drift),
+    ]
+    if more := [code for code in reason_codes(escalation) if code not in said]:
+        lines.append(f"reasons: {', '.join(more)}")
+    labels = (("healthStatus", "health"), ("ingestStatus", "ingest"), ("failureCode", "failure"))
+    if status := [f"{label} {text}" for key, label in labels if (text := shown(body.get(key)))]:
+        lines.append(", ".join(status))
+    lines += show_fields(news)
+    lines = lines or show_fields(others) or ["no details in the record"]
+    return [cut(line, SHOWN_LINE) for line in lines]
+
+
+def explain_divergence(body: JsonObject) -> Iterator[str]:
+    """`divergence: cursorMoved`, `state: running → blocked on timeout`."""
     flags = mapping(body.get("divergenceFlags"))
     if raised := [shown(name) or "?" for name, value in flags.items() if value is True]:
-        lines.append(f"divergence: {', '.join(raised)}")
+        yield f"divergence: {', '.join(raised)}"
     transition = mapping(mapping(body.get("state")).get("transition"))
     if current := shown(transition.get("currentState")):
         before, cause = shown(transition.get("previousState")), shown(transition.get("triggeringSignal"))
-        lines.append(f"state: {before or '?'} → {current}" + (f" on {cause}" if cause else ""))
-    sequence = mapping(body.get("sequence"))
-    if violations := shown_list(sequence.get("violations")):
-        lines.append(f"violations: {', '.join(violations)}")
-    told |= {*violations, shown(body.get("failureCode"))}
+        yield f"state: {before or '?'} → {current}" + (f" on {cause}" if cause else "")
+
+
+def explain_regression(sequence: JsonObject) -> Iterator[str]:
+    """`events went back: 12 → 9`."""
     for part, before_key, now_key in (
         ("snapshot", "previous", "current"),
         ("events", "previousLast", "last"),
@@ -2597,28 +2619,16 @@ def explain(escalation: Escalation) -> list[str]:
         numbers = mapping(sequence.get(part))
         if numbers.get("regressed") is True:
             before, now = shown(numbers.get(before_key)), shown(numbers.get(now_key))
-            lines.append(f"{part} went back: {before or '?'} → {now or '?'}")
-    drift = mapping(body.get("drift"))
+            yield f"{part} went back: {before or '?'} → {now or '?'}"
+
+
+def explain_drift(drift: JsonObject) -> Iterator[str]:
+    """`profile: fast applied, safe recommended (high confidence)`, and why."""
     if applied := shown(drift.get("appliedProfile")):
         advice = f"profile: {applied} applied, {shown(drift.get('recommendedProfile')) or '?'} recommended"
         confidence = shown(drift.get("recommendationConfidence"))
-        lines.append(advice + (f" ({confidence} confidence)" if confidence else ""))
-    lines += show_fields({key: drift.get(key) for key in ("rationale", "action")})
-    if codes := [code for code in reason_codes(escalation) if code not in told]:
-        lines.append(f"reasons: {', '.join(codes)}")
-    status = [
-        f"{label} {text}"
-        for key, label in (("healthStatus", "health"), ("ingestStatus", "ingest"), ("failureCode", "failure"))
-        if (text := shown(body.get(key)))
-    ]
-    if status:
-        lines.append(", ".join(status))
-    others = {key: value for key, value in body.items() if key not in COMMON_FIELDS}
-    lines += show_fields(
-        {key: value for key, value in others.items() if key not in READ_FIELDS and not key.endswith("File")}
-    )
-    lines = lines or show_fields(others) or ["no details in the record"]
-    return [cut(line, SHOWN_LINE) for line in lines]
+        yield advice + (f" ({confidence} confidence)" if confidence else "")
+    yield from show_fields({key: drift.get(key) for key in ("rationale", "action")})
 
 
 def show_fields(fields: JsonObject) -> list[str]:
@@ -2627,8 +2637,9 @@ def show_fields(fields: JsonObject) -> list[str]:
 
 
 def explain_reason(reason: object) -> str:
-    """`ingest_stale: ingestLagSeconds is 1200, threshold 900 (critical)`; any other one as it stands."""
-    known = {key: shown(mapping(reason).get(key), SHOWN_CHARACTERS // 2) for key in REASON_KEYS}
+    """`ingest_stale: ingestLagSeconds is 1200, threshold 900 (critical)`; an odd one as it stands."""
+    keys = ("code", "metric", "observed", "threshold", "severity")
+    known = {key: shown(mapping(reason).get(key), SHOWN_CHARACTERS // 2) for key in keys}
     if not any(known.values()):
         return shown(reason) or "?"
     metric, observed, threshold = known["metric"], known["observed"], known["threshold"]
@@ -2641,11 +2652,8 @@ def explain_reason(reason: object) -> str:
     )
 
 
-REASON_KEYS = ("code", "metric", "observed", "threshold", "severity")
-
-
 class Resolution(NamedTuple):
-    """Where a record of one category and severity goes, and why."""
+    """Where records of one category and severity go, and why."""
 
     category: str
     event_severity: str
@@ -2653,22 +2661,22 @@ class Resolution(NamedTuple):
     min_severity: str
     should_dispatch: bool
     route: JsonObject
-    # The route's sinks; of these the ones whose minimum the severity reaches; and of those the enabled ones.
+    # The route's sinks; those of them whose minimum the severity reaches; and those of these that are
+    # enabled.
     selected: tuple[Sink, ...]
     reached: tuple[Sink, ...]
     dispatchable: tuple[Sink, ...]
 
 
 class HeldBack(NamedTuple):
-    """Repeats of an escalation that a sink was not sent: how many, and when the first was written."""
+    """Repeats that a sink was not sent: how many, and when the first was written."""
 
     repeats: int
     since: str
 
 
 class Delivery(NamedTuple):
-    """One escalation on its way to one sink, as an adapter needs it. `held_back`: the repeats that it speaks
-    for."""
+    """One escalation for one sink, as an adapter needs it. `held_back`: the repeats before it."""
 
     escalation: Escalation
     resolution: Resolution
@@ -2676,15 +2684,15 @@ class Delivery(NamedTuple):
 
 
 class Router:
-    """Resolves records to sinks by the rules of the config. Pure: the same question has the same answer."""
+    """Resolves records to sinks by the rules of the config. The same question always has the same answer."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        # A record's category is anybody's text: the memory of answers is bounded.
+        # Anybody can write new categories: only so many answers are remembered.
         self.resolve = functools.lru_cache(maxsize=1024)(self._resolve)
 
     def _resolve(self, category: str, severity: str | None) -> Resolution:
-        """Resolve a category and the record's own severity (None: it has none, or an unknown word)."""
+        """Resolve a category and the record's own severity (None: it has none that is known)."""
         routing = self.config.routing
         match = find_route(routing.get("routes", []), category)
         chosen = match or {}
@@ -2693,9 +2701,10 @@ class Router:
         mapped = routing.get("categorySeverity", {}).get(category)
         event = severity or mapped or minimum
         selected = tuple(self.config.sinks[sink_id] for sink_id in sink_ids)
-        should_dispatch = at_least(event, minimum)
+        rank = SEVERITIES.index
+        should_dispatch = rank(event) >= rank(minimum)
         reached = tuple(
-            sink for sink in selected if should_dispatch and at_least(event, sink.min_severity or minimum)
+            sink for sink in selected if should_dispatch and rank(event) >= rank(sink.min_severity or minimum)
         )
         return Resolution(
             category=category,
@@ -2729,15 +2738,10 @@ def find_route(routes: Sequence[JsonObject], category: str) -> JsonObject | None
     return next(itertools.chain(exact, matching), None)
 
 
-def at_least(severity: str, minimum: str) -> bool:
-    """Tell whether a severity reaches a minimum."""
-    return SEVERITIES.index(severity) >= SEVERITIES.index(minimum)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Codes: what a fault or a reason means, and what to do about it
 # ---------------------------------------------------------------------------------------------------------
-# The one table from which `status`, `test` and `explain` take their words. Nothing parses them.
+# One table, from which `status`, `test` and `explain` take their words. Codes decide; words are never parsed.
 
 Outcome = Literal["delivered", "retry", "misconfigured", "dead_letter", "skipped"]
 
@@ -2771,16 +2775,15 @@ FaultCode = Literal[
 
 
 class Code(NamedTuple):
-    """What a fault code or a reason code means, how to see it, and how to fix it; see `words_of` for the
-    names in braces."""
+    """What a fault code or a reason code means, how to see it, and how to fix it. Names in braces stand for
+    words that `words_of` fills in."""
 
     meaning: str
     look: str
     fix: str
 
 
-# Everything that `status`, `test` and `explain` say about a code: first the fault codes, which say why an
-# attempt failed, then the reason codes of rows.
+# First the fault codes, which say why an attempt failed, then the reason codes of rows.
 CODES: dict[str, Code] = {
     "missing_secret": Code(
         "A variable that the sink needs is unset or empty.",
@@ -3028,7 +3031,7 @@ CODES: dict[str, Code] = {
     ),
 }
 
-# What stands for the names in braces if nothing more is known: of no repo, loop or sink in particular.
+# The words for the names in braces if no repo, loop or sink is known.
 GENERAL_WORDS = {
     "url": "the variable of its URL",
     "credential": "its variable",
@@ -3056,20 +3059,20 @@ def words_of(text: str, names: Mapping[str, str] | None = None) -> str:
 
 
 def why_it_failed(failure: Mapping[str, Any]) -> str:
-    """The reason code of a failure, the HTTP status and what was answered, as far as they are known."""
+    """`http_error 503: upstream is down`, as far as that is known."""
     status, message = failure.get("httpStatus"), failure.get("message")
     answer = f" {status}" if status is not None else ""
     return f"{failure.get('reasonCode') or 'failed'}{answer}" + (f": {message}" if message else "")
 
 
 class Verdict(NamedTuple):
-    """What an answer, or the lack of one, means.
+    """What came of a delivery: what an answer, or no answer, means.
 
-    `retry`: the sink is not well. `misconfigured`: it will not get better by itself. `dead_letter`: this
-    record is not acceptable to this sink. `not_taken`: the sink surely did not act on the request, so that
-    trying again at once cannot repeat anything. `fault`: why it failed; None if it did not.
-    `clock_offset`: by how many seconds the sink's clock is ahead of ours (behind, if negative), to a second;
-    None if it did not say.
+    Outcomes: `retry`, the sink is unwell; `misconfigured`, it will not recover by itself; `dead_letter`, it
+    does not accept this record. `not_taken`: the sink certainly did not act on the request, so that a quick
+    new try cannot repeat anything. `retry_after` is in seconds. `fault`: why it failed; None if it did not.
+    `clock_offset`: by how many seconds the sink's clock is ahead of ours, if negative behind; None if it did
+    not say.
     """
 
     outcome: Outcome
