@@ -10492,14 +10492,22 @@ def log(
         click.echo(log_text(entries, time.time(), several=several))
 
 
-def find_one(
-    jobs: Sequence[Job], loop_id: str | None, prefix: str
-) -> tuple[JsonObject, Stored | None, list[Queued], JsonObject]:
-    """The escalation whose id begins like this: its entry, what the queue has of it, and its row.
+class OnRecord(NamedTuple):
+    """What is on record of an escalation: its entry in the log, what the queue has of it, and its row in the
+    telemetry, {} if there is none."""
+
+    entry: JsonObject
+    stored: Stored | None
+    deliveries: list[Queued]
+    row: JsonObject
+
+
+def find_one(jobs: Sequence[Job], loop_id: str | None, prefix: str) -> OnRecord:
+    """The escalation whose id begins like this.
 
     Raises BadParameter if there is none, or more than one; StateError or StorageError.
     """
-    found: dict[str, tuple[JsonObject, Stored | None, list[Queued], JsonObject]] = {}
+    found: dict[str, OnRecord] = {}
     queue = Queue.open_to_read(jobs[0].queue_file) if jobs else None
     if queue is not None:
         with queue, queue.errors():
@@ -10508,9 +10516,9 @@ def find_one(
                 "(?1 IS NULL OR l.loop_id = ?1) AND substr(e.escalation_id, 1, ?2) = ?3",
                 *(loop_id, len(prefix), prefix),
             )
-            for item in itertools.islice(items, LISTED):
-                entry = entry_of_queue(*item, failing)
-                found.setdefault(entry["escalationId"], (entry, item[1], item[2], {}))
+            for loop, stored, deliveries in itertools.islice(items, LISTED):
+                entry = entry_of_queue(loop, stored, deliveries, failing)
+                found.setdefault(stored.escalation_id, OnRecord(entry, stored, deliveries, {}))
     later: dict[str, dict[str, JsonObject]] = {}
     for job in jobs:
         for row in rows_backwards(job.telemetry_file, prefix.encode("utf-8", "replace")):
@@ -10521,9 +10529,10 @@ def find_one(
                 for said in map(mapping, row.get("sinks") or ()):
                     later.setdefault(identity, {}).setdefault(str(said.get("id")), said)
             elif identity not in found:
-                found[identity] = (entry_of_row(row, later.get(identity, {})), None, [], row)
-            elif not found[identity][3]:
-                found[identity] = (with_reason(found[identity][0], row), *found[identity][1:3], row)
+                found[identity] = OnRecord(entry_of_row(row, later.get(identity, {})), None, [], row)
+            elif not found[identity].row:
+                known = found[identity]
+                found[identity] = known._replace(entry=with_reason(known.entry, row), row=row)
     if not found and loop_id and (missing := no_such_loop(jobs[0])):
         raise click.BadParameter(f"loop {loop_id}: {missing}", param_hint="--loop")
     if not found:
@@ -10551,10 +10560,9 @@ def read_attempts(job: Job, escalation: str) -> list[JsonObject]:
     return found[::-1]
 
 
-def describe_escalation(
-    job: Job, entry: JsonObject, stored: Stored | None, deliveries: Sequence[Queued], row: JsonObject
-) -> JsonObject:
-    """One escalation whole: its record, its route and why, each delivery with its attempts."""
+def describe_escalation(job: Job, known: OnRecord) -> JsonObject:
+    """One escalation: its record, its route and why, each delivery with its attempts."""
+    entry, stored, deliveries, row = known
     attempts = read_attempts(job, entry["escalationId"])
     route = row.get("route")
     if route is None and stored is not None:
@@ -10663,8 +10671,9 @@ def show(
     if not escalation.strip():
         raise click.BadParameter("is empty", param_hint="ID")
     found = find_one(list(by_loop.values()), loop_id, escalation.strip())
-    job = by_loop.get(found[0]["loopId"]) or make_job(paths, found[0]["loopId"])
-    document = describe_escalation(job, *found)
+    owner = found.entry["loopId"]
+    job = by_loop.get(owner) or make_job(paths, owner)
+    document = describe_escalation(job, found)
     if wants_json(form, pretty):
         print_json(document, pretty)
     else:
