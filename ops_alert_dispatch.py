@@ -10769,6 +10769,21 @@ def outcome_text(what: str, result: JsonObject) -> str:
     return "\n".join(lines)
 
 
+def make_test_alert(severity: str, trace_id: str) -> Escalation:
+    """A record that says of itself that it is a test."""
+    body = {
+        "timestamp": iso(time.time()),
+        "loopId": PROGRAM,
+        "traceId": trace_id,
+        "category": "test_alert",
+        "severity": severity,
+        "transport": "local",
+        "message": "This is a test alert. Nothing is wrong, and there is nothing to do.",
+    }
+    line = encode_json(body)
+    return cast("Escalation", parse_line(line, len(line), PROGRAM)[0])
+
+
 @cli.command("test", epilog=examples("test", "test --sink slack-default --severity critical"))
 @repo_option
 @config_option
@@ -10811,17 +10826,7 @@ def send_test(
             [f'set "enabled": true on a sink, or test one that is disabled: `{tried}`'],
         )
     trace_id = new_trace_id()
-    body = {
-        "timestamp": iso(time.time()),
-        "loopId": PROGRAM,
-        "traceId": trace_id,
-        "category": "test_alert",
-        "severity": level,
-        "transport": "local",
-        "message": "This is a test alert. Nothing is wrong, and there is nothing to do.",
-    }
-    line = encode_json(body)
-    escalation = cast("Escalation", parse_line(line, len(line), PROGRAM)[0])
+    escalation = make_test_alert(level, trace_id)
     delivery = Delivery(escalation, Router(loaded).resolve(escalation.category, escalation.severity))
     results = []
     for sink in chosen:
