@@ -8500,7 +8500,9 @@ format_option = click.option(
 )
 @click.version_option(__version__, prog_name=PROGRAM)
 def cli() -> None:
-    """Deliver the escalations of a Superloop ops manager to webhooks, Slack, PagerDuty and Alertmanager.
+    """Deliver the escalations of a Superloop ops manager to the people who must see them.
+
+    They go to webhooks, Slack, PagerDuty, Alertmanager, Discord and Teams.
 
     First `init` writes a config, `test` sends a test alert, `dispatch` delivers, and `status` says whether
     all is well. An option in place of a command means `dispatch`: this is how the ops manager calls it.
