@@ -4422,16 +4422,16 @@ def keep_aside(path: str) -> str:
 # ---------------------------------------------------------------------------------------------------------
 # Adapters: what each type of sink is sent, and what its answers mean
 # ---------------------------------------------------------------------------------------------------------
-# Pure: deliveries in, a request out; an answer in, a verdict out. All that is special to a type is in its
-# adapter; `ADAPTERS`, below them, lists them.
+# Pure: deliveries in, a request out; an answer in, a verdict out. Nothing here connects, waits or writes. All
+# that is special to a type is in its adapter and its part of the schema. `ADAPTERS`, at the end, lists the
+# types.
 
-# RFC 9110, "Retry-After": a delay in seconds, or a date. Nobody is believed for longer than this.
+# Seconds. A sink that asks for more in Retry-After is asked again after this.
 RETRY_AFTER_MAX = 3600.0
 
 
 def host_of(url: str) -> str:
-    """Host and port of a URL, which may be shown: as a `Host` header has them, the port where it is none of
-    the scheme's own."""
+    """Host and port of a URL, which may be shown. The port is left out if it is the scheme's usual one."""
     from urllib.parse import urlsplit
 
     parts = urlsplit(url)
@@ -4442,10 +4442,10 @@ def host_of(url: str) -> str:
 
 
 class Origin(NamedTuple):
-    """What every payload says of where it comes from.
+    """Where a payload comes from, and when.
 
-    `emitted_at`: seconds since the epoch, by our clock. `clock_offset`: by how many seconds that of the sink
-    is ahead, if it is far off.
+    `emitted_at`: seconds since the epoch, by our clock. `clock_offset`: by how many seconds the sink's clock
+    is ahead of ours; 0 if that is too little to matter.
     """
 
     repo_path: str
@@ -4454,13 +4454,13 @@ class Origin(NamedTuple):
     clock_offset: float = 0.0
 
 
-# Seconds. A clock that is further off is pointed out: signatures and the end of an alert depend on it.
+# Seconds. If two clocks differ by more, `status` says so: signatures and the end of an alert depend on them.
 CLOCK_TOLERANCE = 60.0
 
 
 def far_off(clock_offset: float | None) -> float:
-    """By how much a sink's clock is ahead of ours, to the minute; 0.0 if that does not matter, or nobody
-    knows."""
+    """By how many seconds a sink's clock is ahead of ours, rounded to minutes; 0.0 if that is unknown or too
+    little to matter."""
     if clock_offset is None or abs(clock_offset) <= CLOCK_TOLERANCE:
         return 0.0
     return round(clock_offset / 60) * 60.0
@@ -4485,10 +4485,18 @@ class Answer(NamedTuple):
     def text(self) -> str:
         return self.body.decode("utf-8", "replace").strip()
 
+    @property
+    def said(self) -> object:
+        """The JSON value of its body; the text if that is not JSON."""
+        try:
+            return decode_json(self.text)
+        except ValueError:
+            return self.text
+
 
 SINK_UNWELL = {408, 425, 429}
 RECORD_REFUSED = {400, 413, 422}
-# Of the other statuses that refuse a request, those that say why.
+# Other statuses that say why a request was refused.
 STATUS_FAULTS: dict[int, FaultCode] = {
     **dict.fromkeys((401, 403), "unauthorized"),
     **dict.fromkeys((404, 405, 410), "not_found"),
@@ -4499,31 +4507,32 @@ PLAIN_TO_TLS = r"(?i)plain HTTP (request was sent )?to (an )?(HTTPS|SSL)|HTTP re
 
 
 def judge_status(answer: Answer, now: float) -> Verdict:
-    """Judge an answer by its status, as design and RFC 9110 have it. `now`: seconds since the epoch."""
-    status = answer.status
-    message = answer.text or None
+    """Judge an answer by its status (RFC 9110, section 15). `now`: seconds since the epoch."""
+    status, message = answer.status, answer.text or None
     if 200 <= status < 300:
         return Verdict("delivered", None, status, message)
     wait = parse_retry_after(answer.headers.get("retry-after"), now)
+    outcome: Outcome = "misconfigured"
+    fault: FaultCode = STATUS_FAULTS.get(status, "rejected")
     if status in SINK_UNWELL or status >= 500:
-        fault: FaultCode = "rate_limited" if status == 429 else "server_error"
-        return Verdict("retry", "http_error", status, message, wait, not_taken=True, fault=fault)
-    if status >= 400 and wait is not None:  # it asks for the same request again, later
-        return Verdict("retry", "http_error", status, message, wait, not_taken=True, fault="rate_limited")
-    if status == 400 and re.search(PLAIN_TO_TLS, answer.text):
-        return Verdict("misconfigured", "http_error", status, message, fault="wrong_scheme")
-    if status in RECORD_REFUSED:
-        return Verdict("dead_letter", "http_error", status, message, fault="record_refused")
-    if 300 <= status < 400:
+        outcome, fault = "retry", "rate_limited" if status == 429 else "server_error"
+    elif status >= 400 and wait is not None:  # it asks for the same request again, later
+        outcome, fault = "retry", "rate_limited"
+    elif status == 400 and re.search(PLAIN_TO_TLS, answer.text):
+        fault = "wrong_scheme"
+    elif status in RECORD_REFUSED:
+        outcome, fault = "dead_letter", "record_refused"
+    elif 300 <= status < 400:
         message = "answered with a redirect, which is never followed: set the URL that it leads to"
-        return Verdict("misconfigured", "http_error", status, message, fault="redirect")
+        fault = "redirect"
+    retry = outcome == "retry"
     return Verdict(
-        "misconfigured", "http_error", status, message, fault=STATUS_FAULTS.get(status, "rejected")
+        outcome, "http_error", status, message, wait if retry else None, not_taken=retry, fault=fault
     )
 
 
 def judge_api(answer: Answer, now: float) -> Verdict:
-    """Judge the answer of a provider, none of which takes an alert with a web page, by its status."""
+    """Judge the answer of a provider by its status. None of them confirms an alert with a web page."""
     if 200 <= answer.status < 300 and answer.text.startswith("<"):  # a login page, say, or that of a proxy
         message = (
             "answered with a web page: the URL is not that of such a sink, or something stands before it"
@@ -4532,20 +4541,18 @@ def judge_api(answer: Answer, now: float) -> Verdict:
     return judge_status(answer, now)
 
 
-# A complaint names its matter at its beginning; a pattern searched in 64 KB may take minutes.
+# How much of a complaint is searched: it begins with what it is about, and a search in 64 KB may take
+# minutes.
 COMPLAINT = 500
 
 
 def complaints(answer: Answer) -> list[str]:
-    """What an error answer complains of, without what it only quotes of the request.
+    """The complaints of an error answer, without what they quote of the request.
 
-    PagerDuty, "Send an alert event", 400: `{"status": "…", "message": "…", "errors": ["…"]}`. Others put the
-    same in `error` or `msg`, in objects that name the field, or as plain text.
+    PagerDuty, "Send an alert event", 400: `{"status": "…", "message": "…", "errors": ["…"]}`. Others use
+    `error` or `msg`, objects by the name of a field, or plain text.
     """
-    try:
-        said = decode_json(answer.text)
-    except ValueError:
-        said = answer.text
+    said = answer.said
     fields = mapping(said)
     waiting = [
         said if isinstance(said, str) else None,
@@ -4556,7 +4563,7 @@ def complaints(answer: Answer) -> list[str]:
         item = waiting.pop()
         if isinstance(item, str):
             found.append(re.sub(r"\S*custom_details\S*", "", item[:COMPLAINT].partition("{")[0]))
-        elif isinstance(item, dict):  # of fields that complaints are listed for, or that say one
+        elif isinstance(item, dict):  # `{"routing_key": ["is invalid"]}`: the name belongs to the complaint
             waiting += [key for key, listed in item.items() if isinstance(listed, list)]
             waiting += item.values()
         elif isinstance(item, list):
@@ -4566,7 +4573,7 @@ def complaints(answer: Answer) -> list[str]:
 
 @functools.lru_cache(maxsize=16)
 def parse_http_date(text: str) -> float | None:
-    """Read an HTTP-date (RFC 9110, section 5.6.7) as seconds since the epoch; None if it is none."""
+    """Read an HTTP-date (RFC 9110, section 5.6.7) as seconds since the epoch; None for any other text."""
     from email.utils import parsedate_to_datetime
 
     try:
@@ -4577,14 +4584,13 @@ def parse_http_date(text: str) -> float | None:
 
 
 def parse_retry_after(value: str | None, now: float) -> float | None:
-    """Read a `Retry-After` as seconds from `now`, 0 to RETRY_AFTER_MAX; None where it says nothing.
+    """Read a `Retry-After` as seconds from `now`, 0 to RETRY_AFTER_MAX; None if it is missing or malformed.
 
-    RFC 9110, section 10.2.3: delay-seconds or an HTTP-date. Some servers write a fraction: it is
-    rounded up.
+    RFC 9110, section 10.2.3: seconds or an HTTP-date. Some servers write a fraction, which is rounded up.
     """
     value = (value or "").strip()
     if re.fullmatch(r"[0-9]+(\.[0-9]*)?", value):
-        seconds = float(value)  # infinite where there are hundreds of digits
+        seconds = float(value)  # infinite if it has hundreds of digits
         seconds = seconds if seconds > RETRY_AFTER_MAX else float(-(-seconds // 1))
     else:
         moment = parse_http_date(value)
@@ -4595,51 +4601,55 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
 
 
 class Adapter:
-    """What a sink type is sent, and what its answers mean."""
+    """What a type of sink is sent, and what its answers mean. Every payload holds the escalation's id."""
 
+    # The keys of the sink's URL, and of the secret that it knows us by: without one, that is the URL.
     url_key: ClassVar[str] = "urlEnv"
+    credential_key: ClassVar[str] = "authTokenEnv"
     default_url: ClassVar[str | None] = None
-    # Requests a minute, where the provider limits them and the config does not say.
+    # How many requests a minute the provider allows; the config can say otherwise.
     max_per_minute: ClassVar[int | None] = None
     # Whether deliveries that are refused together are tried one by one.
     splits: ClassVar[bool] = False
-    # Whether what it is sent ends at a time that it reads off its own clock.
+    # Whether a payload says when it ends, which the sink compares with its own clock.
     ends_by_clock: ClassVar[bool] = False
-    # The key of the secret by which a sink knows us; if it is not set, that is the URL.
-    credential_key: ClassVar[str] = "authTokenEnv"
 
     def url(self, sink: Sink) -> str:
-        """Where the sink is; an empty string where its secret is unset."""
+        """Where the sink is; empty if its variable is unset."""
         return sink.secrets.get(self.url_key) or self.default_url or ""
 
     def peers(self, sink: Sink) -> dict[str, str]:
-        """The peers of a sink that is a cluster, by `host:port`, with the URL of each: each gets everything,
-        and one that delivers is enough. Any other sink is one place without a name."""
+        """The URL of each peer of a cluster, by `host:port`. Each peer gets everything, and one that has it
+        is enough. Any other sink is one peer without a name."""
         return {"": self.url(sink)}
 
     def seconds_to_catch_up(self, sink: Sink) -> float:  # noqa: ARG002
-        """For how long after a delivery a peer that has missed it should still get it."""
+        """For how long a peer that has missed an escalation should still get it."""
         return 0.0
 
     def missing_secrets(self, sink: Sink) -> list[str]:
-        """The variables that this sink needs and that are unset."""
+        """The variables of this sink that are unset."""
         return [name for key, name in sink.secret_refs.items() if key not in sink.secrets]
 
     def batch_size(self, sink: Sink) -> int:  # noqa: ARG002
-        """How many deliveries one request to this sink may hold."""
+        """How many deliveries one request may hold."""
         return 1
 
     def build(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> HttpRequest:
-        """Turn deliveries, oldest first and at most `batch_size` of them, into one request for this sink."""
+        """The request for some deliveries, oldest first and at most `batch_size` of them."""
+        return HttpRequest(self.url(sink), configured_headers(sink), self.payload(sink, deliveries, origin))
+
+    def payload(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> bytes:
+        """The JSON body of that request."""
         raise NotImplementedError
 
     def judge(self, answer: Answer, now: float) -> Verdict:
-        """Turn an answer into a verdict."""
+        """What an answer means. `now`: seconds since the epoch."""
         return judge_status(answer, now)
 
 
 def configured_headers(sink: Sink) -> dict[str, str]:
-    """The headers that the config of a sink asks for, its token, and the type of every body."""
+    """The headers that a sink's config asks for, its token, and the type of the body."""
     secret = {
         key.partition(".")[2]: value
         for key, value in sink.secrets.items()
@@ -4652,15 +4662,14 @@ def configured_headers(sink: Sink) -> dict[str, str]:
 
 
 class WebhookAdapter(Adapter):
-    """A JSON envelope by POST, with the headers of Standard Webhooks 1.0 (standardwebhooks.com).
+    """A JSON envelope, with the headers of Standard Webhooks 1.0 (standardwebhooks.com).
 
     "Webhook headers": `webhook-id` is the idempotency key, the same on every try; `webhook-timestamp` says
     when it was sent, in seconds. "Signature scheme": `webhook-signature` is `v1,` and the base64 of the
-    HMAC-SHA256 of `id.timestamp.body`, with one signature for each key, separated by spaces, while a key is
-    rotated.
+    HMAC-SHA256 of `id.timestamp.body`; while a key is rotated there is one for each key, separated by spaces.
     """
 
-    def build(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> HttpRequest:
+    def payload(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> bytes:
         [delivery] = deliveries
         escalation = delivery.escalation
         envelope = {
@@ -4679,16 +4688,16 @@ class WebhookAdapter(Adapter):
             },
             "sink": {"id": sink.id, "type": sink.type},
         }
-        body = encode_with_record(envelope, escalation)
-        headers = {
-            **configured_headers(sink),
-            "webhook-id": escalation.id,
-            "webhook-timestamp": str(int(origin.emitted_at)),
-        }
+        return encode_with_record(envelope, escalation)
+
+    def build(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> HttpRequest:
+        request = super().build(sink, deliveries, origin)
+        message_id, sent = deliveries[0].escalation.id, str(int(origin.emitted_at))
+        headers = {**request.headers, "webhook-id": message_id, "webhook-timestamp": sent}
         if secret := sink.secrets.get("signingSecretEnv"):
-            signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
+            signed = f"{message_id}.{sent}.".encode() + request.body
             headers["webhook-signature"] = " ".join(signature(key, signed) for key in signing_keys(secret))
-        return HttpRequest(self.url(sink), headers, body)
+        return request._replace(headers=headers)
 
 
 def signature(key: bytes, signed: bytes) -> str:
@@ -4700,7 +4709,7 @@ def signature(key: bytes, signed: bytes) -> str:
 
 
 def held_back_fields(delivery: Delivery) -> JsonObject:
-    """What a payload says of repeats that were held back; nothing if there are none."""
+    """The fields that say how many repeats were held back; empty if none were."""
     held_back = delivery.held_back
     if held_back is None:
         return {}
@@ -4708,7 +4717,7 @@ def held_back_fields(delivery: Delivery) -> JsonObject:
 
 
 def held_back_text(delivery: Delivery) -> str:
-    """`and 14 repeats held back since 2026-03-01T12:00:00Z`; empty where there are none."""
+    """`and 14 repeats held back since 2026-03-01T12:00:00Z`; empty if none were."""
     held_back = delivery.held_back
     if held_back is None:
         return ""
@@ -4719,9 +4728,9 @@ SEVERITY_EMOJI = {"info": "\N{INFORMATION SOURCE}\ufe0f", "warning": "⚠️", "
 
 
 def headline(delivery: Delivery, limit: int) -> str:
-    """One line that says what is wrong where: `[critical] health_critical on demo-loop: ingest_stale`.
+    """What is wrong where, in one line: `[critical] health_critical on demo-loop: ingest_stale`.
 
-    At most `limit` characters; what was held back is said at its end, and never cut off.
+    At most `limit` characters. Its end, which says what was held back, is never cut off.
     """
     escalation = delivery.escalation
     what = ", ".join(reason_codes(escalation)) or explain(escalation)[0]
@@ -4731,7 +4740,7 @@ def headline(delivery: Delivery, limit: int) -> str:
 
 
 def facts_of(delivery: Delivery, origin: Origin) -> list[str]:
-    """What a person on call looks for below the reasons: severity, loop, time, transport, trace."""
+    """What stands below the reasons: severity, loop, time, transport, trace."""
     escalation = delivery.escalation
     facts = [
         delivery.resolution.event_severity,
@@ -4746,7 +4755,8 @@ def facts_of(delivery: Delivery, origin: Origin) -> list[str]:
 def bullets(
     lines: Sequence[str], limit: int, escape: Callable[[str, int], str], most: int | None = None
 ) -> str:
-    """A list of at most `most` lines as one text of at most `limit` characters; says how many fell off.
+    """A list of at most `most` lines as one text of at most `limit` characters; its end says how many more
+    there are.
 
     `escape`: escapes a text for the sink, and cuts it to a number of characters.
     """
@@ -4762,18 +4772,18 @@ def bullets(
     return "\n".join(kept)
 
 
-# Slack, "Block Kit reference", header and section blocks; "chat.postMessage", `text`. Characters as they are
-# sent, entities included.
+# Slack, "Block Kit reference", header and section blocks; "chat.postMessage", `text`. Characters as sent,
+# with entities.
 SLACK_HEADER = 150
 SLACK_SECTION = 3000
 SLACK_TEXT = 4000
-# What a phone shows of a message: also within SLACK_TEXT where each character becomes an entity.
+# The text that a phone shows: it fits in SLACK_TEXT even if each character becomes an entity.
 SLACK_HEADLINE = 600
-# A digest is to be read at a glance: so much for one of its lines.
+# One line of a digest, which people read at a glance.
 SLACK_DIGEST_LINE = 450
 
 # Slack, "Formatting text for app surfaces", "Disabling automatic parsing", and "Unfurling links in messages":
-# the fallback text is taken as it is written, no name in it becomes a mention and no address a preview.
+# in the fallback text no name becomes a mention and no address a preview.
 SLACK_AS_WRITTEN = {
     "mrkdwn": False,
     "parse": "none",
@@ -4782,8 +4792,8 @@ SLACK_AS_WRITTEN = {
     "unfurl_media": False,
 }
 
-# Slack, "Sending messages using incoming webhooks", "Handling errors", and for the same by other names
-# "chat.postMessage", "Errors": what each one means.
+# Slack, "Sending messages using incoming webhooks", "Handling errors"; some have other names in
+# "chat.postMessage", "Errors".
 SLACK_ERRORS: dict[FaultCode, str] = {
     "not_found": "no_service no_service_id no_team team_disabled no_active_hooks",
     "channel": (
@@ -4803,10 +4813,10 @@ SLACK_ERRORS: dict[FaultCode, str] = {
     "server_error": "internal_error fatal_error service_unavailable request_timeout",
 }
 SLACK_FAULTS = {word: fault for fault, words in SLACK_ERRORS.items() for word in words.split()}
-# By Slack's own words, what was asked for may have been done before these.
+# Slack says that it may have posted the message before it met one of these.
 SLACK_UNSURE_ERRORS = {"internal_error", "fatal_error"}
-# What receivers that take Slack's messages (Mattermost, Rocket.Chat, Discord, Zulip) say of a webhook that is
-# not there any more, with a 400.
+# How others that take Slack's messages (Mattermost, Rocket.Chat, Discord, Zulip) say, with a 400, that a
+# webhook was deleted.
 WEBHOOK_GONE = (
     r"(?i)(?=.*\b(invalid|unknown|disabled|deleted|expired|revoked|not found|(could ?n.t|cannot) find|"
     r"does not exist)\b)(?=.*\b(webhooks?|integration|api key|channel)\b)"
@@ -4818,8 +4828,7 @@ SLACK_ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 def slack_escape(text: str, limit: int) -> str:
     """Escape text for Slack and cut it to `limit` characters as sent, never within an entity.
 
-    Slack, "Formatting text for app surfaces", "Escaping text": `&`, `<` and `>` are the control characters,
-    with which mentions and links are made.
+    Slack, "Formatting text for app surfaces", "Escaping text": `&`, `<` and `>` make mentions and links.
     """
     text = printable(text)
     escaped = text.translate(SLACK_ENTITIES)
@@ -4833,11 +4842,10 @@ def slack_escape(text: str, limit: int) -> str:
 
 
 def slack_text(text: str) -> JsonObject:
-    """A text object of text that is escaped already.
+    """A text object, of escaped text.
 
-    Slack, "Text object": in `plain_text`, unlike in `mrkdwn`, no character is a format, no address becomes a
-    link and no name a mention; without `emoji` no `:name:` becomes a picture. So what a record says is shown
-    as it stands there, backticks and underscores included, and can be copied.
+    Slack, "Text object": in `plain_text`, unlike in `mrkdwn`, nothing is a format, a link or a mention;
+    without `emoji` no `:name:` becomes a picture. So a record's text is shown as it is, and can be copied.
     """
     return {"type": "plain_text", "text": text, "emoji": False}
 
@@ -4845,9 +4853,9 @@ def slack_text(text: str) -> JsonObject:
 class SlackAdapter(Adapter):
     """A message to a Slack incoming webhook: a header, what a person needs to know, and where it is from.
 
-    Several deliveries make a digest: counts, then a line each, the worst first. The `block_id` of a message's
-    header, or of a digest's line, is the escalationId, by which a receiver can tell a repeat (Slack, "Block
-    Kit reference": up to 255 characters, each once in a message).
+    Several deliveries make a digest: counts, then a line for each, the worst first. The `block_id` of a
+    message's header, or of a digest's line, is the escalation's id (Slack, "Block Kit reference": up to 255
+    characters, each once in a message).
     """
 
     url_key = "webhookUrlEnv"
@@ -4857,20 +4865,20 @@ class SlackAdapter(Adapter):
     def batch_size(self, sink: Sink) -> int:
         return int(sink.settings.get("maxPerMessage", 1))
 
-    def build(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> HttpRequest:
+    def payload(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> bytes:
         single = len(deliveries) == 1
         message = slack_message(deliveries[0], origin) if single else slack_digest(deliveries, origin)
         message |= SLACK_AS_WRITTEN
         for key, name in (("channel", "channel"), ("username", "username"), ("iconEmoji", "icon_emoji")):
             if key in sink.settings:
                 message[name] = sink.settings[key]
-        return HttpRequest(self.url(sink), {"Content-Type": "application/json"}, encode_json(message))
+        return encode_json(message)
 
     def judge(self, answer: Answer, now: float) -> Verdict:
-        """Slack names its errors in the body, which says more than the status does.
+        """Slack names its errors in the body, which says more than the status.
 
-        A webhook answers `ok`. What passes messages on to Slack may answer as its Web API does, with 200 and
-        `{"ok": false, "error": …}`: that is judged by the error. A web page is no answer of a webhook.
+        A webhook answers `ok`. A program that passes messages on to Slack may answer as its Web API does,
+        with 200 and `{"ok": false, "error": …}`: then the error counts.
         """
         error, verdict = slack_error(answer), judge_api(answer, now)
         fault = SLACK_FAULTS.get(error or "")
@@ -4893,12 +4901,10 @@ class SlackAdapter(Adapter):
 
 
 def slack_error(answer: Answer) -> str | None:
-    """The error that an answer names, in JSON or as one of Slack's words; None where it names none."""
-    if answer.text.startswith("{"):
-        with contextlib.suppress(ValueError):
-            said = mapping(decode_json(answer.text))
-            if said.get("ok") is False:
-                return as_text(said.get("error")) or answer.text
+    """The error that an answer names, in JSON or as one of Slack's words; None if it names none."""
+    said = mapping(answer.said)
+    if said.get("ok") is False:
+        return as_text(said.get("error")) or answer.text
     return answer.text if answer.text in SLACK_FAULTS else None
 
 
@@ -4920,7 +4926,7 @@ def slack_message(delivery: Delivery, origin: Origin) -> JsonObject:
 
 
 def slack_digest(deliveries: Sequence[Delivery], origin: Origin) -> JsonObject:
-    """Several escalations, oldest first: how many of which severity and category, then a line each."""
+    """Several escalations: how many of which severity and category, then a line for each, the worst first."""
     worst_first = sorted(
         deliveries, key=lambda delivery: SEVERITIES.index(delivery.resolution.event_severity), reverse=True
     )
@@ -4935,7 +4941,7 @@ def slack_digest(deliveries: Sequence[Delivery], origin: Origin) -> JsonObject:
     seen = Counter[str]()
     for delivery in worst_first:
         identity = delivery.escalation.id
-        # Two lines of the source that are equal have one id, and Slack takes a block_id only once.
+        # Equal lines of the source have the same id, and Slack takes a block_id only once.
         seen[identity] += 1
         block_id = identity if seen[identity] == 1 else f"{identity}:{seen[identity]}"
         line = slack_section(slack_digest_line(delivery, name_loop=len(loops) > 1))
@@ -4947,7 +4953,7 @@ def slack_digest(deliveries: Sequence[Delivery], origin: Origin) -> JsonObject:
 
 
 def slack_digest_line(delivery: Delivery, *, name_loop: bool) -> str:
-    """`🚨 health_critical · 2026-03-01T12:00:00Z · ingest_stale: …`, and at its end what was held back."""
+    """`🚨 health_critical · 2026-03-01T12:00:00Z · ingest_stale: …`, then what was held back."""
     escalation = delivery.escalation
     emoji = SEVERITY_EMOJI[delivery.resolution.event_severity]
     where = f" on {shown(escalation.loop_id, 60)}" if name_loop else ""
@@ -4962,7 +4968,7 @@ def slack_digest_line(delivery: Delivery, *, name_loop: bool) -> str:
 
 
 def count_words(words: Iterable[str]) -> str:
-    """`2 critical, 10 warning`, in the order in which they first come."""
+    """`2 critical, 10 warning`, in the order of their first use."""
     return ", ".join(f"{count} {word}" for word, count in Counter(words).items())
 
 
@@ -4990,17 +4996,17 @@ DISCORD_FAULTS: dict[str, FaultCode] = {"10015": "not_found", "50027": "unauthor
 
 
 class DiscordAdapter(Adapter):
-    """A message to a Discord webhook: a headline, and below it in a code block what a person needs to know.
+    """A message to a Discord webhook: a headline, and below it a code block with what a person needs to know.
 
-    In a code block nothing is a format, a link or a mention. The headline is not in it, because a phone
-    shows the beginning of a message as it is written.
+    In a code block nothing is a format, a link or a mention. The headline stands before it, because a phone
+    shows the beginning of a message.
     """
 
     url_key = "webhookUrlEnv"
     # Discord gives no figure and answers 429; users report 30 messages a minute for a webhook.
     max_per_minute = 30
 
-    def build(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> HttpRequest:
+    def payload(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> bytes:  # noqa: ARG002
         [delivery] = deliveries
         escalation = delivery.escalation
         emoji = SEVERITY_EMOJI[delivery.resolution.event_severity]
@@ -5013,13 +5019,11 @@ class DiscordAdapter(Adapter):
             # Discord, "Allowed Mentions Object": an empty `parse` lets no text mention anybody.
             "allowed_mentions": {"parse": []},
         }
-        return HttpRequest(self.url(sink), {"Content-Type": "application/json"}, encode_json(message))
+        return encode_json(message)
 
     def judge(self, answer: Answer, now: float) -> Verdict:
-        """Discord names its errors by a number in the body, and there the wait of a 429 as well."""
-        verdict, said = judge_api(answer, now), JsonObject()
-        with contextlib.suppress(ValueError):
-            said = mapping(decode_json(answer.text))
+        """Discord's body has a number for each error, and how long to wait after a 429."""
+        verdict, said = judge_api(answer, now), mapping(answer.said)
         if fault := DISCORD_FAULTS.get(str(said.get("code"))):
             return verdict._replace(outcome="misconfigured", fault=fault)
         if verdict.fault == "rate_limited" and verdict.retry_after is None:
@@ -5028,18 +5032,17 @@ class DiscordAdapter(Adapter):
 
 
 def discord_escape(text: str) -> str:
-    """Escape text for Discord: a backslash before a character of ASCII's punctuation makes it plain, so that
-    it is no format, and an address no link."""
+    """Escape text for Discord: after a backslash, ASCII punctuation makes no format and no link."""
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", printable(text))
 
 
 def discord_code(text: str, limit: int) -> str:
-    """Text for a code block, which only backticks could end."""
+    """Text for a code block, without the backticks that would end it."""
     return cut(printable(text).replace("`", "\N{MODIFIER LETTER GRAVE ACCENT}"), limit)
 
 
-# Microsoft, "Create and send actionable messages": a message of up to 28 KB. Of these characters each may
-# take four bytes, and each line some ninety more.
+# Microsoft, "Create and send actionable messages": a message of up to 28 KB. A character may take four bytes,
+# and each line takes some ninety more.
 TEAMS_TEXT = 4000
 TEAMS_LINES = 30
 TEAMS_HEADLINE = 300
@@ -5048,17 +5051,17 @@ TEAMS_COLOURS = {"info": "Accent", "warning": "Warning", "critical": "Attention"
 
 
 class TeamsAdapter(Adapter):
-    """An Adaptive Card (version 1.4) to a workflow of Microsoft Teams that posts what a webhook gets.
+    """An Adaptive Card (version 1.4) to a workflow of Microsoft Teams that posts what its webhook gets.
 
-    All text is in TextRuns, which show it as it is: in a TextBlock, Markdown would be rendered.
+    All text is in TextRuns, which show it as it is; a TextBlock would render Markdown.
     """
 
     url_key = "webhookUrlEnv"
-    # Microsoft, "Create and send actionable messages", "Rate limiting": four requests a second. A flow of
-    # Power Automate takes fewer; a card a second is what people can read.
+    # Microsoft, "Create and send actionable messages", "Rate limiting": four requests a second. A workflow
+    # takes fewer, and people can read one card a second.
     max_per_minute = 60
 
-    def build(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> HttpRequest:
+    def payload(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> bytes:  # noqa: ARG002
         [delivery] = deliveries
         escalation, severity = delivery.escalation, delivery.resolution.event_severity
         title = f"{SEVERITY_EMOJI[severity]} {shown(headline(delivery, TEAMS_HEADLINE), TEAMS_HEADLINE)}"
@@ -5080,11 +5083,10 @@ class TeamsAdapter(Adapter):
             "contentUrl": None,
             "content": card,
         }
-        message = {"type": "message", "attachments": [attachment]}
-        return HttpRequest(self.url(sink), {"Content-Type": "application/json"}, encode_json(message))
+        return encode_json({"type": "message", "attachments": [attachment]})
 
     def judge(self, answer: Answer, now: float) -> Verdict:
-        """A workflow answers 202; whether Teams then shows the card, it does not say."""
+        """A workflow answers 202, before Teams shows the card."""
         return judge_api(answer, now)
 
 
@@ -5093,8 +5095,8 @@ def teams_text(text: str, **style: object) -> JsonObject:
     return {"type": "RichTextBlock", "inlines": [{"type": "TextRun", "text": text, **style}]}
 
 
-# PagerDuty, "Send an alert event" (Events API v2): an event of 512 KB (taken as the smaller of what that may
-# mean), a summary of 1,024 characters, a dedup_key of 255.
+# PagerDuty, "Send an alert event" (Events API v2): an event of 512 KB (the smaller reading of that), a
+# summary of 1,024 characters, a dedup_key of 255.
 PAGERDUTY_EVENT_BYTES = 512_000
 PAGERDUTY_SUMMARY = 1024
 PAGERDUTY_DEDUP_KEY = 255
@@ -5103,7 +5105,7 @@ PAGERDUTY_DEDUP_KEY = 255
 class PagerDutyAdapter(Adapter):
     """A `trigger` event of PagerDuty's Events API v2 ("Send an alert event").
 
-    Its severities are info, warning, error and critical: ours are three of them. Its `timestamp` is ISO 8601.
+    Its severities are info, warning, error and critical: ours are among them. Its `timestamp` is ISO 8601.
     """
 
     default_url = "https://events.pagerduty.com/v2/enqueue"
@@ -5111,7 +5113,7 @@ class PagerDutyAdapter(Adapter):
     # PagerDuty, "Events API rate limits": 120 events a minute for an integration key.
     max_per_minute = 120
 
-    def build(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> HttpRequest:
+    def payload(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> bytes:
         [delivery] = deliveries
         escalation, settings = delivery.escalation, sink.settings
         moment = parse_time(escalation.timestamp)
@@ -5145,10 +5147,10 @@ class PagerDutyAdapter(Adapter):
                 body = encode_json(event)
                 if len(body) <= PAGERDUTY_EVENT_BYTES:
                     break
-        return HttpRequest(self.url(sink), {"Content-Type": "application/json"}, body)
+        return body
 
     def judge(self, answer: Answer, now: float) -> Verdict:
-        """A 400 that complains of the routing key is the sink's fault; any other one is the record's."""
+        """A 400 that complains of the routing key means a wrong config; any other 400 a wrong record."""
         verdict = judge_api(answer, now)
         if answer.status == 400 and any(
             re.search(ROUTING_KEY, complaint) for complaint in complaints(answer)
@@ -5161,11 +5163,8 @@ ROUTING_KEY = r"(?i)(routing|service|integration)[ _-]?key"
 
 
 def dedup_key(escalation: Escalation, by: str) -> str:
-    """PagerDuty's `dedup_key`: by `event` `<loopId>:<category>:<timestamp>`, so that each escalation is an
-    alert of its own; by `condition` `<loopId>:<category>`, so that repeats join the open one.
-
-    One that is longer than PagerDuty takes, or not plain text, ends in a hash of the whole.
-    """
+    """PagerDuty's `dedup_key`. By `event`: `<loopId>:<category>:<timestamp>`, and each escalation opens an
+    alert. By `condition`: `<loopId>:<category>`, and repeats join the open alert."""
     key = f"{escalation.loop_id}:{escalation.category}"
     if by == "event":
         key += f":{escalation.timestamp or escalation.id}"
@@ -5173,8 +5172,8 @@ def dedup_key(escalation: Escalation, by: str) -> str:
 
 
 def cut_identity(text: str, limit: int) -> str:
-    """A text that tells things apart, printable and of at most `limit` characters: where that changes it, it
-    ends in a hash of the whole."""
+    """Make a text that tells things apart printable and at most `limit` characters long. If that changes it,
+    it ends in a hash of the whole."""
     plain = printable(text)
     if plain == text and len(text) <= limit:
         return text
@@ -5182,13 +5181,13 @@ def cut_identity(text: str, limit: int) -> str:
     return f"{plain[: limit - len(mark) - 1]}:{mark}"
 
 
-# Characters of a text, items of a list or object, levels: each is tried where the one before still makes too
-# large an event. With the last any record fits.
+# How much is kept of a record: characters of a text, items of a list or object, levels. Each is tried if the
+# one before still makes too large an event. With the last every record fits.
 ABRIDGEMENTS = ((4000, 100, 6), (400, 40, 4), (30, 10, 3))
 
 
 def plain_first(body: JsonObject) -> JsonObject:
-    """A record with what matters at its front: the reasons, then what else is known, then plain fields."""
+    """A record with what matters first: the reasons, then other known fields, then plain ones."""
 
     def rank(field: tuple[str, object]) -> tuple[bool, bool, bool]:
         key, value = field
@@ -5199,7 +5198,7 @@ def plain_first(body: JsonObject) -> JsonObject:
 
 
 def abridge(value: object, characters: int, items: int, levels: int) -> object:
-    """Cut a JSON value down, saying where and how much was left out."""
+    """Shorten a JSON value; what stands in place of the rest says how much was left out."""
     if isinstance(value, dict | list):
         if not levels:
             return f"… {len(encode_json(value))} bytes of JSON left out"
@@ -5216,24 +5215,24 @@ def abridge(value: object, characters: int, items: int, levels: int) -> object:
     return value if len(text) <= characters else cut(text, characters)
 
 
-# Alertmanager has no limits of its own to these, nor to a request. These keep a page readable and, at a
-# hundred alerts, a request below the 1 MB that proxies let through.
+# Alertmanager has no such limits. These keep a page readable, and a request of a hundred alerts below the 1
+# MB that proxies let through.
 ALERT_LABEL = 256
 ALERT_SUMMARY = 1024
 ALERT_DESCRIPTION = 2048
 ALERTS_A_REQUEST = 100
 
 DEFAULT_ACTIVE_FOR = 3600.0
-# An alert that joins a group waits for the group's next turn, by default up to 5 minutes (Alertmanager,
-# "Configuration", group_interval). One that ends before it pages nobody: so much must be left of an alert.
+# How much must be left of an alert when it is sent. In a group it waits for the group's next turn, by default
+# up to 5 minutes (Alertmanager, "Configuration", group_interval), and pages nobody if it ends before.
 ALERT_LEAD_SECONDS = 600.0
 
 
 class AlertmanagerAdapter(Adapter):
     """Alerts of Prometheus Alertmanager, by `POST /api/v2/alerts` to every peer of a cluster.
 
-    Alertmanager, "High Availability": alerts go to all peers, never through a load balancer. The peers tell
-    each other whom they have notified, not which alerts they hold.
+    Alertmanager, "High Availability": alerts go to all peers, never through a load balancer. The peers
+    exchange which notifications were sent, not which alerts they hold.
     """
 
     splits = True
@@ -5251,17 +5250,16 @@ class AlertmanagerAdapter(Adapter):
         return next(iter(self.peers(sink).values()))
 
     def seconds_to_catch_up(self, sink: Sink) -> float:
-        """As long as the alert has the same end on a peer that gets it later: see `alert_times`."""
+        """For as long as the alert would end at the same time on that peer: see `_times`."""
         seconds = active_seconds(sink)
         return seconds - min(ALERT_LEAD_SECONDS, seconds / 2)
 
     def batch_size(self, sink: Sink) -> int:  # noqa: ARG002
         return ALERTS_A_REQUEST
 
-    def build(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> HttpRequest:
-        """One request to the first peer. Alertmanager takes alerts with the same labels for one, and keeps
-        what the last of them says: so does this, which sends that one, from the earliest start to the latest
-        end."""
+    def payload(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> bytes:
+        """To Alertmanager, alerts with the same labels are one alert, and the last one counts. So only the
+        last one is sent, from the earliest start to the latest end."""
         alerts: dict[tuple[str, ...], JsonObject] = {}
         for delivery in deliveries:
             alert = self._alert(sink, delivery, origin)
@@ -5270,7 +5268,7 @@ class AlertmanagerAdapter(Adapter):
                 alert["startsAt"] = min(earlier["startsAt"], alert["startsAt"])
                 alert["endsAt"] = max(earlier["endsAt"], alert["endsAt"])
             alerts[key] = alert
-        return HttpRequest(self.url(sink), configured_headers(sink), encode_json(list(alerts.values())))
+        return encode_json(list(alerts.values()))
 
     def _alert(self, sink: Sink, delivery: Delivery, origin: Origin) -> JsonObject:
         escalation = delivery.escalation
@@ -5283,7 +5281,7 @@ class AlertmanagerAdapter(Adapter):
             "source": "ops-manager",
             **sink.settings.get("labels", {}),
         }
-        starts, ends = alert_times(sink, escalation, origin.emitted_at + origin.clock_offset)
+        starts, ends = self._times(sink, escalation, origin.emitted_at + origin.clock_offset)
         return {
             "labels": {name: cut_identity(value, ALERT_LABEL) for name, value in labels.items()},
             "annotations": {
@@ -5296,11 +5294,24 @@ class AlertmanagerAdapter(Adapter):
             "endsAt": iso(ends),
         }
 
-    def judge(self, answer: Answer, now: float) -> Verdict:
-        """A complaint about a record is JSON; one in other words is from a proxy or a TLS port.
+    def _times(self, sink: Sink, escalation: Escalation, sent: float) -> tuple[float, float]:
+        """When an alert starts and ends, in seconds since the epoch. `sent`: now, by the sink's clock.
 
-        Alertmanager, "Alerts API", OpenAPI specification: the body of a 400 is a string. Those alerts of the
-        request that it had no complaint of it has taken.
+        An alert that is sent in good time ends `activeForSeconds` after its record was written, for every
+        peer: peers that disagree about the end would page again. If it is sent late, it ends
+        `activeForSeconds` after that: too little would be left for a page, or its end would be past, and
+        Alertmanager would take it for resolved.
+        """
+        written = parse_time(escalation.timestamp)
+        starts = min(sent if written is None else written, sent)
+        in_good_time = sent - starts <= self.seconds_to_catch_up(sink)
+        return starts, (starts if in_good_time else sent) + active_seconds(sink)
+
+    def judge(self, answer: Answer, now: float) -> Verdict:
+        """Alertmanager complains of a record in JSON; other text is from a proxy or another program.
+
+        Alertmanager, "Alerts API", OpenAPI specification: the body of a 400 is a JSON string. It has taken
+        the other alerts of the request.
         """
         verdict = judge_api(answer, now)
         if verdict.outcome == "dead_letter" and answer.status in (400, 422):
@@ -5312,22 +5323,8 @@ class AlertmanagerAdapter(Adapter):
         return verdict
 
 
-def alert_times(sink: Sink, escalation: Escalation, sent: float) -> tuple[float, float]:
-    """From when to when an alert lasts, in seconds since the epoch.
-
-    An alert that is sent in good time ends `activeForSeconds` after its record was written, whenever and to
-    whichever peer it is sent: peers that do not agree on the end would page again. Of one that is sent late
-    nothing, or too little for a page, would be left (Alertmanager takes an alert whose end is in the past for
-    a resolved one, and is silent), so it lasts as long from when it is sent.
-    """
-    written = parse_time(escalation.timestamp)
-    starts = min(sent if written is None else written, sent)
-    in_good_time = sent - starts <= AlertmanagerAdapter().seconds_to_catch_up(sink)
-    return starts, (starts if in_good_time else sent) + active_seconds(sink)
-
-
 def active_seconds(sink: Sink) -> float:
-    """For how long an alert lasts."""
+    """How long an alert lasts."""
     seconds: float = sink.settings.get("activeForSeconds", DEFAULT_ACTIVE_FOR)
     return seconds
 
@@ -5343,13 +5340,13 @@ ADAPTERS: dict[str, Adapter] = {
 
 
 def requests_a_minute(sink: Sink) -> int | None:
-    """How many requests a sink's rate allows in a minute; None if it has none."""
+    """How many requests a sink may get in a minute; None if it has no rate."""
     per_minute: int | None = sink.settings.get("maxPerMinute", ADAPTERS[sink.type].max_per_minute)
     return per_minute
 
 
 def deliveries_a_minute(sink: Sink) -> int | None:
-    """How many deliveries a sink's rate allows in a minute; None if it has none."""
+    """How many deliveries a sink may get in a minute; None if it has no rate."""
     per_minute = requests_a_minute(sink)
     return per_minute * ADAPTERS[sink.type].batch_size(sink) if per_minute else None
 
