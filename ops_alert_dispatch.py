@@ -5354,30 +5354,30 @@ def deliveries_a_minute(sink: Sink) -> int | None:
 # ---------------------------------------------------------------------------------------------------------
 # Sending: one request, one answer, and never longer than `attempt_seconds`
 # ---------------------------------------------------------------------------------------------------------
-# requests finds the way (proxy, URL, credentials) and owns the pool; its urllib3 pool writes each request and
-# reads each answer. Session.post would do the same and costs three times as much a request, because it finds
-# the way again each time.
+# Knows connections, not what is sent or what an answer means: that is the adapter's. Never tries again, and
+# never follows a redirect. requests finds the way to a sink once (proxy, URL, credentials, TLS); its urllib3
+# pool then sends each request. `Session.post` finds the way each time, and costs three times as much.
 
 MESSAGE_CHARACTERS = 300
 MAX_ANSWER_BYTES = 64 << 10
-# One step of connecting: one address, or a TLS handshake, or what a proxy says to CONNECT. A nameserver that
-# is silent costs as much by default (resolv.conf(5), timeout).
+# For one step of connecting: an address, a TLS handshake, or a proxy's answer to CONNECT. By default a silent
+# nameserver costs as much (resolv.conf(5), timeout).
 STEP_SECONDS = 5.0
-# Until the request is sent. Long enough for a silent nameserver, a silent first address and a slow handshake
-# in a row. It is apart from timeoutSeconds, which belongs to the answer: a request whose answer nobody has
-# the time to hear would be sent again and again.
+# Until the request is sent: enough for a silent nameserver, a silent first address and a slow handshake. It
+# does not count as timeoutSeconds, which is for the answer: a request without enough time left for its answer
+# would be sent again and again.
 CONNECT_SECONDS = 3 * STEP_SECONDS
-# Whoever waits for an attempt gives it this much longer, so that its own timeouts come first.
+# The main thread waits this much longer for an attempt, so that the attempt's own timeouts come first.
 TIMEOUT_GRACE = 0.25
 
 
 def attempt_seconds(timeout: float) -> float:
-    """The longest that one attempt takes, in seconds; `timeout`: the sink's timeoutSeconds."""
+    """How long one attempt may take, in seconds. `timeout`: the sink's timeoutSeconds."""
     return CONNECT_SECONDS + timeout + TIMEOUT_GRACE
 
 
 class NoAnswerError(Exception):
-    """No usable answer came. `not_taken`: the request surely was not received whole."""
+    """No usable answer came. `not_taken`: the sink certainly did not receive the whole request."""
 
     def __init__(self, fault: FaultCode, message: str, *, not_taken: bool) -> None:
         super().__init__(message)
@@ -5385,31 +5385,50 @@ class NoAnswerError(Exception):
         self.not_taken = not_taken
 
 
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception, and those behind it: causes, contexts, reasons and arguments."""
+    seen: set[int] = set()
+    waiting: list[BaseException] = [error]
+    while waiting:
+        current = waiting.pop(0)
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        inner = [current.__cause__, current.__context__, getattr(current, "reason", None), *current.args]
+        waiting += [item for item in inner if isinstance(item, BaseException)]
+
+
+def first_cause(error: BaseException, *kinds: type[BaseException]) -> BaseException | None:
+    """The first exception of some kinds behind an error, or the error itself."""
+    return next((cause for cause in causes(error) if isinstance(cause, kinds)), None)
+
+
 class Client:
     """Sends requests to one URL, over a connection that is kept between them.
 
-    `sink_timeout`: how many seconds the answer may take once a request is sent. `ca_file`: the CA
-    certificates to trust in place of the usual ones. The first request imports requests and finds out what
-    the environment asks for (proxies, CA certificates; .netrc is not read). No redirect is followed.
+    `sink_timeout`: how many seconds the answer may take after the request was sent. `ca_file`: CA
+    certificates to trust instead of the usual ones. The first request imports requests, and reads proxies and
+    CA certificates from the environment (no .netrc).
     """
 
     def __init__(self, sink_timeout: float, ca_file: str | None = None) -> None:
         self.timeout = sink_timeout
         self.ca_file = ca_file
-        # Host and port, which may be shown: known with the first request.
+        # Host and port of the sink and of its proxy, which may be shown. All below is set by the first
+        # request.
         self.host = "the sink"
-        # The same of the proxy that the environment names for it.
         self.proxy: str | None = None
-        # What each request has in common, known with the first one.
         self._pool: HTTPConnectionPool | None = None
         self._target = ""
         self._headers: Mapping[str, str] = {}
         self._options: JsonObject = {}
 
     def send(self, request: HttpRequest) -> Answer:
-        """Send one request and read its answer: the head, and what comes of the first 64 KB of the body.
+        """Send one request and read its answer: the head, and as much as comes of the first 64 KB of the
+        body.
 
-        Raises NoAnswerError if no whole head of an answer comes.
+        Raises NoAnswerError if there is no complete head.
         """
         from http.client import HTTPException
 
@@ -5423,7 +5442,8 @@ class Client:
                 "POST", self._target, request.body, {**common, **request.headers}, **self._options
             )
         except (HTTPError, HTTPException, OSError, ValueError) as error:
-            raise self._no_answer(error) from None
+            fault, message = self._why_no_answer(error)
+            raise NoAnswerError(fault, message, not_taken=fault == "unusable_url") from None
         body, complete = b"", False
         try:
             while len(body) < MAX_ANSWER_BYTES and not complete:
@@ -5431,16 +5451,16 @@ class Client:
                 body += piece
                 complete = not piece or response.closed
         except (HTTPError, HTTPException, OSError, ValueError):
-            pass  # the head is the answer; of the body counts what came
+            pass  # a head and a part of the body are an answer, too
         if not complete:
-            response.close()  # what may still come is no answer to another request
+            response.close()  # or its rest would be taken for the answer to the next request
         response.release_conn()
         return Answer(
             response.status, {name.lower(): value for name, value in response.headers.items()}, body
         )
 
     def _find_way(self, url: str) -> "HTTPConnectionPool":
-        """Find out how to reach a URL: proxy, credentials, CA certificates. Raises NoAnswerError."""
+        """Find the way to a URL: proxy, credentials, CA certificates. Raises NoAnswerError."""
         from urllib.parse import urlsplit
 
         import requests
@@ -5449,11 +5469,11 @@ class Client:
         try:
             self.host = host_of(url)
             here = urlsplit(url)
-            # A GET has no body, and so none of a body's headers.
+            # GET, so that it has no headers of a body.
             prepared = requests.Request("GET", url, auth=login_of(here.netloc)).prepare()
             proxy = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url)) or ""
             there = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-            # A proxy on another machine cannot reach this one's loopback, and would see what http shows.
+            # A proxy on another machine cannot reach this machine's loopback, and could read http.
             if is_loopback(here.hostname) and not is_loopback(there.hostname):
                 proxy = ""
             if proxy:
@@ -5469,10 +5489,10 @@ class Client:
                 "names, cannot be used"
             )
             raise NoAnswerError("unusable_url", message, not_taken=True) from None
-        pool.ConnectionCls = connection_class(pool.ConnectionCls, self._not_connected)
+        pool.ConnectionCls = connection_class(pool.ConnectionCls, self._why_not_connected)
         self._headers = {"User-Agent": f"{PROGRAM}/{__version__}", **prepared.headers}
         self._options = {
-            # What is called connect here bounds sending, too: see `connection_class`.
+            # Here `connect` also limits sending: see `connection_class`.
             "timeout": urllib3.Timeout(connect=min(self.timeout, CONNECT_SECONDS), read=self.timeout),
             "retries": urllib3.Retry(False),
             "redirect": False,
@@ -5508,91 +5528,84 @@ class Client:
             raise NoAnswerError("ca_file", message, not_taken=True) from None
         return context
 
-    def _not_connected(self, connection: "HTTPConnection", error: BaseException) -> NoAnswerError:
-        """Say in words why there is no connection: the request was not sent."""
+    def _why_not_connected(self, connection: "HTTPConnection", error: BaseException) -> tuple[FaultCode, str]:
+        """The fault code and the words for a connection that failed."""
         import socket
         import ssl
 
         from urllib3.exceptions import ConnectTimeoutError, LocationValueError, NewConnectionError
 
-        chain = list(causes(error))
-
-        def first(kind: type[BaseException]) -> BaseException | None:
-            return next((cause for cause in chain if isinstance(cause, kind)), None)
-
-        def because(fault: FaultCode, message: str) -> NoAnswerError:
-            return NoAnswerError(fault, message, not_taken=True)
-
         if isinstance(error, UnicodeError | LocationValueError):
-            return because("unusable_url", f"no request to {self.host} can be made: that is no host name")
-        refused, unknown = first(ConnectionRefusedError), first(socket.gaierror)
-        slow = first(ConnectTimeoutError) or first(TimeoutError)
-        certificate, tls = first(ssl.SSLCertVerificationError), first(ssl.SSLError)
+            return "unusable_url", f"no request to {self.host} can be made: that is no host name"
+        tls = first_cause(error, ssl.SSLError)
         if self.proxy and not (connection.has_connected_to_proxy and tls):
-            if certificate:
-                what = f"has no valid certificate: {getattr(certificate, 'verify_message', '')}"
-            elif unknown:
-                what = "has no such host name"
-            elif refused:
-                what = "refused the connection"
-            elif slow:
-                what = f"gave no connection to {self.host} within {STEP_SECONDS:g} s"
-            elif tunnel := re.search(r"Tunnel connection failed: (\d+)", " ".join(map(str, chain))):
-                what = f"gave no connection to {self.host} and answered {tunnel[1]}"
-                if tunnel[1] == "407":
-                    return because("proxy_login", f"the proxy {self.proxy} {what}")
-            else:
-                what = f"gave no connection to {self.host}"
-            return because("proxy", f"the proxy {self.proxy} {what}")
-        if certificate:
+            return self._why_no_proxy(error)
+        if certificate := first_cause(error, ssl.SSLCertVerificationError):
             reason = getattr(certificate, "verify_message", "")
-            return because("tls_certificate", f"TLS: the certificate of {self.host} is not valid: {reason}")
-        if unknown:
-            return because("dns", f"no such host: {self.host}")
-        if refused:
-            return because("refused", f"connection refused by {self.host}")
-        if first(ConnectTimeoutError):
-            return because("connect_timeout", f"no connection to {self.host} within {STEP_SECONDS:g} s")
-        if first(NewConnectionError):
-            words = getattr(first(OSError), "strerror", None) or "connection failed"
-            return because("unreachable", f"no connection to {self.host}: {words}")
-        if slow:
-            return because("tls", f"TLS with {self.host} failed: no handshake within {STEP_SECONDS:g} s")
+            return "tls_certificate", f"TLS: the certificate of {self.host} is not valid: {reason}"
+        if first_cause(error, socket.gaierror):
+            return "dns", f"no such host: {self.host}"
+        if first_cause(error, ConnectionRefusedError):
+            return "refused", f"connection refused by {self.host}"
+        if first_cause(error, ConnectTimeoutError):
+            return "connect_timeout", f"no connection to {self.host} within {STEP_SECONDS:g} s"
+        if first_cause(error, NewConnectionError):
+            words = getattr(first_cause(error, OSError), "strerror", None) or "connection failed"
+            return "unreachable", f"no connection to {self.host}: {words}"
+        if first_cause(error, TimeoutError):
+            return "tls", f"TLS with {self.host} failed: no handshake within {STEP_SECONDS:g} s"
         reason = getattr(tls, "reason", None) or "hang-up"
-        fault: FaultCode = "wrong_scheme" if reason in NO_TLS_REASONS else "tls"
-        return because(fault, f"TLS with {self.host} failed: {reason}")
+        return "wrong_scheme" if reason in NO_TLS_REASONS else "tls", f"TLS with {self.host} failed: {reason}"
 
-    def _no_answer(self, error: Exception) -> NoAnswerError:
-        """Say in words why no answer came to a request, without the URL that exceptions carry."""
+    def _why_no_proxy(self, error: BaseException) -> tuple[FaultCode, str]:
+        """The fault code and the words for a proxy that gave no connection."""
+        import socket
+        import ssl
+
+        from urllib3.exceptions import ConnectTimeoutError
+
+        if certificate := first_cause(error, ssl.SSLCertVerificationError):
+            what = f"has no valid certificate: {getattr(certificate, 'verify_message', '')}"
+        elif first_cause(error, socket.gaierror):
+            what = "has no such host name"
+        elif first_cause(error, ConnectionRefusedError):
+            what = "refused the connection"
+        elif first_cause(error, ConnectTimeoutError, TimeoutError):
+            what = f"gave no connection to {self.host} within {STEP_SECONDS:g} s"
+        else:
+            what = f"gave no connection to {self.host}"
+            if answer := re.search(r"Tunnel connection failed: (\d+)", " ".join(map(str, causes(error)))):
+                what += f" and answered {answer[1]}"
+                if answer[1] == "407":
+                    return "proxy_login", f"the proxy {self.proxy} {what}"
+        return "proxy", f"the proxy {self.proxy} {what}"
+
+    def _why_no_answer(self, error: Exception) -> tuple[FaultCode, str]:
+        """The fault code and the words for a request without an answer; without the URL that exceptions
+        have."""
         import http.client
         import ssl
 
-        import urllib3.exceptions as pool
-
-        def first(*kinds: type[BaseException]) -> BaseException | None:
-            return next((cause for cause in causes(error) if isinstance(cause, kinds)), None)
-
-        def because(fault: FaultCode, message: str) -> NoAnswerError:
-            return NoAnswerError(fault, message, not_taken=fault == "unusable_url")
+        from urllib3.exceptions import ReadTimeoutError
 
         by_way_of = f" by way of the proxy {self.proxy}" if self.proxy else ""
         if isinstance(error, ValueError):
-            return because("unusable_url", f"no request to {self.host} can be made: a header cannot be sent")
-        if first(pool.ReadTimeoutError, TimeoutError):
-            words = f"no answer from {self.host}{by_way_of} within {self.timeout:g} s"
-            return because("timeout", words)
-        if tls := first(ssl.SSLError):
-            return because("tls", f"TLS with {self.host} failed: {getattr(tls, 'reason', None) or 'hang-up'}")
-        if first(http.client.RemoteDisconnected) or not first(http.client.HTTPException):
-            return because("hung_up", f"{self.host}{by_way_of} hung up before it answered")
-        return because("not_http", f"{self.host}{by_way_of} answered with something that is not HTTP")
+            return "unusable_url", f"no request to {self.host} can be made: a header cannot be sent"
+        if first_cause(error, ReadTimeoutError, TimeoutError):
+            return "timeout", f"no answer from {self.host}{by_way_of} within {self.timeout:g} s"
+        if tls := first_cause(error, ssl.SSLError):
+            return "tls", f"TLS with {self.host} failed: {getattr(tls, 'reason', None) or 'hang-up'}"
+        not_http = first_cause(error, http.client.HTTPException)
+        if not not_http or first_cause(error, http.client.RemoteDisconnected):
+            return "hung_up", f"{self.host}{by_way_of} hung up before it answered"
+        return "not_http", f"{self.host}{by_way_of} answered with something that is not HTTP"
 
 
-# What OpenSSL says when the other side answers a handshake with something that is not TLS.
+# OpenSSL's reasons if the other side answers a handshake with something that is not TLS.
 NO_TLS_REASONS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "RECORD_LAYER_FAILURE"}
 
-# The CA certificates that a machine trusts, as one file: Debian, Fedora, openSUSE, Alpine. For a Python whose
-# OpenSSL was built for another machine's folders.
+# The CA certificates of a machine as one file: Debian, Fedora, openSUSE, Alpine. For a Python whose OpenSSL
+# was built for other folders.
 MACHINE_BUNDLES = (
     "/etc/ssl/certs/ca-certificates.crt",
     "/etc/pki/tls/certs/ca-bundle.crt",
@@ -5602,8 +5615,8 @@ MACHINE_BUNDLES = (
 
 
 def trust_machine(context: "SSLContext") -> None:
-    """Trust the CAs that this machine trusts (SSL_CERT_FILE, SSL_CERT_DIR, or its store); those of certifi if
-    it has no store. Raises FileNotFoundError if there is no file where SSL_CERT_FILE says."""
+    """Trust the CAs that this machine trusts (SSL_CERT_FILE, SSL_CERT_DIR, or its store); if it has no store,
+    those of certifi. Raises FileNotFoundError if the file that SSL_CERT_FILE names is missing."""
     import ssl
 
     from requests.utils import DEFAULT_CA_BUNDLE_PATH
@@ -5613,7 +5626,7 @@ def trust_machine(context: "SSLContext") -> None:
     context.set_default_verify_paths()
     paths = ssl.get_default_verify_paths()
     folders = os.environ.get("SSL_CERT_DIR", paths.openssl_capath).split(os.pathsep)
-    # OpenSSL finds a certificate in a folder by the hash in its file's name.
+    # OpenSSL finds a certificate in a folder by a hash in the file's name.
     hashed = any(
         re.fullmatch(r"[0-9a-f]{8}\.\d+", name)
         for folder in folders
@@ -5626,8 +5639,7 @@ def trust_machine(context: "SSLContext") -> None:
 
 
 def login_of(authority: str) -> tuple[bytes, bytes] | None:
-    """User and password of a URL's authority as bytes: what is not percent-encoded, in UTF-8. None if it has
-    no password."""
+    """User and password of a URL's authority, percent-decoded; None if it has no password."""
     from urllib.parse import unquote_to_bytes
 
     user, colon, password = authority.rpartition("@")[0].partition(":")
@@ -5636,7 +5648,7 @@ def login_of(authority: str) -> tuple[bytes, bytes] | None:
 
 @functools.cache
 def way_class() -> Any:
-    """An HTTPAdapter with one pool, whose TLS is ours, also to a proxy and behind one."""
+    """An HTTPAdapter with one pool, which uses our TLS context, also to a proxy and through one."""
     from base64 import b64encode
     from urllib.parse import urlsplit
 
@@ -5665,52 +5677,52 @@ def way_class() -> Any:
 
 
 def connection_class(
-    base: Any, explain: Callable[["HTTPConnection", BaseException], NoAnswerError]
+    base: Any, explain_failure: Callable[["HTTPConnection", BaseException], tuple[FaultCode, str]]
 ) -> "type[HTTPConnection]":
-    """A connection of a pool that bounds connecting, and says by `explain` why there is no connection."""
+    """A connection of a pool that limits the time to connect, and raises NoAnswerError if that fails."""
     import http.client
 
     from urllib3.exceptions import ConnectTimeoutError, HTTPError
 
     class Connection(base):  # type: ignore[misc]
         response_class = answer_class()
-        held: list[bytes] | None = None
+        pieces: list[bytes] | None = None
 
         def connect(self) -> None:
             began, to_send = time.monotonic(), self.timeout
             self.timeout: float = STEP_SECONDS
             try:
                 super().connect()
-                # Nothing bounds a name lookup. After it there may be no time left to wait for an answer.
+                # Nothing limits a name lookup: there may be no time left to send.
                 left = began + CONNECT_SECONDS - time.monotonic()
                 if left <= 0:
                     raise ConnectTimeoutError
             except (HTTPError, http.client.HTTPException, OSError, ValueError) as error:
-                cause = explain(self, error)
+                fault, message = explain_failure(self, error)
                 self.close()
-                # Not one of the kinds that urllib3 catches, wraps and words again.
-                raise cause from None
+                # urllib3 does not catch and wrap this one.
+                raise NoAnswerError(fault, message, not_taken=True) from None
             self.sock.settimeout(min(left, to_send))
 
         def request(self, *args: Any, **options: Any) -> None:
-            # Head and body go out in one piece: a system call costs as much as a fifth of a request.
+            # Head and body are sent together: a system call costs a fifth of a request.
             pieces: list[bytes] = []
-            self.held = pieces
+            self.pieces = pieces
             try:
                 super().request(*args, **options)
             finally:
-                self.held = None
+                self.pieces = None
             self.send(b"".join(pieces))
 
         def send(self, data: Any) -> None:
-            if self.held is not None:
-                self.held.append(data)
+            if self.pieces is not None:
+                self.pieces.append(data)
             else:
                 super().send(data)
 
         @property
         def is_connected(self) -> bool:
-            # More than was asked for, read ahead by TLS, is no answer to the next request.
+            # Bytes that TLS has read ahead are no answer to the next request.
             pending = getattr(self.sock, "pending", None)
             return super().is_connected and not (pending and pending())
 
@@ -5719,13 +5731,13 @@ def connection_class(
 
 @functools.cache
 def answer_class() -> "type[HTTPResponse]":
-    """http.client's response with what it lacks: a time limit for the whole answer, a head that is cut off is
-    no answer, any number of interim answers (RFC 9110, section 15.2), and any number of headers."""
+    """http.client's response, with a time limit for the whole answer. A head that is cut off is no answer.
+    There may be any number of headers, and of interim answers (RFC 9110, section 15.2)."""
     import http.client
     import io
 
     class Stream(io.RawIOBase):
-        """The bytes of one answer, for as long as the socket's timeout says."""
+        """The bytes of one answer. The socket's timeout is for all of them together."""
 
         def __init__(self, sock: Any, raw: io.RawIOBase) -> None:
             self._sock, self._raw = sock, raw
@@ -5769,12 +5781,12 @@ def answer_class() -> "type[HTTPResponse]":
                 if not 100 < self.status < 200 or self.status == 101:
                     break
                 self.headers: Any = None
-            # What http.client makes of odd lengths will do; urllib3 would refuse the answer.
+            # http.client understands odd lengths; urllib3 would refuse the answer.
             if self.headers.get_all("Content-Length", []) != [str(self.length)]:
                 del self.headers["Content-Length"]
 
         def _skip_headers(self) -> None:
-            """Go without headers that are too many or too long for http.client: the status says enough."""
+            """Do without headers that are too many or too long for http.client: the status says enough."""
             while self.fp.readline(1 << 16).strip(b"\r\n"):
                 pass
             self.headers = self.msg = http.client.HTTPMessage()
@@ -5786,11 +5798,11 @@ def answer_class() -> "type[HTTPResponse]":
 def build_request(
     adapter: Adapter, sink: Sink, deliveries: Sequence[Delivery], origin: Origin
 ) -> HttpRequest | Verdict:
-    """Make the request that deliveries go out as. A verdict says that the adapter failed at it: another
-    version of the program may not."""
+    """The request for some deliveries; a verdict if the adapter fails at it, which another version of the
+    program may not."""
     try:
         return adapter.build(sink, deliveries, origin)
-    except Exception as error:  # noqa: BLE001 - one record must not stop what comes after it
+    except Exception as error:  # noqa: BLE001 - one record must not stop the next ones
         message = f"no payload could be made of this record: {place_of(error)}"
         return Verdict("retry", "payload_failed", message=message, not_taken=True, fault="adapter_fault")
 
@@ -5798,15 +5810,16 @@ def build_request(
 def attempt(
     adapter: Adapter, sink: Sink, client: Client, url: str, request: HttpRequest, redactor: Redactor
 ) -> Verdict:
-    """Send one request to `url`, and judge what comes back. The message is masked and cut. Never raises."""
+    """Send one request to `url`, and judge the answer. The message is masked and cut. Never raises."""
     if missing := adapter.missing_secrets(sink):
-        return missing_secret(missing)
+        message = f"unset: {' '.join(missing)}"
+        return Verdict("misconfigured", "missing_secret", message=message, fault="missing_secret")
     answer = None
     try:
         answer = client.send(request._replace(url=url))
         now = time.time()
         verdict = adapter.judge(answer, now)
-        # Masked before it is cut: half a secret would not be found.
+        # Masked before the last cut, which may leave half a secret.
         message = redactor.mask(cut(printable(verdict.message or ""), 10 * MESSAGE_CHARACTERS)).strip()
         dated = parse_http_date(answer.headers.get("date", ""))
         return verdict._replace(
@@ -5826,32 +5839,12 @@ def attempt(
         return Verdict("retry", "http_error", answer.status, message, fault="adapter_fault")
 
 
-def missing_secret(names: Sequence[str]) -> Verdict:
-    """Nothing was sent: these variables are unset."""
-    message = f"unset: {' '.join(names)}"
-    return Verdict("misconfigured", "missing_secret", message=message, fault="missing_secret")
-
-
 def timed_out(sink: Sink, *places: str) -> Verdict:
-    """A sink, or some peers of it, have not answered in time. The client bounds each step and the answer, but
-    not the name lookup, nor how many addresses there are."""
+    """A sink, or some of its peers, did not answer in `attempt_seconds`. The client's own timeouts do not
+    limit the name lookup, nor the number of addresses."""
     seconds = attempt_seconds(sink.timeout_seconds)
     message = f"no connection to {', '.join(places)} and no answer within {seconds:g} s"
     return Verdict("retry", "request_failed", message=message, fault="connect_timeout")
-
-
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception and what is behind it: causes, contexts, and the exceptions it carries as arguments."""
-    seen: set[int] = set()
-    waiting: list[BaseException] = [error]
-    while waiting:
-        current = waiting.pop(0)
-        if id(current) in seen:
-            continue
-        seen.add(id(current))
-        yield current
-        inner = [current.__cause__, current.__context__, getattr(current, "reason", None), *current.args]
-        waiting += [item for item in inner if isinstance(item, BaseException)]
 
 
 # ---------------------------------------------------------------------------------------------------------
