@@ -1327,23 +1327,10 @@ def explain_schema_error(error: Any, common: Iterable[str]) -> Iterator[str]:
         case "minimum" | "maximum":
             low, high = error.schema.get("minimum"), error.schema.get("maximum")
             yield f"{json_path(path)}: {value} is out of range; use {low} to {high}"
-        case "pattern" if "propertyNames" in error.absolute_schema_path and path[-1] in HEADER_KEYS:
-            yield f"{json_path(path)}: holds a header name that HTTP does not allow (RFC 9110); change it"
-        case "pattern" if path and (path[-1] in VARIABLE_KEYS or HEADERS_KEY in path):
-            yield (
-                f"{json_path(path)}: must be the name of an environment variable (A-Z, 0-9, _); "
-                "a secret never stands in the file"
-            )
-        case "pattern" if "headers" in path:
-            yield f"{json_path(path)}: holds a header value that HTTP does not allow (RFC 9110); change it"
-        case "pattern" | "not" if path and path[-1] == "labels":
-            yield (
-                f"{json_path([*path, value])}: a label's name is of A-Z a-z 0-9 _, begins with no digit, "
-                f"and is none of {', '.join(error.schema['not']['enum'])}, which each alert has anyway; "
-                "rename it"
-            )
-        case "pattern" | "maxLength" if "propertyNames" in error.absolute_schema_path:
-            yield f"{json_path([*path, value])}: a sink id is 1 to 64 of A-Z a-z 0-9 . _ -; rename it"
+        case "pattern":
+            # Of a key, the place is that of the key. A header's name may be a secret by mistake.
+            of_key = "propertyNames" in error.absolute_schema_path and path[-1] not in HEADER_KEYS
+            yield f"{json_path([*path, value] if of_key else path)}: {error.schema['patternErrorMessage']}"
         case "minProperties":
             yield f"{json_path(path)}: at least one sink is needed; add one"
         case "minLength":
