@@ -402,7 +402,6 @@ def plural(count: int, noun: str) -> str:
 # Knows how the program makes, replaces, extends and locks its own files, not what is in them. Never follows a
 # symbolic link to one, and never leaves half a row.
 
-
 # What must fit on the disk before anything is sent.
 RESERVE_BYTES = 256 << 10
 LOCK_WAIT_SECONDS = 1.0
@@ -971,7 +970,7 @@ class DeliveryPolicy(NamedTuple):
 
 
 class Config(NamedTuple):
-    """A valid config. `digest`: of its bytes and the program's version. `hidden`: what must not be shown."""
+    """A valid config. `digest`: of its bytes and the program's version. `redactor`: for its secrets."""
 
     path: str
     digest: str
@@ -980,11 +979,11 @@ class Config(NamedTuple):
     sinks: Mapping[str, Sink]
     policy: DeliveryPolicy
     env_checked: bool
-    hidden: tuple[str, ...]
+    redactor: Redactor
 
     @property
     def routing(self) -> JsonObject:
-        """The `routing` object as it stands in the file."""
+        """The `routing` object of the document."""
         routing: JsonObject = self.document["routing"]
         return routing
 
@@ -1008,10 +1007,6 @@ class Config(NamedTuple):
         if "categorySeverity" in self.routing:
             routing["categorySeverity"] = self.routing["categorySeverity"]
         return {"defaultMinSeverity": self.default_min_severity, "sinks": sinks, "routing": routing}
-
-    def redactor(self) -> Redactor:
-        """A redactor for every secret of this config."""
-        return make_redactor(self.document, self.hidden)
 
     def env_status(self) -> JsonObject:
         """For each environment variable that a sink names: whether it is set."""
@@ -1056,10 +1051,9 @@ def load_config(
     if check_env:
         faults += check_secrets(document, environ, unreadable)
     faults += find_secrets(document, environ)
-    hidden = hidden_values(document, environ)
+    redactor = make_redactor(document, environ)
     if faults:
         # A fault may quote the file, and somebody may have written a secret into it.
-        redactor = make_redactor(document, hidden)
         raise config_error(path, [redactor.mask(fault) for fault in faults])
     delivery = document.get("delivery", {})
     backoff = delivery.get("backoffSeconds", {})
@@ -1077,7 +1071,7 @@ def load_config(
             give_up_after=delivery.get("giveUpAfterSeconds", defaults.give_up_after),
         ),
         env_checked=check_env,
-        hidden=hidden,
+        redactor=redactor,
     )
 
 
@@ -1138,8 +1132,9 @@ def read_regular_file(path: str, size: int) -> bytes:
         return file.read(size)
 
 
-def hidden_values(document: JsonObject, environ: Mapping[str, str]) -> tuple[str, ...]:
-    """The values of the environment that must not be shown: a config's secrets, and the logins of proxies."""
+def make_redactor(document: JsonObject, environ: Mapping[str, str]) -> Redactor:
+    """A redactor for what the environment holds: the secrets of a config, valid or not, and the logins of
+    proxies. Sink ids and categories are public."""
     hidden: list[str] = []
     for name, key, _, settings in variables_in(document):
         if kind_of_variable(key) != "CA file" and environ.get(name):
@@ -1148,17 +1143,12 @@ def hidden_values(document: JsonObject, environ: Mapping[str, str]) -> tuple[str
         for proxy in (environ.get(name, ""), environ.get(name.upper(), "")):
             userinfo = proxy.rpartition("://")[2].partition("/")[0].rpartition("@")[0]
             hidden += filter(None, [userinfo, *userinfo.split(":")])
-    return tuple(hidden)
-
-
-def make_redactor(document: JsonObject, hidden: Iterable[str]) -> Redactor:
-    """A redactor for a config, valid or not, that does not mask sink ids and categories."""
     categories = mapping(mapping(document.get("routing")).get("categorySeverity"))
     return Redactor(hidden, public=(*mapping(document.get("sinks")), *categories))
 
 
 def find_secrets(document: JsonObject, environ: Mapping[str, str]) -> Iterator[str]:
-    """Find values of secret variables that stand in the file as well, where others may read them."""
+    """Find secrets that somebody has also written into the file, where others may read them."""
     secrets = {
         name: environ[name]
         for name, key, *_ in variables_in(document)
@@ -2035,7 +2025,7 @@ class Source:
                 raise storage_error("read", self.path, error) from None
 
     def count_unread(self) -> int:
-        """Count the complete lines of the current file that stand after the cursor. Raises StorageError."""
+        """Count the complete lines of the current file after the cursor. Raises StorageError."""
         file = self._current
         if file is None:
             return 0
@@ -4727,7 +4717,7 @@ def headline(delivery: Delivery, limit: int) -> str:
 
 
 def facts_of(delivery: Delivery, origin: Origin) -> list[str]:
-    """What stands below the reasons: severity, loop, time, transport, trace."""
+    """The facts below the reasons: severity, loop, time, transport, trace."""
     escalation = delivery.escalation
     facts = [
         delivery.resolution.event_severity,
@@ -5185,7 +5175,7 @@ def plain_first(body: JsonObject) -> JsonObject:
 
 
 def abridge(value: object, characters: int, items: int, levels: int) -> object:
-    """Shorten a JSON value; what stands in place of the rest says how much was left out."""
+    """Shorten a JSON value, and say in it how much was left out."""
     if isinstance(value, dict | list):
         if not levels:
             return f"… {len(encode_json(value))} bytes of JSON left out"
@@ -6326,7 +6316,7 @@ class Shared:
         self.clock = clock
         self.dry_run = dry_run
         self.router = Router(config)
-        self.redactor = config.redactor()
+        self.redactor = config.redactor
         # Open loops by their number in the queue; `active` are those that have not failed.
         self.loops: dict[int, Loop] = {}
         self.active: set[int] = set()
@@ -10809,7 +10799,7 @@ def send_test(
     delivery = Delivery(escalation, Router(loaded).resolve(escalation.category, escalation.severity))
     results = []
     for sink in chosen:
-        verdicts = attempt_once(sink, delivery, Origin(repo, trace_id, time.time()), loaded.redactor())
+        verdicts = attempt_once(sink, delivery, Origin(repo, trace_id, time.time()), loaded.redactor)
         for peer, (verdict, seconds) in verdicts.items():
             named = {"peer": peer} if len(verdicts) > 1 else {}
             outcome = outcome_json(verdict, seconds, sink, test_command(repo, config_file, sink.id))

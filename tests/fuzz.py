@@ -80,7 +80,7 @@ def example_config() -> program.Config:
 
 CONFIG = example_config()
 ROUTER = program.Router(CONFIG)
-REDACTOR = CONFIG.redactor()
+REDACTOR = CONFIG.redactor
 ORIGIN = program.Origin("/srv/shop", "a-trace", 1_772_366_400.0)
 
 

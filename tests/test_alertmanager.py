@@ -254,8 +254,8 @@ def test_each_of_the_urls_is_checked(tmp_path: Path, urls: str) -> None:
 def test_no_password_in_any_of_the_urls_is_ever_shown(tmp_path: Path) -> None:
     passwords = ("secretofthefirst", "secretofthesecond")
     urls = ",".join(f"http://ops:{password}@{HOST}:9093" for password in passwords)
-    redactors = {password: load(tmp_path, urls).redactor() for password in passwords} | {
-        TOKEN: load(tmp_path, authTokenEnv="ALERT_FLEET_TOKEN").redactor()
+    redactors = {password: load(tmp_path, urls).redactor for password in passwords} | {
+        TOKEN: load(tmp_path, authTokenEnv="ALERT_FLEET_TOKEN").redactor
     }
 
     for secret, redactor in redactors.items():

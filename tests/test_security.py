@@ -487,7 +487,9 @@ def test_a_secret_with_letters_beyond_ascii_is_found_in_the_config(tmp_path: Pat
 
 def test_the_programs_own_words_are_no_secrets() -> None:
     config = sink_config()
-    redactor = program.make_redactor(config, ["https://sink.example.org/team-hook/services/dispatched"])
+    redactor = program.make_redactor(
+        config, {"ALERT_HOOK_URL": "https://sink.example.org/team-hook/services/dispatched"}
+    )
 
     assert redactor.mask("team-hook is down") == "team-hook is down"
     assert "services" not in redactor.mask("no /team-hook/services/dispatched")

@@ -122,7 +122,7 @@ def test_the_file_of_a_disabled_sinks_secret_stops_nothing(tmp_path: Path) -> No
 def test_the_hosts_of_a_cluster_stay_readable_in_what_its_peers_say(tmp_path: Path) -> None:
     urls = f"http://127.0.0.1:9093/{MARK}-one,http://127.0.0.2:9093/{MARK}-two"
     config = with_sink(type="alertmanager")
-    redactor = load(tmp_path, config, ALERT_HOOK_URL=urls).redactor()
+    redactor = load(tmp_path, config, ALERT_HOOK_URL=urls).redactor
 
     assert redactor.mask("127.0.0.2:9093 refused the connection") == "127.0.0.2:9093 refused the connection"
     assert not leaked(redactor.mask(f"no {MARK}-one, no {MARK}-two"))
