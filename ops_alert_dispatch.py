@@ -8909,8 +8909,8 @@ def summary_text(summary: JsonObject) -> str:
     idle = bool(sinks) and not any(sink.get("enabled", True) for sink in sinks.values())
     counts = (("delivered", "dispatchedCount"), ("skipped", "skippedCount"), ("failed", "failedCount"))
     outcome = ", ".join(f"{summary[key]} {word}" for word, key in counts)
-    well = not idle and (status == "failed" or not has_failed(summary))
-    coloured = click.style(status, fg=STATUS_COLOURS.get(status) if well else "yellow")
+    odd = idle or (status != "failed" and has_failed(summary))
+    coloured = click.style(status, fg="yellow" if odd else STATUS_COLOURS.get(status, "yellow"))
     head = f"{summary['processedCount']} new: {outcome}"
     if summary["lateDispatchedCount"] or summary["lateFailedCount"]:
         head += f"; late: {summary['lateDispatchedCount']} delivered, {summary['lateFailedCount']} given up"
@@ -8933,15 +8933,20 @@ def summary_text(summary: JsonObject) -> str:
                 sink.get("sentCount", 0),
                 sink["waitingCount"],
                 how_long(sink.get("oldestPendingAt"), now),
-                when_due(sink.get("nextAttemptAt"), now) if sink["consecutiveFailures"] else None,
+                when_due(sink.get("nextAttemptAt"), now) if is_failing(sink, summary) else None,
                 sink["deadLetterCount"],
-                what_is_left(sink),
+                what_is_left(sink, failing=is_failing(sink, summary)),
             )
             for sink_id, sink in sinks.items()
         ]
         headings = ("SINK", "DELIVERED", "WAITING", "OLDEST", "NEXT ATTEMPT", "DEAD", "NOTE")
         lines += ["", table(headings, rows, ("OLDEST", "NEXT ATTEMPT"))]
     return "\n".join(lines)
+
+
+def is_failing(sink: JsonObject, summary: JsonObject) -> bool:
+    """Tell whether a sink keeps something waiting because its attempts fail, or will do so."""
+    return bool(sink["consecutiveFailures"] and (sink["waitingCount"] or summary["unreadCount"]))
 
 
 def unread_words(lines: int) -> str:
@@ -8956,12 +8961,12 @@ def stopped_words(by: str, unread: int) -> str:
     return f"stopped by {why}{left}; the next pass goes on"
 
 
-def what_is_left(sink: JsonObject) -> str | None:
+def what_is_left(sink: JsonObject, *, failing: bool) -> str | None:
     """What a sink's deliveries wait for: the trouble with it, or its rate and how long that takes."""
-    if sink["consecutiveFailures"]:
-        return cut(why_it_failed(sink), 200)
     if sink.get("enabled") is False:
         return "disabled"
+    if failing:
+        return cut(why_it_failed(sink), 200)
     if not sink["waitingCount"]:
         return "given up: status says why" if sink["deadLetterCount"] else None
     rate = sink.get("perMinute")

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Repo, Run, edit_queue
+from conftest import Repo, Run, edit_queue, time_passes
 from escalations import CHAT, HOOK, LOOP, PAGER, PATHS, batch, health_critical, health_degraded
 from loopback import SinkServer, error, ok
 from operate import check, make_backlog, make_dead_letter, sink_of, to_all
@@ -360,6 +360,21 @@ def test_dispatch_and_what_looks_after_it_say_the_same_in_the_same_words(
     metrics = repo.run("status", "--repo", str(repo.root), "--format", "prometheus").stdout
     assert f'ops_alert_dispatch_waiting{{loop="{LOOP}",sink="{CHAT}"}} {waiting}\n' in metrics
     assert f'ops_alert_dispatch_unread{{loop="{LOOP}"}} 2\n' in metrics
+    # A sink that fails and keeps nothing waiting has no next attempt in either.
+    repo.write_config(to_all(backoffSeconds={"initial": 900, "max": 900}, giveUpAfterSeconds=60))
+    time_passes(repo, 3600)
+    server.answer(PATHS[CHAT], error(503, "down"))
+    for command in ("dispatch", "status"):
+        row = rows_of(look(repo, command, *(["--now"] if command == "dispatch" else [])).stdout)[CHAT]
+        assert (row["WAITING"], row["NEXT ATTEMPT"], row["DEAD"]) == ("0", "-", "3"), command
+
+
+def test_a_dry_run_has_the_table_of_a_pass_and_the_words_of_the_log(repo: Repo, server: SinkServer) -> None:
+    make_trouble(repo, server)
+    repo.write_config(to_all(backoffSeconds={"initial": 900, "max": 900}))
+    repo.append(*batch(2), "no JSON\n", "\n")
+    done = look(repo, "dispatch", "--max-escalations", "2")
+    waiting = rows_of(done.stdout)[CHAT]["WAITING"]
     # A dry run has the table of the pass, and the words of `log`. What is no escalation goes to no sink.
     dry = look(repo, "dispatch", "--dry-run").stdout
     assert rows_of(dry)[CHAT].keys() == rows_of(done.stdout)[CHAT].keys()
