@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Repo, Run, edit_queue, time_passes
+from conftest import Repo, Run, edit_queue
 from escalations import CHAT, HOOK, LOOP, PAGER, PATHS, batch, health_critical, health_degraded
 from loopback import SinkServer, error, ok
 from operate import check, make_backlog, make_dead_letter, sink_of, to_all
@@ -360,13 +360,20 @@ def test_dispatch_and_what_looks_after_it_say_the_same_in_the_same_words(
     metrics = repo.run("status", "--repo", str(repo.root), "--format", "prometheus").stdout
     assert f'ops_alert_dispatch_waiting{{loop="{LOOP}",sink="{CHAT}"}} {waiting}\n' in metrics
     assert f'ops_alert_dispatch_unread{{loop="{LOOP}"}} 2\n' in metrics
-    # A sink that fails and keeps nothing waiting has no next attempt in either.
-    repo.write_config(to_all(backoffSeconds={"initial": 900, "max": 900}, giveUpAfterSeconds=60))
-    time_passes(repo, 3600)
-    server.answer(PATHS[CHAT], error(503, "down"))
+
+
+def test_a_sink_that_fails_for_another_loop_only_is_not_failing_for_this_one(
+    repo: Repo, server: SinkServer
+) -> None:
+    config = to_all(backoffSeconds={"initial": 900, "max": 900})
+    repo.write_config(config)
+    make_backlog(replace(repo, loop="another"), server, 2)
+    config["sinks"][CHAT]["minSeverity"] = "critical"
+    repo.write_config(config)
+    repo.append(health_degraded())
     for command in ("dispatch", "status"):
-        row = rows_of(look(repo, command, *(["--now"] if command == "dispatch" else [])).stdout)[CHAT]
-        assert (row["WAITING"], row["NEXT ATTEMPT"], row["DEAD"]) == ("0", "-", "3"), command
+        row = rows_of(look(repo, command).stdout)[CHAT]
+        assert (row["WAITING"], row["NEXT ATTEMPT"], row.get("NOTE", "-")) == ("0", "-", "-"), command
 
 
 def test_a_dry_run_has_the_table_of_a_pass_and_the_words_of_the_log(repo: Repo, server: SinkServer) -> None:
