@@ -4446,7 +4446,6 @@ def far_off(clock_offset: float | None) -> float:
 class HttpRequest(NamedTuple):
     """What a sink is sent: always a POST of a JSON body."""
 
-    url: str
     headers: Mapping[str, str]
     body: bytes
 
@@ -4592,7 +4591,7 @@ class Adapter:
     ends_by_clock: ClassVar[bool] = False
 
     def url(self, sink: Sink) -> str:
-        """Where the sink is; empty if its variable is unset."""
+        """What the config says of where the sink is; empty if its variable is unset."""
         return sink.secrets.get(self.url_key) or self.default_url or ""
 
     def peers(self, sink: Sink) -> dict[str, str]:
@@ -4614,7 +4613,7 @@ class Adapter:
 
     def build(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> HttpRequest:
         """The request for some deliveries, oldest first and at most `batch_size` of them."""
-        return HttpRequest(self.url(sink), configured_headers(sink), self.payload(sink, deliveries, origin))
+        return HttpRequest(configured_headers(sink), self.payload(sink, deliveries, origin))
 
     def payload(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> bytes:
         """The JSON body of that request."""
@@ -5217,14 +5216,11 @@ class AlertmanagerAdapter(Adapter):
 
     def peers(self, sink: Sink) -> dict[str, str]:
         named: dict[str, str] = {}
-        for peer in secret_parts(sink.type, self.url_key, super().url(sink)):
+        for peer in secret_parts(sink.type, self.url_key, self.url(sink)):
             name = host_of(peer)
             same = sum(other.partition("#")[0] == name for other in named)
             named[f"{name}#{same + 1}" if same else name] = f"{peer}/api/v2/alerts"
         return named
-
-    def url(self, sink: Sink) -> str:
-        return next(iter(self.peers(sink).values()))
 
     def seconds_to_catch_up(self, sink: Sink) -> float:
         """For as long as the alert would end at the same time on that peer: see `_times`."""
@@ -5389,7 +5385,8 @@ class Client:
     CA certificates from the environment (no .netrc).
     """
 
-    def __init__(self, sink_timeout: float, ca_file: str | None = None) -> None:
+    def __init__(self, url: str, sink_timeout: float, ca_file: str | None = None) -> None:
+        self.url = url
         self.timeout = sink_timeout
         self.ca_file = ca_file
         # Host and port of the sink and of its proxy, which may be shown. All below is set by the first
@@ -5411,7 +5408,7 @@ class Client:
 
         from urllib3.exceptions import HTTPError
 
-        pool = self._pool or self._find_way(request.url)
+        pool = self._pool or self._find_way()
         own = {name.lower() for name in request.headers}
         common = {name: value for name, value in self._headers.items() if name.lower() not in own}
         try:
@@ -5436,19 +5433,19 @@ class Client:
             response.status, {name.lower(): value for name, value in response.headers.items()}, body
         )
 
-    def _find_way(self, url: str) -> "HTTPConnectionPool":
-        """Find the way to a URL: proxy, credentials, CA certificates. Raises NoAnswerError."""
+    def _find_way(self) -> "HTTPConnectionPool":
+        """Find the way to the URL: proxy, credentials, CA certificates. Raises NoAnswerError."""
         from urllib.parse import urlsplit
 
         import requests
         import urllib3
 
         try:
-            self.host = host_of(url)
-            here = urlsplit(url)
+            self.host = host_of(self.url)
+            here = urlsplit(self.url)
             # GET, so that it has no headers of a body.
-            prepared = requests.Request("GET", url, auth=login_of(here.netloc)).prepare()
-            proxy = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url)) or ""
+            prepared = requests.Request("GET", self.url, auth=login_of(here.netloc)).prepare()
+            proxy = requests.utils.select_proxy(self.url, requests.utils.get_environ_proxies(self.url)) or ""
             there = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
             # A proxy on another machine cannot reach this machine's loopback, and could read http.
             if is_loopback(here.hostname) and not is_loopback(there.hostname):
@@ -5785,15 +5782,15 @@ def build_request(
 
 
 def attempt(
-    adapter: Adapter, sink: Sink, client: Client, url: str, request: HttpRequest, redactor: Redactor
+    adapter: Adapter, sink: Sink, client: Client, request: HttpRequest, redactor: Redactor
 ) -> Verdict:
-    """Send one request to `url`, and judge the answer. The message is masked and cut. Never raises."""
+    """Send one request, and judge the answer. The message is masked and cut. Never raises."""
     if missing := adapter.missing_secrets(sink):
         message = f"unset: {' '.join(missing)}"
         return Verdict("misconfigured", "missing_secret", message=message, fault="missing_secret")
     answer = None
     try:
-        answer = client.send(request._replace(url=url))
+        answer = client.send(request)
         now = time.time()
         verdict = adapter.judge(answer, now)
         # Masked before the last cut, which may leave half a secret.
@@ -7381,10 +7378,10 @@ class Sender:
         if self._client is None:
             import requests  # noqa: F401
 
-            self._client = Client(self.sink.timeout_seconds, self.sink.secrets.get(CA_FILE_KEY))
+            self._client = Client(self._url, self.sink.timeout_seconds, self.sink.secrets.get(CA_FILE_KEY))
         self._started = time.monotonic()
         self.deadline = self._started + attempt_seconds(self.sink.timeout_seconds)
-        verdict = attempt(self.adapter, self.sink, self._client, self._url, request, self.shared.redactor)
+        verdict = attempt(self.adapter, self.sink, self._client, request, self.shared.redactor)
         self.deadline = None
         return verdict
 
@@ -8124,7 +8121,8 @@ def plan_delivery(shared: Shared, sink: Sink, found: Queued) -> JsonObject:
             "reasonCode": known.reason_code if known else None,
         }
     if request := shared.requests.get(found.key):
-        entry["request"] = show_request(request, shared.redactor)
+        url = ADAPTERS[sink.type].peers(sink)[found.peer]
+        entry["request"] = show_request(url, request, shared.redactor)
     return entry
 
 
@@ -8149,14 +8147,14 @@ def decide(sinks: Sequence[JsonObject], resolution: Resolution) -> str:
     return codes[0] if codes else judge_row(resolution, [])[1] or "skip"
 
 
-def show_request(request: HttpRequest, redactor: Redactor) -> JsonObject:
+def show_request(url: str, request: HttpRequest, redactor: Redactor) -> JsonObject:
     """A request as it may be shown: secrets masked, of the URL only scheme and host."""
     from urllib.parse import urlsplit
 
-    url = urlsplit(request.url)
-    port = f":{url.port}" if url.port else ""
+    parts = urlsplit(url)
+    port = f":{parts.port}" if parts.port else ""
     return {
-        "url": f"{url.scheme}://{url.hostname}{port}/…",
+        "url": f"{parts.scheme}://{parts.hostname}{port}/…",
         "headers": redactor.mask_texts(dict(request.headers)),
         "body": redactor.mask_texts(json.loads(request.body)),
     }
@@ -10690,8 +10688,8 @@ def attempt_once(
 
     def send_to(peer: str, url: str) -> None:
         began = time.monotonic()
-        client = Client(sink.timeout_seconds, sink.secrets.get(CA_FILE_KEY))
-        found[peer] = attempt(adapter, sink, client, url, request, redactor), time.monotonic() - began
+        client = Client(url, sink.timeout_seconds, sink.secrets.get(CA_FILE_KEY))
+        found[peer] = attempt(adapter, sink, client, request, redactor), time.monotonic() - began
 
     workers = [threading.Thread(target=send_to, args=pair, daemon=True) for pair in peers.items()]
     began = time.monotonic()

@@ -94,10 +94,11 @@ def fuzz_record(data: bytes) -> None:
         strict_json(program.encode_with_record({"a": 1}, line))
         delivery = program.Delivery(line, ROUTER.resolve(line.category, line.severity))
         for sink in CONFIG.sinks.values():
-            request = program.ADAPTERS[sink.type].build(sink, [delivery], ORIGIN)
+            adapter = program.ADAPTERS[sink.type]
+            request = adapter.build(sink, [delivery], ORIGIN)
             assert isinstance(strict_json(request.body), dict)
             assert all((name + value).isprintable() for name, value in request.headers.items())
-            shown = program.show_request(request, REDACTOR)
+            shown = program.show_request(adapter.url(sink), request, REDACTOR)
             assert HOOK_TOKEN not in json.dumps(shown)
 
 

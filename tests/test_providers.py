@@ -646,7 +646,7 @@ def test_a_record_made_to_hurt_arrives_everywhere_harmless_and_whole_enough_to_a
     assert chat.json["blocks"][0]["text"]["text"].startswith(f"🚨 health_critical on {LOOP} ")
     for word in ("runtime_heartbeat_stale", "heartbeat", "• health ", "pass-health-critical"):
         assert word in seen(chat.json)
-    check_pagerduty(program.HttpRequest("", {}, pager.body))
+    check_pagerduty(program.HttpRequest({}, pager.body))
     assert pager.json["dedup_key"].startswith(LOOP)
     assert f"[critical] health_critical on {LOOP} " in pager.json["payload"]["summary"]
     assert "runtime_heartbeat_stale" in pager.json["payload"]["summary"]

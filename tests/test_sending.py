@@ -60,15 +60,15 @@ def server() -> Iterator[SinkServer]:
         yield sink_server
 
 
-def send(client: Client, url: str, count: int = 3) -> list[bytes]:
+def send(client: Client, count: int = 3) -> list[bytes]:
     """Send requests with the bodies 0, 1, 2, …; returns the bodies of the answers."""
-    return [client.send(HttpRequest(url, HEADERS, b"%d" % number)).body for number in range(count)]
+    return [client.send(HttpRequest(HEADERS, b"%d" % number)).body for number in range(count)]
 
 
 def test_a_connection_is_kept_between_requests(server: SinkServer) -> None:
-    client = Client(5.0)
+    client = Client(f"{server.url}/hook", 5.0)
 
-    assert send(client, f"{server.url}/hook") == [b"ok"] * 3
+    assert send(client) == [b"ok"] * 3
     assert [request.body for request in server.requests] == [b"0", b"1", b"2"]
     assert {request.connection for request in server.requests} == {1}
     assert len({tuple(request.headers.items()) for request in server.requests}) == 1
@@ -76,9 +76,9 @@ def test_a_connection_is_kept_between_requests(server: SinkServer) -> None:
 
 
 def test_a_header_is_sent_once_however_it_is_spelled() -> None:
-    client = Client(5.0)
     with Receiver() as receiver:
-        request = HttpRequest(f"{receiver.url}/hook", {"user-AGENT": "mine", "X-Team": "night-watch"}, b"x")
+        client = Client(f"{receiver.url}/hook", 5.0)
+        request = HttpRequest({"user-AGENT": "mine", "X-Team": "night-watch"}, b"x")
         for _ in range(2):
             client.send(request)
 
@@ -94,7 +94,7 @@ def test_a_proxy_gets_every_request_with_its_credentials(
     """A host that reaches the world through a proxy alone would never send an alert."""
     monkeypatch.setenv("http_proxy", server.url.replace("//", "//user:word@"))
 
-    send(Client(5.0), "http://alerts.example.org/hook")
+    send(Client("http://alerts.example.org/hook", 5.0))
 
     assert [request.path for request in server.requests] == ["http://alerts.example.org/hook"] * 3
     for request in server.requests:
@@ -108,7 +108,7 @@ def test_a_host_that_needs_no_proxy_is_asked_itself(
     with closed_port() as port:
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
         monkeypatch.setenv("no_proxy", "127.0.0.1")
-        send(Client(5.0), f"{server.url}/hook")
+        send(Client(f"{server.url}/hook", 5.0))
 
     assert [request.path for request in server.requests] == ["/hook"] * 3
 
@@ -124,7 +124,7 @@ def private_ca(tmp_path: Path) -> str:
 def test_a_private_ca_is_trusted(private_ca: str, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     monkeypatch.setenv(variable, private_ca)
     with SinkServer(tls=True) as server:
-        assert send(Client(5.0), f"{server.url}/hook") == [b"ok"] * 3
+        assert send(Client(f"{server.url}/hook", 5.0)) == [b"ok"] * 3
 
         assert {request.connection for request in server.requests} == {1}
 
@@ -150,7 +150,7 @@ def test_a_folder_of_private_cas_is_trusted(
 ) -> None:
     monkeypatch.setenv(variable, hashed_folder)
     with SinkServer(tls=True) as server:
-        assert send(Client(5.0), f"{server.url}/hook") == [b"ok"] * 3
+        assert send(Client(f"{server.url}/hook", 5.0)) == [b"ok"] * 3
 
 
 def test_the_sinks_own_ca_file_wins_over_the_environment(
@@ -160,13 +160,13 @@ def test_the_sinks_own_ca_file_wins_over_the_environment(
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "not-there.pem"))
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "not-there-either.pem"))
     with SinkServer(tls=True) as server:
-        assert send(Client(5.0, private_ca), f"{server.url}/hook", 1) == [b"ok"]
+        assert send(Client(f"{server.url}/hook", 5.0, private_ca), 1) == [b"ok"]
 
 
 def test_a_certificate_of_nobody_known_is_refused() -> None:
     with SinkServer(tls=True) as server:
         with pytest.raises(NoAnswerError, match=r"certificate of 127\.0\.0\.1:.* is not valid") as caught:
-            send(Client(5.0), f"{server.url}/hook")
+            send(Client(f"{server.url}/hook", 5.0))
 
         assert server.requests == []
         assert (caught.value.fault, caught.value.not_taken) == ("tls_certificate", True)
@@ -179,7 +179,7 @@ def test_the_bundle_that_requests_is_given_wins_over_the_machines_store(
     monkeypatch.setenv("SSL_CERT_FILE", private_ca)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", certifi.where())
     with SinkServer(tls=True) as server, pytest.raises(NoAnswerError) as caught:
-        send(Client(5.0), f"{server.url}/hook")
+        send(Client(f"{server.url}/hook", 5.0))
     assert caught.value.fault == "tls_certificate"
 
 
@@ -187,7 +187,7 @@ def test_tls_goes_through_a_proxy_unread(private_ca: str, monkeypatch: pytest.Mo
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", private_ca)
     with SinkServer(tls=True) as server, tunnel(server.port) as (port, asked):
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
-        assert send(Client(5.0), "https://localhost:7443/hook") == [b"ok"] * 3
+        assert send(Client("https://localhost:7443/hook", 5.0)) == [b"ok"] * 3
 
         assert [line.split()[:2] for line in asked] == [[b"CONNECT", b"localhost:7443"]]
         assert [(r.path, r.headers["host"]) for r in server.requests] == [("/hook", "localhost:7443")] * 3
@@ -234,7 +234,7 @@ def tunnel(target: int) -> Iterator[tuple[int, list[bytes]]]:
 
 
 def test_user_and_password_of_a_url_go_with_every_request(server: SinkServer) -> None:
-    send(Client(5.0), server.url.replace("//", "//user:word@") + "/hook")
+    send(Client(server.url.replace("//", "//user:word@") + "/hook", 5.0))
 
     assert [request.headers["authorization"] for request in server.requests] == ["Basic dXNlcjp3b3Jk"] * 3
     assert {request.path for request in server.requests} == {"/hook"}
@@ -257,18 +257,18 @@ SLOW = ok().after(1.0)
 def test_an_answer_that_fails_is_judged_alike_and_never_taken_for_that_to_the_next_request(
     server: SinkServer, fault: Answer, words: str, kept: bool
 ) -> None:
-    client = Client(0.3)
+    client = Client(f"{server.url}/hook", 0.3)
     server.script("/hook", *([ok()] if kept else []), fault, Answer(body=b"next"))
     if kept:
-        send(client, f"{server.url}/hook", 1)
+        send(client, 1)
 
     began = time.monotonic()
     with pytest.raises(NoAnswerError, match=words) as caught:
-        send(client, f"{server.url}/hook", 1)
+        send(client, 1)
 
     assert time.monotonic() - began < 1.0
     assert not caught.value.not_taken
-    assert send(client, f"{server.url}/hook", 1) == [b"next"]
+    assert send(client, 1) == [b"next"]
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_an_answer_that_fails_is_judged_alike_and_never_taken_for_that_to_the_ne
 def test_a_connection_that_is_of_no_more_use_is_replaced(server: SinkServer, ending: Answer) -> None:
     server.script("/hook", ok(), ending, ok(), ending, ok())
 
-    answers = send(Client(5.0), f"{server.url}/hook", 5)
+    answers = send(Client(f"{server.url}/hook", 5.0), 5)
 
     length = min(int(ending.headers.get("Content-Length", MAX_ANSWER_BYTES)), MAX_ANSWER_BYTES)
     assert answers == [b"ok", ending.body[:length]] * 2 + [b"ok"]
@@ -290,25 +290,25 @@ def test_a_connection_that_is_of_no_more_use_is_replaced(server: SinkServer, end
 
 
 def test_a_sink_that_was_restarted_between_two_requests_costs_no_attempt() -> None:
-    client = Client(5.0)
     with SinkServer() as before:
-        send(client, f"{before.url}/hook", 2)
+        client = Client(f"{before.url}/hook", 5.0)
+        send(client, 2)
     with SinkServer(port=before.port) as after:
-        assert send(client, f"{after.url}/hook", 2) == [b"ok"] * 2
+        assert send(client, 2) == [b"ok"] * 2
         assert [request.connection for request in after.requests] == [1, 1]
 
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://alerts.invalid:1/"])
 def test_a_url_that_leads_nowhere_is_no_traceback(url: str) -> None:
     with pytest.raises(NoAnswerError):
-        send(Client(2.0), url, 1)
+        send(Client(url, 2.0), 1)
 
 
 def test_a_ca_bundle_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere/ca.pem")
 
     with pytest.raises(NoAnswerError, match=r"CA.*/nowhere/ca\.pem"):
-        send(Client(2.0), "https://127.0.0.1:1/hook", 1)
+        send(Client("https://127.0.0.1:1/hook", 2.0), 1)
 
 
 # --- An answer, which http.client and urllib3 trust too much
@@ -338,12 +338,11 @@ OK = b"HTTP/1.1 200 OK\r\n"
 def test_a_head_that_is_cut_off_or_no_head_is_no_answer(data: bytes, kept: bool) -> None:
     """Taken for a success, an alert that the sink had not finished with is never sent again."""
     with scripted_port([PLAIN, data] if kept else [data]) as port:
-        client = Client(5.0)
-        url = f"http://127.0.0.1:{port}/hook"
+        client = Client(f"http://127.0.0.1:{port}/hook", 5.0)
         if kept:
-            send(client, url, 1)
+            send(client, 1)
         with pytest.raises(NoAnswerError):
-            send(client, url, 1)
+            send(client, 1)
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["new connection", "kept connection"])
@@ -371,8 +370,8 @@ def test_what_follows_a_whole_head_does_not_make_the_answer_less(
 ) -> None:
     """An alert that the sink has taken would be sent again on every pass, for ever."""
     with scripted_port([PLAIN, data] if kept else [data]) as port:
-        client = Client(2.0)
-        request = HttpRequest(f"http://127.0.0.1:{port}/hook", HEADERS, b"0")
+        client = Client(f"http://127.0.0.1:{port}/hook", 2.0)
+        request = HttpRequest(HEADERS, b"0")
         answers = [client.send(request) for _ in range(1 + kept)]
     assert (answers[-1].status, answers[-1].body) == (200, body)
 
@@ -383,7 +382,7 @@ def test_a_body_that_never_ends_is_waited_for_no_longer_than_the_timeout(
 ) -> None:
     server.answer("/hook", Answer(body=b"ok", headers=headers))
     began = time.monotonic()
-    answers = send(Client(0.3), f"{server.url}/hook", 2)
+    answers = send(Client(f"{server.url}/hook", 0.3), 2)
     assert 0.5 < time.monotonic() - began < 2.0
     if "Content-Length" in headers:
         assert answers == [b"ok"] * 2
@@ -392,7 +391,7 @@ def test_a_body_that_never_ends_is_waited_for_no_longer_than_the_timeout(
 def test_a_body_that_drips_is_waited_for_no_longer_than_the_timeout(server: SinkServer) -> None:
     server.answer("/hook", drip("body", 0.05))
     began = time.monotonic()
-    [body] = send(Client(0.3), f"{server.url}/hook", 1)
+    [body] = send(Client(f"{server.url}/hook", 0.3), 1)
     assert (time.monotonic() - began < 1.0, set(body)) == (True, set(b"."))
 
 
@@ -402,8 +401,8 @@ def test_what_follows_an_answer_is_none_to_the_next_request(server: SinkServer) 
         body=b"okHTTP/1.1 400 Bad Request\r\nContent-Length: 2\r\n\r\nno", headers={"Content-Length": "2"}
     )
     server.script("/hook", two, ok(), two, ok())
-    client = Client(5.0)
-    answers = [client.send(HttpRequest(f"{server.url}/hook", HEADERS, b"0")) for _ in range(4)]
+    client = Client(f"{server.url}/hook", 5.0)
+    answers = [client.send(HttpRequest(HEADERS, b"0")) for _ in range(4)]
     assert [(answer.status, answer.body) for answer in answers] == [(200, b"ok")] * 4
 
 
@@ -413,7 +412,7 @@ def test_an_interim_answer_is_not_taken_for_the_answer(interim: str, kept: bool)
     """A sender that took it for one would send an alert again that its sink has taken."""
     early = f"HTTP/1.1 {interim}\r\nLink: </a>\r\n\r\n".encode()
     with scripted_port([PLAIN, 2 * early + PLAIN] if kept else [2 * early + PLAIN]) as port:
-        assert send(Client(5.0), f"http://127.0.0.1:{port}/hook", 2 if kept else 1) == [b"ok"] * (1 + kept)
+        assert send(Client(f"http://127.0.0.1:{port}/hook", 5.0), 2 if kept else 1) == [b"ok"] * (1 + kept)
 
 
 def test_an_answer_that_tls_has_read_ahead_is_none_to_the_next_request(
@@ -424,15 +423,15 @@ def test_an_answer_that_tls_has_read_ahead_is_none_to_the_next_request(
     ahead = PLAIN + b" " * (8192 - len(PLAIN)) + PLAIN
     failed = b"HTTP/1.1 500 No\r\nContent-Length: 2\r\n\r\nno"
     with scripted_port([ahead, failed], tls=True) as port:
-        client = Client(5.0)
-        request = HttpRequest(f"https://127.0.0.1:{port}/hook", HEADERS, b"0")
+        client = Client(f"https://127.0.0.1:{port}/hook", 5.0)
+        request = HttpRequest(HEADERS, b"0")
         assert [client.send(request).status for _ in range(2)] == [200, 500]
 
 
 def test_a_sink_that_hangs_up_after_each_answer_without_a_word_gets_everything() -> None:
     with scripted_port([PLAIN], hang_up=True) as port:
-        client = Client(5.0)
-        request = HttpRequest(f"http://127.0.0.1:{port}/hook", HEADERS, b"0")
+        client = Client(f"http://127.0.0.1:{port}/hook", 5.0)
+        request = HttpRequest(HEADERS, b"0")
         statuses = []
         for _ in range(20):
             statuses.append(client.send(request).status)
@@ -446,7 +445,7 @@ def test_a_sink_that_hangs_up_after_each_answer_without_a_word_gets_everything()
     [("u:p%40ss", b"u:p@ss"), ("u:%C3%A9%E2%82%AC", "u:é€".encode()), ("u:%E9", b"u:\xe9"), ("u:", b"u:")],
 )
 def test_a_password_in_a_url_is_sent_byte_by_byte(server: SinkServer, written: str, sent: bytes) -> None:
-    send(Client(5.0), server.url.replace("//", f"//{written}@") + "/hook")
+    send(Client(server.url.replace("//", f"//{written}@") + "/hook", 5.0))
 
     expected = f"Basic {base64.b64encode(sent).decode()}"
     assert [request.headers["authorization"] for request in server.requests] == [expected] * 3
@@ -474,7 +473,7 @@ def test_a_proxys_password_beyond_ascii_is_sent_as_utf_8(
 ) -> None:
     """A proxy would refuse every alert of a user whose password has an umlaut."""
     monkeypatch.setenv("http_proxy", server.url.replace("//", f"//{written}@"))
-    send(Client(5.0), "http://alerts.example.org/hook")
+    send(Client("http://alerts.example.org/hook", 5.0))
     expected = f"Basic {base64.b64encode(sent).decode()}"
     assert [request.headers["proxy-authorization"] for request in server.requests] == [expected] * 3
 
@@ -483,7 +482,7 @@ def test_a_tls_port_that_says_nothing_is_given_up_before_the_attempts_end() -> N
     with silent_port() as port:
         began = time.monotonic()
         with pytest.raises(NoAnswerError) as caught:
-            send(Client(0.3), f"https://127.0.0.1:{port}/hook", 1)
+            send(Client(f"https://127.0.0.1:{port}/hook", 0.3), 1)
     assert time.monotonic() - began < attempt_seconds(0.3)
     assert (caught.value.fault, caught.value.not_taken) == ("tls", True)
 
@@ -494,7 +493,7 @@ def test_a_tls_port_that_says_nothing_is_given_up_before_the_attempts_end() -> N
 )
 def test_a_port_where_nothing_listens_is_told_from_other_faults(scheme: str, fault: str) -> None:
     with closed_port() as port, pytest.raises(NoAnswerError, match="connection refused by") as caught:
-        send(Client(5.0), f"{scheme}://127.0.0.1:{port}/hook", 1)
+        send(Client(f"{scheme}://127.0.0.1:{port}/hook", 5.0), 1)
     assert (caught.value.fault, caught.value.not_taken) == (fault, True)
 
 
@@ -512,7 +511,7 @@ def test_https_to_a_port_that_speaks_http_is_told_from_other_faults() -> None:
         thread = threading.Thread(target=serve)
         thread.start()
         with pytest.raises(NoAnswerError) as caught:
-            send(Client(5.0), f"https://127.0.0.1:{listening.getsockname()[1]}/hook", 1)
+            send(Client(f"https://127.0.0.1:{listening.getsockname()[1]}/hook", 5.0), 1)
         thread.join()
     assert (caught.value.fault, caught.value.not_taken) == ("wrong_scheme", True)
 
@@ -524,11 +523,11 @@ def test_a_proxy_that_gives_no_tunnel_is_told_from_the_sink(
     with scripted_port([f"HTTP/1.1 {status} No\r\n\r\n".encode()]) as port:
         monkeypatch.setenv("https_proxy", f"http://user:word@127.0.0.1:{port}")
         with pytest.raises(NoAnswerError, match=f"the proxy 127.0.0.1:{port} .* answered {status}") as caught:
-            send(Client(5.0), "https://alerts.example.org/hook", 1)
+            send(Client("https://alerts.example.org/hook", 5.0), 1)
     assert (caught.value.fault, caught.value.not_taken) == (fault, True)
 
 
 def test_a_host_without_an_address_is_told_from_other_faults() -> None:
     with pytest.raises(NoAnswerError, match=r"no such host: alerts\.invalid") as caught:
-        send(Client(5.0), "https://alerts.invalid/hook", 1)
+        send(Client("https://alerts.invalid/hook", 5.0), 1)
     assert (caught.value.fault, caught.value.not_taken) == ("dns", True)

@@ -248,9 +248,8 @@ def test_an_adapter_that_fails_at_an_answer_costs_at_most_its_delivery(
         verdict = program.attempt(
             Broken(),
             SINKS["webhook without a token"],
-            Client(5.0),
-            f"{server.url}/hook",
-            HttpRequest("", {}, b"{}"),
+            Client(f"{server.url}/hook", 5.0),
+            HttpRequest({}, b"{}"),
             Redactor([]),
         )
     assert (verdict.outcome, verdict.reason_code, verdict.http_status) == (outcome, reason, status)
@@ -273,7 +272,7 @@ def test_a_sink_without_its_secret_is_sent_nothing() -> None:
     unset = SINKS["webhook"]._replace(secrets={})
     with SinkServer() as server:
         verdict = program.attempt(
-            ADAPTERS["webhook"], unset, Client(5.0), server.url, HttpRequest("", {}, b""), Redactor([])
+            ADAPTERS["webhook"], unset, Client(server.url, 5.0), HttpRequest({}, b""), Redactor([])
         )
         assert server.requests == []
     assert (verdict.outcome, verdict.fault) == ("misconfigured", "missing_secret")

@@ -173,7 +173,7 @@ def warm_up(program: ModuleType) -> None:
         words = ["dispatch", "--repo", folder, "--loop", "loop", "--dry-run", "--show-payload"]
         program.cli(words, standalone_mode=False)
     with contextlib.suppress(program.NoAnswerError):
-        program.Client(1.0).send(program.HttpRequest("http://127.0.0.1:9/", {}, b""))
+        program.Client("http://127.0.0.1:9/", 1.0).send(program.HttpRequest({}, b""))
 
 
 if __name__ == "__main__":
