@@ -2334,7 +2334,7 @@ class Escalation(NamedTuple):
     `unknown_severity`.
 
     `raw` has the record's own bytes, from which its id is made; `strict`: a strict JSON reader reads `body`
-    from them. `raw_line` is the text of the line, if that held more than this record.
+    from them. `raw_line` is the text of the line if it was salvaged from one that held more than this record.
     """
 
     id: str
@@ -2348,11 +2348,6 @@ class Escalation(NamedTuple):
     raw: bytes = b""
     strict: bool = False
     raw_line: str | None = None
-
-    @property
-    def salvaged(self) -> bool:
-        """Whether it shared its line with debris or with other records."""
-        return self.raw_line is not None
 
     @property
     def written_at(self) -> str | None:
@@ -4748,6 +4743,16 @@ def bullets(
     return "\n".join(kept)
 
 
+def cut_identity(text: str, limit: int) -> str:
+    """Make a text that tells things apart printable and at most `limit` characters long. If that changes it,
+    it ends in a hash of the whole."""
+    plain = printable(text)
+    if plain == text and len(text) <= limit:
+        return text
+    mark = short_hash(text.encode("utf-8", "surrogatepass"))
+    return f"{plain[: limit - len(mark) - 1]}:{mark}"
+
+
 # Slack, "Block Kit reference", header and section blocks; "chat.postMessage", `text`. Characters as sent,
 # with entities.
 SLACK_HEADER = 150
@@ -5145,16 +5150,6 @@ def dedup_key(escalation: Escalation, by: str) -> str:
     if by == "event":
         key += f":{escalation.timestamp or escalation.id}"
     return cut_identity(key, PAGERDUTY_DEDUP_KEY)
-
-
-def cut_identity(text: str, limit: int) -> str:
-    """Make a text that tells things apart printable and at most `limit` characters long. If that changes it,
-    it ends in a hash of the whole."""
-    plain = printable(text)
-    if plain == text and len(text) <= limit:
-        return text
-    mark = short_hash(text.encode("utf-8", "surrogatepass"))
-    return f"{plain[: limit - len(mark) - 1]}:{mark}"
 
 
 # How much is kept of a record: characters of a text, items of a list or object, levels. Each is tried if the

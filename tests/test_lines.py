@@ -62,7 +62,7 @@ def test_a_good_record_among_debris_is_not_lost(line: bytes) -> None:
     (found,) = parse(line)
 
     assert isinstance(found, Escalation)
-    assert found.salvaged
+    assert found.raw_line is not None
     assert found.raw_line == line.strip(b"\0").decode("utf-8", "replace")
     # The record is as it would be on a line of its own, and has the id that it has there.
     (alone,) = parse(GOOD)
@@ -74,7 +74,7 @@ def test_records_without_a_line_feed_between_are_all_sent_in_order() -> None:
     found = parse(GOOD + OTHER + b" " + GOOD)
 
     assert [item.raw for item in found if isinstance(item, Escalation)] == [GOOD, OTHER, GOOD]
-    assert all(isinstance(item, Escalation) and item.salvaged for item in found)
+    assert all(isinstance(item, Escalation) and item.raw_line is not None for item in found)
 
 
 def test_an_object_within_a_record_is_no_second_alert() -> None:
@@ -110,7 +110,7 @@ def test_a_whole_good_record_is_not_flagged() -> None:
     (found,) = parse(b"\xef\xbb\xbf" + GOOD + b"\r")
 
     assert isinstance(found, Escalation)
-    assert (found.salvaged, found.raw, found.strict) == (False, GOOD, True)
+    assert (found.raw_line, found.raw, found.strict) == (None, GOOD, True)
 
 
 def tries_of(line: bytes) -> tuple[list[Escalation | Unusable], int]:
