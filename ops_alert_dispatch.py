@@ -169,10 +169,14 @@ def what_to_do(error: OSError) -> str:
 LAST_SECOND = 253_370_764_800.0
 
 
-def iso(epoch: float, *, milliseconds: bool = False) -> str:
+def iso(epoch: float) -> str:
     """Write seconds since the epoch as the host does: ISO 8601, UTC, whole seconds (rounded down)."""
-    moment = datetime.fromtimestamp(epoch if milliseconds else epoch // 1, UTC)
-    return moment.isoformat(timespec="milliseconds" if milliseconds else "seconds").replace("+00:00", "Z")
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(epoch))
+
+
+def iso_milliseconds(epoch: float) -> str:
+    """As `iso`, with milliseconds."""
+    return datetime.fromtimestamp(epoch, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def parse_time(text: object) -> float | None:
@@ -6205,7 +6209,7 @@ def sink_figure(
         "failedAttemptCount": tally.get("failed_attempts", 0),
         "consecutiveFailures": best.consecutive_failures if best else 0,
         "failingSince": iso(best.failing_since) if best and best.failing_since else None,
-        "nextAttemptAt": iso(best.next_attempt_at, milliseconds=True)
+        "nextAttemptAt": iso_milliseconds(best.next_attempt_at)
         if best and failing and best.next_attempt_at
         else None,
         "lastSuccessAt": iso(best.last_success_at) if best and best.last_success_at else None,
@@ -6235,9 +6239,7 @@ def lagging_peer(peer: str, since: float, known: Destination | None) -> JsonObje
         "faultCode": known.fault if known else None,
         "httpStatus": known.http_status if known else None,
         "message": known.message if known else None,
-        "nextAttemptAt": iso(known.next_attempt_at, milliseconds=True)
-        if known and known.next_attempt_at
-        else None,
+        "nextAttemptAt": iso_milliseconds(known.next_attempt_at) if known and known.next_attempt_at else None,
     }
 
 
@@ -7449,7 +7451,7 @@ class Sender:
             if len(batch.queued) > 1:
                 row |= {"batchSize": len(batch.queued), "batchIndex": index}
             if retry is not None:
-                row["nextAttemptAt"] = iso(now + retry.wait, milliseconds=True)
+                row["nextAttemptAt"] = iso_milliseconds(now + retry.wait)
                 if not retry.quick:
                     row["backoffSeconds"] = round(retry.wait, 3)
             rows.setdefault(item.loop, []).append(row)

@@ -349,7 +349,7 @@ def test_dispatch_and_what_looks_after_it_say_the_same_in_the_same_words(
         for heading in shared:
             # Ages may differ by a second.
             same, seen = (
-                re.sub(r"\d+ s|\d+ min", "age", found[heading])
+                re.sub(r"just now|\d+ (s|min)( ago)?", "age", found[heading])
                 for found in (row, rows_of(after.stdout)[sink])
             )
             assert same == seen, (sink, heading)
