@@ -8763,7 +8763,7 @@ def loops_text(summary: JsonObject) -> str:
             loop["loopId"],
             loop["status"],
             *(loop.get(key) for _, key in counts),
-            " ".join((loop.get("message") or ", ".join(loop["failureReasonCodes"])).split()) or None,
+            " ".join((loop.get("message") or ", ".join(causes_of(loop))).split()) or None,
         )
         for loop in loops
     ]
@@ -8919,8 +8919,8 @@ def summary_text(summary: JsonObject) -> str:
         lines.append(stopped_words(summary["stoppedBy"], summary["unreadCount"]))
     elif summary.get("unreadCount"):
         lines.append(unread_words(summary["unreadCount"]))
-    if summary["failureReasonCodes"]:
-        lines.append(f"reasons: {', '.join(summary['failureReasonCodes'])}")
+    if causes := causes_of(summary):
+        lines.append(f"reasons: {', '.join(causes)}; `{PROGRAM} explain {causes[0]}` says more")
     if sinks:
         rows = [
             (
@@ -8937,6 +8937,12 @@ def summary_text(summary: JsonObject) -> str:
         headings = ("SINK", "DELIVERED", "WAITING", "OLDEST", "NEXT ATTEMPT", "DEAD", "NOTE")
         lines += ["", table(headings, rows, ("OLDEST", "NEXT ATTEMPT"))]
     return "\n".join(lines)
+
+
+def causes_of(summary: JsonObject) -> list[str]:
+    """The reason codes of what failed in a pass, without those which only say that something did."""
+    follow = ("dispatch_failed", "partial_dispatch_failure", "delivery_deferred")
+    return [code for code in summary["failureReasonCodes"] if code not in follow]
 
 
 def is_failing(sink: JsonObject, summary: JsonObject) -> bool:

@@ -395,6 +395,15 @@ def test_a_dry_run_has_the_table_of_a_pass_and_the_words_of_the_log(repo: Repo, 
     assert rows_of(look(repo, "log").stdout, "TIME") != {}
 
 
+def test_a_pass_names_the_causes_and_where_they_are_explained(repo: Repo, server: SinkServer) -> None:
+    repo.write_config(to_all())
+    server.answer(PATHS[CHAT], error(503, "down"))
+    repo.append(*batch(3))
+    run = look(repo, "dispatch")
+    assert "delivery_deferred" in repo.state()["failureReasonCodes"]
+    assert "reasons: http_error; `ops-alert-dispatch explain http_error` says more\n" in run.stdout
+
+
 def test_a_time_that_has_come_is_due_now(repo: Repo, server: SinkServer) -> None:
     repo.write_config(to_all())
     make_backlog(repo, server, 1)
