@@ -8763,7 +8763,9 @@ def loops_text(summary: JsonObject) -> str:
             loop["loopId"],
             loop["status"],
             *(loop.get(key) for _, key in counts),
-            " ".join((loop.get("message") or ", ".join(causes_of(loop))).split()) or None,
+            "another pass is running"
+            if loop["status"] == "locked"
+            else " ".join((loop.get("message") or ", ".join(causes_of(loop))).split()) or None,
         )
         for loop in loops
     ]
@@ -8902,17 +8904,9 @@ def summary_text(summary: JsonObject) -> str:
     sinks = summary.get("sinks") or {}
     # By what an older summary said, a sink may be enabled.
     idle = bool(sinks) and not any(sink.get("enabled", True) for sink in sinks.values())
-    counts = (("delivered", "dispatchedCount"), ("skipped", "skippedCount"), ("failed", "failedCount"))
-    outcome = ", ".join(f"{summary[key]} {word}" for word, key in counts)
     odd = idle or (status != "failed" and has_failed(summary))
     coloured = click.style(status, fg="yellow" if odd else STATUS_COLOURS.get(status, "yellow"))
-    head = f"{summary['processedCount']} new: {outcome}"
-    if summary["lateDispatchedCount"] or summary["lateFailedCount"]:
-        head += f"; late: {summary['lateDispatchedCount']} delivered, {summary['lateFailedCount']} given up"
-    lines = [f"{coloured}  loop {summary['loopId']}, {head}"]
-    if status == "no_source":
-        missing = f"there are no escalations at {summary['escalationsFile']}"
-        lines.append(printable(summary.get("message") or missing))
+    lines = [f"{coloured}  {what_a_pass_did(summary)}"]
     if idle:
         lines.append('no sink is enabled: nothing is sent; set "enabled": true on a sink in the config')
     if summary.get("stoppedBy"):
@@ -8937,6 +8931,21 @@ def summary_text(summary: JsonObject) -> str:
         headings = ("SINK", "DELIVERED", "WAITING", "OLDEST", "NEXT ATTEMPT", "DEAD", "NOTE")
         lines += ["", table(headings, rows, ("OLDEST", "NEXT ATTEMPT"))]
     return "\n".join(lines)
+
+
+def what_a_pass_did(summary: JsonObject) -> str:
+    """What a pass did, in one line."""
+    loop = f"loop {summary['loopId']}"
+    if summary["status"] == "locked":
+        return f"another pass is running for {loop}; nothing to do"
+    if summary["status"] == "no_source":
+        return printable(summary.get("message") or f"{loop}: no escalations at {summary['escalationsFile']}")
+    counts = (("delivered", "dispatchedCount"), ("skipped", "skippedCount"), ("failed", "failedCount"))
+    outcome = ", ".join(f"{summary[key]} {word}" for word, key in counts)
+    head = f"{loop}, {summary['processedCount']} new: {outcome}"
+    if summary["lateDispatchedCount"] or summary["lateFailedCount"]:
+        head += f"; late: {summary['lateDispatchedCount']} delivered, {summary['lateFailedCount']} given up"
+    return head
 
 
 def causes_of(summary: JsonObject) -> list[str]:

@@ -404,6 +404,16 @@ def test_a_pass_names_the_causes_and_where_they_are_explained(repo: Repo, server
     assert "reasons: http_error; `ops-alert-dispatch explain http_error` says more\n" in run.stdout
 
 
+def test_a_pass_beside_another_one_says_so(repo: Repo) -> None:
+    repo.append(health_critical())
+    repo.dispatch()
+    with Path(f"{repo.state_file}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        head = look(repo, "dispatch").stdout.splitlines()[0]
+        assert head == f"locked  another pass is running for loop {LOOP}; nothing to do"
+        assert "another pass is running\n" in repo.run("dispatch", "--all-loops", "--format", "text").stdout
+
+
 def test_a_time_that_has_come_is_due_now(repo: Repo, server: SinkServer) -> None:
     repo.write_config(to_all())
     make_backlog(repo, server, 1)
