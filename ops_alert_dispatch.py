@@ -8635,7 +8635,7 @@ def find_loops(repo: str) -> tuple[list[str], dict[str, StorageError]]:
 
 
 def nearest_first(word: str, names: Iterable[str]) -> list[str]:
-    """Names in the order of how much they are like a word that is none of them."""
+    """Names, those first that look most like a word which is not among them."""
     from difflib import SequenceMatcher
 
     return sorted(names, key=lambda name: -SequenceMatcher(None, word, name).ratio())
@@ -8881,7 +8881,7 @@ def progress_bar() -> Iterator[Progress | None]:
     with contextlib.ExitStack() as shown:
 
         def show(done: int, total: int, left: float) -> None:
-            # An error before anything was ingested stands alone.
+            # No empty bar above an error that came before anything was ingested.
             if not total:
                 return
             bar.label = f"Delivering, {max(0.0, left):.0f} s left"
@@ -9066,7 +9066,7 @@ def plan_table(plans: Sequence[JsonObject], now: float, *, several: bool) -> str
 
 
 def plan_cell(item: JsonObject) -> str:
-    """What a pass would make of an escalation, or of a line that is none, in a cell."""
+    """What a pass would make of an escalation, or of a line without one, in a cell."""
     if not item.get("sinks"):
         return f"{'skipped' if item['decision'] not in UNUSABLE else 'failed'} ({item['decision']})"
     words = list(PLAN_WORDS)
@@ -9238,7 +9238,7 @@ def config_text(config: Config) -> str:
             "",
             table(("CATEGORY", "SEVERITY", "MINIMUM", "GOES TO"), rows),
             "",
-            "SEVERITY counts if a record has none of its own.",
+            "SEVERITY counts if the record has none.",
             *(f"warning: {printable(warning)}" for warning in config_warnings(config)),
         ]
     )
@@ -9246,7 +9246,7 @@ def config_text(config: Config) -> str:
 
 def resolution_text(resolution: Resolution) -> str:
     """Where a record of a category goes, for people, and why not elsewhere."""
-    route = "its route" if resolution.route["matched"] else "no route of its own: the default sinks"
+    route = "its route" if resolution.route["matched"] else "no route, so the default sinks"
     severity, minimum = resolution.event_severity, resolution.min_severity
     head = f"{resolution.category}, severity {severity}: {route}, from {minimum} on"
     lines = [click.style(printable(head), bold=True)]
@@ -9707,7 +9707,7 @@ def find_obstacle(seen: Seen) -> Finding | None:
         return Finding(
             "critical",
             "the last pass found the config invalid, and sent nothing",
-            "fix what the note below names, in the environment that reconcile runs in; the next pass sends "
+            "fix the error below, in the environment that reconcile runs in; the next pass sends "
             f"everything, and `{commands['dispatch']}` runs one now",
         )
     if seen.config_valid is False:
@@ -10598,7 +10598,7 @@ def why_routed(route: JsonObject, entry: JsonObject) -> str:
         code = entry.get("reasonCode")
         return CODES[code].meaning if code in CODES else "its route is not known: the config cannot be read"
     name = route.get("pattern") or route.get("category")
-    why = f"the route {name}" if route.get("matched") else "no route of its category: the default sinks"
+    why = f"the route {name}" if route.get("matched") else "no route for its category, so the default sinks"
     why += f", from {route.get('minSeverity')} on, to {', '.join(route.get('sinks') or ['no sink'])}"
     code = entry.get("reasonCode")
     return f"{why}. {CODES[code].meaning}" if not entry["sinks"] and code in CODES else why
@@ -11536,7 +11536,7 @@ def init(repo: str, form: Format, pretty: bool) -> None:
 # ---------------------------------------------------------------------------------------------------------
 # Demo, `explain`, and the start of the program
 # ---------------------------------------------------------------------------------------------------------
-# The demo runs real passes against a receiver of its own, in a temporary folder.
+# The demo runs real passes against a receiver that it starts, in a temporary folder.
 
 
 def demo_escalations(loop_id: str) -> list[JsonObject]:
