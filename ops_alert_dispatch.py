@@ -382,15 +382,20 @@ def duration_words(seconds: float) -> str:
 
 
 def times_as_ages(text: str, now: float) -> str:
-    """A text with its times relative to `now`; commands, in backticks, stay as they are."""
+    """A text with its times relative to `now`: `3 min ago`, `next attempt in 3 min` and, for `since`, `for 3
+    min`. Commands, in backticks, stay as they are."""
 
     def say(found: re.Match[str]) -> str:
-        if found["time"] is None:
+        moment, lead = found["time"], found["lead"] or ""
+        if moment is None:
             return found[0]
-        due = found["next"]
-        return f"{due or ''}{(when_due if due else how_long)(found['time'], now)}"
+        at = parse_time(moment)
+        if lead == "since " and at is not None:
+            return f"for {duration_words(max(0.0, now - at))}"
+        return f"{lead}{(when_due if lead == 'next attempt ' else how_long)(moment, now)}"
 
-    return re.sub(r"`[^`]*`|(?P<next>next attempt )?(?P<time>\b\d{4}-\d\d-\d\dT[\d:.]+Z)", say, text)
+    pattern = r"`[^`]*`|(?P<lead>next attempt |since )?(?P<time>\b\d{4}-\d\d-\d\dT[\d:.]+Z)"
+    return re.sub(pattern, say, text)
 
 
 def plural(count: int, noun: str) -> str:
@@ -9728,8 +9733,8 @@ def find_obstacle(seen: Seen) -> Finding | None:
 def find_silence(seen: Seen, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
     """Report that no pass runs any more."""
     if is_silent(seen, sinks):
-        last = (seen.document or {}).get("updatedAt") or "who knows when"
-        words = f"no pass has run since {last}, and something waits for one"
+        last = (seen.document or {}).get("updatedAt")
+        words = f"no pass has run{f' since {last}' if last else ''}, and something waits for one"
         now = f"`{seen.commands['dispatch']}` runs one now"
         yield Finding("critical", words, f"see why reconcile, or the timer, runs none; {now}")
 
@@ -9742,7 +9747,7 @@ def find_failing(seen: Seen, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
         if sink["waitingCount"]:
             words += f", {plural(sink['waitingCount'], 'delivery')} waiting"
         if sink["health"] == "critical":
-            words += f", first failure {sink['failingSince']}"
+            words += f", since {sink['failingSince']}"
         advice = sink["advice"]
         if sink["nextAttemptAt"]:
             at_once = command_line("dispatch", seen.job, "--now")

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Repo, Run, edit_queue
+from conftest import Repo, Run, edit_queue, time_passes
 from escalations import CHAT, HOOK, LOOP, PAGER, PATHS, batch, health_critical, health_degraded
 from loopback import SinkServer, error, ok
 from operate import check, make_backlog, make_dead_letter, sink_of, to_all
@@ -632,6 +632,15 @@ def test_the_progress_bar_counts_deliveries_and_shows_the_time_left(repo: Repo, 
     assert shown[-1][1:] == ("36", "36")
     assert int(shown[0][0]) <= 20
     assert int(shown[-1][0]) < int(shown[0][0])
+
+
+def test_people_read_for_how_long_a_sink_has_failed(repo: Repo, server: SinkServer) -> None:
+    repo.write_config(to_all())
+    make_backlog(repo, server, 2)
+    time_passes(repo, 3 * 3600)
+    assert "), 2 deliveries waiting, for 3 h\n" in look(repo, "status").stdout
+    verdict = repo.run("status", *repo.target).json["verdict"]
+    assert re.search(r"2 deliveries waiting, since 2\d{3}-", verdict)
 
 
 def test_people_read_ages_and_scripts_read_times(repo: Repo, server: SinkServer) -> None:
