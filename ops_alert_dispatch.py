@@ -5004,8 +5004,12 @@ class DiscordAdapter(Adapter):
         facts = [discord_code(fact, DISCORD_FACT) for fact in facts_of(delivery, origin)]
         tail = "\n".join(["", "", *facts, f"id {escalation.id}", "```"])
         room = DISCORD_CONTENT - len(head) - len(tail)
+        content = head + bullets(explain(escalation), room, discord_code) + tail
+        # Discord does not say how it counts: in UTF-16, an emoji is two characters.
+        if (excess := len(content.encode("utf-16-le")) // 2 - DISCORD_CONTENT) > 0:
+            content = head + bullets(explain(escalation), room - excess, discord_code) + tail
         message = {
-            "content": head + bullets(explain(escalation), room, discord_code) + tail,
+            "content": content,
             # Discord, "Allowed Mentions Object": an empty `parse` lets no text mention anybody.
             "allowed_mentions": {"parse": []},
         }

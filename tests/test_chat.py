@@ -87,7 +87,7 @@ def test_a_hurtful_record_is_shown_as_it_is_and_within_the_limits(kind: str) -> 
     if kind == "discord":
         head, block, after = message["content"].split("```")
         assert after == ""
-        assert len(message["content"]) <= 2000
+        assert len(message["content"].encode("utf-16-le")) / 2 <= 2000
         assert "`" not in block
         # In the headline each character of markup is escaped.
         assert not re.search(r"(?<!\\)(\\\\)*[*_~`|<>\[\]()#@:]", head)
@@ -96,6 +96,15 @@ def test_a_hurtful_record_is_shown_as_it_is_and_within_the_limits(kind: str) -> 
         body = message["attachments"][0]["content"]["body"]
         assert {block["type"] for block in body} == {"RichTextBlock"}
         assert {run["type"] for block in body for run in block["inlines"]} == {"TextRun"}
+
+
+def test_a_discord_message_of_emoji_is_within_the_limit_too() -> None:
+    record = health_critical()
+    record["reasons"] = [{**record["reasons"][0], "observed": "🚨" * 150}] * 9
+    record["reasonCodes"] = ["🚨" * 90]
+    content = built("discord", record)["content"]
+    assert "🚨🚨" in content
+    assert len(content.encode("utf-16-le")) / 2 <= 2000
 
 
 def test_lines_that_do_not_fit_are_counted(kind: str) -> None:
