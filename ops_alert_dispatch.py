@@ -4511,16 +4511,6 @@ def judge_status(answer: Answer, now: float) -> Verdict:
     )
 
 
-def judge_api(answer: Answer, now: float) -> Verdict:
-    """Judge the answer of a provider by its status. None of them confirms an alert with a web page."""
-    if 200 <= answer.status < 300 and answer.text.startswith("<"):  # a login page, say, or that of a proxy
-        message = (
-            "answered with a web page: the URL is not that of such a sink, or something stands before it"
-        )
-        return Verdict("misconfigured", "http_error", answer.status, message, fault="wrong_receiver")
-    return judge_status(answer, now)
-
-
 # How much of a complaint is searched: it begins with what it is about, and a search in 64 KB may take
 # minutes.
 COMPLAINT = 500
@@ -4624,7 +4614,13 @@ class Adapter:
         raise NotImplementedError
 
     def judge(self, answer: Answer, now: float) -> Verdict:
-        """What an answer means. `now`: seconds since the epoch."""
+        """What an answer means. `now`: seconds since the epoch. No provider takes an alert with a web
+        page."""
+        if 200 <= answer.status < 300 and answer.text.startswith("<"):  # a login page, or that of a proxy
+            message = (
+                "answered with a web page: the URL is not that of such a sink, or something stands before it"
+            )
+            return Verdict("misconfigured", "http_error", answer.status, message, fault="wrong_receiver")
         return judge_status(answer, now)
 
 
@@ -4678,6 +4674,10 @@ class WebhookAdapter(Adapter):
             signed = f"{message_id}.{sent}.".encode() + request.body
             headers["webhook-signature"] = " ".join(signature(key, signed) for key in signing_keys(secret))
         return request._replace(headers=headers)
+
+    def judge(self, answer: Answer, now: float) -> Verdict:
+        """A receiver may answer 200 with anything, also with a web page."""
+        return judge_status(answer, now)
 
 
 def signature(key: bytes, signed: bytes) -> str:
@@ -4812,33 +4812,6 @@ WEBHOOK_GONE = (
     r"does not exist)\b)(?=.*\b(webhooks?|integration|api key|channel)\b)"
 )
 
-SLACK_ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
-
-
-def slack_escape(text: str, limit: int) -> str:
-    """Escape text for Slack and cut it to `limit` characters as sent, never within an entity.
-
-    Slack, "Formatting text for app surfaces", "Escaping text": `&`, `<` and `>` make mentions and links.
-    """
-    text = printable(text)
-    escaped = text.translate(SLACK_ENTITIES)
-    if len(escaped) <= limit:
-        return escaped
-    room, kept = limit - len("…"), 0
-    while room >= (needed := len(text[kept].translate(SLACK_ENTITIES))):
-        room -= needed
-        kept += 1
-    return text[:kept].translate(SLACK_ENTITIES) + "…"
-
-
-def slack_text(text: str) -> JsonObject:
-    """A text object, of escaped text.
-
-    Slack, "Text object": in `plain_text`, unlike in `mrkdwn`, nothing is a format, a link or a mention;
-    without `emoji` no `:name:` becomes a picture. So a record's text is shown as it is, and can be copied.
-    """
-    return {"type": "plain_text", "text": text, "emoji": False}
-
 
 class SlackAdapter(Adapter):
     """A message to a Slack incoming webhook: a header, what a person needs to know, and where it is from.
@@ -4870,7 +4843,7 @@ class SlackAdapter(Adapter):
         A webhook answers `ok`. A program that passes messages on to Slack may answer as its Web API does,
         with 200 and `{"ok": false, "error": …}`: then the error counts.
         """
-        error, verdict = slack_error(answer), judge_api(answer, now)
+        error, verdict = slack_error(answer), super().judge(answer, now)
         fault = SLACK_FAULTS.get(error or "")
         if fault is None:
             if error and verdict.outcome == "delivered":
@@ -4977,6 +4950,34 @@ def slack_context(parts: Iterable[str | None]) -> JsonObject:
     }
 
 
+SLACK_ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
+
+
+def slack_escape(text: str, limit: int) -> str:
+    """Escape text for Slack and cut it to `limit` characters as sent, never within an entity.
+
+    Slack, "Formatting text for app surfaces", "Escaping text": `&`, `<` and `>` make mentions and links.
+    """
+    text = printable(text)
+    escaped = text.translate(SLACK_ENTITIES)
+    if len(escaped) <= limit:
+        return escaped
+    room, kept = limit - len("…"), 0
+    while room >= (needed := len(text[kept].translate(SLACK_ENTITIES))):
+        room -= needed
+        kept += 1
+    return text[:kept].translate(SLACK_ENTITIES) + "…"
+
+
+def slack_text(text: str) -> JsonObject:
+    """A text object, of escaped text.
+
+    Slack, "Text object": in `plain_text`, unlike in `mrkdwn`, nothing is a format, a link or a mention;
+    without `emoji` no `:name:` becomes a picture. So a record's text is shown as it is, and can be copied.
+    """
+    return {"type": "plain_text", "text": text, "emoji": False}
+
+
 # Discord, "Execute Webhook": content of up to 2,000 characters.
 DISCORD_CONTENT = 2000
 DISCORD_HEADLINE = 200
@@ -5017,7 +5018,7 @@ class DiscordAdapter(Adapter):
 
     def judge(self, answer: Answer, now: float) -> Verdict:
         """Discord's body has a number for each error, and how long to wait after a 429."""
-        verdict, said = judge_api(answer, now), mapping(answer.said)
+        verdict, said = super().judge(answer, now), mapping(answer.said)
         if fault := DISCORD_FAULTS.get(str(said.get("code"))):
             return verdict._replace(outcome="misconfigured", fault=fault)
         if verdict.fault == "rate_limited" and verdict.retry_after is None:
@@ -5045,7 +5046,8 @@ TEAMS_COLOURS = {"info": "Accent", "warning": "Warning", "critical": "Attention"
 
 
 class TeamsAdapter(Adapter):
-    """An Adaptive Card (version 1.4) to a workflow of Microsoft Teams that posts what its webhook gets.
+    """An Adaptive Card (version 1.4) to a workflow of Microsoft Teams that posts what its webhook gets. It
+    answers 202, before Teams shows the card.
 
     All text is in TextRuns, which show it as it is; a TextBlock would render Markdown.
     """
@@ -5078,10 +5080,6 @@ class TeamsAdapter(Adapter):
             "content": card,
         }
         return encode_json({"type": "message", "attachments": [attachment]})
-
-    def judge(self, answer: Answer, now: float) -> Verdict:
-        """A workflow answers 202, before Teams shows the card."""
-        return judge_api(answer, now)
 
 
 def teams_text(text: str, **style: object) -> JsonObject:
@@ -5145,7 +5143,7 @@ class PagerDutyAdapter(Adapter):
 
     def judge(self, answer: Answer, now: float) -> Verdict:
         """A 400 that complains of the routing key means a wrong config; any other 400 a wrong record."""
-        verdict = judge_api(answer, now)
+        verdict = super().judge(answer, now)
         if answer.status == 400 and any(
             re.search(ROUTING_KEY, complaint) for complaint in complaints(answer)
         ):
@@ -5294,7 +5292,7 @@ class AlertmanagerAdapter(Adapter):
         Alertmanager, "Alerts API", OpenAPI specification: the body of a 400 is a JSON string. It has taken
         the other alerts of the request.
         """
-        verdict = judge_api(answer, now)
+        verdict = super().judge(answer, now)
         if verdict.outcome == "dead_letter" and answer.status in (400, 422):
             try:
                 decode_json(answer.text)
