@@ -371,3 +371,14 @@ def test_schema_adapters_and_readme_know_the_same_sink_types_and_variables() -> 
         assert program.VARIABLE_KEYS[adapter.url_key] == "url"
         is_cluster = type(adapter).peers is not program.Adapter.peers
         assert is_cluster == (kind in program.CLUSTER_TYPES)
+
+
+def test_each_pattern_of_the_schema_says_what_it_wants() -> None:
+    waiting, patterns = [json.loads(Path(program.SCHEMA_FILE).read_bytes())], 0
+    while waiting:
+        part = waiting.pop()
+        waiting += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        if isinstance(part, dict) and "pattern" in part:
+            assert part["patternErrorMessage"]
+            patterns += 1
+    assert patterns
