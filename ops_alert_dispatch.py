@@ -622,15 +622,20 @@ def loop_lock(path: str, wait: float = LOCK_WAIT_SECONDS) -> Iterator[bool]:
         os.close(descriptor)
 
 
+def read_row(line: bytes) -> JsonObject | None:
+    """The JSON object on a line; None if it is torn, or no object."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
 def iterate_rows(path: str) -> Iterator[JsonObject]:
     """The JSON objects of a file of rows; torn lines are skipped. Raises StorageError."""
     try:
         with open(path, "rb") as file:
-            for line in file:
-                with contextlib.suppress(ValueError, RecursionError):
-                    row = json.loads(line)
-                    if isinstance(row, dict):
-                        yield row
+            yield from filter(None, map(read_row, file))
     except OSError as error:
         raise storage_error("read", path, error) from None
 
@@ -648,10 +653,8 @@ def rows_backwards(path: str, containing: bytes = b"") -> Iterator[JsonObject]:
                 if not start:
                     lines.insert(0, rest)
                 for line in reversed(lines):
-                    with contextlib.suppress(ValueError, RecursionError):
-                        row = json.loads(line) if containing in line else None
-                        if isinstance(row, dict):
-                            yield row
+                    if containing in line and (row := read_row(line)):
+                        yield row
                 end = start
     except FileNotFoundError:
         return
@@ -9888,20 +9891,14 @@ def last_lines(path: str, size: int) -> list[bytes]:
 def last_row(path: str) -> JsonObject | None:
     """The last line of the telemetry, as the status script reads it; None if it is no row."""
     for size in (RECENT_BYTES, 2 * MAX_RECORD_BYTES):
-        if lines := last_lines(path, size):
-            with contextlib.suppress(ValueError, RecursionError):
-                row = json.loads(lines[-1])
-                return row if isinstance(row, dict) else None
+        if (lines := last_lines(path, size)) and (row := read_row(lines[-1])):
+            return row
     return None
 
 
 def recent_rows(path: str) -> list[JsonObject]:
     """The rows at the end of a file of rows."""
-    rows = []
-    for line in last_lines(path, RECENT_BYTES):
-        with contextlib.suppress(ValueError, RecursionError):
-            rows.append(mapping(json.loads(line)))
-    return rows
+    return list(filter(None, map(read_row, last_lines(path, RECENT_BYTES))))
 
 
 def last_failures(job: Job) -> dict[str, JsonObject]:
