@@ -1883,7 +1883,7 @@ def first_line_hash(read: Callable[[int, int], bytes]) -> str:
 
 
 def read_lines(read: Callable[[int, int], bytes], start: int, stop: int, before: int = 0) -> Iterator[Line]:
-    """Stream the lines of a range; `before`: how many lines stand before it.
+    """Stream the lines of a range; `before`: how many lines there are before it.
 
     `read` gives at most `size` bytes from an offset on. Bytes after the last line feed of the range count as
     a line. Blank bytes at the start of a line are not kept in memory: a hole can have any size.
@@ -1894,30 +1894,19 @@ def read_lines(read: Callable[[int, int], bytes], start: int, stop: int, before:
         data = read(min(READ_CHUNK, stop - at), at)
         if not data:
             raise SourceChangedError
-        *whole, rest = data.split(b"\n")
-        for piece in whole:
-            if not size:
-                text = piece.lstrip(BLANK)
-                size = len(text)
-            else:
-                size += len(piece)
-                if size - len(piece) < MAX_RECORD_BYTES:
-                    pieces.append(piece)
-                text = b"".join(pieces)
-            end = at + len(piece) + 1
-            at = end
-            before += 1
-            yield Line(text, size, begin, end, before)
-            pieces, size, begin = [], 0, end
-        if not size:
-            rest_text = rest.lstrip(BLANK)
-            size = len(rest_text)
-            pieces = [rest_text] if rest_text else []
-        else:
-            if size < MAX_RECORD_BYTES:
-                pieces.append(rest)
-            size += len(rest)
-        at += len(rest)
+        parts = data.split(b"\n")
+        last = len(parts) - 1
+        for index, part in enumerate(parts):
+            text = part if size else part.lstrip(BLANK)
+            if text and size < MAX_RECORD_BYTES:
+                pieces.append(text)
+            size += len(text)
+            at += len(part)
+            if index < last:
+                at += 1
+                before += 1
+                yield Line(b"".join(pieces), size, begin, at, before)
+                pieces, size, begin = [], 0, at
     if begin < stop:
         yield Line(b"".join(pieces), size, begin, stop, before + 1)
 
