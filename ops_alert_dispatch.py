@@ -2103,7 +2103,6 @@ class Source:
     def _read_file(self, file: LogFile, cursor: Cursor) -> Iterator[Chunk]:
         stop = file.end_of_lines()
         rotated = file is not self._current
-        # A compressed file is complete.
         if rotated and stop < file.size and abs(time.time() - file.written_at) >= ROTATED_TAIL_GRACE:
             stop = file.size  # its writer is gone: its last line is complete without a line feed
         stop_tail = file.tail_before(stop)
