@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import Repo, Run, edit_queue, time_passes
 from escalations import CHAT, HOOK, LOOP, PAGER, PATHS, batch, health_critical, health_degraded
-from loopback import SinkServer, error, ok
+from loopback import SinkServer, error, ok, rate_limited
 from operate import check, make_backlog, make_dead_letter, sink_of, to_all
 
 import ops_alert_dispatch as program
@@ -340,7 +340,7 @@ def test_dispatch_and_what_looks_after_it_say_the_same_in_the_same_words(
     repo: Repo, server: SinkServer
 ) -> None:
     make_trouble(repo, server)
-    repo.write_config(to_all(backoffSeconds={"initial": 900, "max": 900}))
+    server.answer(PATHS[CHAT], rate_limited(600))
     repo.append(*batch(2), "no JSON\n", "\n")
     done = look(repo, "dispatch", "--max-escalations", "2")
     after = look(repo, "status")
@@ -378,7 +378,7 @@ def test_a_sink_that_fails_for_another_loop_only_is_not_failing_for_this_one(
 
 def test_a_dry_run_has_the_table_of_a_pass_and_the_words_of_the_log(repo: Repo, server: SinkServer) -> None:
     make_trouble(repo, server)
-    repo.write_config(to_all(backoffSeconds={"initial": 900, "max": 900}))
+    server.answer(PATHS[CHAT], rate_limited(600))
     repo.append(*batch(2), "no JSON\n", "\n")
     done = look(repo, "dispatch", "--max-escalations", "2")
     waiting = rows_of(done.stdout)[CHAT]["WAITING"]
