@@ -381,23 +381,6 @@ def duration_words(seconds: float) -> str:
     return f"{seconds // length:.0f} {unit}"
 
 
-def times_as_ages(text: str, now: float) -> str:
-    """A text with its times relative to `now`: `3 min ago`, `next attempt in 3 min` and, for `since`, `for 3
-    min`. Commands, in backticks, stay as they are."""
-
-    def say(found: re.Match[str]) -> str:
-        moment, lead = found["time"], found["lead"] or ""
-        if moment is None:
-            return found[0]
-        at = parse_time(moment)
-        if lead == "since " and at is not None:
-            return f"for {duration_words(max(0.0, now - at))}"
-        return f"{lead}{(when_due if lead == 'next attempt ' else how_long)(moment, now)}"
-
-    pattern = r"`[^`]*`|(?P<lead>next attempt |since )?(?P<time>\b\d{4}-\d\d-\d\dT[\d:.]+Z)"
-    return re.sub(pattern, say, text)
-
-
 def plural(count: int, noun: str) -> str:
     """`3 escalations`, `1 escalation`, `2 deliveries`."""
     if count == 1:
@@ -515,18 +498,16 @@ def check_appendable(path: str) -> None:
         raise storage_error("append to", path, error) from None
 
 
-def last_bytes(path: str, size: int) -> bytes:
-    """The last `size` bytes of a file, or all of a shorter one; empty if it is not there.
-
-    Raises StorageError.
-    """
+def last_lines(path: str, size: int) -> list[bytes]:
+    """The whole lines in the last `size` bytes of a file; empty if it is not there. Raises StorageError."""
     try:
         with open(path, "rb") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - size))
-            return file.read()
+            start = max(0, file.seek(0, os.SEEK_END) - size)
+            file.seek(start)
+            lines = file.read().splitlines()
+            return lines[1:] if start else lines
     except FileNotFoundError:
-        return b""
+        return []
     except OSError as error:
         raise storage_error("read", path, error) from None
 
@@ -9869,13 +9850,6 @@ def find_broken_pass(seen: Seen) -> Iterator[Finding]:
             yield Finding("warning", f"the last pass ended with an error: {said}", "do what the error says")
 
 
-def last_lines(path: str, size: int) -> list[bytes]:
-    """The whole lines in the last `size` bytes of a file, if there are any. Raises StorageError."""
-    data = last_bytes(path, size)
-    lines = data.splitlines()
-    return lines[1:] if len(data) == size else lines
-
-
 def last_row(path: str) -> JsonObject | None:
     """The last line of the telemetry, as the status script reads it; None if it is no row."""
     for size in (RECENT_BYTES, 2 * MAX_RECORD_BYTES):
@@ -9918,6 +9892,23 @@ def count_failures(rows: Iterable[JsonObject]) -> list[JsonObject]:
 
 
 HEALTH_COLOURS = {"ok": "green", "warning": "yellow", "critical": "red", "unknown": "yellow"}
+
+
+def times_as_ages(text: str, now: float) -> str:
+    """A text with its times relative to `now`: `3 min ago`, `next attempt in 3 min` and, for `since`, `for 3
+    min`. Commands, in backticks, stay as they are."""
+
+    def say(found: re.Match[str]) -> str:
+        moment, lead = found["time"], found["lead"] or ""
+        if moment is None:
+            return found[0]
+        at = parse_time(moment)
+        if lead == "since " and at is not None:
+            return f"for {duration_words(max(0.0, now - at))}"
+        return f"{lead}{(when_due if lead == 'next attempt ' else how_long)(moment, now)}"
+
+    pattern = r"`[^`]*`|(?P<lead>next attempt |since )?(?P<time>\b\d{4}-\d\d-\d\dT[\d:.]+Z)"
+    return re.sub(pattern, say, text)
 
 
 def status_text(status: JsonObject) -> str:
