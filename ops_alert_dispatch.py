@@ -3249,7 +3249,7 @@ class Destination(NamedTuple):
     last_loop: int
 
 
-class Queued(NamedTuple):
+class QueuedDelivery(NamedTuple):
     """A delivery, with the record that it delivers."""
 
     escalation: int
@@ -3269,14 +3269,14 @@ class Queued(NamedTuple):
     http_status: int | None
     message: str | None
     fault: str | None
-    stored: "Stored"
+    stored: "QueuedEscalation"
 
     @property
     def key(self) -> tuple[int, str, str]:
         return self.escalation, self.sink, self.peer
 
 
-class Stored(NamedTuple):
+class QueuedEscalation(NamedTuple):
     """An escalation as the queue keeps it: see the table."""
 
     id: int
@@ -3319,16 +3319,16 @@ class Named(NamedTuple):
 
 
 NAMED_COLUMNS = "e.id, e.escalation_id, e.segment, e.offset, e.line, e.category, e.severity, e.written_at"
-STORED_COLUMNS = ", ".join(f"e.{name}" for name in Stored._fields)
-DELIVERY_COLUMNS = ", ".join(f"d.{name}" for name in Queued._fields[:-1])
+ESCALATION_COLUMNS = ", ".join(f"e.{name}" for name in QueuedEscalation._fields)
+DELIVERY_COLUMNS = ", ".join(f"d.{name}" for name in QueuedDelivery._fields[:-1])
 DESTINATION_COLUMNS = ", ".join(Destination._fields)
 OF_KIND = "SELECT id FROM escalations WHERE loop = ? AND category = ? AND severity IS ?"
 
 
-def queued(row: Sequence[Any]) -> Queued:
-    """A delivery from a row of DELIVERY_COLUMNS and STORED_COLUMNS."""
-    count = len(Queued._fields) - 1
-    return Queued._make([*row[:count], Stored(*row[count:])])
+def queued_delivery(row: Sequence[Any]) -> QueuedDelivery:
+    """A delivery from a row of DELIVERY_COLUMNS and ESCALATION_COLUMNS."""
+    count = len(QueuedDelivery._fields) - 1
+    return QueuedDelivery._make([*row[:count], QueuedEscalation(*row[count:])])
 
 
 class Queue:
@@ -3616,8 +3616,8 @@ class Queue:
         [last] = self.execute("SELECT max(id) FROM escalations").fetchone()
         return (last or 0) + 1
 
-    def add_escalations(self, rows: Sequence[Stored]) -> None:
-        marks = ", ".join("?" * len(Stored._fields))
+    def add_escalations(self, rows: Sequence[QueuedEscalation]) -> None:
+        marks = ", ".join("?" * len(QueuedEscalation._fields))
         insert = f"INSERT INTO escalations VALUES ({marks})"
         try:
             self._db.executemany(insert, rows)
@@ -3673,7 +3673,7 @@ class Queue:
         *,
         below_limit: bool,
         by_operator: bool,
-    ) -> list[Queued]:
+    ) -> list[QueuedDelivery]:
         """What waits for a destination of one severity and loop, the oldest first.
 
         `below_limit`: only what was tried less than SAME_RECORD_ATTEMPTS times. `by_operator`: only what an
@@ -3682,13 +3682,13 @@ class Queue:
         only = "AND d.by_operator " if by_operator else ""
         only += f"AND d.attempts < {SAME_RECORD_ATTEMPTS} " if below_limit else ""
         rows = self.execute(
-            f"SELECT {DELIVERY_COLUMNS}, {STORED_COLUMNS} FROM deliveries d INDEXED BY waiting "
+            f"SELECT {DELIVERY_COLUMNS}, {ESCALATION_COLUMNS} FROM deliveries d INDEXED BY waiting "
             "JOIN escalations e ON e.id = d.escalation WHERE d.status = 'waiting' AND d.sink = ? "
             "AND d.peer = ? AND d.severity = ? AND d.loop = ? AND d.not_before NOT BETWEEN ? AND ? "
             f"{only}ORDER BY d.escalation LIMIT ?",
             *(sink, peer, severity, loop, now, latest, limit),
         )
-        return [queued(row) for row in rows]
+        return [queued_delivery(row) for row in rows]
 
     def waiting_kinds(self, loop: int) -> list[tuple[str, str | None]]:
         """Category and own severity of what waits of a loop: all on which a route depends."""
@@ -3708,16 +3708,16 @@ class Queue:
         )
         return [number for [number] in rows]
 
-    def waiting_for_others(self, loop: int, sink: str, peers: Collection[str]) -> list[Queued]:
+    def waiting_for_others(self, loop: int, sink: str, peers: Collection[str]) -> list[QueuedDelivery]:
         """What waits of a loop for peers of a sink other than these."""
         marks = ", ".join("?" * len(peers))
         rows = self.execute(
-            f"SELECT {DELIVERY_COLUMNS}, {STORED_COLUMNS} FROM deliveries d INDEXED BY waiting "
+            f"SELECT {DELIVERY_COLUMNS}, {ESCALATION_COLUMNS} FROM deliveries d INDEXED BY waiting "
             "JOIN escalations e ON e.id = d.escalation WHERE d.status = 'waiting' AND d.sink = ? "
             f"AND d.loop = ? AND d.peer NOT IN ({marks})",
             *(sink, loop, *peers),
         )
-        return [queued(row) for row in rows.fetchall()]
+        return [queued_delivery(row) for row in rows.fetchall()]
 
     def skip_waiting(
         self, loop: int, sink: str, reason_code: str, kind: tuple[str, str | None] | None = None
@@ -3741,18 +3741,18 @@ class Queue:
             *(severity, loop, severity, loop, *kind),
         )
 
-    def remove_delivery(self, delivery: Queued) -> None:
+    def remove_delivery(self, delivery: QueuedDelivery) -> None:
         self.execute("DELETE FROM deliveries WHERE escalation = ? AND sink = ? AND peer = ?", *delivery.key)
 
-    def deliveries_of(self, stored: Stored) -> list[Queued]:
+    def deliveries_of(self, stored: QueuedEscalation) -> list[QueuedDelivery]:
         """The deliveries of an escalation."""
         rows = self.execute(f"SELECT {DELIVERY_COLUMNS} FROM deliveries d WHERE escalation = ?", stored.id)
-        return [Queued._make([*row, stored]) for row in rows]
+        return [QueuedDelivery._make([*row, stored]) for row in rows]
 
-    def deliveries_of_all(self, found: Sequence[Stored]) -> dict[int, list[Queued]]:
+    def deliveries_of_all(self, found: Sequence[QueuedEscalation]) -> dict[int, list[QueuedDelivery]]:
         """The deliveries of these escalations, by their number."""
         stored = {item.id: item for item in found}
-        deliveries: dict[int, list[Queued]] = {number: [] for number in stored}
+        deliveries: dict[int, list[QueuedDelivery]] = {number: [] for number in stored}
         if found:
             rows = self.execute(
                 f"SELECT {DELIVERY_COLUMNS} FROM deliveries d WHERE escalation BETWEEN ? AND ?",
@@ -3760,7 +3760,7 @@ class Queue:
             )
             for row in rows:
                 if row[0] in stored:
-                    deliveries[row[0]].append(Queued._make([*row, stored[row[0]]]))
+                    deliveries[row[0]].append(QueuedDelivery._make([*row, stored[row[0]]]))
         return deliveries
 
     def has_waiting(self, sink: str, peer: str) -> bool:
@@ -3792,7 +3792,7 @@ class Queue:
         )
         return {peer: (since, count) for peer, since, count in rows}
 
-    def oldest_waiting(self, loop: int, sink: str) -> Stored | None:
+    def oldest_waiting(self, loop: int, sink: str) -> QueuedEscalation | None:
         """The oldest escalation of a loop that waits for a sink."""
         oldest = None
         peers = self.execute("SELECT DISTINCT peer FROM destinations WHERE sink = ?", sink).fetchall()
@@ -3807,20 +3807,20 @@ class Queue:
                     oldest = found if oldest is None else min(oldest, found)
         return None if oldest is None else self.escalation(oldest)
 
-    def escalation(self, number: int) -> Stored:
-        row = self.execute(f"SELECT {STORED_COLUMNS} FROM escalations e WHERE id = ?", number).fetchone()
-        return Stored(*row)
+    def escalation(self, number: int) -> QueuedEscalation:
+        row = self.execute(f"SELECT {ESCALATION_COLUMNS} FROM escalations e WHERE id = ?", number).fetchone()
+        return QueuedEscalation(*row)
 
     # -- what becomes of a delivery
 
-    def mark_in_flight(self, deliveries: Iterable[Queued]) -> None:
+    def mark_in_flight(self, deliveries: Iterable[QueuedDelivery]) -> None:
         """Note that requests with these deliveries are about to be sent."""
         self._db.executemany(
             "UPDATE deliveries SET in_flight = 1 WHERE escalation = ? AND sink = ? AND peer = ?",
             (delivery.key for delivery in deliveries),
         )
 
-    def clear_in_flight(self, deliveries: Iterable[Queued]) -> None:
+    def clear_in_flight(self, deliveries: Iterable[QueuedDelivery]) -> None:
         """Note that these were not sent after all."""
         self._db.executemany(
             "UPDATE deliveries SET in_flight = 0 WHERE escalation = ? AND sink = ? AND peer = ?",
@@ -3828,7 +3828,7 @@ class Queue:
         )
 
     def note_attempt(
-        self, delivery: Queued, verdict: Verdict, now: float, *, not_before: float, alone: bool
+        self, delivery: QueuedDelivery, verdict: Verdict, now: float, *, not_before: float, alone: bool
     ) -> None:
         """Note an attempt after which a delivery still waits."""
         self.execute(
@@ -3839,7 +3839,7 @@ class Queue:
             *(verdict.http_status, verdict.message, *delivery.key),
         )
 
-    def settle(self, delivery: Queued, status: str, verdict: Verdict, attempts: int) -> bool:
+    def settle(self, delivery: QueuedDelivery, status: str, verdict: Verdict, attempts: int) -> bool:
         """End a delivery: `delivered`, `dead` or `skipped`. Tells whether that is the sink's answer, too.
 
         One peer of a cluster that delivers speaks for the sink. One that refuses leaves it to the others, and
@@ -3867,7 +3867,7 @@ class Queue:
         self._set_status(delivery, status, verdict, attempts)
         return lead
 
-    def speak_instead(self, peers: Sequence[Queued]) -> Queued:
+    def speak_instead(self, peers: Sequence[QueuedDelivery]) -> QueuedDelivery:
         """Let one of these peers' deliveries speak for their sink, in place of one that is gone: one that is
         delivered, or else one that waits. If all have refused, the sink has, and the delivery is dead."""
         order = ("delivered", "waiting")
@@ -3881,7 +3881,7 @@ class Queue:
             return best._replace(status="dead", lead=True)
         return best._replace(lead=True)
 
-    def _speak(self, delivery: Queued, others: Iterable[Queued]) -> None:
+    def _speak(self, delivery: QueuedDelivery, others: Iterable[QueuedDelivery]) -> None:
         """Let a delivery to a peer speak for its sink, in place of the others."""
         for lead, found in [*((0, other) for other in others if other.lead), (1, delivery)]:
             self.execute(
@@ -3890,7 +3890,7 @@ class Queue:
                 *found.key,
             )
 
-    def _set_status(self, delivery: Queued, status: str, verdict: Verdict, attempts: int) -> None:
+    def _set_status(self, delivery: QueuedDelivery, status: str, verdict: Verdict, attempts: int) -> None:
         self.execute(
             "UPDATE deliveries SET status = ?, attempts = ?, in_flight = 0, alone = 0, reason_code = ?, "
             "fault = ?, http_status = ?, message = ? WHERE escalation = ? AND sink = ? AND peer = ?",
@@ -3898,7 +3898,7 @@ class Queue:
             *delivery.key,
         )
 
-    def note_settled(self, stored: Stored, now: float) -> None:
+    def note_settled(self, stored: QueuedEscalation, now: float) -> None:
         """Note when the last delivery of an escalation has ended, if none waits."""
         self.execute(
             "UPDATE escalations SET settled_at = ?1 WHERE id = ?2 AND NOT EXISTS (SELECT 1 FROM deliveries "
@@ -3914,7 +3914,7 @@ class Queue:
             *(now, loop),
         )
 
-    def note_reported(self, found: Iterable[tuple[Stored, bool]], now: float) -> None:
+    def note_reported(self, found: Iterable[tuple[QueuedEscalation, bool]], now: float) -> None:
         """Note that the rows of these escalations are written, and which of them are settled. Lines that are
         no escalation are not needed any more."""
         kept: list[tuple[float | None, int]] = []
@@ -3927,15 +3927,15 @@ class Queue:
         self._db.executemany("UPDATE escalations SET reported = 1, settled_at = ? WHERE id = ?", kept)
         self._db.executemany("DELETE FROM escalations WHERE id = ?", gone)
 
-    def unreported(self, loop: int, limit: int) -> list[Stored]:
+    def unreported(self, loop: int, limit: int) -> list[QueuedEscalation]:
         """Escalations whose row is still to be written, the oldest first."""
         rows = self.execute(
-            f"SELECT {STORED_COLUMNS} FROM escalations e INDEXED BY unreported WHERE loop = ? "
+            f"SELECT {ESCALATION_COLUMNS} FROM escalations e INDEXED BY unreported WHERE loop = ? "
             "AND reported = 0 "
             "ORDER BY id LIMIT ?",
             *(loop, limit),
         )
-        return [Stored(*row) for row in rows]
+        return [QueuedEscalation(*row) for row in rows]
 
     # -- destinations
 
@@ -4052,7 +4052,7 @@ class Queue:
 
     # -- repeats
 
-    def last_sent(self, delivery: Queued, subject: str) -> tuple[str, int, str | None] | None:
+    def last_sent(self, delivery: QueuedDelivery, subject: str) -> tuple[str, int, str | None] | None:
         """When the record was written that a sink was sent last of a subject, the repeats held back since,
         and when the first of those was written."""
         row: tuple[str, int, str | None] | None = self.execute(
@@ -4062,13 +4062,13 @@ class Queue:
         ).fetchone()
         return row
 
-    def note_sent(self, delivery: Queued, subject: str, written_at: str) -> None:
+    def note_sent(self, delivery: QueuedDelivery, subject: str, written_at: str) -> None:
         self.execute(
             "INSERT OR REPLACE INTO last_sent (loop, sink, peer, subject, written_at) VALUES (?, ?, ?, ?, ?)",
             *(delivery.loop, delivery.sink, delivery.peer, subject, written_at),
         )
 
-    def note_repeat(self, delivery: Queued, subject: str, written_at: str) -> None:
+    def note_repeat(self, delivery: QueuedDelivery, subject: str, written_at: str) -> None:
         self.execute(
             "UPDATE last_sent SET repeats = repeats + 1, since = coalesce(since, ?) WHERE loop = ? "
             "AND sink = ? AND peer = ? AND subject = ?",
@@ -4168,16 +4168,18 @@ class Queue:
         )
         return [Named(*row) for row in rows]
 
-    def latest(self, condition: str, *values: object) -> Iterator[tuple[str, Stored, list[Queued]]]:
+    def latest(
+        self, condition: str, *values: object
+    ) -> Iterator[tuple[str, QueuedEscalation, list[QueuedDelivery]]]:
         """The escalations for which a condition on `e`, and on the loop `l`, holds, the last one first: loop
         id, escalation, deliveries."""
         rows = self.execute(
-            f"SELECT l.loop_id, {STORED_COLUMNS} FROM escalations e JOIN loops l ON l.id = e.loop "
+            f"SELECT l.loop_id, {ESCALATION_COLUMNS} FROM escalations e JOIN loops l ON l.id = e.loop "
             f"WHERE e.unusable IS NULL AND {condition} ORDER BY e.id DESC",
             *values,
         )
         for loop_id, *row in rows:
-            stored = Stored(*row)
+            stored = QueuedEscalation(*row)
             yield loop_id, stored, self.deliveries_of(stored)
 
     def kept_ids(self) -> set[str]:
@@ -4194,14 +4196,14 @@ class Queue:
             if all(known.consecutive_failures for known in self.destinations_of(sink).values())
         }
 
-    def lead(self, escalation: int, sink: str) -> Queued | None:
+    def lead(self, escalation: int, sink: str) -> QueuedDelivery | None:
         """The delivery of an escalation that speaks for a sink."""
         row = self.execute(
-            f"SELECT {DELIVERY_COLUMNS}, {STORED_COLUMNS} FROM deliveries d JOIN escalations e "
+            f"SELECT {DELIVERY_COLUMNS}, {ESCALATION_COLUMNS} FROM deliveries d JOIN escalations e "
             "ON e.id = d.escalation WHERE d.escalation = ? AND d.sink = ? AND d.lead",
             *(escalation, sink),
         ).fetchone()
-        return queued(row) if row else None
+        return queued_delivery(row) if row else None
 
     def send_again(
         self, escalation: int, sink: str, peers: Sequence[str], loop: int, severity: int, now: float
@@ -6008,7 +6010,7 @@ def failure_codes(row: JsonObject) -> list[str | None]:
 def attempt_row(
     job: Job,
     sink: Sink,
-    found: Queued,
+    found: QueuedDelivery,
     delivery: Delivery | None,
     verdict: Verdict,
     attempt: int,
@@ -6048,7 +6050,12 @@ def attempt_row(
 
 
 def sink_entry(
-    sink_id: str, sink_type: str | None, status: str, said: Queued | Verdict | None, *, dead: bool = False
+    sink_id: str,
+    sink_type: str | None,
+    status: str,
+    said: QueuedDelivery | Verdict | None,
+    *,
+    dead: bool = False,
 ) -> JsonObject:
     """What an escalation's row says of one sink."""
     entry: JsonObject = {
@@ -6080,7 +6087,11 @@ def base_row(job: Job, identity: str, position: JsonObject, body: JsonObject | N
 
 
 def escalation_row(
-    job: Job, stored: Stored, escalation: Escalation, resolution: Resolution, entries: list[JsonObject]
+    job: Job,
+    stored: QueuedEscalation,
+    escalation: Escalation,
+    resolution: Resolution,
+    entries: list[JsonObject],
 ) -> JsonObject:
     """The row of an escalation, without the record itself."""
     row = base_row(job, stored.escalation_id, stored.position, escalation.body)
@@ -6305,7 +6316,7 @@ class Shared:
         self.requests: dict[tuple[int, str, str], HttpRequest] = {}
         self._parsed: dict[int, Escalation] = {}
 
-    def parse(self, stored: Stored) -> Escalation:
+    def parse(self, stored: QueuedEscalation) -> Escalation:
         """The escalation that a record of the queue holds."""
         escalation = self._parsed.get(stored.id)
         if escalation is None:
@@ -6320,7 +6331,7 @@ class Shared:
         if len(escalation.raw) < PARSED_BYTES and len(self._parsed) < PARSED_COUNT:
             self._parsed[number] = escalation
 
-    def _parse(self, stored: Stored) -> Escalation:
+    def _parse(self, stored: QueuedEscalation) -> Escalation:
         found = parse_record(stored.record, self.loop_id(stored.loop))
         if isinstance(found, Unusable):
             raise DamagedQueueError(f"the queue {self.queue.path} holds a record that is none: {stored.id}")
@@ -6329,7 +6340,7 @@ class Shared:
     def loop_id(self, loop: int) -> str:
         return self.loops[loop].job.loop_id
 
-    def resolve(self, stored: Stored) -> Resolution:
+    def resolve(self, stored: QueuedEscalation) -> Resolution:
         return self.router.resolve(stored.category, stored.severity)
 
     def digests(self, sink: Sink, url: str) -> tuple[str, str]:
@@ -6455,11 +6466,11 @@ class Loop:
 
     def _store(self, chunk: Chunk) -> None:
         number, now = self.queue.next_id(), time.time()
-        kept: list[Stored] = []
+        kept: list[QueuedEscalation] = []
         deliveries: list[tuple[int, str, str, int, int, int, float]] = []
         for line in chunk.lines:
             for found in parse_line(line.text, line.size, self.job.loop_id):
-                stored = Stored(
+                stored = QueuedEscalation(
                     id=number,
                     loop=self.id,
                     escalation_id=found.id,
@@ -6559,7 +6570,7 @@ class Loop:
         if moved:
             self.queue.note_all_settled(self.id, time.time())
 
-    def _move_to_peers(self, found: Queued, peers: Sequence[str]) -> None:
+    def _move_to_peers(self, found: QueuedDelivery, peers: Sequence[str]) -> None:
         """Let a delivery go to the peers that there are now, in place of one that is gone."""
         others = [d for d in self.queue.deliveries_of(found.stored) if d.sink == found.sink]
         others = [d for d in others if d.peer != found.peer]
@@ -6611,7 +6622,7 @@ class Loop:
         for row in rows:
             self.queue.write_row(self.id, "attempts", encode_json(row))
 
-    def note_end(self, found: Queued, *, speaks: bool) -> None:
+    def note_end(self, found: QueuedDelivery, *, speaks: bool) -> None:
         """Write down that a delivery ended; in a late row, if its escalation's row is written already.
 
         `speaks`: it is the sink's answer, not only that of one peer of it.
@@ -6632,13 +6643,17 @@ class Loop:
             self.queue.write_row(self.id, "telemetry", encode_json(row))
 
     def _write_escalation(
-        self, stored: Stored, escalation: Escalation, resolution: Resolution, entries: list[JsonObject]
+        self,
+        stored: QueuedEscalation,
+        escalation: Escalation,
+        resolution: Resolution,
+        entries: list[JsonObject],
     ) -> None:
         row = escalation_row(self.job, stored, escalation, resolution, entries)
         self.queue.write_row(self.id, "telemetry", encode_with_record(row, escalation))
         self._count(row)
 
-    def _entry(self, found: Queued, waiting: dict[tuple[str, str], JsonObject]) -> JsonObject:
+    def _entry(self, found: QueuedDelivery, waiting: dict[tuple[str, str], JsonObject]) -> JsonObject:
         """What an escalation's row says of a sink, as things are. `waiting`: the entries of what was not
         attempted yet, by sink and peer, which are the same for all."""
         sink = self.shared.config.sinks.get(found.sink)
@@ -6676,10 +6691,14 @@ class Loop:
             self.flush_rows()
 
     def _report_first(
-        self, found: Sequence[Stored], deliveries: Mapping[int, Sequence[Queued]], *, at_end: bool
+        self,
+        found: Sequence[QueuedEscalation],
+        deliveries: Mapping[int, Sequence[QueuedDelivery]],
+        *,
+        at_end: bool,
     ) -> int:
         """Write the rows of the first of these escalations, up to one that still waits; returns how many."""
-        written: list[tuple[Stored, bool]] = []
+        written: list[tuple[QueuedEscalation, bool]] = []
         waiting: dict[tuple[str, str], JsonObject] = {}
         for stored in found:
             leads = [delivery for delivery in deliveries[stored.id] if delivery.lead]
@@ -7032,7 +7051,7 @@ class Pace:
 class Batch(NamedTuple):
     """Deliveries that go out as one request, the oldest first, as the queue and as the adapter know them."""
 
-    queued: list[Queued]
+    queued: list[QueuedDelivery]
     deliveries: list[Delivery]
 
 
@@ -7084,7 +7103,7 @@ class Sender:
         # The loop that was served last; -1 before the first look into the queue.
         self._turn = -1
         # What was fetched and is still to be sent, and until when it may be. Seconds since the epoch.
-        self._ahead: deque[tuple[Queued, Delivery]] = deque()
+        self._ahead: deque[tuple[QueuedDelivery, Delivery]] = deque()
         self._ahead_until = 0.0
         # Attempts by loop and outcome that are still to be counted in the queue.
         self._counted: Counter[tuple[int, Outcome]] = Counter()
@@ -7208,7 +7227,7 @@ class Sender:
         # One by one and of one loop: then nothing can come in between but what is worse.
         ahead = size == 1 and len(self.shared.active) == 1 and not self.shared.config.repeat_window
         most = AHEAD_COUNT if ahead else size
-        found: list[tuple[Queued, Delivery]] = []
+        found: list[tuple[QueuedDelivery, Delivery]] = []
         ended = 0
         if self._set_aside and failing:
             # Whether it is the record or the sink, one that was tried less often shows.
@@ -7228,10 +7247,10 @@ class Sender:
 
     def _choose(
         self, most: int, now: float, *, below_limit: bool = False
-    ) -> tuple[list[tuple[Queued, Delivery]], int]:
+    ) -> tuple[list[tuple[QueuedDelivery, Delivery]], int]:
         """Choose up to `most` deliveries, and settle those that need no request; returns how many these were
         as well. `below_limit`: only what was tried less than SAME_RECORD_ATTEMPTS times."""
-        found: list[tuple[Queued, Delivery]] = []
+        found: list[tuple[QueuedDelivery, Delivery]] = []
         ended = 0
         # By loop and subject, when what was chosen of it was written; None: a repeat was left behind.
         subjects: dict[tuple[int, str], float | None] = {}
@@ -7260,7 +7279,7 @@ class Sender:
                 break
         return found, ended
 
-    def _candidates(self, most: int, now: float, *, below_limit: bool = False) -> Iterator[Queued]:
+    def _candidates(self, most: int, now: float, *, below_limit: bool = False) -> Iterator[QueuedDelivery]:
         """What waits and may be sent now, in the order in which it goes out."""
         # Some of them may be repeats, which are skipped.
         window = TURN_DELIVERIES // 10 if self.shared.config.repeat_window else most
@@ -7274,7 +7293,7 @@ class Sender:
             )
             yield from (item for item in items if item.escalation not in self._set_aside)
 
-    def _look_at(self, item: Queued, now: float) -> tuple[Delivery, str | None, Verdict | None]:
+    def _look_at(self, item: QueuedDelivery, now: float) -> tuple[Delivery, str | None, Verdict | None]:
         """A delivery as the adapter knows it; the subject that repeats of it have in common, if repeats are
         held back; and a verdict if it needs no request."""
         escalation, resolution = self.shared.parse(item.stored), self.shared.resolve(item.stored)
@@ -7308,7 +7327,7 @@ class Sender:
                 delivery = delivery._replace(held_back=HeldBack(last[1], last[2]))
         return delivery, subject, None
 
-    def _settle_unsent(self, item: Queued, delivery: Delivery | None, verdict: Verdict) -> None:
+    def _settle_unsent(self, item: QueuedDelivery, delivery: Delivery | None, verdict: Verdict) -> None:
         """End a delivery that is sent no request."""
         if verdict.reason_code == REPEATED.reason_code and delivery is not None:
             subject = subject_of(delivery.escalation, delivery.resolution)
@@ -8023,10 +8042,10 @@ def plan_escalations(
     new (`before`: the number of the first of them)."""
     plans: list[tuple[int, JsonObject]] = []
     rows = shared.queue.execute(
-        f"SELECT {STORED_COLUMNS} FROM escalations e WHERE loop = ? AND id >= ? ORDER BY id",
+        f"SELECT {ESCALATION_COLUMNS} FROM escalations e WHERE loop = ? AND id >= ? ORDER BY id",
         *(loop.id, min([before, *(number for number, _ in waited)])),
     )
-    for stored in [Stored(*row) for row in rows]:
+    for stored in [QueuedEscalation(*row) for row in rows]:
         late = stored.id < before
         plan = plan_escalation(shared, stored, waited if late else None)
         if plan["sinks"] or not late:
@@ -8041,7 +8060,9 @@ def plan_escalations(
     return [plan for _, plan in sorted(plans, key=lambda pair: pair[0])]
 
 
-def plan_escalation(shared: Shared, stored: Stored, waited: Collection[tuple[int, str]] | None) -> JsonObject:
+def plan_escalation(
+    shared: Shared, stored: QueuedEscalation, waited: Collection[tuple[int, str]] | None
+) -> JsonObject:
     """The plan of one escalation. `waited`: what waited before, if it is not a new one."""
     resolution, escalation = shared.resolve(stored), shared.parse(stored)
     deliveries = {found.sink: found for found in shared.queue.deliveries_of(stored) if found.lead}
@@ -8069,7 +8090,7 @@ def plan_escalation(shared: Shared, stored: Stored, waited: Collection[tuple[int
     return {key: value for key, value in plan.items() if value is not None}
 
 
-def plan_delivery(shared: Shared, sink: Sink, found: Queued) -> JsonObject:
+def plan_delivery(shared: Shared, sink: Sink, found: QueuedDelivery) -> JsonObject:
     """What a pass would do with a delivery, and why, if that is not to send it."""
     entry: JsonObject = {}
     if found.status == "delivered":
@@ -10230,7 +10251,7 @@ class Filter(NamedTuple):
         )
 
 
-def delivery_word(found: Queued, failing: Collection[str]) -> DeliveryWord:
+def delivery_word(found: QueuedDelivery, failing: Collection[str]) -> DeliveryWord:
     """How a delivery stands. `failing`: the sinks that do not answer."""
     if found.status == "waiting" and (found.reason_code or found.sink in failing):
         return "failed"
@@ -10245,7 +10266,7 @@ def log_entry(found: JsonObject, sinks: Sequence[JsonObject], otherwise: Deliver
 
 
 def entry_of_queue(
-    loop_id: str, stored: Stored, deliveries: Sequence[Queued], failing: Collection[str]
+    loop_id: str, stored: QueuedEscalation, deliveries: Sequence[QueuedDelivery], failing: Collection[str]
 ) -> JsonObject:
     """An escalation that is in the queue, as `log` lists it."""
     leads = [found for found in deliveries if found.lead]
@@ -10464,8 +10485,8 @@ class OnRecord(NamedTuple):
     telemetry, {} if there is none."""
 
     entry: JsonObject
-    stored: Stored | None
-    deliveries: list[Queued]
+    stored: QueuedEscalation | None
+    deliveries: list[QueuedDelivery]
     row: JsonObject
 
 
@@ -10912,7 +10933,7 @@ def find_named(queue: Queue, loop: int, cursor: Cursor, selection: Selection) ->
     return queue.named(loop, "e.escalation_id = ?", selection.escalation)
 
 
-def read_new(job: Job, source: Source) -> Iterator[Stored]:
+def read_new(job: Job, source: Source) -> Iterator[QueuedEscalation]:
     """The escalations that no pass has ingested. Raises StorageError."""
     for chunk in source.chunks():
         for line in chunk.lines:
@@ -10921,7 +10942,7 @@ def read_new(job: Job, source: Source) -> Iterator[Stored]:
 
 def read_unknown(
     job: Job, source: Source, lines: tuple[int, int | None], known: Iterable[Named]
-) -> Iterator[Stored]:
+) -> Iterator[QueuedEscalation]:
     """The escalations of lines that were read, of which the queue has nothing: they were ingested before
     there was this queue, or settled longer ago than it keeps them. Raises StorageError."""
     there = {(named.offset, named.escalation_id) for named in known}
@@ -10931,12 +10952,12 @@ def read_unknown(
                 yield stored
 
 
-def escalations_of(job: Job, segment: str, line: Line) -> Iterator[Stored]:
+def escalations_of(job: Job, segment: str, line: Line) -> Iterator[QueuedEscalation]:
     """The escalations of a line, as the queue keeps them; without numbers."""
     for found in parse_line(line.text, line.size, job.loop_id):
         if not isinstance(found, Unusable):
             now = time.time()
-            yield Stored(
+            yield QueuedEscalation(
                 id=0,
                 loop=0,
                 escalation_id=found.id,
@@ -10955,7 +10976,7 @@ def escalations_of(job: Job, segment: str, line: Line) -> Iterator[Stored]:
             )
 
 
-def name_of(stored: Stored) -> Named:
+def name_of(stored: QueuedEscalation) -> Named:
     """An escalation of which there is no delivery."""
     return Named(
         *(stored.id, stored.escalation_id, stored.segment, stored.offset, stored.line),
