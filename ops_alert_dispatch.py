@@ -4994,7 +4994,7 @@ class DiscordAdapter(Adapter):
         """Discord's body has a number for each error, and how long to wait after a 429."""
         verdict, said = super().judge(answer, now), mapping(answer.said)
         if fault := DISCORD_FAULTS.get(str(said.get("code"))):
-            return verdict._replace(outcome="misconfigured", fault=fault)
+            return Verdict("misconfigured", "http_error", answer.status, verdict.message, fault=fault)
         if verdict.fault == "rate_limited" and verdict.retry_after is None:
             return verdict._replace(retry_after=parse_retry_after(str(said.get("retry_after")), now))
         return verdict
@@ -8322,7 +8322,7 @@ def fit_columns(columns: dict[str, list[str]], drop: Iterable[str], room: int) -
     shorten(texts, LEAST_WIDTH)
 
 
-CONTEXT = {"help_option_names": ["--help", "-h"], "show_default": True, "max_content_width": 100}
+CONTEXT = {"help_option_names": ["--help", "-h"], "show_default": True}
 
 
 def complete_loop(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
