@@ -4567,6 +4567,10 @@ class Adapter:
         is enough. Any other sink is one peer without a name."""
         return {"": self.url(sink)}
 
+    def target(self, sink: Sink, url: str) -> list[str]:
+        """What a peer of the sink points at. If any of it changes, it is another destination."""
+        return [sink.type, url]
+
     def seconds_to_catch_up(self, sink: Sink) -> float:  # noqa: ARG002
         """For how long a peer that has missed an escalation should still get it."""
         return 0.0
@@ -5078,6 +5082,9 @@ class PagerDutyAdapter(Adapter):
     credential_key = "routingKeyEnv"
     # PagerDuty, "Events API rate limits": 120 events a minute for an integration key.
     max_per_minute = 120
+
+    def target(self, sink: Sink, url: str) -> list[str]:
+        return [*super().target(sink, url), sink.secrets.get("routingKeyEnv", "")]
 
     def payload(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> bytes:
         [delivery] = deliveries
@@ -6345,7 +6352,7 @@ class Shared:
 
     def digests(self, sink: Sink, url: str) -> tuple[str, str]:
         """Salted digests of what a sink points at, and of all its settings and secrets."""
-        target = encode_json([sink.type, url, sink.secrets.get("routingKeyEnv")])
+        target = encode_json(ADAPTERS[sink.type].target(sink, url))
         setup = encode_json([sink.settings, dict(sink.secrets)])
         return tuple(
             blake2b(text, digest_size=8, key=self.queue.salt).hexdigest() for text in (target, setup)
