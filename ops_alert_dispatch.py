@@ -157,7 +157,7 @@ def what_to_do(error: OSError) -> str:
         errno.ELOOP: "it is a symbolic link that is not followed: put a plain file there",
         errno.ESTALE: "put the copy beside it, named as a rotation names it (.1), before the next pass; "
         "without one, what was not read is lost",
-        errno.EMFILE: "raise the limit of open files (ulimit -n) of whatever runs this",
+        errno.EMFILE: "raise the limit of open files (ulimit -n) of the service that runs this",
         errno.ENFILE: "raise the limit of open files of this machine (fs.file-max)",
         errno.EISDIR: "it is a folder: move it away",
         errno.EEXIST: "a file stands where the folder should be: move it away",
@@ -2641,7 +2641,7 @@ class Router:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        # Anybody can write new categories: only so many answers are remembered.
+        # Anybody can write new categories: the number of answers that are remembered is limited.
         self.resolve = functools.lru_cache(maxsize=1024)(self._resolve)
 
     def _resolve(self, category: str, severity: str | None) -> Resolution:
@@ -4145,7 +4145,7 @@ class Queue:
 
     def stuck_at(self, loop: int, sink: str, attempts: int) -> tuple[str, int] | None:
         """Segment and line of the first record that a sink has answered with an error at least this often.
-        Only such a delivery waits for a time of its own."""
+        Only such a delivery has a time before which it waits."""
         row: tuple[str, int] | None = self.execute(
             "SELECT e.segment, e.line FROM deliveries d INDEXED BY waiting "
             "JOIN escalations e ON e.id = d.escalation WHERE d.status = 'waiting' AND d.sink = ? "
@@ -4312,7 +4312,7 @@ def check_size_limit(path: str) -> None:
 
 class Transaction:
     """One transaction of the queue; see `Queue.transaction`. Within another one it is a part of that. A class
-    of its own because a generator costs more than the lock does, for each delivery."""
+    and not a generator, which would cost each delivery more than the lock does."""
 
     def __init__(self, queue: Queue) -> None:
         self._queue = queue
@@ -6259,7 +6259,7 @@ def locked_summary(job: Job) -> JsonObject:
 # A loop in a pass: ingest, rows, summary
 # ---------------------------------------------------------------------------------------------------------
 # Knows the files of one loop, whose lock is held, and its part of the queue. Sends nothing. All memory is in
-# the queue: whatever kills a pass, the next one goes on from the last transaction.
+# the queue: if a pass is killed, the next one goes on from the last transaction.
 
 
 class Clock:
@@ -6962,7 +6962,7 @@ def lines_up_to(job: Job, row: JsonObject) -> int:
 
 
 def find_place(path: str, number: int, fingerprint: str, offset: int, line: int) -> Cursor:
-    """A cursor at a place that a row names, in the file that has this fingerprint, under whatever name."""
+    """A cursor at a place that a row names, in the file that has this fingerprint now."""
     for name in (path, *reversed(neighbours(path, os.path.realpath(path)))):
         with contextlib.suppress(OSError):
             file = LogFile(name)
@@ -7873,8 +7873,8 @@ IDLE_SUMMARY_SECONDS = 600.0
 def idle_summary(
     job: Job, document: JsonObject, config: Config, queues: QueueHolder, *, always: bool
 ) -> JsonObject | None:
-    """The summary of a pass that has nothing to do, written if `always` or if the last one is old; None if
-    there is something to do, or it cannot be told from the last summary, `document`. Raises StorageError."""
+    """The summary of a pass that has nothing to do; None if there is something to do, or if `document`, the
+    last summary, does not show it. It is written if `always`, or if the last one is old. Raises StorageError."""
     try:
         cursor = Cursor.from_json(document["cursor"])
         same = (
@@ -7904,8 +7904,8 @@ def idle_summary(
 
 
 def idle_status(job: Job, cursor: Cursor) -> str | None:
-    """The status of a pass that finds nothing new in the source; None if there is something new, or that
-    cannot be told at once. Raises OSError."""
+    """The status of a pass that finds nothing new in the source; None if something may be new. Raises
+    OSError."""
     try:
         file = LogFile(job.escalations_file)
     except FileNotFoundError:
@@ -7921,8 +7921,11 @@ def idle_status(job: Job, cursor: Cursor) -> str | None:
 
 
 def note_invalid_config(job: Job, error: ConfigError, wait: float) -> None:
-    """Say in the state, which the status script reads, that the config is invalid and why. If that cannot be
-    written down, or another pass is at work for so many seconds, it is at least said."""
+    """Say in the state, which the status script reads, that the config is invalid and why.
+
+    Nothing is written if the file cannot be written, or if another pass works on for `wait` seconds: the
+    error itself is shown in any case.
+    """
     if not is_there(job):
         return
     with (
@@ -11843,7 +11846,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         # So click ends when whoever read our output has gone, as `head` does: what a signal would have done.
         return 128 + signal.SIGPIPE if end.code else 0
-    except Exception as error:  # noqa: BLE001 - whatever it is, no traceback helps an operator
+    except Exception as error:  # noqa: BLE001 - no traceback helps an operator
         complain(f"error: {program_fault(error)}")
         return EXIT_STORAGE
 
