@@ -7874,7 +7874,10 @@ def idle_summary(
     job: Job, document: JsonObject, config: Config, queues: QueueHolder, *, always: bool
 ) -> JsonObject | None:
     """The summary of a pass that has nothing to do; None if there is something to do, or if `document`, the
-    last summary, does not show it. It is written if `always`, or if the last one is old. Raises StorageError."""
+    last summary, does not show it. It is written if `always`, or if the last one is old.
+
+    Raises StorageError.
+    """
     try:
         cursor = Cursor.from_json(document["cursor"])
         same = (
