@@ -1215,7 +1215,10 @@ def parse_config(path: str, raw: bytes) -> tuple[JsonObject, list[str]]:
     except UnicodeDecodeError as error:
         why = f"not UTF-8 at byte {error.start}; save the file as UTF-8"
     except json.JSONDecodeError as error:
-        why = f"not JSON at line {error.lineno}, column {error.colno}: {error.msg}; correct the file there"
+        why = (
+            f"not JSON at line {error.lineno}, column {error.colno}: {error.msg}; correct the file there, or "
+            "take out a comma or a comment just before it"
+        )
     except (RecursionError, ValueError):
         why = "nested too deeply, or a number too long; correct the file"
     else:
@@ -2919,8 +2922,9 @@ CODES: dict[str, Code] = {
     "no_dispatchable_sinks": Code(
         "The route has no enabled sink: the escalation reached nobody.",
         "Run `{route}`: it shows the sinks and which are enabled.",
-        "enable a sink of the route, run `{test}`, then send what was missed with `{redeliver}`; if nobody "
-        "needs to know, raise minSeverity of the route, and acknowledge this with `{ack}`",
+        "enable a sink of the route and run `{test}`; `{skipped}` lists what was missed, and "
+        "`{redeliver_one}` sends it. Then acknowledge this with `{ack}`. If nobody needs to know, raise "
+        "minSeverity of the route",
     ),
     "skipped_by_operator": Code(
         "An operator gave the delivery up, or dismissed the dead letter, with `skip`.",
@@ -2940,13 +2944,14 @@ CODES: dict[str, Code] = {
     "sink_removed": Code(
         "A sink was removed from the config while deliveries waited for it.",
         "Run `{log}`: the row says how many there were.",
-        "if that was not meant, put the sink back under its id, then send what it missed with `{redeliver}`; "
-        "if it was, acknowledge this with `{ack}`",
+        "if that was not meant, put the sink back under its id; `{skipped}` lists what it missed, and "
+        "`{redeliver_one}` sends it. Then, or if it was meant, acknowledge this with `{ack}`",
     ),
     "route_changed": Code(
         "The config has changed: deliveries that waited now go to the sinks that their route names.",
         "Run `{route}`: it shows where such an escalation goes now.",
-        "nothing to do if that was meant; else change the route back, then run `{redeliver}`",
+        "nothing to do if that was meant; else change the route back. `{skipped}` lists what was dropped, "
+        "and `{redeliver_one}` sends it",
     ),
     "source_replaced": Code(
         "The source was replaced, perhaps before all of it was read.",
@@ -2957,7 +2962,7 @@ CODES: dict[str, Code] = {
     "queue_lost": Code(
         "The queue was deleted or damaged while deliveries waited in it.",
         "A damaged queue is kept beside the new one, as alert-queue.db.damaged-….",
-        "send what waited with the command that its row names (`{log}`), then acknowledge this with `{ack}`",
+        "run the commands that its row names (`{log}` shows it), then acknowledge this with `{ack}`",
     ),
     "invalid_escalation_json": Code(
         "The line is not a JSON object. It is on record as rawLine, and nothing was sent.",
@@ -2995,12 +3000,12 @@ GENERAL_WORDS = {
     "dispatch": f"{PROGRAM} dispatch --loop L",
     "failed": f"{PROGRAM} log --loop L --status failed",
     "log": f"{PROGRAM} log --loop L",
-    "redeliver": f"{PROGRAM} redeliver --loop L --from-line N",
     "redeliver_dead": f"{PROGRAM} redeliver --loop L --dead-letters",
     "redeliver_one": f"{PROGRAM} redeliver --loop L --id ID",
     "route": f"{PROGRAM} config --category NAME",
     "show": f"{PROGRAM} show ID",
     "skip_dead": f"{PROGRAM} skip --loop L --dead-letters",
+    "skipped": f"{PROGRAM} log --loop L --status skipped",
     "status": f"{PROGRAM} status",
     "test": f"{PROGRAM} test --sink ID",
 }
@@ -9345,10 +9350,10 @@ def commands_for(job: Job) -> dict[str, str]:
         "dispatch": command_line("dispatch", job),
         "failed": command_line("log", job, "--status", "failed"),
         "log": command_line("log", job),
-        "redeliver": command_line("redeliver", job, "--from-line", "1"),
         "redeliver_dead": command_line("redeliver", job, "--dead-letters"),
         "redeliver_one": command_line("redeliver", job) + " --id ID",
         "show": command_line("show", job) + " ID",
+        "skipped": command_line("log", job, "--status", "skipped"),
         "skip_dead": command_line("skip", job, "--dead-letters"),
         "status": command_line("status", job),
     }
@@ -9849,7 +9854,7 @@ def find_lost(seen: Seen) -> Iterator[Finding]:
     for code, count, at in figures.losses:
         # The row of a lost queue names the lines.
         messages = (row.get("message") for row in reversed(seen.rows) if row.get("reasonCode") == code)
-        said = f"{next(messages, '')} " if code == "queue_lost" else ""
+        said = f"{next(messages, '')}; " if code == "queue_lost" else ""
         words, noun = LOSSES.get(code, ("{} of the source sent to nobody", "line"))
         words = f"{words.format(plural(count, noun))} ({code}, last {iso(at)})"
         yield Finding("warning", words, said + words_of(CODES[code].fix, seen.commands))

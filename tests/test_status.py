@@ -595,3 +595,26 @@ def test_a_peer_that_is_down_behind_one_that_takes_all_is_seen(repo: Repo, serve
     assert (fleet["lagCount"], fleet["consecutiveFailures"]) == (0, 0)
     assert [behind["peer"] for behind in fleet["laggingPeers"]] == [down]
     assert f"{down} of fleet misses what its peers have" in found["verdict"]
+
+
+def test_the_advice_for_what_reached_nobody_repeats_nothing_that_was_delivered(
+    repo: Repo, server: SinkServer
+) -> None:
+    config = to_all()
+    repo.write_config(config)
+    repo.append(health_critical(number=1))
+    repo.dispatch()
+    for sink in config["sinks"].values():
+        sink["enabled"] = False
+    repo.write_config(config)
+    repo.append(health_critical(number=2))
+    repo.dispatch()
+    advice = repo.run("status", *repo.target, "--format", "text").stdout
+
+    assert "--from-line" not in advice
+    assert f"log --repo {repo.root} --loop {repo.loop} --status skipped" in advice
+    [missed] = repo.run("log", *repo.target, "--status", "skipped", "--format", "json").json["escalations"]
+    config["sinks"][HOOK]["enabled"] = True
+    repo.write_config(config)
+    assert repo.run("redeliver", *repo.target, "--id", missed["escalationId"], "--yes").exit_code == 0
+    assert [request.json["escalation"]["number"] for request in server.received(PATHS[HOOK])] == [1, 2]
