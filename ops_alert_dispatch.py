@@ -3,7 +3,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["click>=8.3.3", "jsonschema>=4.24.1", "requests>=2.33.0"]
 # ///
-"""Deliver the escalations of a Superloop ops manager to webhooks, Slack, PagerDuty and Alertmanager.
+"""Deliver a Superloop ops manager's escalations: webhooks, Slack, Discord, Teams, PagerDuty, Alertmanager.
 
 The host appends one JSON object a line to ``escalations.jsonl``. One pass of ``dispatch`` ingests what is new
 there into a queue, and delivers from the queue:
