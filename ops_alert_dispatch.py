@@ -6439,9 +6439,9 @@ class Loop:
         with self.queue.transaction():
             self.queue.save_cursor(self.id, self.source.cursor)
             rules = self.shared.config.rules()
+            self._align_peers()
             if self._rules is not None and self._rules != rules:
                 self._apply_routes(self._rules)
-            self._align_peers()
             if self._rules != rules:
                 self.queue.save_rules(self.id, rules)
             if job.now:
@@ -6575,7 +6575,8 @@ class Loop:
         """Bring what waits for a cluster in line with its peers, which are in the environment."""
         moved = False
         for sink_id, peers in self.shared.peers.items():
-            if any(peers):
+            # A sink that was a cluster until the config changed has one peer without a name now.
+            if any(peers) or self._rules != self.shared.config.rules():
                 for found in self.queue.waiting_for_others(self.id, sink_id, peers):
                     self._move_to_peers(found, peers)
                     moved = True
