@@ -6344,13 +6344,10 @@ class Shared:
             self._parsed[number] = escalation
 
     def _parse(self, stored: QueuedEscalation) -> Escalation:
-        found = parse_record(stored.record, self.loop_id(stored.loop))
+        found = parse_record(stored.record, self.loops[stored.loop].job.loop_id)
         if isinstance(found, Unusable):
             raise DamagedQueueError(f"the queue {self.queue.path} holds a record that is none: {stored.id}")
         return found._replace(id=stored.escalation_id)
-
-    def loop_id(self, loop: int) -> str:
-        return self.loops[loop].job.loop_id
 
     def resolve(self, stored: QueuedEscalation) -> Resolution:
         return self.router.resolve(stored.category, stored.severity)
@@ -6439,10 +6436,11 @@ class Loop:
         with self.queue.transaction():
             self.queue.save_cursor(self.id, self.source.cursor)
             rules = self.shared.config.rules()
-            self._align_peers()
-            if self._rules is not None and self._rules != rules:
+            changed = self._rules != rules
+            self._align_peers(config_changed=changed)
+            if changed and self._rules is not None:
                 self._apply_routes(self._rules)
-            if self._rules != rules:
+            if changed:
                 self.queue.save_rules(self.id, rules)
             if job.now:
                 self.queue.try_at_once(self.id)
@@ -6571,12 +6569,12 @@ class Loop:
             self.write_event("skipped", "route_changed", sink_id, None, message, rerouted=count)
         queue.note_all_settled(self.id, time.time())
 
-    def _align_peers(self) -> None:
-        """Bring what waits for a cluster in line with its peers, which are in the environment."""
+    def _align_peers(self, *, config_changed: bool) -> None:
+        """Bring what waits for a cluster in line with its peers, which are in the environment. After a change
+        of the config a sink may no longer be a cluster: then it is one peer without a name."""
         moved = False
         for sink_id, peers in self.shared.peers.items():
-            # A sink that was a cluster until the config changed has one peer without a name now.
-            if any(peers) or self._rules != self.shared.config.rules():
+            if config_changed or any(peers):
                 for found in self.queue.waiting_for_others(self.id, sink_id, peers):
                     self._move_to_peers(found, peers)
                     moved = True
@@ -7166,8 +7164,8 @@ class Sender:
             if self.ended:
                 return None
             destination = self._known()
-            if verdict is not None:
-                self.record(verdict, destination)
+            if verdict is not None and self._batch is not None:
+                self._record(self._batch, verdict, destination)
                 if verdict.outcome == "delivered":
                     self.queue.share(destination)
                 else:
@@ -7402,19 +7400,16 @@ class Sender:
                 self.ended = self.resting = True
                 self._failures_in_row = self.shared.config.policy.max_attempts_per_pass
                 destination = self._known()
-                self.record(
-                    timed_out(self.sink, self._client.host if self._client else "the sink"), destination
-                )
+                verdict = timed_out(self.sink, self._client.host if self._client else "the sink")
+                self._record(self._batch, verdict, destination)
                 self._write_counts()
                 self.queue.stop_probing(destination)
 
     # -- what came of it
 
-    def record(self, verdict: Verdict, destination: Destination) -> None:
+    def _record(self, batch: Batch, verdict: Verdict, destination: Destination) -> None:
         """Write down what came of a request: in the transaction in which the next one is chosen."""
-        batch, now = self._batch, time.time()
-        if batch is None:
-            return
+        now = time.time()
         if verdict.outcome != "delivered":
             self._put_back()
         verdict = self._verdict_for(batch, verdict)

@@ -321,6 +321,25 @@ def test_a_batch_that_is_refused_is_on_record_before_its_alerts_go_out_one_by_on
     ]
 
 
+def test_what_waits_for_a_cluster_that_becomes_a_webhook_is_delivered_once(
+    pair: Repo, peers: tuple[SinkServer, SinkServer]
+) -> None:
+    for peer in peers:
+        peer.answer(ALERTS, error(503))
+    pair.append(alert("one"))
+    pair.dispatch()
+    config = fleet_config(timeoutSeconds=1)
+    [(name, sink)] = config["sinks"].items()
+    config["sinks"][name] = {**sink, "type": "webhook"}
+    pair.write_config(config)
+    pair.env["ALERT_FLEET_URLS"] = f"{peers[0].url}/hook"
+    for _ in range(2):
+        assert pair.dispatch("--now").exit_code == 0
+
+    assert len(peers[0].received("/hook")) == 1
+    assert pair.state()["waitingCount"] == 0
+
+
 def test_plain_http_to_a_tls_port_does_not_give_alerts_up(tmp_path: Path) -> None:
     (tmp_path / "node").mkdir()
     (tmp_path / "tls.pem").write_text(TLS_PEM)
