@@ -3102,9 +3102,9 @@ CREATE INDEX unreported ON escalations (loop, id) WHERE reported = 0;
 CREATE INDEX settled ON escalations (settled_at) WHERE settled_at IS NOT NULL;
 
 -- One escalation to one sink, or to one peer of a cluster. severity is an index into SEVERITIES. lead: this
--- row speaks for the sink; of a cluster's rows exactly one does. in_flight: chosen for a request; if it
--- still is when a pass begins, that pass was killed, perhaps after the sink had taken it. alone: it goes
--- out in a request without others. by_operator: an operator asked for it.
+-- row counts for the sink; of a cluster's rows exactly one does. in_flight: chosen for a request whose answer
+-- is not written down yet: the sink may have it, so it does not expire. alone: it goes out in a request
+-- without others. by_operator: an operator asked for it.
 CREATE TABLE deliveries (
     escalation INTEGER NOT NULL,
     sink TEXT NOT NULL,
@@ -3635,10 +3635,23 @@ class Queue:
         """Add deliveries that wait: escalation, sink, peer, loop, severity, lead, since when."""
         self._db.executemany(
             "INSERT INTO deliveries (escalation, sink, peer, loop, severity, lead, waiting_since, status) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, 'waiting') ON CONFLICT DO UPDATE SET status = 'waiting', "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, 'waiting')",
+            rows,
+        )
+
+    def reroute(
+        self, escalations: Iterable[int], sink: str, peers: Sequence[str], loop: int, severity: int
+    ) -> None:
+        """Let escalations wait for a sink to which a route leads now, but for those that it has had. A
+        delivery that leads keeps the lead."""
+        now = time.time()
+        self._db.executemany(
+            "INSERT INTO deliveries (escalation, sink, peer, loop, severity, lead, waiting_since, status) "
+            "VALUES (?1, ?2, ?3, ?4, ?5, NOT EXISTS (SELECT 1 FROM deliveries WHERE escalation = ?1 "
+            "AND sink = ?2 AND lead), ?6, 'waiting') ON CONFLICT DO UPDATE SET status = 'waiting', "
             "severity = excluded.severity, waiting_since = excluded.waiting_since, not_before = 0 "
             "WHERE status = 'skipped' AND reason_code = 'route_changed'",
-            rows,
+            ((escalation, sink, peer, loop, severity, now) for escalation in escalations for peer in peers),
         )
 
     def next_turn(
@@ -3746,9 +3759,6 @@ class Queue:
             *(severity, loop, severity, loop, *kind),
         )
 
-    def remove_delivery(self, delivery: QueuedDelivery) -> None:
-        self.execute("DELETE FROM deliveries WHERE escalation = ? AND sink = ? AND peer = ?", *delivery.key)
-
     def deliveries_of(self, stored: QueuedEscalation) -> list[QueuedDelivery]:
         """The deliveries of an escalation."""
         rows = self.execute(f"SELECT {DELIVERY_COLUMNS} FROM deliveries d WHERE escalation = ?", stored.id)
@@ -3812,6 +3822,15 @@ class Queue:
                     oldest = found if oldest is None else min(oldest, found)
         return None if oldest is None else self.escalation(oldest)
 
+    def reread(self, delivery: QueuedDelivery) -> QueuedDelivery:
+        """A delivery as it is now."""
+        [found] = [
+            found
+            for found in self.deliveries_of(self.escalation(delivery.escalation))
+            if found.key == delivery.key
+        ]
+        return found
+
     def escalation(self, number: int) -> QueuedEscalation:
         row = self.execute(f"SELECT {ESCALATION_COLUMNS} FROM escalations e WHERE id = ?", number).fetchone()
         return QueuedEscalation(*row)
@@ -3845,26 +3864,24 @@ class Queue:
         )
 
     def settle(self, delivery: QueuedDelivery, status: str, verdict: Verdict, attempts: int) -> bool:
-        """End a delivery: `delivered`, `dead` or `skipped`. Tells whether that is the sink's answer, too.
+        """End a delivery: `delivered`, `dead` or `skipped`. Tells whether it leads: then its sink has ended,
+        too.
 
-        One peer of a cluster that delivers speaks for the sink. One that refuses leaves it to the others, and
-        is skipped; the last one to refuse, if none has delivered, is dead.
+        The first peer of a cluster to deliver takes the lead. One that refuses leaves the alert to the
+        others, and is skipped; the last one to refuse, if none has delivered, is dead.
         """
         lead = delivery.lead
         if delivery.peer:
-            others = [other for other in self.deliveries_of(delivery.stored) if other.sink == delivery.sink]
-            # Another peer may have begun to speak while this request was on its way.
-            lead = any(other.lead for other in others if other.peer == delivery.peer)
-            others = [other for other in others if other.peer != delivery.peer]
+            others = self._other_peers(delivery)
             delivered = any(other.status == "delivered" for other in others)
             waiting = [other for other in others if other.status == "waiting"]
             if status == "delivered" and not lead and not delivered:
-                self._speak(delivery, others)
+                self._pass_lead(others, delivery)
                 lead = True
             elif status == "dead" and (delivered or waiting):
                 status = "skipped"
                 if lead and waiting:
-                    self._speak(waiting[0], [delivery])
+                    self._pass_lead([delivery], waiting[0])
                     lead = False
             elif status == "skipped" and lead and not delivered:
                 for other in waiting:
@@ -3872,23 +3889,43 @@ class Queue:
         self._set_status(delivery, status, verdict, attempts)
         return lead
 
-    def speak_instead(self, peers: Sequence[QueuedDelivery]) -> QueuedDelivery:
-        """Let one of these peers' deliveries speak for their sink, in place of one that is gone: one that is
-        delivered, or else one that waits. If all have refused, the sink has, and the delivery is dead."""
-        order = ("delivered", "waiting")
-        best = min(peers, key=lambda d: order.index(d.status) if d.status in order else len(order))
-        self._speak(best, [])
-        if best.status not in order:
-            self.execute(
-                "UPDATE deliveries SET status = 'dead' WHERE escalation = ? AND sink = ? AND peer = ?",
-                *best.key,
-            )
-            return best._replace(status="dead", lead=True)
-        return best._replace(lead=True)
+    def replace_peer(self, delivery: QueuedDelivery, peers: Sequence[str]) -> QueuedDelivery | None:
+        """Replace a delivery to a peer that is gone by deliveries to those of `peers` that have none.
 
-    def _speak(self, delivery: QueuedDelivery, others: Iterable[QueuedDelivery]) -> None:
-        """Let a delivery to a peer speak for its sink, in place of the others."""
-        for lead, found in [*((0, other) for other in others if other.lead), (1, delivery)]:
+        If that leaves the sink without a lead, another delivery takes it, and is returned: one that is
+        delivered, or else one that waits. If all peers have refused, the sink has, and that one is dead.
+        """
+        others = self._other_peers(delivery)
+        self.execute("DELETE FROM deliveries WHERE escalation = ? AND sink = ? AND peer = ?", *delivery.key)
+        had = {other.peer for other in others}
+        missing = [peer for peer in peers if peer not in had]
+        self.add_deliveries(
+            (*delivery[:2], peer, *delivery[3:5], int(delivery.lead and place == 0), delivery.waiting_since)
+            for place, peer in enumerate(missing)
+        )
+        if not delivery.lead or missing:
+            return None
+        order = ("delivered", "waiting")
+        best = min(others, key=lambda d: order.index(d.status) if d.status in order else len(order))
+        self._pass_lead([], best)
+        if best.status in order:
+            return best
+        self.execute(
+            "UPDATE deliveries SET status = 'dead' WHERE escalation = ? AND sink = ? AND peer = ?", *best.key
+        )
+        return best._replace(status="dead")
+
+    def _other_peers(self, delivery: QueuedDelivery) -> list[QueuedDelivery]:
+        """The deliveries of the same escalation to the other peers of the same sink."""
+        return [
+            other
+            for other in self.deliveries_of(delivery.stored)
+            if other.sink == delivery.sink and other.peer != delivery.peer
+        ]
+
+    def _pass_lead(self, others: Iterable[QueuedDelivery], to: QueuedDelivery) -> None:
+        """Give the lead to a delivery, and take it from the others."""
+        for lead, found in [*((0, other) for other in others if other.lead), (1, to)]:
             self.execute(
                 "UPDATE deliveries SET lead = ? WHERE escalation = ? AND sink = ? AND peer = ?",
                 lead,
@@ -3984,7 +4021,7 @@ class Queue:
         return {row[0]: Destination(*row[1:]) for row in rows}
 
     def retire_peers(self, sink: str, peers: Collection[str]) -> None:
-        """Let what is known of a sink's former peers, all but these, no longer speak for it."""
+        """Let what is known of a sink's former peers, all but these, no longer count."""
         marks = ", ".join("?" * len(peers))
         self.execute(
             f"UPDATE destinations SET used_at = 0 WHERE sink = ? AND used_at > 0 AND peer NOT IN ({marks})",
@@ -4164,7 +4201,7 @@ class Queue:
 
     def named(self, loop: int, condition: str, *values: object) -> list["Named"]:
         """The escalations of a loop for which a condition holds, in the order of ingestion: one for each of
-        their sinks. In the condition `e` is the escalation, `d` the delivery that speaks for a sink."""
+        their sinks. In the condition `e` is the escalation, `d` the delivery that leads for its sink."""
         rows = self.execute(
             f"SELECT {NAMED_COLUMNS}, d.sink, d.status FROM escalations e LEFT JOIN deliveries d "
             "ON d.escalation = e.id AND d.lead WHERE e.loop = ? AND e.unusable IS NULL "
@@ -4202,7 +4239,7 @@ class Queue:
         }
 
     def lead(self, escalation: int, sink: str) -> QueuedDelivery | None:
-        """The delivery of an escalation that speaks for a sink."""
+        """The delivery of an escalation that leads for a sink."""
         row = self.execute(
             f"SELECT {DELIVERY_COLUMNS}, {ESCALATION_COLUMNS} FROM deliveries d JOIN escalations e "
             "ON e.id = d.escalation WHERE d.escalation = ? AND d.sink = ? AND d.lead",
@@ -6542,11 +6579,7 @@ class Loop:
             for sink in resolution.dispatchable:
                 if sink.id in before["sinks"]:
                     waited = queue.count_waiting(self.id, sink.id)
-                    queue.add_deliveries(
-                        (escalation, sink.id, peer, self.id, severity, place == 0, time.time())
-                        for escalation in escalations
-                        for place, peer in enumerate(self.shared.peers[sink.id])
-                    )
+                    queue.reroute(escalations, sink.id, self.shared.peers[sink.id], self.id, severity)
                     added[sink.id] += queue.count_waiting(self.id, sink.id) - waited
             reached = {sink.id for sink in resolution.reached}
             for sink_id in queue.tallies(self.id):
@@ -6583,19 +6616,9 @@ class Loop:
 
     def _move_to_peers(self, found: QueuedDelivery, peers: Sequence[str]) -> None:
         """Let a delivery go to the peers that there are now, in place of one that is gone."""
-        others = [d for d in self.queue.deliveries_of(found.stored) if d.sink == found.sink]
-        others = [d for d in others if d.peer != found.peer]
-        self.queue.remove_delivery(found)
-        missing = [peer for peer in peers if peer not in {d.peer for d in others}]
-        lead = found.lead
-        if lead and not missing:
-            speaker = self.queue.speak_instead(others)
-            if speaker.status != "waiting":
-                self.note_end(speaker, speaks=True)
-        self.queue.add_deliveries(
-            (*found[:2], peer, self.id, found.severity, int(lead and place == 0), found.waiting_since)
-            for place, peer in enumerate(missing)
-        )
+        lead = self.queue.replace_peer(found, peers)
+        if lead is not None and lead.status != "waiting":
+            self.note_end(lead, leads=True)
 
     # -- rows
 
@@ -6633,19 +6656,17 @@ class Loop:
         for row in rows:
             self.queue.write_row(self.id, "attempts", encode_json(row))
 
-    def note_end(self, found: QueuedDelivery, *, speaks: bool) -> None:
+    def note_end(self, found: QueuedDelivery, *, leads: bool) -> None:
         """Write down that a delivery ended; in a late row, if its escalation's row is written already.
 
-        `speaks`: it is the sink's answer, not only that of one peer of it.
+        `leads`: with it, its sink has ended.
         """
         stored = found.stored
         if not stored.reported:
             return
         self.queue.note_settled(stored, time.time())
-        if speaks:
-            deliveries = self.queue.deliveries_of(stored)
-            [lead] = [delivery for delivery in deliveries if delivery.lead and delivery.sink == found.sink]
-            entry = self._entry(lead, {})
+        if leads:
+            entry = self._entry(self.queue.reread(found), {})
             self.counts.add_late(entry)
             row = escalation_row(
                 self.job, stored, self.shared.parse(stored), self.shared.resolve(stored), [entry]
@@ -7346,8 +7367,8 @@ class Sender:
         loop = self.shared.loops[item.loop]
         attempt = item.attempts if verdict is EXPIRED else 0
         loop.write_attempts([attempt_row(loop.job, self.sink, item, None, verdict, attempt, 0.0)])
-        speaks = self.queue.settle(item, STATUS_OF_OUTCOME[verdict.outcome], verdict, item.attempts)
-        loop.note_end(item, speaks=speaks)
+        leads = self.queue.settle(item, STATUS_OF_OUTCOME[verdict.outcome], verdict, item.attempts)
+        loop.note_end(item, leads=leads)
 
     # -- the request
 
@@ -7410,6 +7431,9 @@ class Sender:
     def _record(self, batch: Batch, verdict: Verdict, destination: Destination) -> None:
         """Write down what came of a request: in the transaction in which the next one is chosen."""
         now = time.time()
+        if self.peer:
+            # Another peer may have taken the lead meanwhile, and the escalation's row may be written.
+            batch = batch._replace(queued=[self.queue.reread(item) for item in batch.queued])
         if verdict.outcome != "delivered":
             self._put_back()
         verdict = self._verdict_for(batch, verdict)
@@ -7428,8 +7452,8 @@ class Sender:
             if verdict.outcome == "delivered" and self.shared.config.repeat_window and item.stored.written_at:
                 subject = subject_of(delivery.escalation, delivery.resolution)
                 self.queue.note_sent(item, subject, item.stored.written_at)
-            speaks = self.queue.settle(item, STATUS_OF_OUTCOME[verdict.outcome], verdict, item.attempts + 1)
-            self.shared.loops[item.loop].note_end(item, speaks=speaks)
+            leads = self.queue.settle(item, STATUS_OF_OUTCOME[verdict.outcome], verdict, item.attempts + 1)
+            self.shared.loops[item.loop].note_end(item, leads=leads)
 
     def _verdict_for(self, batch: Batch, verdict: Verdict) -> Verdict:
         """A verdict on a request as one on its deliveries: what is refused together goes out one by one, and
@@ -11185,8 +11209,8 @@ def skip_deliveries(
                         found = found._replace(by_operator=True)
                         row = attempt_row(job, item.sink, found, None, GIVEN_UP, 0, 0.0)
                         loop.write_attempts([row])
-                        speaks = queue.settle(found, "skipped", GIVEN_UP, found.attempts)
-                        loop.note_end(found, speaks=speaks)
+                        leads = queue.settle(found, "skipped", GIVEN_UP, found.attempts)
+                        loop.note_end(found, leads=leads)
             loop.flush_rows()
         with queue.transaction():
             for sink_id in {item.sink.id for item in chosen}:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from alertmanager import Node, new_node, running_cluster, start_cluster, wait_until
-from conftest import MODULE_FILE, Repo, clean_env
+from conftest import MODULE_FILE, Repo, clean_env, queue_rows, time_passes
 from escalations import LOOP, MAKERS, Record, health_critical, health_degraded, timestamp
 from loopback import HOST, TLS_PEM, Answer, SinkServer, accepted, error, hang, ok
 from tools import needs_tool
@@ -616,6 +616,39 @@ def test_a_peer_that_stands_in_for_the_others_gets_everything_in_order_and_once(
 
     assert told(other) == ["missed", "taken"]
     assert told(one) == ["taken"]
+
+
+def test_a_peer_that_is_put_in_front_while_alerts_wait_is_sent_each_once(
+    pair: Repo, peers: tuple[SinkServer, SinkServer]
+) -> None:
+    new, down = peers
+    pair.env["ALERT_FLEET_URLS"] = down.url
+    down.answer(ALERTS, error(503))
+    pair.append(alert("one"))
+    pair.dispatch()
+    config = fleet_config(timeoutSeconds=1)
+    config["routing"]["routes"] = [{"category": "another", "sinks": [SINK]}]
+    pair.write_config(config)
+    pair.env["ALERT_FLEET_URLS"] = f"{new.url},{down.url}"
+    for _ in range(2):
+        assert pair.dispatch("--now").exit_code == 0
+
+    assert told(new) == ["one"]
+    assert pair.state()["waitingCount"] == 0
+
+
+def test_what_a_slow_peer_takes_last_does_not_stay_in_the_queue_for_ever(
+    pair: Repo, peers: tuple[SinkServer, SinkServer]
+) -> None:
+    quick, slow = peers
+    slow.answer(ALERTS, ok().after(0.7))
+    pair.append(alert("one"))
+    pair.dispatch()
+    assert (told(quick), told(slow)) == (["one"], ["one"])
+    time_passes(pair, 8 * 86400)
+    pair.append(alert("two"))
+    pair.dispatch()
+    assert queue_rows(pair, "SELECT count(*) FROM escalations") == [(1,)]
 
 
 def miss_one_and_give_up_another(pair: Repo, one: SinkServer, other: SinkServer) -> None:
