@@ -3831,6 +3831,14 @@ class Queue:
         ]
         return found
 
+    def escalations_from(self, loop: int, first: int) -> list[QueuedEscalation]:
+        """The escalations of a loop from this number on, in the order of ingestion."""
+        rows = self.execute(
+            f"SELECT {ESCALATION_COLUMNS} FROM escalations e WHERE loop = ? AND id >= ? ORDER BY id",
+            *(loop, first),
+        )
+        return [QueuedEscalation(*row) for row in rows]
+
     def escalation(self, number: int) -> QueuedEscalation:
         row = self.execute(f"SELECT {ESCALATION_COLUMNS} FROM escalations e WHERE id = ?", number).fetchone()
         return QueuedEscalation(*row)
@@ -7990,19 +7998,20 @@ def note_invalid_config(job: Job, error: ConfigError, wait: float) -> None:
 # ---------------------------------------------------------------------------------------------------------
 # What will happen: the dry run
 # ---------------------------------------------------------------------------------------------------------
-# A pass on a copy of the queue, in which every destination takes what it is sent, and nothing is sent.
+# Runs a pass on a copy of the queue. Every destination seems to take what it is sent, but nothing is sent and
+# no file of a loop changes.
 
 
 def plan_loops(jobs: Sequence[Job], environ: Mapping[str, str], *, show_payload: bool) -> dict[str, Result]:
-    """Plan a pass over each of these loops. Returns for each loop id the plan, or what prevents it.
+    """Plan a pass over each of these loops. Returns for each loop id the plan, or the error that prevents it.
 
     Raises ConfigError.
     """
     import tempfile
 
-    outcomes: dict[str, Result] = {}
+    plans: dict[str, Result] = {}
     if not jobs:
-        return outcomes
+        return plans
     config = load_config(jobs[0].config_file, environ)
     with tempfile.TemporaryDirectory(prefix=f"{PROGRAM}-") as folder:
         copy = os.path.join(folder, "queue.db")
@@ -8016,13 +8025,14 @@ def plan_loops(jobs: Sequence[Job], environ: Mapping[str, str], *, show_payload:
         with Queue.open(copy) as queue:
             for job in jobs:
                 try:
-                    outcomes[job.loop_id] = plan_pass(queue, job, config, show_payload=show_payload)
+                    plans[job.loop_id] = plan_pass(queue, job, config, show_payload=show_payload)
                 except DispatchError as error:
-                    outcomes[job.loop_id] = error
-    return outcomes
+                    plans[job.loop_id] = error
+    return plans
 
 
-# What a dry run prints of the summary of the pass that it plays, and of its sinks: not when something was.
+# The fields of a summary, and of its sinks, that a plan has too. The times of the pass are left out, because
+# it did not happen.
 DRY_RUN_FIELDS = (
     *("schemaVersion", "loopId", "escalationsFile", "dispatchTelemetryFile", "status", *COUNT_KEYS),
     *("failureReasonCodes", *LINE_COUNTS, "unreadCount", "stoppedBy"),
@@ -8035,31 +8045,31 @@ DRY_RUN_SINK_FIELDS = (
 
 
 def plan_pass(queue: Queue, job: Job, config: Config, *, show_payload: bool) -> JsonObject:
-    """The summary of a pass on a copy of the queue; and of each escalation that is new or waits, where it
-    would go, and why not to other sinks. Raises StateError or StorageError."""
+    """The summary of a pass on a copy of the queue, and where each escalation that is new or waits would go.
+
+    Raises StateError or StorageError.
+    """
     shared = Shared(queue, config, Clock(MAX_TIME_BUDGET, threading.Event()), dry_run=True)
     shared.show_payload = show_payload
     notes = config_warnings(config)
     with contextlib.closing(Loop(shared, job)) as loop:
-        before = queue.next_id()
+        first_new = queue.next_id()
         waited = queue.waiting_in(loop.id)
         loop.begin()
-        dropped = [
+        changes = [
             row["message"] for _, _, text in queue.outbox(loop.id) if "message" in (row := json.loads(text))
         ]
         waited |= queue.waiting_in(loop.id)
         outcome = Pass(shared).run([loop])[job.loop_id]
         if isinstance(outcome, DispatchError):
             raise outcome
-        plans = plan_escalations(shared, loop, before, waited)
+        plans = plan_escalations(shared, loop, first_new, waited)
     if show_payload and plans:
-        for sink in config.sinks.values():
-            if sink.enabled and (most := ADAPTERS[sink.type].batch_size(sink)) > 1:
-                notes.append(f"{sink.id} is sent up to {most} of these in one request")
+        notes += batch_notes(config)
     size, _ = unterminated(job.escalations_file)
     if size:
         notes.append(f"the last {plural(size, 'byte')} of {job.escalations_file} wait for a line feed")
-    written = [plan["timestamp"] for plan in plans if plan["decision"] == "send" and "timestamp" in plan]
+    sent = [plan["timestamp"] for plan in plans if plan["decision"] == "send" and "timestamp" in plan]
     return {
         **{key: outcome[key] for key in DRY_RUN_FIELDS},
         "status": "dry_run",
@@ -8067,49 +8077,62 @@ def plan_pass(queue: Queue, job: Job, config: Config, *, show_payload: bool) -> 
             sink_id: {key: figure[key] for key in DRY_RUN_SINK_FIELDS}
             for sink_id, figure in outcome["sinks"].items()
         },
-        "oldestAt": min(written, key=lambda moment: parse_time(moment) or 0.0, default=None),
+        "oldestAt": min(sent, key=by_time, default=None),
         "escalations": plans,
-        "notes": [*notes, *dropped],
+        "notes": [*notes, *changes],
     }
 
 
+def by_time(moment: str) -> float:
+    """A key to sort times by. A text that is no time comes first."""
+    return parse_time(moment) or 0.0
+
+
+def batch_notes(config: Config) -> Iterator[str]:
+    """Say which sinks are sent several escalations in one request: a plan shows one in each."""
+    for sink in config.sinks.values():
+        if sink.enabled and (most := ADAPTERS[sink.type].batch_size(sink)) > 1:
+            yield f"{sink.id} is sent up to {most} of these in one request"
+
+
 def plan_escalations(
-    shared: Shared, loop: Loop, before: int, waited: Collection[tuple[int, str]]
+    shared: Shared, loop: Loop, first_new: int, waited: Collection[tuple[int, str]]
 ) -> list[JsonObject]:
-    """What became of each escalation in the copy: of those that waited (number, sink), and of those that are
-    new (`before`: the number of the first of them)."""
-    plans: list[tuple[int, JsonObject]] = []
-    rows = shared.queue.execute(
-        f"SELECT {ESCALATION_COLUMNS} FROM escalations e WHERE loop = ? AND id >= ? ORDER BY id",
-        *(loop.id, min([before, *(number for number, _ in waited)])),
-    )
-    for stored in [QueuedEscalation(*row) for row in rows]:
-        late = stored.id < before
-        plan = plan_escalation(shared, stored, waited if late else None)
-        if plan["sinks"] or not late:
-            plans.append((stored.line, plan))
+    """The plans of a loop's escalations after the pass, in the order of the source.
+
+    Those from number `first_new` on are new. `waited`: what waited before, as escalation and sink.
+    """
+    plans = []
+    first = min([first_new, *(number for number, _ in waited)])
+    for stored in shared.queue.escalations_from(loop.id, first):
+        is_new = stored.id >= first_new
+        plan = plan_escalation(shared, stored, None if is_new else waited)
+        if is_new or plan["sinks"]:
+            plans.append(plan)
     for _, _, text in shared.queue.outbox(loop.id, limit=-1):
         row = json.loads(text)
+        # Of the rows with a place in the source, only one of a line that is no escalation has neither.
         if "position" in row and "route" not in row and "sinkId" not in row:
             line = row["position"]["line"]
-            plans.append(
-                (line, {"line": line, "escalationId": row["escalationId"], "decision": row["reasonCode"]})
-            )
-    return [plan for _, plan in sorted(plans, key=lambda pair: pair[0])]
+            plans.append({"line": line, "escalationId": row["escalationId"], "decision": row["reasonCode"]})
+    return sorted(plans, key=lambda plan: plan["line"])
 
 
 def plan_escalation(
     shared: Shared, stored: QueuedEscalation, waited: Collection[tuple[int, str]] | None
 ) -> JsonObject:
-    """The plan of one escalation. `waited`: what waited before, if it is not a new one."""
+    """The plan of one escalation. `waited`: what waited before the pass; None if the escalation is new."""
     resolution, escalation = shared.resolve(stored), shared.parse(stored)
-    deliveries = {found.sink: found for found in shared.queue.deliveries_of(stored) if found.lead}
+    deliveries = {
+        found.sink: found
+        for found in shared.queue.deliveries_of(stored)
+        if found.lead and (waited is None or (stored.id, found.sink) in waited)
+    }
     sinks: list[JsonObject] = []
     for sink in resolution.selected:
-        found = deliveries.get(sink.id)
-        if found is not None and (waited is None or (stored.id, sink.id) in waited):
+        if found := deliveries.get(sink.id):
             entry = plan_delivery(shared, sink, found)
-        elif found is None and waited is None:
+        elif waited is None:
             entry = {"decision": "skip", "why": why_not(sink, resolution)}
         else:
             continue
@@ -8122,43 +8145,40 @@ def plan_escalation(
         "minSeverity": resolution.min_severity,
         "timestamp": stored.written_at,
         "late": waited is not None,
-        "decision": decide(sinks, resolution),
+        "decision": strongest_decision(sinks, resolution),
         "sinks": sinks,
     }
     return {key: value for key, value in plan.items() if value is not None}
 
 
 def plan_delivery(shared: Shared, sink: Sink, found: QueuedDelivery) -> JsonObject:
-    """What a pass would do with a delivery, and why, if that is not to send it."""
-    entry: JsonObject = {}
-    if found.status == "delivered":
-        entry = {"decision": "send"}
-    elif found.status == "skipped":
-        entry = {
-            "decision": "skip",
-            "why": found.message or found.reason_code,
-            "reasonCode": found.reason_code,
-        }
-    elif found.status == "dead":
-        entry = {
-            "decision": "drop",
-            "why": "waited longer than giveUpAfterSeconds: a dead letter",
-            "reasonCode": found.reason_code,
-        }
-    elif not sink.enabled:
-        entry = {"decision": "keep", "why": "the sink is disabled; it waits until the sink is enabled"}
-    else:
-        known = shared.known_destination(sink.id, found.peer)
-        until = iso(known.next_attempt_at) if known else "?"
-        entry = {
-            "decision": "wait",
-            "why": f"the sink failed ({known.reason_code if known else '?'}); next attempt at {until}",
-            "reasonCode": known.reason_code if known else None,
-        }
+    """What a pass would do with a delivery, why if it would not send it, and the request if it is shown."""
+    plan = decide_delivery(shared, sink, found)
     if request := shared.requests.get(found.key):
         url = ADAPTERS[sink.type].peers(sink)[found.peer]
-        entry["request"] = show_request(url, request, shared.redactor)
-    return entry
+        plan["request"] = show_request(url, request, shared.redactor)
+    return plan
+
+
+def decide_delivery(shared: Shared, sink: Sink, found: QueuedDelivery) -> JsonObject:
+    """The decision on a delivery, by its status after the pass."""
+    code = found.reason_code
+    if found.status == "delivered":
+        return {"decision": "send"}
+    if found.status == "skipped":
+        return {"decision": "skip", "why": found.message or code, "reasonCode": code}
+    if found.status == "dead":
+        why = "waited longer than giveUpAfterSeconds: a dead letter"
+        return {"decision": "drop", "why": why, "reasonCode": code}
+    if not sink.enabled:
+        return {"decision": "keep", "why": "the sink is disabled; it waits until the sink is enabled"}
+    known = shared.known_destination(sink.id, found.peer)
+    until = iso(known.next_attempt_at) if known else "?"
+    return {
+        "decision": "wait",
+        "why": f"the sink failed ({known.reason_code if known else '?'}); next attempt at {until}",
+        "reasonCode": known.reason_code if known else None,
+    }
 
 
 def why_not(sink: Sink, resolution: Resolution) -> str | None:
@@ -8173,8 +8193,8 @@ def why_not(sink: Sink, resolution: Resolution) -> str | None:
     return None
 
 
-def decide(sinks: Sequence[JsonObject], resolution: Resolution) -> str:
-    """One word, or the reason code that the record's row would have."""
+def strongest_decision(sinks: Sequence[JsonObject], resolution: Resolution) -> str:
+    """The decision on an escalation: the first of these that a sink has, else the reason code of its row."""
     for word in ("send", "wait", "keep", "drop"):
         if any(sink["decision"] == word for sink in sinks):
             return word
@@ -8183,7 +8203,7 @@ def decide(sinks: Sequence[JsonObject], resolution: Resolution) -> str:
 
 
 def show_request(url: str, request: HttpRequest, redactor: Redactor) -> JsonObject:
-    """A request as it may be shown: secrets masked, of the URL only scheme and host."""
+    """A request with its secrets masked. Only the scheme, host and port of the URL are shown."""
     from urllib.parse import urlsplit
 
     parts = urlsplit(url)
@@ -9056,7 +9076,7 @@ def plan_text(plans: Sequence[JsonObject], *, several: bool) -> str:
     now = time.time()
     lines = ["Nothing was sent or written. This is what a pass would do, if each sink took it in time."]
     if written := [plan["oldestAt"] for plan in plans if plan["oldestAt"]]:
-        oldest = min(written, key=lambda moment: parse_time(moment) or 0.0)
+        oldest = min(written, key=by_time)
         lines.append(f"Of what it would send, the oldest was written {how_long(oldest, now)}.")
     if any(plan["escalations"] for plan in plans):
         lines += ["", plan_table(plans, now, several=several)]
@@ -9125,7 +9145,7 @@ def grouped_table(
     """
     rows = []
     for cells, found in sorted(groups.items(), key=lambda group: -len(group[1])):
-        times = sorted(filter(None, found), key=lambda moment: parse_time(moment) or 0.0)
+        times = sorted(filter(None, found), key=by_time)
         ages = [how_long(moment, now) for moment in (times[:1] + times[-1:])] or [None, None]
         rows.append((*cells[:-1], len(found), *ages, cells[-1]))
     more = f"\n… and {plural(len(rows) - LISTED, 'other group')}" if len(rows) > LISTED else ""
