@@ -3027,10 +3027,10 @@ class Verdict(NamedTuple):
     """What came of a delivery: what an answer, or no answer, means.
 
     Outcomes: `retry`, the sink is unwell; `misconfigured`, it will not recover by itself; `dead_letter`, it
-    does not accept this record. `not_taken`: the sink certainly did not act on the request, so that a quick
-    new try cannot repeat anything. `retry_after` is in seconds. `fault`: why it failed; None if it did not.
-    `clock_offset`: by how many seconds the sink's clock is ahead of ours, if negative behind; None if it did
-    not say.
+    does not accept this record. `not_taken`: the sink said that it did not act on the request, or never had
+    it, so that a quick new try repeats nothing. `retry_after` is in seconds. `fault`: why it failed; None if
+    it did not. `clock_offset`: by how many seconds the sink's clock is ahead of ours, if negative behind;
+    None if it did not say.
     """
 
     outcome: Outcome
@@ -4499,6 +4499,8 @@ class Answer(NamedTuple):
 
 
 SINK_UNWELL = {408, 425, 429}
+# A gateway had no usable answer from the sink, which may have acted on the request.
+GATEWAY_FAULTS = {502, 504}
 RECORD_REFUSED = {400, 413, 422}
 # Other statuses that say why a request was refused.
 STATUS_FAULTS: dict[int, FaultCode] = {
@@ -4530,8 +4532,9 @@ def judge_status(answer: Answer, now: float) -> Verdict:
         message = "answered with a redirect, which is never followed: set the URL that it leads to"
         fault = "redirect"
     retry = outcome == "retry"
+    not_taken = retry and status not in GATEWAY_FAULTS
     return Verdict(
-        outcome, "http_error", status, message, wait if retry else None, not_taken=retry, fault=fault
+        outcome, "http_error", status, message, wait if retry else None, not_taken=not_taken, fault=fault
     )
 
 
@@ -4603,8 +4606,6 @@ class Adapter:
     default_url: ClassVar[str | None] = None
     # How many requests a minute the provider allows; the config can say otherwise.
     max_per_minute: ClassVar[int | None] = None
-    # Whether deliveries that are refused together are tried one by one.
-    splits: ClassVar[bool] = False
     # Whether a payload says when it ends, which the sink compares with its own clock.
     ends_by_clock: ClassVar[bool] = False
 
@@ -5248,7 +5249,6 @@ class AlertmanagerAdapter(Adapter):
     exchange which notifications were sent, not which alerts they hold.
     """
 
-    splits = True
     ends_by_clock = True
 
     def peers(self, sink: Sink) -> dict[str, str]:
@@ -7457,7 +7457,9 @@ class Sender:
                 not_before = now + retry.wait if retry.alone else 0.0
                 self.queue.note_attempt(item, verdict, now, not_before=not_before, alone=retry.alone)
                 continue
-            if verdict.outcome == "delivered" and self.shared.config.repeat_window and item.stored.written_at:
+            # What an operator sends again is old: a window is not counted from it.
+            first = bool(self.shared.config.repeat_window) and not item.by_operator
+            if first and verdict.outcome == "delivered" and item.stored.written_at:
                 subject = subject_of(delivery.escalation, delivery.resolution)
                 self.queue.note_sent(item, subject, item.stored.written_at)
             leads = self.queue.settle(item, STATUS_OF_OUTCOME[verdict.outcome], verdict, item.attempts + 1)
@@ -7467,7 +7469,7 @@ class Sender:
         """A verdict on a request as one on its deliveries: what is refused together goes out one by one, and
         a record on which the program fails again and again is given up."""
         together = len(batch.queued) > 1
-        if verdict.outcome == "dead_letter" and self.adapter.splits and together:
+        if verdict.outcome == "dead_letter" and together:
             return verdict._replace(outcome="retry")
         ours = verdict.outcome == "retry" and verdict.fault == "adapter_fault"
         if ours and not together and batch.queued[0].attempts + 1 >= SAME_RECORD_ATTEMPTS:

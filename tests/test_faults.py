@@ -184,7 +184,8 @@ def test_while_a_sink_cannot_be_reached_the_others_get_all_and_it_gets_all_later
 
 # A name for each fault, which is the sink's too, and whether the sink may be asked again in the same pass.
 UNWELL: dict[str, tuple[Behaviour, bool]] = {
-    **{f"answers-{status}": (error(status), True) for status in (408, 425, 429, 500, 502, 503, 504, 529)},
+    **{f"answers-{status}": (error(status), True) for status in (408, 425, 429, 500, 503, 529)},
+    **{f"answers-{status}": (error(status), False) for status in (502, 504)},
     "never-answers": (hang(), False),
     "hangs-up": (hang_up(), False),
     "drips-its-head": (drip("head"), False),

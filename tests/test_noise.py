@@ -27,7 +27,7 @@ from escalations import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from loopback import SinkServer, accepted, error, ok, rate_limited
+from loopback import Answer, Behaviour, Received, SinkServer, accepted, error, ok, rate_limited
 from promise import check_promise
 
 import ops_alert_dispatch as program
@@ -408,6 +408,21 @@ def test_a_long_backlog_of_repeats_does_not_outlast_the_budget(
     check_promise(repo)
 
 
+def test_what_an_operator_sends_again_does_not_open_the_window_for_the_next_repeat(
+    repo: Repo, server: SinkServer, past: Past
+) -> None:
+    repo.write_config(quiet())
+    repo.append(past.divergence(-60), past.divergence(0), past.divergence(1))
+    repo.dispatch()
+    old = repo.telemetry()[0]["escalationId"]
+    assert repo.run("redeliver", *repo.target, "--id", old, "--yes").exit_code == 0
+    server.forget()
+    repo.append(past.divergence(2), past.divergence(20))
+    repo.dispatch()
+
+    assert held_back(server) == [(2, past.at(1))]
+
+
 # --- Several escalations in one request
 
 
@@ -416,7 +431,20 @@ def digest_sizes(server: SinkServer) -> list[int]:
     return [len(escalation_ids(request)) for request in server.received(PATHS[CHAT])]
 
 
-def test_what_a_digest_holds_shares_its_fate_and_each_has_its_row(
+def refuse_one(place: int) -> Behaviour:
+    """Refuse the escalation in this place of the first request, alone or among others."""
+    refused: list[str] = []
+
+    def answer(request: Received) -> Answer:
+        found = escalation_ids(request)
+        if not refused:
+            refused.append(found[place])
+        return error(400, "invalid_blocks") if refused[0] in found else ok()
+
+    return answer
+
+
+def test_a_record_that_its_sink_refuses_costs_the_others_of_its_digest_nothing(
     repo: Repo, server: SinkServer, past: Past
 ) -> None:
     repo.write_config(quiet(per_message=4, maxAttemptsPerPass=1))
@@ -424,20 +452,20 @@ def test_what_a_digest_holds_shares_its_fate_and_each_has_its_row(
     server.answer(PATHS[CHAT], error(503))
     repo.append(*records)
     down = repo.dispatch().json["sinks"][CHAT]
-    server.script(PATHS[CHAT], error(400, "invalid_blocks"))
-    server.answer(PATHS[CHAT], ok())
+    server.answer(PATHS[CHAT], refuse_one(0))
     back = repo.dispatch().json
 
     assert (down["waitingCount"], down["consecutiveFailures"], down["failedAttemptCount"]) == (6, 1, 4)
-    assert digest_sizes(server) == [4, 4, 2]
+    assert digest_sizes(server) == [4, 4, 1, 1, 1, 1, 2]
     mine = [row for row in repo.attempts() if row["sinkId"] == CHAT]
     assert [(row["outcome"], row.get("batchSize"), row.get("batchIndex")) for row in mine] == [
         *(("retry", 4, index) for index in range(4)),
-        *(("dead_letter", 4, index) for index in range(4)),
+        *(("retry", 4, index) for index in range(4)),
+        *((outcome, None, None) for outcome in ("dead_letter", "delivered", "delivered", "delivered")),
         *(("delivered", 2, index) for index in range(2)),
     ]
-    assert back["sinks"][CHAT]["deadLetterCount"] == 4
-    assert (back["lateFailedCount"], back["lateDispatchedCount"], back["waitingCount"]) == (4, 2, 0)
+    assert back["sinks"][CHAT]["deadLetterCount"] == 1
+    assert (back["lateFailedCount"], back["lateDispatchedCount"], back["waitingCount"]) == (1, 5, 0)
     check_promise(repo)
 
 
@@ -462,11 +490,11 @@ def test_each_message_says_exactly_how_many_repeats_were_held_back_before_it(
     check_promise(repo)
 
 
-def test_a_repeat_of_what_a_refused_digest_held_is_sent(repo: Repo, server: SinkServer, past: Past) -> None:
+def test_a_repeat_of_what_a_sink_refused_is_sent(repo: Repo, server: SinkServer, past: Past) -> None:
     repo.write_config(quiet(per_message=3))
     repo.append(past.divergence(0))
     repo.dispatch()
-    server.script(PATHS[CHAT], error(400, "invalid_blocks"))
+    server.answer(PATHS[CHAT], refuse_one(-1))
     repo.append(
         health_degraded(timestamp=past.at(1)),
         past.divergence(2),
@@ -478,7 +506,7 @@ def test_a_repeat_of_what_a_refused_digest_held_is_sent(repo: Repo, server: Sink
     repo.dispatch()
 
     refused = ("failed", "http_error")
-    assert statuses(repo, CHAT)[1:] == [refused, HELD, SENT, refused, SENT, SENT]
+    assert statuses(repo, CHAT)[1:] == [refused, HELD, SENT, SENT, SENT, SENT]
     check_promise(repo)
 
 
