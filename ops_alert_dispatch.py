@@ -8222,15 +8222,14 @@ def show_request(url: str, request: HttpRequest, redactor: Redactor) -> JsonObje
 # ---------------------------------------------------------------------------------------------------------
 # Turns options into jobs, and summaries into text. Nothing above this section prints or asks.
 
-# At most this many deliveries are listed; of more, people get a summary.
+# People get longer lists in groups.
 LISTED = 20
 REPO_ENV = "OPS_MANAGER_REPO"
 
 Format = Literal["auto", "text", "json"]
 MAX_LOOP_ID_BYTES = 200
 
-
-# The commands in the order in which one needs them.
+# In the order in which an operator needs them.
 COMMAND_ORDER = [
     *("init", "test", "dispatch", "status", "log", "show"),
     *("explain", "redeliver", "skip", "config", "demo"),
@@ -8238,7 +8237,7 @@ COMMAND_ORDER = [
 
 
 class Commands(click.Group):
-    """The command group: an option before any command means `dispatch`, as the host calls it."""
+    """The command group. Options without a command mean `dispatch`: this is how the host calls it."""
 
     def list_commands(self, _: click.Context) -> list[str]:
         return COMMAND_ORDER
@@ -8250,7 +8249,7 @@ class Commands(click.Group):
 
 
 def examples(*commands: str) -> str:
-    """The last part of a help page: command lines to try."""
+    """The end of a help page: command lines to try."""
     return "\n".join(["\b", "Examples:", *(f"  {PROGRAM} {command}" for command in commands), ""])
 
 
@@ -8264,14 +8263,14 @@ Files:
 
 
 def check_loop_id(_: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """A loop id names a folder: one path component, and nothing that leads elsewhere."""
-    if value is not None and (wrong := what_is_wrong_with(value)):
-        raise click.BadParameter(wrong, param=param)
+    """The callback of --loop. Raises BadParameter."""
+    if value is not None and (fault := loop_id_fault(value)):
+        raise click.BadParameter(fault, param=param)
     return value
 
 
-def what_is_wrong_with(loop_id: str) -> str | None:
-    """Say why a text is no loop id; None if it is one."""
+def loop_id_fault(loop_id: str) -> str | None:
+    """Say why a text cannot be a loop id, which names a folder; None if it can."""
     if loop_id in ("", ".", "..") or loop_id[0] == "-" or "/" in loop_id or printable(loop_id) != loop_id:
         shown = spell_out(loop_id)
         return f"'{shown}' is no loop id: it is one path component, can be printed, and does not start with -"
@@ -8281,7 +8280,7 @@ def what_is_wrong_with(loop_id: str) -> str | None:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Tell whether a person reads this stream, which may be closed."""
+    """Tell whether a stream is a terminal. None is a closed stream."""
     return stream is not None and stream.isatty()
 
 
@@ -8290,12 +8289,12 @@ def wants_json(form: str, pretty: bool) -> bool:
 
 
 def print_json(document: JsonObject, pretty: bool) -> None:
-    """Print one JSON object: on one line, or indented."""
+    """Print a JSON object, indented or on one line."""
     if pretty:
         text = json.dumps(strict_value(document), indent=2, ensure_ascii=False, allow_nan=False)
     else:
         text = encode_json(document).decode()
-    # JSON escapes the first 32 control characters by itself; a terminal may act on the others too.
+    # JSON escapes only the first 32 control characters. A terminal may act on the others, too.
     if not text.isascii() or "\x7f" in text:
         text = spell_out(text, f"[{FORGING}]")
     click.echo(text)
@@ -8308,23 +8307,23 @@ def terminal_width() -> int:
 
 
 class Styled(str):
-    """A cell that has its colours already, and holds nothing unprintable besides."""
+    """The text of a cell that is coloured already, and otherwise printable."""
 
     __slots__ = ()
 
 
-# In a table that is too wide, the last column of text, which has the reasons, is cut to the first of these
-# widths, then the others to the second, then all of them to the third.
+# A table that is too wide is cut in three steps. The last column of text, which has the reasons, is cut to
+# REASON_WIDTH. If that is not enough, the other columns are cut to FAIR_WIDTH, and then all to LEAST_WIDTH.
 REASON_WIDTH = 26
 FAIR_WIDTH = 16
 LEAST_WIDTH = 8
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]], drop: Collection[str] = ()) -> str:
-    """A plain table for people: every cell printable, the columns aligned.
+    """A table for people. Makes cells printable and aligns the columns.
 
-    If the terminal is too narrow for it, long columns are cut, and those of `drop` are left out, the first
-    one first.
+    If the table is too wide for the terminal, the columns in `drop` are left out, in that order, and long
+    ones are cut.
     """
     columns: dict[str, list[str]] = {heading: [] for heading in headings}
     for row in rows:
@@ -8350,22 +8349,22 @@ def column_width(heading: str, cells: Iterable[str]) -> int:
 
 
 def fit_columns(columns: dict[str, list[str]], drop: Iterable[str], room: int) -> None:
-    """Drop and cut columns of a table until it is no wider than the terminal, and by no more than needed."""
+    """Drop and cut columns of a table until it fits into `room` characters, but no more than needed."""
     texts = [h for h, cells in columns.items() if not any(isinstance(cell, Styled) for cell in cells)]
 
-    def excess(*, once_cut: bool = False) -> int:
-        """By how much the table is too wide; `once_cut`: even if it is cut as far as is fair."""
-        total = 2 * len(columns) - 2 - room
+    def excess(widths: Iterable[int]) -> int:
+        return sum(widths) + 2 * (len(columns) - 1) - room
+
+    def widths_after_a_fair_cut() -> Iterator[int]:
         for heading, cells in columns.items():
             width = column_width(heading, cells)
-            if once_cut and heading in texts:
+            if heading in texts:
                 least = REASON_WIDTH if heading == texts[-1] else FAIR_WIDTH
                 width = min(width, max(least, len(heading)))
-            total += width
-        return total
+            yield width
 
     def shorten(headings: Sequence[str], least: int) -> None:
-        while (over := excess()) > 0:
+        while (over := excess(column_width(*column) for column in columns.items())) > 0:
             widest = max(headings, key=lambda heading: column_width(heading, columns[heading]))
             width = column_width(widest, columns[widest])
             limit = max(least, len(widest), width - over)
@@ -8374,7 +8373,7 @@ def fit_columns(columns: dict[str, list[str]], drop: Iterable[str], room: int) -
             columns[widest] = [cut(cell, limit) for cell in columns[widest]]
 
     for heading in drop:
-        if excess(once_cut=True) > 0:
+        if excess(widths_after_a_fair_cut()) > 0:
             del columns[heading]
     texts = [heading for heading in texts if heading in columns]
     shorten(texts[-1:], REASON_WIDTH)
@@ -8385,8 +8384,10 @@ def fit_columns(columns: dict[str, list[str]], drop: Iterable[str], room: int) -
 CONTEXT = {"help_option_names": ["--help", "-h"], "show_default": True}
 
 
+# Shell completion. What cannot be read is not offered, and nothing is said.
+
+
 def complete_loop(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
-    """The loops that a shell may complete a word to."""
     names: list[str] = []
     with contextlib.suppress(DispatchError, click.UsageError):
         names = find_loops(absolute(ctx.params.get("repo") or "."))[0]
@@ -8394,22 +8395,18 @@ def complete_loop(ctx: click.Context, _: click.Parameter, incomplete: str) -> li
 
 
 def complete_sink(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
-    """The sinks that a shell may complete a word to."""
     names: Iterable[str] = ()
     with contextlib.suppress(DispatchError, click.UsageError):
-        path = ctx.params.get("alert_config_file") or os.path.join(
-            ctx.params.get("repo") or ".", DEFAULT_CONFIG
-        )
+        path = ctx.params.get("config_file") or os.path.join(ctx.params.get("repo") or ".", DEFAULT_CONFIG)
         names = load_config(absolute(path), {}, check_env=False).sinks
     return [name for name in names if name.startswith(incomplete)]
 
 
 def complete_code(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
-    """The codes that a shell may complete a word to."""
     return [code for code in CODES if code.startswith(incomplete)]
 
 
-# Made once each: click looks up a translation for every one.
+# Click looks up a translation for each type that is made. These are made once.
 FOLDER_TYPE = click.Path(exists=True, file_okay=False)
 FILE_TYPE = click.Path()
 
@@ -8442,26 +8439,48 @@ any_loop_option = click.option(
 )
 config_option = click.option(
     "--alert-config-file",
+    "config_file",
     envvar=CONFIG_ENV,
     show_envvar=True,
     type=FILE_TYPE,
     show_default=DEFAULT_CONFIG,
     help="The sinks and routes.",
 )
-
-
-queue_option = click.option(
-    "--queue-file",
-    envvar=QUEUE_ENV,
-    show_envvar=True,
-    type=FILE_TYPE,
-    show_default=f"{QUEUE_FILE} of the repo",
-    help="The queue of all loops of the repo.",
+file_option_list = (
+    config_option,
+    click.option(
+        "--escalations-file",
+        type=FILE_TYPE,
+        show_default=f"{SOURCE_FILE} in the loop's folder",
+        help="The source: one JSON object a line.",
+    ),
+    click.option(
+        "--dispatch-state-file",
+        "state_file",
+        type=FILE_TYPE,
+        show_default=f"{STATE_FILE} in the loop's folder",
+        help="The summary of the last pass.",
+    ),
+    click.option(
+        "--dispatch-telemetry-file",
+        "telemetry_file",
+        type=FILE_TYPE,
+        show_default="telemetry/alerts.jsonl in the loop's folder",
+        help="What became of each escalation; a file beside it has every attempt.",
+    ),
+    click.option(
+        "--queue-file",
+        envvar=QUEUE_ENV,
+        show_envvar=True,
+        type=FILE_TYPE,
+        show_default=f"{QUEUE_FILE} of the repo",
+        help="The queue of all loops of the repo.",
+    ),
 )
 
 
 class Paths(NamedTuple):
-    """The repo and the files that the command line names; None: where the host keeps that file."""
+    """The repo and the files that the command line names. None: the file is where the host keeps it."""
 
     repo: str
     config_file: str | None = None
@@ -8472,37 +8491,16 @@ class Paths(NamedTuple):
 
 
 def file_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that name files, for each command that works on loops: it gets them and --repo as
-    `paths`."""
+    """Add the options that name files to a command, which gets them and --repo as `paths`."""
 
     @functools.wraps(command)
-    def with_paths(
-        repo: str,
-        alert_config_file: str | None,
-        queue_file: str | None,
-        escalations_file: str | None,
-        dispatch_state_file: str | None,
-        dispatch_telemetry_file: str | None,
-        **options: object,
-    ) -> None:
-        of_loop = (escalations_file, dispatch_state_file, dispatch_telemetry_file)
-        command(paths=Paths(repo, alert_config_file, queue_file, *of_loop), **options)
+    def with_paths(**options: Any) -> None:
+        paths = Paths(**{name: options.pop(name) for name in Paths._fields})
+        command(paths=paths, **options)
 
-    of_loop = (
-        ("--escalations-file", SOURCE_FILE, "The source: one JSON object a line."),
-        ("--dispatch-state-file", STATE_FILE, "The summary of the last pass."),
-        (
-            "--dispatch-telemetry-file",
-            "telemetry/alerts.jsonl",
-            "What became of each escalation; a file beside it has every attempt.",
-        ),
-    )
-    found = queue_option(with_paths)
-    for name, default, text in reversed(of_loop):
-        found = click.option(name, type=FILE_TYPE, show_default=f"{default} in the loop's folder", help=text)(
-            found
-        )
-    return config_option(found)
+    for option in reversed(file_option_list):
+        option(with_paths)
+    return with_paths
 
 
 pretty_option = click.option("--pretty", is_flag=True, help="Print indented JSON.")
@@ -8608,7 +8606,7 @@ def dispatch(
         raise click.UsageError("say which: --loop ID, or --all-loops")
     trace = printable(trace_id) if trace_id else new_trace_id()
     found, unusable = make_jobs(paths, loop_id, trace)
-    # The loops that were served longest ago come first, so that none is left out for ever.
+    # The loops that were served longest ago come first. Otherwise the last ones might never be served.
     jobs = [
         job._replace(max_escalations=max_escalations, time_budget=time_budget, now=at_once)
         for job in sorted(found, key=last_served)
@@ -8618,30 +8616,42 @@ def dispatch(
     else:
         with orderly_end() as stop, progress_bar() as progress:
             outcomes = run_loops(jobs, os.environ, stop, progress)
-    outcomes |= unusable
-    errors = {name: error for name, error in outcomes.items() if isinstance(error, DispatchError)}
-    if errors and not all_loops:
-        raise next(iter(errors.values()))
     if all_loops:
-        document = summarise_loops(absolute(paths.repo), outcomes, dry_run=dry_run)
+        outcomes |= unusable
+        summary = summarise_loops(absolute(paths.repo), outcomes, dry_run=dry_run)
     else:
-        document = cast("JsonObject", outcomes[jobs[0].loop_id])
-        if missing := no_such_loop(jobs[0]):
-            missing = f"loop {loop_id}: {missing}"
-            document["notes" if dry_run else "message"] = [missing] if dry_run else missing
+        summary = summary_of_one(jobs[0], outcomes[jobs[0].loop_id])
+    errors = {name: error for name, error in outcomes.items() if isinstance(error, DispatchError)}
     for name, error in errors.items():
         click.echo(f"error: loop {printable(name)}: {error}", err=True)
     if wants_json(form, pretty):
-        print_json(document, pretty)
+        print_json(summary, pretty)
     else:
-        click.echo(loops_text(document) if all_loops else summary_text(document))
-        if dry_run:
-            plans = [loop for loop in document.get("loops", [document]) if "escalations" in loop]
-            click.echo(plan_text(plans, several=all_loops))
+        click.echo(dispatch_text(summary))
     if errors:
         raise click.exceptions.Exit(max(error.exit_code for error in errors.values()))
-    if strict and not dry_run and has_failed(document):
+    if strict and not dry_run and has_failed(summary):
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
+
+
+def summary_of_one(job: Job, outcome: Result) -> JsonObject:
+    """The summary or plan of the one loop that was named. Raises its error."""
+    if isinstance(outcome, DispatchError):
+        raise outcome
+    if missing := no_such_loop(job):
+        said = f"loop {job.loop_id}: {missing}"
+        outcome |= {"notes": [said]} if outcome["status"] == "dry_run" else {"message": said}
+    return outcome
+
+
+def dispatch_text(summary: JsonObject) -> str:
+    """What `dispatch` prints for people."""
+    several = "loops" in summary
+    text = loops_text(summary) if several else summary_text(summary)
+    if summary["status"] != "dry_run":
+        return text
+    plans = [plan for plan in summary.get("loops", [summary]) if "escalations" in plan]
+    return f"{text}\n{plan_text(plans, several=several)}"
 
 
 def has_failed(summary: JsonObject) -> bool:
@@ -8656,14 +8666,14 @@ def has_failed(summary: JsonObject) -> bool:
 
 
 def find_loops(repo: str) -> tuple[list[str], dict[str, StorageError]]:
-    """The loops of a repo: folders that have escalations or a dispatcher's state; and those with
-    escalations that cannot be served, with the reason.
+    """The loops of a repo; and an error for each folder that has escalations, but no name for a loop.
 
-    `fleet` is the host's and no loop, a link to a loop is that loop. Raises StorageError.
+    Several links to one folder are one loop. Raises StorageError.
     """
     folder = os.path.join(repo, MANAGER_FOLDER)
     try:
         with os.scandir(folder) as entries:
+            # `fleet` is a folder of the host, not a loop.
             found = [entry for entry in entries if entry.name != "fleet" and is_loop(entry.path)]
     except FileNotFoundError:
         return [], {}
@@ -8673,37 +8683,53 @@ def find_loops(repo: str) -> tuple[list[str], dict[str, StorageError]]:
     loops: dict[str, str] = {}
     faults: dict[str, str] = {}
     for entry in sorted(found, key=lambda entry: (entry.is_symlink(), entry.name)):
-        if wrong := what_is_wrong_with(entry.name):
-            faults[entry.name] = wrong
+        if fault := loop_id_fault(entry.name):
+            faults[entry.name] = fault
         else:
             linked = entry.is_symlink()
             place = os.path.realpath(entry.path) if linked else os.path.join(root, entry.name)
             loops.setdefault(place, entry.name)
-    odd: dict[str, StorageError] = {}
-    for name, wrong in faults.items():
+    misnamed = {}
+    for name, fault in faults.items():
         path = os.path.join(folder, name)
+        if may_have_escalations(path) and os.path.realpath(path) not in loops:
+            words = f"{fault}; its escalations are not sent: rename it in {folder}"
+            misnamed[spell_out(name)] = StorageError(words)
+    return sorted(loops.values()), misnamed
+
+
+def is_loop(folder: str) -> bool:
+    """Tell whether a folder has escalations or a summary of ours. One that cannot be read counts as a loop:
+    a pass says what is wrong with it."""
+    for name in (SOURCE_FILE, STATE_FILE):
         try:
-            written = stat_of(os.path.join(path, SOURCE_FILE))
-            holds_some = written is not None and written.st_size > 0
+            os.stat(os.path.join(folder, name))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
         except OSError:
-            holds_some = True  # it may
-        if holds_some and os.path.realpath(path) not in loops:
-            odd[spell_out(name)] = StorageError(
-                f"{wrong}; its escalations are not sent: rename it in {folder}"
-            )
-    return sorted(loops.values()), odd
+            return True
+        return True
+    return False
+
+
+def may_have_escalations(folder: str) -> bool:
+    """Tell whether a folder has escalations. One that cannot be read may have some."""
+    try:
+        source = stat_of(os.path.join(folder, SOURCE_FILE))
+    except OSError:
+        return True
+    return source is not None and source.st_size > 0
 
 
 def nearest_first(word: str, names: Iterable[str]) -> list[str]:
-    """Names, those first that look most like a word which is not among them."""
+    """Names in the order of their likeness to a word."""
     from difflib import SequenceMatcher
 
     return sorted(names, key=lambda name: -SequenceMatcher(None, word, name).ratio())
 
 
 def no_such_loop(job: Job) -> str | None:
-    """Say that a loop has never written anything, and which loops of the repo have, the nearest name first;
-    None if it has."""
+    """Say that a loop has no files, and which loops have, the nearest name first. None if it has some."""
     if is_there(job):
         return None
     names: list[str] = []
@@ -8717,7 +8743,7 @@ def no_such_loop(job: Job) -> str | None:
 
 
 def check_sink(config: Config, sink_id: str | None) -> None:
-    """Raises BadParameter if a sink that was named is not in the config, with those that are."""
+    """Raises BadParameter if a sink that was named is not in the config, and names those that are."""
     if sink_id is not None and sink_id not in config.sinks:
         known = ", ".join(nearest_first(sink_id, config.sinks))
         said = f"there is no sink {printable(sink_id)!r}; sinks: {known}"
@@ -8725,125 +8751,109 @@ def check_sink(config: Config, sink_id: str | None) -> None:
 
 
 def no_loops(repo: str) -> str:
-    """Say that a repo has no loops at all."""
+    """Say that a repo has no loops."""
     return f"No loop of {printable(repo)} has escalations. --repo names another folder."
 
 
-def is_loop(folder: str) -> bool:
-    """Tell whether a folder is that of a loop. One that cannot be read counts as one: a pass says why."""
-    for name in (SOURCE_FILE, STATE_FILE):
-        try:
-            os.stat(os.path.join(folder, name))
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError:
-            return True
-        return True
-    return False
-
-
 def last_served(job: Job) -> tuple[float, str]:
-    """When a loop was served last, in seconds since the epoch, and its id."""
+    """A key to sort loops by: when the state file was last written, and the loop id."""
     with contextlib.suppress(OSError):
         return os.stat(job.state_file).st_mtime, job.loop_id
     return 0.0, job.loop_id
 
 
-# What the summary of a loop holds that adds up over loops, and what a column of it is called.
-LOOP_COUNTS = (
-    *("processedCount", "dispatchedCount", "skippedCount", "failedCount"),
-    *("lateDispatchedCount", "lateFailedCount", "waitingCount", "unreadCount", "deadLetterCount"),
-)
-LOOP_HEADINGS = (
-    *("NEW", "DELIVERED", "SKIPPED", "FAILED"),
-    *("LATE", "LATE FAILED", "WAITING", "UNREAD", "DEAD"),
-)
-
-
-def list_loops(outcomes: Mapping[str, Result]) -> list[JsonObject]:
-    """What came of each loop, by its id; of one that was stopped, the error."""
-    return [
-        {"loopId": name, "status": "error", "message": str(outcome)}
-        if isinstance(outcome, DispatchError)
-        else outcome
-        for name, outcome in sorted(outcomes.items())
-    ]
+# The counts in a loop's summary that are added up over loops, and the headings of their columns.
+LOOP_COUNTS = {
+    "processedCount": "NEW",
+    "dispatchedCount": "DELIVERED",
+    "skippedCount": "SKIPPED",
+    "failedCount": "FAILED",
+    "lateDispatchedCount": "LATE",
+    "lateFailedCount": "LATE FAILED",
+    "waitingCount": "WAITING",
+    "unreadCount": "UNREAD",
+    "deadLetterCount": "DEAD",
+}
 
 
 def summarise_loops(repo: str, outcomes: Mapping[str, Result], *, dry_run: bool) -> JsonObject:
     """The summary of a run over many loops: their sums, and each loop's own status and counts."""
     shown = (
         *("loopId", "status", "message", "stoppedBy", *LOOP_COUNTS, "failureReasonCodes", "sinks"),
-        *("oldestAt", "escalations", "notes"),  # of a dry run
+        *("oldestAt", "escalations", "notes"),  # only in plans
     )
-    loops = [{key: loop[key] for key in shown if key in loop} for loop in list_loops(outcomes)]
+    loops: list[JsonObject] = []
+    for name, outcome in sorted(outcomes.items()):
+        if isinstance(outcome, DispatchError):
+            loops.append({"loopId": name, "status": "error", "message": str(outcome)})
+        else:
+            loops.append({key: outcome[key] for key in shown if key in outcome})
     sums = {key: sum(loop.get(key, 0) for loop in loops) for key in LOOP_COUNTS}
-    statuses = [loop["status"] for loop in loops]
-    broken, locked = statuses.count("error"), statuses.count("locked")
-    if dry_run:
-        status = "dry_run"
-    elif broken or sums["failedCount"]:
-        none = not sums["dispatchedCount"] and (sums["failedCount"] or broken == len(loops))
-        status = "failed" if none else "partial"
-    elif sums["processedCount"]:
-        status = "success"
-    elif loops:
-        status = "locked" if locked == len(loops) else "no_new_escalations"
-    else:
-        status = "no_source"
+    statuses = Counter(loop["status"] for loop in loops)
     return {
         "schemaVersion": SCHEMA_VERSION,
         "updatedAt": iso(time.time()),
         "repoPath": repo,
-        "status": status,
+        "status": "dry_run" if dry_run else status_of_all(statuses, sums),
         "loopCount": len(loops),
-        "lockedLoopCount": locked,
-        "brokenLoopCount": broken,
+        "lockedLoopCount": statuses["locked"],
+        "brokenLoopCount": statuses["error"],
         **sums,
         "failureReasonCodes": sorted({code for loop in loops for code in loop.get("failureReasonCodes", [])}),
         "loops": loops,
     }
 
 
+def status_of_all(statuses: Counter[str], sums: Mapping[str, int]) -> str:
+    """The status of a run over many loops: how many have which status, and what their counts add up to."""
+    count = statuses.total()
+    if statuses["error"] or sums["failedCount"]:
+        all_failed = sums["failedCount"] or statuses["error"] == count
+        return "failed" if all_failed and not sums["dispatchedCount"] else "partial"
+    if sums["processedCount"]:
+        return "success"
+    if not count:
+        return "no_source"
+    return "locked" if statuses["locked"] == count else "no_new_escalations"
+
+
 def loops_text(summary: JsonObject) -> str:
-    """The summary of a run over many loops for people: the loops that have something to tell."""
+    """The summary of a run over many loops for people. Loops in which nothing happened are left out."""
+    colour = STATUS_COLOURS.get(summary["status"], "yellow")
+    counted = f"{plural(summary['loopCount'], 'loop')}, {summary['processedCount']} new"
+    lines = [f"{click.style(summary['status'], fg=colour)}  {counted}"]
+    if not summary["loops"]:
+        lines.append(no_loops(summary["repoPath"]))
     quiet = {"no_new_escalations", "no_source", "dry_run"}
     loops = [
         loop
         for loop in summary["loops"]
         if loop["status"] not in quiet or any(loop[key] for key in LOOP_COUNTS)
     ]
-    counts = [
-        (heading, key)
-        for heading, key in zip(LOOP_HEADINGS, LOOP_COUNTS, strict=True)
-        if any(loop.get(key) for loop in loops)
-    ]
-    rows = [
-        (
-            loop["loopId"],
-            loop["status"],
-            *(loop.get(key) for _, key in counts),
-            "another pass is running"
-            if loop["status"] == "locked"
-            else " ".join((loop.get("message") or ", ".join(causes_of(loop))).split()) or None,
-        )
-        for loop in loops
-    ]
-    colour = STATUS_COLOURS.get(summary["status"], "yellow")
-    counted = f"{plural(summary['loopCount'], 'loop')}, {summary['processedCount']} new"
-    lines = [f"{click.style(summary['status'], fg=colour)}  {counted}"]
-    if not summary["loops"]:
-        lines.append(no_loops(summary["repoPath"]))
     stopped = {loop["stoppedBy"] for loop in loops if loop.get("stoppedBy")}
     lines += [stopped_words(by, summary["unreadCount"]) for by in sorted(stopped)]
-    if rows:
-        headings = ("LOOP", "STATUS", *(heading for heading, _ in counts), "REASONS")
+    if loops:
+        counts = [key for key in LOOP_COUNTS if any(loop.get(key) for loop in loops)]
+        rows = [
+            (loop["loopId"], loop["status"], *(loop.get(key) for key in counts), loop_note(loop))
+            for loop in loops
+        ]
+        headings = ("LOOP", "STATUS", *(LOOP_COUNTS[key] for key in counts), "REASONS")
         lines += ["", table(headings, rows, ("SKIPPED", "REASONS", "LATE FAILED", "LATE"))]
     return "\n".join(lines)
 
 
+def loop_note(loop: JsonObject) -> str | None:
+    """Why a loop in a run over many stands as it does, on one line."""
+    if loop["status"] == "locked":
+        return "another pass is running"
+    said = loop.get("message") or ", ".join(causes_of(loop))
+    return " ".join(said.split()) or None
+
+
 def check_apart(job: Job) -> None:
-    """Refuse files that are the same: the program would overwrite what is not its own. Raises UsageError."""
+    """Refuse files that are the same: the program would overwrite a file that it only reads, or one of its
+    own with another. Raises UsageError."""
     files = {
         **files_of(job),
         "the attempts file": job.attempts_file,
@@ -8858,20 +8868,21 @@ def check_apart(job: Job) -> None:
 
 
 def check_regular(job: Job) -> None:
-    """Refuse to write to what is there and is no file. Raises StateError or StorageError."""
-    rows = (job.telemetry_file, job.attempts_file)
-    for path, error in ((job.state_file, StateError), *((path, StorageError) for path in rows)):
-        found = None
-        with contextlib.suppress(OSError):  # what is wrong with it is said when it is opened
-            found = os.stat(path)
-        if found and not stat.S_ISREG(found.st_mode):
-            raise error(
-                f"{path} is not a regular file", ["the program writes that file: move away what is there"]
-            )
+    """Refuse to write to anything but a regular file. Raises StateError or StorageError."""
+    errors = {
+        job.state_file: StateError,
+        job.telemetry_file: StorageError,
+        job.attempts_file: StorageError,
+    }
+    for path, error in errors.items():
+        with contextlib.suppress(OSError):  # opening the file says what is wrong with it
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                advice = "the program writes that file: move away what is there"
+                raise error(f"{path} is not a regular file", [advice])
 
 
 def make_job(paths: Paths, loop_id: str, trace_id: str | None = None) -> Job:
-    """A job on the files that the command line names, the others where the host keeps them.
+    """A job on the files that the command line names. The others are where the host keeps them.
 
     Raises UsageError, StateError or StorageError.
     """
@@ -8889,7 +8900,7 @@ def make_job(paths: Paths, loop_id: str, trace_id: str | None = None) -> Job:
 def make_jobs(
     paths: Paths, loop_id: str | None, trace_id: str | None = None
 ) -> tuple[list[Job], dict[str, DispatchError]]:
-    """The jobs of one loop or, if none is named, of all; and of those that cannot be served what is wrong.
+    """The job of one loop or, if none is named, of each loop; and the errors of those that cannot be served.
 
     Raises UsageError; StateError or StorageError if a loop is named; StorageError if the repo cannot be read.
     """
@@ -8897,22 +8908,22 @@ def make_jobs(
         return [make_job(paths, loop_id, trace_id)], {}
     if paths.escalations_file or paths.state_file or paths.telemetry_file:
         raise click.UsageError("a loop's own files go with --loop ID: name none for all loops")
-    names, odd = find_loops(absolute(paths.repo))
+    names, misnamed = find_loops(absolute(paths.repo))
     jobs: list[Job] = []
-    faults: dict[str, DispatchError] = dict(odd)
+    errors: dict[str, DispatchError] = dict(misnamed)
     for name in names:
         try:
             jobs.append(make_job(paths, name, trace_id))
         except DispatchError as error:
-            faults[name] = error
-        except click.UsageError as fault:
-            faults[name] = StorageError(fault.format_message())
-    return jobs, faults
+            errors[name] = error
+        except click.UsageError as error:
+            errors[name] = StorageError(error.format_message())
+    return jobs, errors
 
 
 @contextlib.contextmanager
 def orderly_end() -> Iterator[threading.Event]:
-    """Let SIGTERM, SIGINT and SIGHUP end a pass as its time budget would; a second one ends it at once."""
+    """Let SIGTERM, SIGINT and SIGHUP stop a pass as its time budget would. A second one kills the process."""
     stop = threading.Event()
 
     def end(signum: int, _: object) -> None:
@@ -8921,7 +8932,7 @@ def orderly_end() -> Iterator[threading.Event]:
 
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     for signum, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as nohup has it
+        if handler is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(signum, end)
     try:
         yield stop
@@ -8932,8 +8943,7 @@ def orderly_end() -> Iterator[threading.Event]:
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Progress | None]:
-    """A progress bar of deliveries, with the time that the pass has left, if a person watches standard
-    error."""
+    """If standard error is a terminal, show how many deliveries have ended, and the seconds left."""
     if not is_terminal(sys.stderr):
         yield None
         return
@@ -8941,8 +8951,7 @@ def progress_bar() -> Iterator[Progress | None]:
     with contextlib.ExitStack() as shown:
 
         def show(done: int, total: int, left: float) -> None:
-            # No empty bar above an error that came before anything was ingested.
-            if not total:
+            if not total:  # no empty bar above an early error
                 return
             bar.label = f"Delivering, {max(0.0, left):.0f} s left"
             bar.length, bar.pos = total, done
@@ -8954,7 +8963,7 @@ def progress_bar() -> Iterator[Progress | None]:
         yield show
 
 
-# Of a pass in which nothing failed, or everything.
+# Every other status is yellow.
 STATUS_COLOURS = {"success": "green", "no_new_escalations": "green", "failed": "red"}
 
 
@@ -8962,12 +8971,12 @@ def summary_text(summary: JsonObject) -> str:
     """The summary of a pass for people: what happened, and what is left for each sink."""
     status, now = summary["status"], parse_time(summary.get("updatedAt")) or time.time()
     sinks = summary.get("sinks") or {}
-    # By what an older summary said, a sink may be enabled.
-    idle = bool(sinks) and not any(sink.get("enabled", True) for sink in sinks.values())
-    odd = idle or (status != "failed" and has_failed(summary))
-    coloured = click.style(status, fg="yellow" if odd else STATUS_COLOURS.get(status, "yellow"))
+    # The summaries of older versions do not say whether a sink is enabled.
+    all_disabled = bool(sinks) and not any(sink.get("enabled", True) for sink in sinks.values())
+    warn = all_disabled or (status != "failed" and has_failed(summary))
+    coloured = click.style(status, fg="yellow" if warn else STATUS_COLOURS.get(status, "yellow"))
     lines = [f"{coloured}  {what_a_pass_did(summary)}"]
-    if idle:
+    if all_disabled:
         lines.append('no sink is enabled: nothing is sent; set "enabled": true on a sink in the config')
     if summary.get("stoppedBy"):
         lines.append(stopped_words(summary["stoppedBy"], summary["unreadCount"]))
@@ -9009,30 +9018,30 @@ def what_a_pass_did(summary: JsonObject) -> str:
 
 
 def causes_of(summary: JsonObject) -> list[str]:
-    """The reason codes of what failed in a pass, without those which only say that something did."""
-    follow = ("dispatch_failed", "partial_dispatch_failure", "delivery_deferred")
-    return [code for code in summary["failureReasonCodes"] if code not in follow]
+    """The reason codes of what failed in a pass. Leaves out those that only say that something failed."""
+    without_cause = ("dispatch_failed", "partial_dispatch_failure", "delivery_deferred")
+    return [code for code in summary["failureReasonCodes"] if code not in without_cause]
 
 
 def is_failing(sink: JsonObject, summary: JsonObject) -> bool:
-    """Tell whether a sink keeps something waiting because its attempts fail, or will do so."""
+    """Tell whether the last attempt failed, and something waits for the sink or may do so."""
     return bool(sink["consecutiveFailures"] and (sink["waitingCount"] or summary["unreadCount"]))
 
 
 def unread_words(lines: int) -> str:
-    """How much of a source no pass has read."""
+    """Say how much of a source no pass has read."""
     return f"{plural(lines, 'line')} of the source not read yet"
 
 
 def stopped_words(by: str, unread: int) -> str:
-    """Why a pass ended before all was sent, and how much of the source it has not read."""
+    """Say why a pass ended before all was sent, and how much of the source it has not read."""
     why = "a signal" if by == "signal" else "its time budget"
     left = f", {unread_words(unread)}" if unread else ""
     return f"stopped by {why}{left}; the next pass goes on"
 
 
 def what_is_left(sink: JsonObject, *, failing: bool) -> str | None:
-    """What a sink's deliveries wait for: the trouble with it, or its rate and how long that takes."""
+    """What the deliveries of a sink wait for: why it fails, or its rate and how long that takes."""
     if sink.get("enabled") is False:
         return "disabled"
     if failing:
@@ -9046,19 +9055,18 @@ def what_is_left(sink: JsonObject, *, failing: bool) -> str | None:
 
 
 def note_lines(notes: Iterable[str]) -> list[str]:
-    """Notes as lines of a text for people."""
     return [f"note: {printable(note)}" for note in notes]
 
 
 def short_id(escalation: str | None) -> str | None:
-    """As much of an escalation's id as tells it from others, for people."""
+    """The beginning of an escalation's id, which is usually unique."""
     return escalation and escalation[:12]
 
 
 def sinks_words(sinks: Iterable[tuple[str, str | None, str]], *, named: bool) -> str:
-    """How the deliveries of an escalation stand, in a cell: the word, the reason, the sinks.
+    """The deliveries of an escalation in a cell, as `waiting (rate_limited): slack-default`.
 
-    `sinks`: the word, the reason and the id of each. `named`: also if all have the same word and reason.
+    `sinks`: a word, a reason and an id each. `named`: name the sinks even if all have one word and reason.
     """
     groups: dict[tuple[str, str | None], list[str]] = {}
     for word, why, sink_id in sinks:
@@ -9069,12 +9077,12 @@ def sinks_words(sinks: Iterable[tuple[str, str | None, str]], *, named: bool) ->
     )
 
 
-# What a pass would make of a delivery, in the words of `log`.
+# The decisions of a plan in the words of `log`.
 PLAN_WORDS = {"send": "delivered", "wait": "waiting", "keep": "waiting", "drop": "dead", "skip": "skipped"}
 
 
 def plan_text(plans: Sequence[JsonObject], *, several: bool) -> str:
-    """What a dry run found, for people. `several`: of more than one loop."""
+    """The plans of loops for people. `several`: name the loops."""
     now = time.time()
     lines = ["Nothing was sent or written. This is what a pass would do, if each sink took it in time."]
     if written := [plan["oldestAt"] for plan in plans if plan["oldestAt"]]:
@@ -9087,18 +9095,23 @@ def plan_text(plans: Sequence[JsonObject], *, several: bool) -> str:
     for plan in plans:
         loop = f"loop {plan['loopId']}, " if several else ""
         lines += note_lines(f"{loop}{note}" for note in plan["notes"])
-        for item in plan["escalations"]:
-            for sink in item.get("sinks", []):
-                if "request" in sink:
-                    head = printable(f"{loop}line {item['line']} to {sink['id']}:")
-                    shown = json.dumps(sink["request"], indent=2, ensure_ascii=False)
-                    lines += ["", click.style(head, bold=True), *map(printable, shown.splitlines())]
+        lines += request_lines(plan["escalations"], loop)
     return "\n".join(["", *lines])
 
 
+def request_lines(escalations: Iterable[JsonObject], loop: str) -> Iterator[str]:
+    """The requests in a plan for people. `loop`: how their headlines begin."""
+    for item in escalations:
+        for sink in item.get("sinks", []):
+            if "request" in sink:
+                head = printable(f"{loop}line {item['line']} to {sink['id']}:")
+                shown = json.dumps(sink["request"], indent=2, ensure_ascii=False)
+                yield from ("", click.style(head, bold=True), *map(printable, shown.splitlines()))
+
+
 def plan_table(plans: Sequence[JsonObject], now: float, *, several: bool) -> str:
-    """Each escalation and what a pass would make of it; of many, how many are alike."""
-    first = 0 if several else 1  # the loop stands first
+    """A table of the escalations in plans; of many, a row for those that are alike."""
+    first = 0 if several else 1  # leaves out the loop
     found = [
         (
             plan["loopId"],
@@ -9126,24 +9139,24 @@ def plan_table(plans: Sequence[JsonObject], now: float, *, several: bool) -> str
 
 
 def plan_cell(item: JsonObject) -> str:
-    """What a pass would make of an escalation, or of a line without one, in a cell."""
+    """The decisions on an escalation, or on a line that is none, in a cell."""
     if not item.get("sinks"):
-        return f"{'skipped' if item['decision'] not in UNUSABLE else 'failed'} ({item['decision']})"
-    words = list(PLAN_WORDS)
-    sinks = sorted(item["sinks"], key=lambda sink: words.index(sink["decision"]))
-    said = (
+        return f"{'failed' if item['decision'] in UNUSABLE else 'skipped'} ({item['decision']})"
+    order = list(PLAN_WORDS)
+    sinks = sorted(item["sinks"], key=lambda sink: order.index(sink["decision"]))
+    words = (
         (PLAN_WORDS[sink["decision"]], sink.get("reasonCode") or sink.get("why"), sink["id"])
         for sink in sinks
     )
-    return sinks_words(said, named=True)
+    return sinks_words(words, named=True)
 
 
 def grouped_table(
     headings: Sequence[str], groups: Mapping[tuple[object, ...], Sequence[str | None]], now: float
 ) -> str:
-    """A table of many things, a row for those that are alike: how many there are, from when to when.
+    """A table with one row for things that are alike: their cells, their number, the oldest and the newest.
 
-    `groups`: the times of those that have the same cells; the last of these has the reasons.
+    `groups`: by cells, the times of the things that have them. The last cell has the reasons.
     """
     rows = []
     for cells, found in sorted(groups.items(), key=lambda group: -len(group[1])):
@@ -9216,7 +9229,7 @@ def config(
 
 
 def read_severity(word: str) -> str:
-    """The severity that a word on the command line means. Raises BadParameter for an unknown word."""
+    """The severity that an option means. Raises BadParameter for an unknown word."""
     level = normalise_severity(word)
     if level is None:
         known = ", ".join(SEVERITIES)
@@ -9225,7 +9238,7 @@ def read_severity(word: str) -> str:
 
 
 def config_document(config: Config) -> JsonObject:
-    """What `config` prints: the whole config, resolved."""
+    """The config, resolved, as `config` prints it for scripts."""
     warnings = quoted_secrets(config.sinks.values())
     return {
         "schemaVersion": SCHEMA_VERSION,
@@ -9241,7 +9254,7 @@ def config_document(config: Config) -> JsonObject:
 
 
 def resolution_document(config: Config, resolution: Resolution) -> JsonObject:
-    """What `config --category` prints: where a record goes, and why."""
+    """Where records of a category go, and why, as `config --category` prints it for scripts."""
     document = {
         "schemaVersion": SCHEMA_VERSION,
         "sourceFile": config.path,
@@ -9267,29 +9280,19 @@ def config_text(config: Config) -> str:
         names = sink.secret_refs.values()
         return ", ".join(name if present[name]["present"] else f"{name} (unset)" for name in names)
 
-    def reached(resolution: Resolution) -> str:
-        names = (
-            sink.id if sink.enabled else f"{sink.id} (disabled)"
-            for sink in resolution.selected
-            if not resolution.should_dispatch or why_not(sink, resolution) is None or not sink.enabled
-        )
-        listed = ", ".join(names) or "no sink"
-        return listed if resolution.should_dispatch else f"only from {resolution.min_severity} on: {listed}"
-
-    router = Router(config)
-    routing = config.routing
-    named = [route["category"] for route in routing.get("routes", []) if route.get("enabled", True)]
-    rows = [
-        (category, found.event_severity, found.min_severity, reached(found))
-        for category in dict.fromkeys([*named, *routing.get("categorySeverity", {})])
-        for found in (router.resolve(category, None),)
-    ]
-    other = router.resolve("", None)
-    rows.append(("any other", other.event_severity, other.min_severity, reached(other)))
     sinks = (
         (sink.id, sink.type, "yes" if sink.enabled else "no", sink.min_severity, secrets(sink))
         for sink in config.sinks.values()
     )
+    router = Router(config)
+    routing = config.routing
+    routed = [route["category"] for route in routing.get("routes", []) if route.get("enabled", True)]
+    categories = {name: name for name in (*routed, *routing.get("categorySeverity", {}))}
+    rows = [
+        (title, found.event_severity, found.min_severity, where_it_goes(found))
+        for title, category in [*categories.items(), ("any other", "")]
+        for found in [router.resolve(category, None)]
+    ]
     return "\n".join(
         [
             f"{click.style('valid', fg='green')}  {printable(config.path)}",
@@ -9304,8 +9307,19 @@ def config_text(config: Config) -> str:
     )
 
 
+def where_it_goes(resolution: Resolution) -> str:
+    """The sinks of a category in a cell."""
+    names = (
+        sink.id if sink.enabled else f"{sink.id} (disabled)"
+        for sink in resolution.selected
+        if not (resolution.should_dispatch and sink.enabled) or sink in resolution.dispatchable
+    )
+    listed = ", ".join(names) or "no sink"
+    return listed if resolution.should_dispatch else f"only from {resolution.min_severity} on: {listed}"
+
+
 def resolution_text(resolution: Resolution) -> str:
-    """Where a record of a category goes, for people, and why not elsewhere."""
+    """Where records of a category go, for people, and why not to a sink."""
     route = "its route" if resolution.route["matched"] else "no route, so the default sinks"
     severity, minimum = resolution.event_severity, resolution.min_severity
     head = f"{resolution.category}, severity {severity}: {route}, from {minimum} on"
@@ -10848,7 +10862,7 @@ def make_test_alert(severity: str, trace_id: str) -> Escalation:
 @pretty_option
 def send_test(
     repo: str,
-    alert_config_file: str | None,
+    config_file: str | None,
     sink_ids: tuple[str, ...],
     severity: str,
     form: Format,
@@ -10861,7 +10875,7 @@ def send_test(
     """
     level = read_severity(severity)
     repo = absolute(repo)
-    config_file = absolute(alert_config_file or os.path.join(repo, DEFAULT_CONFIG))
+    config_file = absolute(config_file or os.path.join(repo, DEFAULT_CONFIG))
     loaded = load_config(config_file, os.environ, check_env=not sink_ids)
     for sink_id in sink_ids:
         check_sink(loaded, sink_id)
