@@ -9336,13 +9336,13 @@ def resolution_text(resolution: Resolution) -> str:
 # ---------------------------------------------------------------------------------------------------------
 # Status: is it working, what is stuck, why, what to do
 # ---------------------------------------------------------------------------------------------------------
-# Reads the queue, the summary, the source and the ends of the telemetry files. Never writes: no file or
-# folder is made, no alert is sent.
+# Reads the queue, the summary, the source and the ends of the telemetry files. Sends nothing and makes no
+# file or folder. Only `--ack` writes, to the queue.
 
-# An unfinished line is reported once its writer has been silent for this many seconds.
+# An unfinished line is reported if its writer has been silent for this many seconds.
 WRITER_GRACE = 60.0
 Health = Literal["ok", "warning", "critical", "disabled", "unknown"]
-# Of many loops, a monitor learns of the worst.
+# From best to worst: a monitor shows the worst loop.
 HEALTH_ORDER: tuple[Health, ...] = ("ok", "warning", "unknown", "critical")
 # The monitoring-plugin convention: OK, WARNING, CRITICAL, UNKNOWN.
 PLUGIN_CODES = {"ok": 0, "warning": 1, "critical": 2, "unknown": 3}
@@ -9370,7 +9370,7 @@ DELIVERY_FIELDS = (
 
 
 class Finding(NamedTuple):
-    """One thing that an operator should know of a loop, how bad it is, and what to do about it."""
+    """Something that an operator should know about a loop, how bad it is, and what to do about it."""
 
     health: Health
     words: str
@@ -9380,7 +9380,7 @@ class Finding(NamedTuple):
 def advise(fault: object, sink: Sink | None, commands: Mapping[str, str]) -> str:
     """Say how to fix what a fault code stands for. `commands`: those of `commands_for`.
 
-    Without a sink (the config cannot be read, or no longer has it) its variables go by what they are for.
+    If the sink is not known (the config cannot be read, or no longer has it), the advice names no variables.
     """
     found = CODES.get(str(fault))
     if found is None:
@@ -9429,25 +9429,24 @@ def test_command(repo: str, config_file: str, sink_id: str) -> str:
 
 
 class LoopFigures(NamedTuple):
-    """What the queue says of a loop.
+    """What the queue says about a loop."""
 
-    `cursor`: how far its source was read. By sink id: `sinks` are the figures of each; `stuck` is the line of
-    the current file that the sink does not take though it is well; `hours` is what came of the attempts of
-    the last 24 hours. `losses`: what reached nobody of late. `past`: what the loop's files say, if the queue
-    does not know the loop. `damage`: what is wrong with the queue.
-    """
-
+    # How far the source was read.
     cursor: Cursor
+    # By sink: its figures; the line that it refuses although it takes others; its attempts in each hour.
     sinks: dict[str, JsonObject]
     stuck: dict[str, int]
-    losses: list[tuple[str, int, float]]
     hours: dict[str, dict[int, tuple[int, int]]]
-    past: PastRun | None
+    # Reason code, count and last time of what reached nobody.
+    losses: list[tuple[str, int, float]]
+    # What the loop's files say; None if the queue knows the loop.
+    past: PastRun | None = None
+    # What is wrong with the queue.
     damage: str | None = None
 
 
 def read_figures(job: Job, config: Config | None, now: float) -> LoopFigures:
-    """Read what the queue says of a loop. No pass writes to it meanwhile.
+    """Read what the queue says about a loop, at one moment: no pass writes meanwhile.
 
     Raises StateError or StorageError.
     """
@@ -9457,78 +9456,79 @@ def read_figures(job: Job, config: Config | None, now: float) -> LoopFigures:
         if queue is not None:
             with queue, queue.errors():
                 if found := queue.find_loop(job.loop_id):
-                    number, cursor, _ = found
-                    tallies = queue.tallies(number)
-                    sinks = {
-                        sink_id: sink_figure(
-                            queue, number, sink_id, tallies.get(sink_id, {}), queue.destinations_of(sink_id)
-                        )
-                        for sink_id in {**(config.sinks if config else {}), **tallies}
-                    }
-                    stuck = {
-                        sink_id: place[1]
-                        for sink_id in sinks
-                        if (place := queue.stuck_at(number, sink_id, SAME_RECORD_ATTEMPTS))
-                        and place[0] == cursor.segment
-                    }
-                    losses, hours = queue.losses(number, now), queue.hours(number, now)
-                    return LoopFigures(cursor, sinks, stuck, losses, hours, None)
+                    loop, cursor, _ = found
+                    return figures_of(queue, loop, cursor, config.sinks if config else (), now)
     except DamagedQueueError as error:
         damage = str(error).partition("\n")[0]
     past = read_past(job)
-    return LoopFigures(past.cursor, {}, {}, [], {}, past, damage)
+    return LoopFigures(past.cursor, {}, {}, {}, [], past, damage)
+
+
+def figures_of(queue: Queue, loop: int, cursor: Cursor, sink_ids: Iterable[str], now: float) -> LoopFigures:
+    """The figures of a loop that the queue knows, for these sinks and all that it has sent to."""
+    tallies = queue.tallies(loop)
+    sinks = {
+        sink_id: sink_figure(queue, loop, sink_id, tallies.get(sink_id, {}), queue.destinations_of(sink_id))
+        for sink_id in dict.fromkeys([*sink_ids, *tallies])
+    }
+    stuck = {
+        sink_id: place[1]
+        for sink_id in sinks
+        if (place := queue.stuck_at(loop, sink_id, SAME_RECORD_ATTEMPTS)) and place[0] == cursor.segment
+    }
+    return LoopFigures(cursor, sinks, stuck, queue.hours(loop, now), queue.losses(loop, now))
 
 
 class Unread(NamedTuple):
-    """What no pass has read yet: how many lines, the timestamp of the oldest escalation in them, and for each
-    sink how many are for it, and the timestamp of the oldest of these."""
+    """The lines that no pass has read yet. `oldest`: the timestamp of the first escalation in them.
+    `by_sink`: how many escalations are for the sink, and the timestamp of the first of these."""
 
     lines: int
     oldest: str | None
     by_sink: dict[str, tuple[int, str | None]]
 
 
-class Seen(NamedTuple):
-    """What `status` has read of a loop, before it judges any of it.
-
-    `document`: the state file; None if there is none, or a damaged one. `config`: None if it cannot be read;
-    `config_valid`: None if there is none. `rows`: those at the end of the telemetry. `last`: the last one.
-    `failures`: the last failed attempt of each sink, as far as it is at hand.
-    """
+class LoopFacts(NamedTuple):
+    """What `status` has read about a loop, before it judges any of it."""
 
     job: Job
     now: float
     critical_after: float
+    # The state file; None if there is none, or if it is damaged.
     document: JsonObject | None
+    # None if it cannot be read.
     config: Config | None
+    # None if there is no config.
     config_valid: bool | None
     figures: LoopFigures
     unread: Unread
+    # The rows at the end of the telemetry, and the last one.
     rows: list[JsonObject]
     last: JsonObject | None
+    # The last failed attempt of each sink, if the end of the attempts file has it.
     failures: dict[str, JsonObject]
     commands: dict[str, str]
     notes: list[str]
 
     @property
-    def queue_knows(self) -> bool:
+    def place_is_known(self) -> bool:
         """Tell whether the queue or, without it, the loop's files say how far its source was read."""
         return self.figures.past is None or bool(self.figures.cursor.number or self.figures.cursor.line)
 
     @property
     def has_run(self) -> bool:
         """Tell whether a pass has ever run."""
-        return self.queue_knows or self.document is not None
+        return self.place_is_known or self.document is not None
 
     @property
     def was_invalid(self) -> bool:
-        """Tell whether the last pass found the config invalid, though the file is valid now: a secret was
-        unset, or the file was corrected since."""
+        """Tell whether the config is valid now, but was not for the last pass: a secret was unset, or the
+        file was corrected since."""
         return (self.document or {}).get("status") == "config_invalid" and self.config_valid is not False
 
 
-def read_loop(job: Job, critical_after: float) -> Seen:
-    """Read all that is known of a loop. Raises StateError or StorageError."""
+def read_facts(job: Job, critical_after: float) -> LoopFacts:
+    """Read all that is known about a loop. Raises StateError or StorageError."""
     now = time.time()
     notes: list[str] = []
     try:
@@ -9536,9 +9536,9 @@ def read_loop(job: Job, critical_after: float) -> Seen:
     except ValueError:
         document = None
         notes.append(f"the state file {job.state_file} is damaged: the next pass writes a new one")
-    config, config_valid, said = config_of_status(job, document)
+    config, config_valid, config_notes = read_config_if_any(job, document)
     figures = read_figures(job, config, now)
-    seen = Seen(
+    facts = LoopFacts(
         job=job,
         now=now,
         critical_after=critical_after,
@@ -9553,33 +9553,38 @@ def read_loop(job: Job, critical_after: float) -> Seen:
         commands=commands_for(job),
         notes=notes,
     )
-    if document is None and not notes and seen.queue_knows:
+    if document is None and not notes and facts.place_is_known:
         notes.append(f"the state file {job.state_file} is not there: the next pass writes a new one")
     if figures.damage:
         notes.append(f"{figures.damage}: the next pass keeps it aside and starts a new one")
-    notes += said
-    if seen.unread.lines and config is None:
-        notes.append(f"{unread_words(seen.unread.lines)}: without a config it is not known for which sinks")
-    return seen
+    notes += config_notes
+    if facts.unread.lines and config is None:
+        notes.append(f"{unread_words(facts.unread.lines)}: without a config it is not known for which sinks")
+    return facts
 
 
 def loop_status(job: Job, critical_after: float) -> JsonObject:
-    """How a loop and each of its sinks stand. Works without config, secrets and queue, and says what it does
-    not know.
+    """The status of a loop and its sinks. Works without config, secrets or queue, and says what it does not
+    know.
 
     Raises StateError or StorageError.
     """
-    seen = read_loop(job, critical_after)
-    document, last, in_config = seen.document, seen.last, seen.config.sinks if seen.config else {}
+    facts = read_facts(job, critical_after)
+    document, last, in_config = facts.document, facts.last, facts.config.sinks if facts.config else {}
+    figures = facts.figures.sinks
+    # A sink that was removed from the config is shown as long as something waits for it or is dead.
     sinks = [
-        sink_status(seen, sink_id)
-        for sink_id in sorted({*seen.figures.sinks, *in_config})
-        if seen.config is None or sink_id in in_config or has_open_deliveries(seen.figures.sinks[sink_id])
+        sink_status(facts, sink_id)
+        for sink_id in sorted({*figures, *in_config})
+        if facts.config is None
+        or sink_id in in_config
+        or figures[sink_id]["waitingCount"]
+        or figures[sink_id]["deadLetterCount"]
     ]
-    findings = list(find_troubles(seen, sinks)) or [Finding("ok", "nothing is waiting")]
+    findings = list(find_troubles(facts, sinks)) or [Finding("ok", "nothing is waiting")]
     return {
         "schemaVersion": SCHEMA_VERSION,
-        "generatedAt": iso(seen.now),
+        "generatedAt": iso(facts.now),
         "repoPath": job.repo,
         "loopId": job.loop_id,
         "health": max((finding.health for finding in findings), key=HEALTH_ORDER.index),
@@ -9592,42 +9597,42 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
             "lastDelivery": last and {key: last.get(key) for key in DELIVERY_FIELDS},
         },
         "sinks": sinks,
-        "failureReasons": count_failures(seen.rows),
-        "unreadCount": seen.unread.lines,
-        "configValid": False if seen.was_invalid else seen.config_valid,
-        "silent": is_silent(seen, sinks),
+        "failureReasons": count_failures(facts.rows),
+        "unreadCount": facts.unread.lines,
+        "configValid": False if facts.was_invalid else facts.config_valid,
+        "silent": is_silent(facts, sinks),
         "verdict": "; ".join(finding.words for finding in findings),
         "advice": list(dict.fromkeys(finding.advice for finding in findings if finding.advice)),
-        "notes": [*seen.notes, *notes_of_sinks(seen, sinks)],
+        "notes": [*facts.notes, *notes_of_sinks(facts, sinks)],
     }
 
 
-def notes_of_sinks(seen: Seen, sinks: Sequence[JsonObject]) -> Iterator[str]:
-    """What becomes of what waits for sinks that are disabled or were removed; and why the last pass sent
-    nothing."""
+def notes_of_sinks(facts: LoopFacts, sinks: Sequence[JsonObject]) -> Iterator[str]:
+    """Say what will become of deliveries to sinks that are disabled or were removed, and why the last pass
+    sent nothing."""
     for sink in sinks:
         waiting = plural(sink["waitingCount"], "delivery")
         if sink["waitingCount"] and sink["enabled"] is False:
-            given_up = command_line("skip", seen.job, "--sink", sink["id"])
+            given_up = command_line("skip", facts.job, "--sink", sink["id"])
             yield (
                 f"{waiting} waiting for {sink['id']}, which is disabled: kept until it is enabled, or given "
                 f"up with `{given_up}`"
             )
-        elif sink["waitingCount"] and seen.config is not None and sink["enabled"] is None:
+        elif sink["waitingCount"] and facts.config is not None and sink["enabled"] is None:
             yield f"{waiting} waiting for {sink['id']} will be given up: the config has no such sink any more"
-    if seen.was_invalid:
-        yield f"the last pass found the config invalid: {(seen.document or {}).get('message')}"
+    if facts.was_invalid:
+        yield f"the last pass found the config invalid: {(facts.document or {}).get('message')}"
 
 
-def config_of_status(job: Job, document: JsonObject | None) -> tuple[Config | None, bool | None, list[str]]:
-    """The config, if it can be read; whether it is valid, None if there is none; and notes about it."""
+def read_config_if_any(job: Job, document: JsonObject | None) -> tuple[Config | None, bool | None, list[str]]:
+    """The config, None if it cannot be read; whether it is valid, None if there is none; notes about it."""
     try:
         known = as_text((document or {}).get("configDigest"))
         config = load_config(job.config_file, {}, check_env=False, known_digest=known)
     except ConfigError as error:
         if os.path.exists(job.config_file):
             return None, False, [error.headline, *error.faults]
-        # No fault if status is asked on another machine.
+        # `status` may run on a machine that has no config.
         return None, None, [f"config not read: {job.config_file} is not there"]
     enabled = any(sink.enabled for sink in config.sinks.values())
     return config, True, list(config_warnings(config)) if enabled else []
@@ -9651,10 +9656,6 @@ def count_unread(job: Job, cursor: Cursor, config: Config | None) -> Unread:
     return Unread(lines, oldest, by_sink)
 
 
-def has_open_deliveries(figure: JsonObject) -> bool:
-    return bool(figure["waitingCount"] or figure["deadLetterCount"])
-
-
 NO_FIGURE: JsonObject = {
     **dict.fromkeys(("waitingCount", "deadLetterCount", "deliveredCount", "failedAttemptCount"), 0),
     **dict.fromkeys(("givenUpCount", "skippedCount", "consecutiveFailures"), 0),
@@ -9664,23 +9665,23 @@ NO_FIGURE: JsonObject = {
 }
 
 
-def sink_status(seen: Seen, sink_id: str) -> JsonObject:
-    """How one sink stands."""
-    sink = seen.config.sinks.get(sink_id) if seen.config else None
-    figure = seen.figures.sinks.get(sink_id, NO_FIGURE)
-    commands = {**seen.commands, "test": test_command(seen.job.repo, seen.job.config_file, sink_id)}
-    unread, oldest_unread = seen.unread.by_sink.get(sink_id, (0, None))
+def sink_status(facts: LoopFacts, sink_id: str) -> JsonObject:
+    """The status of a sink."""
+    sink = facts.config.sinks.get(sink_id) if facts.config else None
+    figure = facts.figures.sinks.get(sink_id, NO_FIGURE)
+    commands = {**facts.commands, "test": test_command(facts.job.repo, facts.job.config_file, sink_id)}
+    unread, oldest_unread = facts.unread.by_sink.get(sink_id, (0, None))
     to_come = figure["waitingCount"] + unread
-    # A sink for which nothing waits is not called failing, even if its last attempt failed.
+    # If nothing waits for a sink, it does not matter that its last attempt failed.
     failing = figure["consecutiveFailures"] > 0 and to_come > 0
-    # A record that was refused is no failure of its destination.
-    refused = seen.failures.get(sink_id) if not failing else None
+    # The queue does not count a refused record as a failure of the sink. The attempts file has it.
+    refused = facts.failures.get(sink_id) if not failing else None
     reason = refused or figure
     return {
         "id": sink_id,
         "type": sink.type if sink else None,
         "enabled": sink.enabled if sink else None,
-        "health": sink_health(seen, sink, figure, to_come, failing=failing),
+        "health": sink_health(facts, sink, figure, to_come, failing=failing),
         "lagCount": to_come,
         "waitingCount": figure["waitingCount"],
         "oldestPendingAt": figure["oldestPendingAt"] or oldest_unread,
@@ -9689,12 +9690,12 @@ def sink_status(seen: Seen, sink_id: str) -> JsonObject:
         **{key: reason.get(key) for key in ("reasonCode", "httpStatus", "message", "faultCode")},
         "advice": advise(reason.get("faultCode"), sink, commands) if failing else None,
         "consecutiveFailures": figure["consecutiveFailures"],
-        "pendingLine": None if failing else seen.figures.stuck.get(sink_id),
+        "pendingLine": None if failing else facts.figures.stuck.get(sink_id),
         **{key: figure[key] if failing else None for key in ("failingSince", "nextAttemptAt")},
         **{key: figure[key] for key in ("deadLetterCount", "deliveredCount", "failedAttemptCount")},
         **{key: figure[key] for key in ("givenUpCount", "skippedCount", "clockOffsetSeconds")},
-        "hours": last_hours(seen.figures.hours.get(sink_id, {}), seen.now),
-        # Of a cluster: the peers that have missed what another one took.
+        "hours": last_hours(facts.figures.hours.get(sink_id, {}), facts.now),
+        # The peers of a cluster that miss what another one has.
         "laggingPeers": [
             {**peer, "advice": advise(peer["faultCode"], sink, commands)}
             for peer in sorted(figure["laggingPeers"], key=lambda peer: str(peer["peer"]))
@@ -9702,20 +9703,22 @@ def sink_status(seen: Seen, sink_id: str) -> JsonObject:
     }
 
 
-def sink_health(seen: Seen, sink: Sink | None, figure: JsonObject, to_come: int, *, failing: bool) -> Health:
-    """How well a sink is."""
+def sink_health(
+    facts: LoopFacts, sink: Sink | None, figure: JsonObject, to_come: int, *, failing: bool
+) -> Health:
+    """The health of a sink. `to_come`: how many deliveries wait for it or were not read yet."""
     if sink is not None and not sink.enabled:
         return "disabled"
-    if seen.config_valid is False or seen.was_invalid:
+    if facts.config_valid is False or facts.was_invalid:
         return "critical"  # nothing is sent to it
     since = parse_time(figure["failingSince"])
-    if failing and since is not None and seen.now - since > seen.critical_after:
+    if failing and since is not None and facts.now - since > facts.critical_after:
         return "critical"
     return "warning" if to_come or figure["deadLetterCount"] or figure["laggingPeers"] else "ok"
 
 
 def last_hours(counts: Mapping[int, tuple[int, int]], now: float) -> list[JsonObject]:
-    """The last 24 hours, the oldest first: when each began, what was delivered, the attempts that failed."""
+    """The last 24 hours, oldest first: when each began, deliveries made, and attempts that failed."""
     last = int(now // 3600)
     return [
         {"at": iso(hour * 3600), "delivered": delivered, "failed": failed}
@@ -9728,7 +9731,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 def bar_chart(hours: Sequence[JsonObject]) -> Styled:
-    """The attempts of the last hours in one cell: green if all delivered, red if all failed, else yellow."""
+    """The attempts of the last hours in one cell: green if all succeeded, red if all failed, else yellow."""
     highest = max((hour["delivered"] + hour["failed"] for hour in hours), default=0)
     bars = []
     for hour in hours:
@@ -9737,78 +9740,67 @@ def bar_chart(hours: Sequence[JsonObject]) -> Styled:
             bars.append(BARS[0])
             continue
         colour = "green" if not hour["failed"] else "yellow" if hour["delivered"] else "red"
-        # What is not nothing is seen, however little it is.
+        # Even a single attempt is higher than none.
         height = max(1, round(count / highest * (len(BARS) - 1)))
         bars.append(click.style(BARS[height], fg=colour))
     return Styled("".join(bars))
 
 
-def find_troubles(seen: Seen, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
-    """What is wrong with a loop, worst first. If nothing can be sent, why is all that matters."""
-    if found := find_obstacle(seen):
+def find_troubles(facts: LoopFacts, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
+    """What is wrong with a loop, worst first. If nothing can be sent, only the reason matters."""
+    if found := find_obstacle(facts):
         yield found
         return
     active = [sink for sink in sinks if sink["health"] != "disabled"]
-    yield from find_silence(seen, sinks)
-    yield from find_failing(seen, active)
-    yield from find_waiting(seen, active)
-    for sink in active:
-        for peer in sink["laggingPeers"]:
-            why = f" ({why_it_failed(peer)})" if peer["reasonCode"] else ""
-            words = f"{peer['peer']} of {sink['id']} misses what its peers have, since {peer['since']}{why}"
-            yield Finding(
-                "warning", words, f"{peer['peer']}: {peer['advice']}; it gets what it misses by itself"
-            )
-    yield from find_dead_letters(seen, active)
-    for sink in active:
-        if wrong := clock_words(sink["clockOffsetSeconds"]):
-            words = f"the clock of {sink['id']} is {wrong} this machine's"
-            yield Finding(
-                "warning", words, f"compare `date -u` with {sink['id']}, and set the one that is wrong"
-            )
+    yield from find_silence(facts, sinks)
+    yield from find_failing(facts, active)
+    yield from find_waiting(facts, active)
+    yield from find_lagging_peers(active)
+    yield from find_dead_letters(facts, active)
+    yield from find_wrong_clocks(active)
     if sinks and not active:
         words = "no sink is enabled: nothing is sent"
         yield Finding("warning", words, 'set "enabled": true on a sink in the config')
-    yield from find_lost(seen)
-    yield from find_unfinished(seen)
-    yield from find_broken_pass(seen)
+    yield from find_lost(facts)
+    yield from find_unfinished(facts)
+    yield from find_broken_pass(facts)
 
 
-def find_obstacle(seen: Seen) -> Finding | None:
-    """Report what keeps a loop from being served at all: its config, or that no pass has run."""
-    commands = seen.commands
-    if seen.was_invalid:
+def find_obstacle(facts: LoopFacts) -> Finding | None:
+    """Report why a loop is not served at all: its config is invalid, or no pass has run."""
+    commands = facts.commands
+    if facts.was_invalid:
         return Finding(
             "critical",
             "the last pass found the config invalid, and sent nothing",
             "fix the error below, in the environment that reconcile runs in; the next pass sends "
             f"everything, and `{commands['dispatch']}` runs one now",
         )
-    if seen.config_valid is False:
+    if facts.config_valid is False:
         advice = f"run `{commands['config']}` and fix what it names; the next pass sends what waits"
         return Finding("critical", "the config is invalid: nothing is sent", advice)
-    if seen.has_run:
+    if facts.has_run:
         return None
-    if missing := no_such_loop(seen.job):
+    if missing := no_such_loop(facts.job):
         return Finding("unknown", missing)
-    if seen.config is None:
-        words = f"no pass has run yet, and {seen.job.config_file} is not there"
-        init = shell_line(PROGRAM, "init", "--repo", seen.job.repo)
+    if facts.config is None:
+        words = f"no pass has run yet, and {facts.job.config_file} is not there"
+        init = shell_line(PROGRAM, "init", "--repo", facts.job.repo)
         return Finding("unknown", words, f"`{init}` writes one, or name yours with --alert-config-file")
     advice = f"run `{commands['dispatch']}`, or hook it into reconcile"
     return Finding("unknown", "no pass has run yet", advice)
 
 
-def find_silence(seen: Seen, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
+def find_silence(facts: LoopFacts, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
     """Report that no pass runs any more."""
-    if is_silent(seen, sinks):
-        last = (seen.document or {}).get("updatedAt")
+    if is_silent(facts, sinks):
+        last = (facts.document or {}).get("updatedAt")
         words = f"no pass has run{f' since {last}' if last else ''}, and something waits for one"
-        now = f"`{seen.commands['dispatch']}` runs one now"
+        now = f"`{facts.commands['dispatch']}` runs one now"
         yield Finding("critical", words, f"see why reconcile, or the timer, runs none; {now}")
 
 
-def find_failing(seen: Seen, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
+def find_failing(facts: LoopFacts, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
     """Report the sinks that are failing, the critical ones first."""
     failing = [sink for sink in sinks if sink["advice"]]
     for sink in sorted(failing, key=lambda sink: sink["health"] != "critical"):
@@ -9819,19 +9811,19 @@ def find_failing(seen: Seen, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
             words += f", since {sink['failingSince']}"
         advice = sink["advice"]
         if sink["nextAttemptAt"]:
-            at_once = command_line("dispatch", seen.job, "--now")
+            at_once = command_line("dispatch", facts.job, "--now")
             advice += f"; next attempt {sink['nextAttemptAt']}, or at once with `{at_once}`"
         named = f"{sink['id']}: " if len(failing) > 1 else ""
         yield Finding(sink["health"], words, named + advice)
 
 
-def find_waiting(seen: Seen, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
+def find_waiting(facts: LoopFacts, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
     """Report what waits for sinks that are well, and what was not read yet."""
-    dispatch = f"`{seen.commands['dispatch']}`"
+    dispatch = f"`{facts.commands['dispatch']}`"
     waiting = [sink for sink in sinks if sink["waitingCount"] and not sink["advice"]]
     for sink in (sink for sink in waiting if sink["pendingLine"]):
         line = sink["pendingLine"]
-        given_up = command_line("skip", seen.job, "--sink", sink["id"], "--to-line", str(line))
+        given_up = command_line("skip", facts.job, "--sink", sink["id"], "--to-line", str(line))
         count = plural(sink["waitingCount"], "delivery")
         words = f"{sink['id']} fails on line {line} again and again, {count} waiting"
         yield Finding("warning", words, f"others get through to {sink['id']}: `{given_up}` gives that one up")
@@ -9839,33 +9831,52 @@ def find_waiting(seen: Seen, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
         count = plural(sum(sink["waitingCount"] for sink in in_turn), "delivery")
         words = f"{count} waiting for {', '.join(sink['id'] for sink in in_turn)}"
         yield Finding("warning", words, f"the next pass goes on with them; {dispatch} does so now")
-    # Without a config it is not known whether a sink is to get what was not read: it may be.
-    if seen.unread.lines and (seen.config is None or any(s["lagCount"] > s["waitingCount"] for s in sinks)):
-        words = unread_words(seen.unread.lines)
+    # Without a config nobody knows whether a sink should get the lines that were not read: one might.
+    if facts.unread.lines and (facts.config is None or any(s["lagCount"] > s["waitingCount"] for s in sinks)):
+        words = unread_words(facts.unread.lines)
         yield Finding("warning", words, f"the next pass reads on; {dispatch} does so now")
 
 
-def find_dead_letters(seen: Seen, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
-    """Report what was given up."""
+def find_lagging_peers(sinks: Sequence[JsonObject]) -> Iterator[Finding]:
+    """Report the peers of a cluster that miss what another one has."""
+    for sink in sinks:
+        for peer in sink["laggingPeers"]:
+            why = f" ({why_it_failed(peer)})" if peer["reasonCode"] else ""
+            words = f"{peer['peer']} of {sink['id']} misses what its peers have, since {peer['since']}{why}"
+            advice = f"{peer['peer']}: {peer['advice']}; it gets what it misses by itself"
+            yield Finding("warning", words, advice)
+
+
+def find_wrong_clocks(sinks: Sequence[JsonObject]) -> Iterator[Finding]:
+    """Report the sinks whose clocks differ from this machine's."""
+    for sink in sinks:
+        if wrong := clock_words(sink["clockOffsetSeconds"]):
+            words = f"the clock of {sink['id']} is {wrong} this machine's"
+            advice = f"compare `date -u` with {sink['id']}, and set the one that is wrong"
+            yield Finding("warning", words, advice)
+
+
+def find_dead_letters(facts: LoopFacts, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
+    """Report the dead letters."""
     if dead := [sink for sink in sinks if sink["deadLetterCount"]]:
         count = plural(sum(sink["deadLetterCount"] for sink in dead), "dead letter")
         words = f"{count} of {', '.join(sink['id'] for sink in dead)}"
-        listed = f"`{command_line('log', seen.job, '--status', 'dead')}` says why"
-        again = f"fix the cause, then `{seen.commands['redeliver_dead']}` sends them again"
-        advice = f"{listed}; {again}, or `{seen.commands['skip_dead']}` dismisses them"
+        listed = f"`{command_line('log', facts.job, '--status', 'dead')}` says why"
+        again = f"fix the cause, then `{facts.commands['redeliver_dead']}` sends them again"
+        advice = f"{listed}; {again}, or `{facts.commands['skip_dead']}` dismisses them"
         yield Finding("warning", words, advice)
 
 
 def clock_words(offset: float | None) -> str | None:
-    """How far a clock is off; None if that does not matter."""
+    """Say how far a clock is off; None if too little to matter."""
     if offset is None or abs(offset) <= CLOCK_TOLERANCE:
         return None
     return f"{abs(offset):.0f} s {'ahead of' if offset > 0 else 'behind'}"
 
 
 def where_it_worked(job: Job) -> Job:
-    """A job on the queue, source and telemetry of the last pass, if there are none at the places that this
-    one names."""
+    """A job on the queue, source and telemetry that the last pass used, if this one names files that do not
+    exist."""
     document: JsonObject = {}
     files: dict[str, Any] = {}
     with contextlib.suppress(ValueError, StateError):
@@ -9881,42 +9892,42 @@ def where_it_worked(job: Job) -> Job:
     return job._replace(**files)
 
 
-def is_silent(seen: Seen, sinks: Sequence[JsonObject]) -> bool:
-    """Tell whether no pass runs any more, though something has waited for one for too long.
+def is_silent(facts: LoopFacts, sinks: Sequence[JsonObject]) -> bool:
+    """Tell whether something has waited for too long, and no pass has run since.
 
-    Something without a timestamp counts as waiting for long. If the state does not say when a pass has run,
-    the last row of the telemetry does.
+    Something without a timestamp has waited for too long. If the state file does not say when the last pass
+    ran, the last row of the telemetry does.
     """
     waiting = [sink["oldestPendingAt"] for sink in sinks if sink["lagCount"] and sink["health"] != "disabled"]
-    waiting += [seen.unread.oldest] if seen.unread.lines else []
+    waiting += [facts.unread.oldest] if facts.unread.lines else []
     times = (
         parse_time((row or {}).get(key))
-        for row, key in ((seen.document, "updatedAt"), (seen.last, "timestamp"))
+        for row, key in ((facts.document, "updatedAt"), (facts.last, "timestamp"))
     )
-    worked = next((at for at in times if at is not None and at <= seen.now + WRITER_GRACE), 0.0)
-    since = min((parse_time(at) or 0.0 for at in waiting), default=seen.now)
-    return seen.now - max(worked, 0.0) > seen.critical_after and seen.now - since > seen.critical_after
+    worked = next((at for at in times if at is not None and at <= facts.now + WRITER_GRACE), 0.0)
+    since = min((parse_time(at) or 0.0 for at in waiting), default=facts.now)
+    return facts.now - max(worked, 0.0) > facts.critical_after and facts.now - since > facts.critical_after
 
 
-def find_lost(seen: Seen) -> Iterator[Finding]:
-    """Report what reached no sink and never will by itself, for as long as LOSS_SHOWN."""
-    figures = seen.figures
+def find_lost(facts: LoopFacts) -> Iterator[Finding]:
+    """Report what reached no sink and never will unless somebody acts, for as long as LOSS_SHOWN."""
+    figures = facts.figures
     if figures.past is not None and figures.past.waiting:
         waited = plural(figures.past.waiting, "delivery")
         state = "damaged" if figures.damage else "gone"
-        words = f"{waited} waited in the queue {seen.job.queue_file}, which is {state} (queue_lost)"
-        again = send_what_was_lost(seen.job, figures.past)
+        words = f"{waited} waited in the queue {facts.job.queue_file}, which is {state} (queue_lost)"
+        again = send_what_was_lost(facts.job, figures.past)
         yield Finding("warning", words, f"put the queue back, or run {again}")
     for code, count, at in figures.losses:
-        # The row of a lost queue names the lines.
-        messages = (row.get("message") for row in reversed(seen.rows) if row.get("reasonCode") == code)
+        # The row that reports a lost queue says which lines were lost with it.
+        messages = (row.get("message") for row in reversed(facts.rows) if row.get("reasonCode") == code)
         said = f"{next(messages, '')}; " if code == "queue_lost" else ""
         words, noun = LOSSES.get(code, ("{} of the source sent to nobody", "line"))
         words = f"{words.format(plural(count, noun))} ({code}, last {iso(at)})"
-        yield Finding("warning", words, said + words_of(CODES[code].fix, seen.commands))
+        yield Finding("warning", words, said + words_of(CODES[code].fix, facts.commands))
 
 
-# What is lost by reason code, and what it is counted in; if it is not here, it is lines.
+# By reason code: a loss in words, and the noun that is counted. Every other loss is one of lines.
 LOSSES = {
     "source_replaced": ("the source was replaced, perhaps before all of it was read", ""),
     "queue_lost": ("{} waited in a queue that was lost", "delivery"),
@@ -9925,19 +9936,19 @@ LOSSES = {
 }
 
 
-def find_unfinished(seen: Seen) -> Iterator[Finding]:
-    """Report a last line that nobody finishes: it waits for its line feed, and spoils the next one."""
-    size, written = unterminated(seen.job.escalations_file)
-    if size and seen.now - written > WRITER_GRACE:
+def find_unfinished(facts: LoopFacts) -> Iterator[Finding]:
+    """Report a last line that nobody finishes. It is not sent, and spoils the next line."""
+    size, written = unterminated(facts.job.escalations_file)
+    if size and facts.now - written > WRITER_GRACE:
         words = f"the source ends in {plural(size, 'byte')} without a line feed, since {iso(written)}"
-        end = f"`echo >>{shell_line(seen.job.escalations_file)}`"
+        end = f"`echo >>{shell_line(facts.job.escalations_file)}`"
         advice = f"if its writer has gone, end the line: {end}; the next pass sends it"
         yield Finding("warning", words, advice)
 
 
-def find_broken_pass(seen: Seen) -> Iterator[Finding]:
-    """Report a last pass that ended with an error, of which only reconcile's own row knows."""
-    last, document = seen.last, seen.document or {}
+def find_broken_pass(facts: LoopFacts) -> Iterator[Finding]:
+    """Report that the last pass ended with an error. Only a row that reconcile itself wrote says so."""
+    last, document = facts.last, facts.document or {}
     if last is not None and last.get("status") == "failed_command":
         ended, worked = parse_time(last.get("timestamp")), parse_time(document.get("updatedAt"))
         if ended is not None and (worked is None or ended >= worked):
@@ -9946,7 +9957,7 @@ def find_broken_pass(seen: Seen) -> Iterator[Finding]:
 
 
 def last_row(path: str) -> JsonObject | None:
-    """The last line of the telemetry, as the status script reads it; None if it is no row."""
+    """The last line of the telemetry, which the host's status script reads too; None if it is no row."""
     for size in (RECENT_BYTES, 2 * MAX_RECORD_BYTES):
         if (lines := last_lines(path, size)) and (row := read_row(lines[-1])):
             return row
@@ -9959,7 +9970,7 @@ def recent_rows(path: str) -> list[JsonObject]:
 
 
 def last_failures(job: Job) -> dict[str, JsonObject]:
-    """The last failed attempt of each sink, if the end of the attempts file has one."""
+    """The last failed attempt of each sink that has one at the end of the attempts file."""
     return {
         str(row.get("sinkId")): {"timestamp": None, **row}
         for row in recent_rows(job.attempts_file)
@@ -9970,7 +9981,7 @@ def last_failures(job: Job) -> dict[str, JsonObject]:
 
 
 def count_failures(rows: Iterable[JsonObject]) -> list[JsonObject]:
-    """Count the failure reasons of rows, most frequent first."""
+    """Count the reasons for failure in rows, the most frequent first."""
     found: dict[str, JsonObject] = {}
     for row in rows:
         if row.get("status") not in ("failed", "partial", "failed_command"):
@@ -9990,8 +10001,8 @@ HEALTH_COLOURS = {"ok": "green", "warning": "yellow", "critical": "red", "unknow
 
 
 def times_as_ages(text: str, now: float) -> str:
-    """A text with its times relative to `now`: `3 min ago`, `next attempt in 3 min` and, for `since`, `for 3
-    min`. Commands, in backticks, stay as they are."""
+    """Replace the times in a text: `3 min ago`, `next attempt in 3 min`, and `for 3 min` in place of `since`.
+    Commands, in backticks, stay as they are."""
 
     def say(found: re.Match[str]) -> str:
         moment, lead = found["time"], found["lead"] or ""
@@ -10000,7 +10011,9 @@ def times_as_ages(text: str, now: float) -> str:
         at = parse_time(moment)
         if lead == "since " and at is not None:
             return f"for {duration_words(max(0.0, now - at))}"
-        return f"{lead}{(when_due if lead == 'next attempt ' else how_long)(moment, now)}"
+        if lead == "next attempt ":
+            return f"{lead}{when_due(moment, now)}"
+        return f"{lead}{how_long(moment, now)}"
 
     pattern = r"`[^`]*`|(?P<lead>next attempt |since )?(?P<time>\b\d{4}-\d\d-\d\dT[\d:.]+Z)"
     return re.sub(pattern, say, text)
@@ -10009,28 +10022,11 @@ def times_as_ages(text: str, now: float) -> str:
 def status_text(status: JsonObject) -> str:
     """The status of a loop for people: the verdict and the advice, then each sink, then the evidence."""
     head = click.style(status["health"].upper(), fg=HEALTH_COLOURS[status["health"]], bold=True)
-    now = parse_time(status["generatedAt"]) or 0.0
+    now = by_time(status["generatedAt"])
     lines = [f"{head}  loop {status['loopId']}: {times_as_ages(printable(status['verdict']), now)}"]
     lines += [f"What to do: {times_as_ages(printable(advice), now)}" for advice in status["advice"]]
-    rows = [
-        (
-            sink["id"],
-            sink["health"],
-            sink["waitingCount"],
-            how_long(sink["oldestPendingAt"], now) if sink["waitingCount"] else None,
-            how_long(sink["lastSuccessAt"], now),
-            how_long(sink["lastFailureAt"], now),
-            when_due(sink["nextAttemptAt"], now),
-            sink["deadLetterCount"],
-            bar_chart(sink["hours"]),
-        )
-        for sink in status["sinks"]
-        if status["health"] != "unknown"
-    ]
-    headings = ("SINK", "HEALTH", "WAITING", "OLDEST", "LAST SUCCESS", "LAST FAILURE", "NEXT ATTEMPT")
-    if rows:
-        drop = ("LAST FAILURE", "LAST SUCCESS", "NEXT ATTEMPT", "OLDEST", "LAST 24 HOURS", "DEAD")
-        lines += ["", table((*headings, "DEAD", "LAST 24 HOURS"), rows, drop), ""]
+    if status["sinks"] and status["health"] != "unknown":
+        lines += ["", sinks_table(status["sinks"], now), ""]
     if status["unreadCount"]:
         lines.append(unread_words(status["unreadCount"]))
     for sink in status["sinks"]:
@@ -10043,28 +10039,55 @@ def status_text(status: JsonObject) -> str:
         lines.append(printable(f"Last pass: {ago}, {last['status']}"))
     lines += note_lines(status["notes"])
     if status["failureReasons"]:
-        reasons = (
-            (
-                reason["count"],
-                how_long(reason["lastSeenAt"], now),
-                reason["reasonCode"],
-                CODES[reason["reasonCode"]].meaning if reason["reasonCode"] in CODES else None,
-            )
-            for reason in status["failureReasons"]
-        )
-        lines += ["", table(("RECENT FAILURES", "LAST", "CODE", "MEANING"), reasons)]
+        lines += ["", reasons_table(status["failureReasons"], now)]
     return "\n".join(lines)
 
 
+def sinks_table(sinks: Sequence[JsonObject], now: float) -> str:
+    headings = (
+        *("SINK", "HEALTH", "WAITING", "OLDEST", "LAST SUCCESS", "LAST FAILURE", "NEXT ATTEMPT"),
+        *("DEAD", "LAST 24 HOURS"),
+    )
+    rows = (
+        (
+            sink["id"],
+            sink["health"],
+            sink["waitingCount"],
+            how_long(sink["oldestPendingAt"], now) if sink["waitingCount"] else None,
+            how_long(sink["lastSuccessAt"], now),
+            how_long(sink["lastFailureAt"], now),
+            when_due(sink["nextAttemptAt"], now),
+            sink["deadLetterCount"],
+            bar_chart(sink["hours"]),
+        )
+        for sink in sinks
+    )
+    drop = ("LAST FAILURE", "LAST SUCCESS", "NEXT ATTEMPT", "OLDEST", "LAST 24 HOURS", "DEAD")
+    return table(headings, rows, drop)
+
+
+def reasons_table(reasons: Sequence[JsonObject], now: float) -> str:
+    rows = (
+        (
+            reason["count"],
+            how_long(reason["lastSeenAt"], now),
+            reason["reasonCode"],
+            CODES[reason["reasonCode"]].meaning if reason["reasonCode"] in CODES else None,
+        )
+        for reason in reasons
+    )
+    return table(("RECENT FAILURES", "LAST", "CODE", "MEANING"), rows)
+
+
 def age_of_oldest(sink: JsonObject) -> float | None:
-    """For how long the oldest has waited for a sink; 0 if nothing does, None if it has no time."""
+    """How long the oldest delivery has waited for a sink: 0 if none waits, None if it has no timestamp."""
     written = parse_time(sink["oldestPendingAt"])
     if not sink["lagCount"]:
         return 0.0
     return None if written is None else max(0.0, round(time.time() - written, 3))
 
 
-# The metrics of a loop and of a sink: name, help, and the value by the JSON of `status`; None if not known.
+# A metric: its name, its help text, and its value in the JSON of `status`; None if it is not known.
 Metric = tuple[str, str, Callable[[JsonObject], float | None]]
 LOOP_METRICS: tuple[Metric, ...] = (
     ("health", "0 ok, 1 warning, 2 critical, 3 unknown.", lambda loop: PLUGIN_CODES[loop["health"]]),
@@ -10104,7 +10127,7 @@ DELIVERY_OUTCOMES = {
 def prometheus_text(statuses: Sequence[JsonObject], unreadable: Sequence[str]) -> str:
     """The status of loops as text exposition, for node_exporter's textfile collector.
 
-    `unreadable`: loops of which nothing is known but that.
+    `unreadable`: the loops whose status is not known.
     """
     lines: list[str] = []
 
@@ -10114,20 +10137,20 @@ def prometheus_text(statuses: Sequence[JsonObject], unreadable: Sequence[str]) -
         lines.extend(f"{metric}{{{labels}}} {value:.15g}" for labels, value in samples if value is not None)
 
     sinks = [
-        (f"{label('loop', status['loopId'])},{label('sink', sink['id'])}", sink)
+        (f"{metric_label('loop', status['loopId'])},{metric_label('sink', sink['id'])}", sink)
         for status in statuses
         for sink in status["sinks"]
     ]
     for name, text, value_of in LOOP_METRICS:
-        samples = [(label("loop", status["loopId"]), value_of(status)) for status in statuses]
+        samples = [(metric_label("loop", status["loopId"]), value_of(status)) for status in statuses]
         if name == "health":
-            samples += [(label("loop", loop), PLUGIN_CODES["unknown"]) for loop in unreadable]
+            samples += [(metric_label("loop", loop), PLUGIN_CODES["unknown"]) for loop in unreadable]
         family(name, "gauge", text, samples)
     for name, text, value_of in SINK_METRICS:
         family(name, "gauge", text, [(labels, value_of(sink)) for labels, sink in sinks])
     text = "Deliveries made, made dead letters or skipped; and failed, which are attempts."
     counts = [
-        (f"{labels},{label('outcome', outcome)}", sink[key])
+        (f"{labels},{metric_label('outcome', outcome)}", sink[key])
         for labels, sink in sinks
         for outcome, key in DELIVERY_OUTCOMES.items()
     ]
@@ -10135,15 +10158,15 @@ def prometheus_text(statuses: Sequence[JsonObject], unreadable: Sequence[str]) -
     return "\n".join(lines)
 
 
-def label(key: str, value: str) -> str:
-    """A label of a metric. Its value escapes backslash, quote and line feed (Prometheus, "Exposition
-    formats"); `printable` leaves no line feed."""
+def metric_label(key: str, value: str) -> str:
+    """A label with backslash and quote escaped. A line feed must be escaped, too (Prometheus, "Exposition
+    formats"), but `printable` leaves none."""
     escaped = printable(value).replace("\\", "\\\\").replace('"', '\\"')
     return f'{key}="{escaped}"'
 
 
 class StatusCommand(click.Command):
-    """With `--check`, an error ends with UNKNOWN: exit code 2 would mean CRITICAL to a monitor."""
+    """With `--check`, an error ends with UNKNOWN. Its usual exit code could mean CRITICAL to a monitor."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         with unknown_to_a_monitor(check="--check" in args):
@@ -10156,7 +10179,7 @@ class StatusCommand(click.Command):
 
 @contextlib.contextmanager
 def unknown_to_a_monitor(*, check: bool) -> Iterator[None]:
-    """With --check, print an error as one line on standard output, and end with UNKNOWN."""
+    """If `check`, print an error as one line on standard output, and end with UNKNOWN."""
     try:
         yield
     except (DispatchError, click.UsageError) as fault:
@@ -10215,17 +10238,16 @@ def status(
 
     It reads only files: it sends nothing and, without --ack, changes nothing.
     """
-    statuses: list[JsonObject] = []
-    if not critical_after >= 0:  # NaN is neither
+    if not critical_after >= 0:  # the option's range lets NaN through
         raise click.BadParameter(f"{critical_after:g} is no time", param_hint="--critical-after")
+    statuses: list[JsonObject] = []
     jobs, errors = make_jobs(paths, loop_id)
-    jobs = list(map(where_it_worked, jobs))
-    for job in jobs:
+    for job in map(where_it_worked, jobs):
         try:
             if ack:
                 acknowledge_losses(job)
             statuses.append(loop_status(job, critical_after))
-        except DispatchError as error:  # it does not hide the other loops
+        except DispatchError as error:  # the other loops are shown all the same
             errors[job.loop_id] = error
     if check:
         worst, said = line_for_a_monitor(statuses, errors)
@@ -10244,7 +10266,7 @@ def status(
         click.echo("\n\n".join(map(status_text, statuses)))
     else:
         click.echo(no_loops(absolute(paths.repo)))
-    # The metrics of the other loops are to reach their collector; of these they say that nothing is known.
+    # The metrics say which loops could not be read. If the command failed, a collector might drop them all.
     if errors and form != "prometheus":
         raise click.exceptions.Exit(max(error.exit_code for error in errors.values()))
 
@@ -10252,14 +10274,14 @@ def status(
 def line_for_a_monitor(
     statuses: Sequence[JsonObject], errors: Mapping[str, DispatchError]
 ) -> tuple[Health, str]:
-    """The health of the worst loops, and one line that says why."""
-    found: list[tuple[Health, str, str]] = [
-        (known["health"], known["loopId"], known["verdict"]) for known in statuses
+    """The worst health of the loops, and one line that names the loops that have it and says why."""
+    found: list[tuple[Health, str]] = [
+        (known["health"], f"{known['loopId']}: {known['verdict']}") for known in statuses
     ]
-    found += [("unknown", name, str(error).replace("\n", ";")) for name, error in errors.items()]
-    healths: list[Health] = [health for health, _, _ in found] or ["unknown"]
+    found += [("unknown", f"{name}: {error}".replace("\n", ";")) for name, error in errors.items()]
+    healths: list[Health] = [health for health, _ in found] or ["unknown"]
     worst = max(healths, key=HEALTH_ORDER.index)
-    words = [f"{name}: {verdict}" for health, name, verdict in found if health == worst]
+    words = [said for health, said in found if health == worst]
     said = "; ".join(words) or "no loop has escalations or a state"
     return worst, printable(f"ALERT DISPATCH {worst.upper()}: {said}")
 
