@@ -10297,10 +10297,10 @@ def acknowledge_losses(job: Job) -> None:
 # ---------------------------------------------------------------------------------------------------------
 # What happened: log, show
 # ---------------------------------------------------------------------------------------------------------
-# Reads the queue and, for what the queue has let go or never keeps (lines that are no escalation, losses),
-# the telemetry. Never writes.
+# Reads the queue and, for what the queue has deleted or never had (lines that are no escalation, losses), the
+# telemetry. Never writes.
 
-# How a delivery stands, the worst first. `failed`: it waits, and its last attempt or its sink failed.
+# The state of a delivery, the worst first. `failed`: it waits, and its last attempt or its sink failed.
 DeliveryWord = Literal["dead", "failed", "waiting", "skipped", "delivered"]
 DELIVERY_WORDS: tuple[DeliveryWord, ...] = get_args(DeliveryWord)
 DELIVERY_COLOURS = {
@@ -10310,7 +10310,7 @@ DELIVERY_COLOURS = {
     "skipped": "yellow",
     "delivered": "green",
 }
-# What one asks for, and the words that mean it.
+# By the value of --status: what it lists.
 ASKED_WORDS: dict[str, set[DeliveryWord]] = {
     "waiting": {"waiting", "failed"},
     "delivered": {"delivered"},
@@ -10318,7 +10318,7 @@ ASKED_WORDS: dict[str, set[DeliveryWord]] = {
     "skipped": {"skipped"},
     "failed": {"failed", "dead"},
 }
-# The words of a row of the telemetry for the same.
+# By the status of a sink in a telemetry row.
 ROW_WORDS: dict[object, DeliveryWord] = {
     "success": "delivered",
     "failed": "failed",
@@ -10336,7 +10336,7 @@ class Filter(NamedTuple):
     since: float = 0.0
 
     def matches(self, entry: JsonObject) -> bool:
-        """Tell whether an entry of the log is meant."""
+        """Tell whether an entry passes."""
         words = {sink["status"] for sink in entry["sinks"] if self.sink in (None, sink["id"])}
         if not entry["sinks"] and self.sink is None:
             words = {entry["status"]}
@@ -10348,14 +10348,14 @@ class Filter(NamedTuple):
 
 
 def delivery_word(found: QueuedDelivery, failing: Collection[str]) -> DeliveryWord:
-    """How a delivery stands. `failing`: the sinks that do not answer."""
+    """The state of a delivery. `failing`: the sinks that fail."""
     if found.status == "waiting" and (found.reason_code or found.sink in failing):
         return "failed"
     return cast("DeliveryWord", found.status)
 
 
 def log_entry(found: JsonObject, sinks: Sequence[JsonObject], otherwise: DeliveryWord) -> JsonObject:
-    """An entry of the log. Its own status is the worst of its sinks'; `otherwise`: if it has none."""
+    """An entry of the log. Its status is the worst of its sinks', `otherwise` if it has no sinks."""
     words = [sink["status"] for sink in sinks]
     status = min(words, key=DELIVERY_WORDS.index, default=otherwise)
     return {**found, "status": status, "sinks": list(sinks)}
@@ -10364,7 +10364,7 @@ def log_entry(found: JsonObject, sinks: Sequence[JsonObject], otherwise: Deliver
 def entry_of_queue(
     loop_id: str, stored: QueuedEscalation, deliveries: Sequence[QueuedDelivery], failing: Collection[str]
 ) -> JsonObject:
-    """An escalation that is in the queue, as `log` lists it."""
+    """The log entry of an escalation in the queue."""
     leads = [found for found in deliveries if found.lead]
     worst = max((found.severity for found in leads), default=None)
     head = {
@@ -10390,10 +10390,10 @@ def entry_of_queue(
 
 
 def entry_of_row(row: JsonObject, later: Mapping[str, JsonObject]) -> JsonObject:
-    """A row of the telemetry, as `log` lists it. `later`: what later rows say of its sinks, by their id."""
+    """The log entry of a telemetry row. `later`: what later rows say about its sinks, by their id."""
     entries = row.get("sinks")
     listed = [mapping(entry) for entry in entries] if isinstance(entries, list) else []
-    if row.get("sinkId"):  # of something that happened to all that waited for a sink
+    if row.get("sinkId"):  # the row is about all that waited for this sink
         listed = [{"id": row["sinkId"], "status": row.get("status"), "reasonCode": row.get("reasonCode")}]
     listed = list({**{str(entry.get("id")): entry for entry in listed}, **later}.values())
     head = {
@@ -10419,32 +10419,31 @@ def entry_of_row(row: JsonObject, later: Mapping[str, JsonObject]) -> JsonObject
 
 
 def with_reason(entry: JsonObject, row: JsonObject) -> JsonObject:
-    """An entry with the reason that its row gives if no sink was to get it: the queue does not keep that."""
+    """Add the reason why no sink was meant to get an entry, if so. Only its row has it, not the queue."""
     return entry if entry["sinks"] else {**entry, "reasonCode": as_text(row.get("reasonCode"))}
 
 
 def with_reasons(job: Job, entries: Sequence[JsonObject]) -> list[JsonObject]:
-    """Entries of a loop, with the reasons of those that no sink was to get. Raises StorageError."""
-    open_ids = {
+    """Add the reasons to the entries of a loop that no sink was meant to get. Raises StorageError."""
+    unexplained = {
         entry["escalationId"]: entry["ingestedAt"]
         for entry in entries
         if entry["loopId"] == job.loop_id and not entry["sinks"] and "reasonCode" not in entry
     }
-    reasons: dict[str, JsonObject] = {}
-    for row in rows_backwards(job.telemetry_file) if open_ids else ():
-        if len(reasons) == len(open_ids) or str(row.get("timestamp")) < min(open_ids.values()):
+    rows: dict[str, JsonObject] = {}
+    for row in rows_backwards(job.telemetry_file) if unexplained else ():
+        if len(rows) == len(unexplained) or str(row.get("timestamp")) < min(unexplained.values()):
             break
-        if row.get("escalationId") in open_ids and not row.get("late"):
-            reasons.setdefault(row["escalationId"], row)
+        if row.get("escalationId") in unexplained and not row.get("late"):
+            rows.setdefault(row["escalationId"], row)
     return [
-        with_reason(entry, reasons[entry["escalationId"]]) if entry["escalationId"] in reasons else entry
+        with_reason(entry, rows[entry["escalationId"]]) if entry["escalationId"] in rows else entry
         for entry in entries
     ]
 
 
 def read_log(jobs: Sequence[Job], loop_id: str | None, wanted: Filter, count: int) -> list[JsonObject]:
-    """The last escalations that are wanted, and what else is on record of the loops, in the order in which it
-    was ingested. Raises StateError or StorageError."""
+    """The last `count` entries that match, in the order of ingestion. Raises StateError or StorageError."""
     entries: list[JsonObject] = []
     kept: set[str] = set()
     queue = Queue.open_to_read(jobs[0].queue_file) if jobs else None
@@ -10457,9 +10456,9 @@ def read_log(jobs: Sequence[Job], loop_id: str | None, wanted: Filter, count: in
             )
             listed = (entry_of_queue(*item, failing) for item in found)
             entries = list(itertools.islice(filter(wanted.matches, listed), count))
-    # Older ones than the last that is shown are not looked for.
-    oldest = (parse_time(entries[-1]["ingestedAt"]) or 0.0) if len(entries) == count else wanted.since
-    # What is of the same second stays in its order.
+    # The telemetry is read only as far back as an entry can be among the last `count`.
+    oldest = by_time(entries[-1]["ingestedAt"]) if len(entries) == count else wanted.since
+    # Oldest first: sorting then keeps the order within a second.
     entries.reverse()
     for job in jobs:
         entries = with_reasons(job, entries)
@@ -10468,24 +10467,32 @@ def read_log(jobs: Sequence[Job], loop_id: str | None, wanted: Filter, count: in
 
 
 def read_old(job: Job, kept: Collection[str], oldest: float) -> Iterator[JsonObject]:
-    """What the telemetry of a loop has on record and the queue has not, the last one first, back to a time.
-    Raises StorageError."""
-    later: dict[str, dict[str, JsonObject]] = {}
-    for row in rows_backwards(job.telemetry_file):
+    """The entries of a loop that only its telemetry has, newest first, back to a time. `kept`: the ids that
+    the queue has. Raises StorageError."""
+    for row, later in rows_with_later(job):
         if (parse_time(row.get("timestamp")) or oldest) < oldest:
             return
-        identity = str(row.get("escalationId"))
-        if row.get("loopId") != job.loop_id or identity in kept:
+        if str(row.get("escalationId")) not in kept and row.get("status") != "failed_command":
+            yield entry_of_row(row, later)
+
+
+def rows_with_later(job: Job, containing: bytes = b"") -> Iterator[tuple[JsonObject, dict[str, JsonObject]]]:
+    """The telemetry rows of a loop that contain this, newest first. The late row of an escalation is merged
+    into its first one: it comes as what it says about each sink, by its id. Raises StorageError."""
+    later: dict[str, dict[str, JsonObject]] = {}
+    for row in rows_backwards(job.telemetry_file, containing):
+        if row.get("loopId") != job.loop_id:
             continue
+        identity = str(row.get("escalationId"))
         if row.get("late"):
             for entry in map(mapping, row.get("sinks") or ()):
                 later.setdefault(identity, {}).setdefault(str(entry.get("id")), entry)
-        elif row.get("status") != "failed_command":
-            yield entry_of_row(row, later.pop(identity, {}))
+        else:
+            yield row, later.pop(identity, {})
 
 
 def log_text(entries: Sequence[JsonObject], now: float, *, several: bool) -> str:
-    """Entries of the log for people. `several`: of more than one loop."""
+    """Entries of the log for people. `several`: name the loops."""
     if not entries:
         return "Nothing on record matches."
     rows = []
@@ -10507,7 +10514,7 @@ def log_text(entries: Sequence[JsonObject], now: float, *, several: bool) -> str
 
 
 def read_since(_: click.Context, param: click.Parameter, value: str | None) -> float:
-    """When something began, in seconds since the epoch, by how long ago that was: `90s`, `2h`, `3d`."""
+    """The callback of --since: `90s`, `2h` or `3d` ago, in seconds since the epoch. Raises BadParameter."""
     if value is None:
         return 0.0
     found = re.fullmatch(r"(\d{1,9})([smhd])", value.strip())
@@ -10560,13 +10567,12 @@ def log(
 
     One line for each escalation, and how its deliveries stand; also lines that are no escalation, and losses.
     """
-    jobs, _ = make_jobs(paths, loop_id)
-    jobs = list(map(where_it_worked, jobs))
+    jobs = [where_it_worked(job) for job in make_jobs(paths, loop_id)[0]]
     entries = read_log(jobs, loop_id, Filter(sink_id, word, category, since), count)
-    if loop_id and not entries and (missing := no_such_loop(jobs[0])):
-        raise click.BadParameter(f"loop {loop_id}: {missing}", param_hint="--loop")
+    if loop_id and not entries:
+        check_loop(jobs[0])
     if sink_id and not entries and not read_log(jobs, loop_id, Filter(sink_id), 1):
-        with contextlib.suppress(ConfigError):  # then the sinks are not known
+        with contextlib.suppress(ConfigError):  # no config can say whether the sink exists
             config_file = absolute(paths.config_file or os.path.join(paths.repo, DEFAULT_CONFIG))
             check_sink(load_config(config_file, {}, check_env=False), sink_id)
     if wants_json(form, pretty):
@@ -10576,9 +10582,15 @@ def log(
         click.echo(log_text(entries, time.time(), several=several))
 
 
+def check_loop(job: Job) -> None:
+    """Raises BadParameter if a loop that was named has no files."""
+    if missing := no_such_loop(job):
+        raise click.BadParameter(f"loop {job.loop_id}: {missing}", param_hint="--loop")
+
+
 class OnRecord(NamedTuple):
-    """What is on record of an escalation: its entry in the log, what the queue has of it, and its row in the
-    telemetry, {} if there is none."""
+    """What is on record about an escalation. `stored` and `deliveries`: what the queue has. `row`: its first
+    telemetry row, {} if there is none."""
 
     entry: JsonObject
     stored: QueuedEscalation | None
@@ -10587,12 +10599,37 @@ class OnRecord(NamedTuple):
 
 
 def find_one(jobs: Sequence[Job], loop_id: str | None, prefix: str) -> OnRecord:
-    """The escalation whose id begins like this.
+    """The escalation whose id begins with `prefix`.
 
     Raises BadParameter if there is none, or more than one; StateError or StorageError.
     """
+    found = find_in_queue(jobs[0].queue_file, loop_id, prefix) if jobs else {}
+    for job in jobs:
+        for row, later in rows_with_later(job, prefix.encode("utf-8", "replace")):
+            identity = str(row.get("escalationId"))
+            if not identity.startswith(prefix):
+                continue
+            known = found.get(identity)
+            if known is None:
+                found[identity] = OnRecord(entry_of_row(row, later), None, [], row)
+            elif not known.row:
+                found[identity] = known._replace(entry=with_reason(known.entry, row), row=row)
+    if not found:
+        if loop_id:
+            check_loop(jobs[0])
+        where = f"loop {loop_id}" if loop_id else "this repo"
+        unknown = f"no escalation of {where} has an id that begins with {printable(prefix)!r}"
+        raise click.BadParameter(f"{unknown}; `{PROGRAM} log` lists those of late", param_hint="ID")
+    if len(found) > 1:
+        raise ambiguous(prefix, found, "ID")
+    return next(iter(found.values()))
+
+
+def find_in_queue(queue_file: str, loop_id: str | None, prefix: str) -> dict[str, OnRecord]:
+    """The last escalations in the queue whose ids begin with `prefix`, by id. Raises StateError or
+    StorageError."""
     found: dict[str, OnRecord] = {}
-    queue = Queue.open_to_read(jobs[0].queue_file) if jobs else None
+    queue = Queue.open_to_read(queue_file)
     if queue is not None:
         with queue, queue.errors():
             failing = queue.failing_sinks()
@@ -10603,40 +10640,18 @@ def find_one(jobs: Sequence[Job], loop_id: str | None, prefix: str) -> OnRecord:
             for loop, stored, deliveries in itertools.islice(items, LISTED):
                 entry = entry_of_queue(loop, stored, deliveries, failing)
                 found.setdefault(stored.escalation_id, OnRecord(entry, stored, deliveries, {}))
-    later: dict[str, dict[str, JsonObject]] = {}
-    for job in jobs:
-        for row in rows_backwards(job.telemetry_file, prefix.encode("utf-8", "replace")):
-            identity = str(row.get("escalationId"))
-            if not identity.startswith(prefix) or row.get("loopId") != job.loop_id:
-                continue
-            if row.get("late"):
-                for said in map(mapping, row.get("sinks") or ()):
-                    later.setdefault(identity, {}).setdefault(str(said.get("id")), said)
-            elif identity not in found:
-                found[identity] = OnRecord(entry_of_row(row, later.get(identity, {})), None, [], row)
-            elif not found[identity].row:
-                known = found[identity]
-                found[identity] = known._replace(entry=with_reason(known.entry, row), row=row)
-    if not found and loop_id and (missing := no_such_loop(jobs[0])):
-        raise click.BadParameter(f"loop {loop_id}: {missing}", param_hint="--loop")
-    if not found:
-        where = f"loop {loop_id}" if loop_id else "this repo"
-        unknown = f"no escalation of {where} has an id that begins with {printable(prefix)!r}"
-        raise click.BadParameter(f"{unknown}; `{PROGRAM} log` lists those of late", param_hint="ID")
-    if len(found) > 1:
-        raise ambiguous(prefix, found, "ID")
-    return next(iter(found.values()))
+    return found
 
 
 def ambiguous(prefix: str, found: Iterable[str], hint: str) -> click.BadParameter:
-    """That several ids begin like this. `hint`: the argument or option that gave it."""
+    """The error that several ids begin with `prefix`. `hint`: the argument or option that gave it."""
     listed = ", ".join(sorted(found)[:LISTED])
     said = f"{printable(prefix)!r} is ambiguous, give more of one of: {listed}"
     return click.BadParameter(said, param_hint=hint)
 
 
 def read_attempts(job: Job, escalation: str) -> list[JsonObject]:
-    """The attempts rows of an escalation, the first one first. Raises StorageError."""
+    """The attempts at an escalation, the first one first. Raises StorageError."""
     rows = rows_backwards(job.attempts_file, escalation.encode("utf-8", "replace"))
     found = [
         row for row in rows if row.get("escalationId") == escalation and row.get("loopId") == job.loop_id
@@ -10645,28 +10660,14 @@ def read_attempts(job: Job, escalation: str) -> list[JsonObject]:
 
 
 def describe_escalation(job: Job, known: OnRecord) -> JsonObject:
-    """One escalation: its record, its route and why, each delivery with its attempts."""
-    entry, stored, deliveries, row = known
+    """An escalation as `show` prints it for scripts: its record, its route and why, its deliveries."""
+    entry, stored, _, row = known
     attempts = read_attempts(job, entry["escalationId"])
     route = row.get("route")
     if route is None and stored is not None:
-        with contextlib.suppress(ConfigError):  # then the route is not known
+        with contextlib.suppress(ConfigError):  # without a config the route is not known
             config = load_config(job.config_file, {}, check_env=False)
             route = Router(config).resolve(stored.category, stored.severity).route
-    peers = {(sink["id"], ""): sink for sink in entry["sinks"]}
-    if deliveries:
-        words = {sink["id"]: sink for sink in entry["sinks"]}
-        peers = {
-            (found.sink, found.peer): {
-                "status": words[found.sink]["status"] if found.lead else delivery_word(found, ()),
-                "httpStatus": found.http_status,
-                "reasonCode": found.reason_code,
-                "faultCode": found.fault,
-                "message": found.message,
-            }
-            for found in sorted(deliveries, key=lambda found: (found.sink, found.peer))
-        }
-    shown = ("timestamp", "attempt", "outcome", "httpStatus", "reasonCode", "faultCode", "message")
     return {
         "schemaVersion": SCHEMA_VERSION,
         **{key: value for key, value in entry.items() if key != "sinks"},
@@ -10676,15 +10677,14 @@ def describe_escalation(job: Job, known: OnRecord) -> JsonObject:
             {
                 "sinkId": sink_id,
                 **({"peer": peer} if peer else {}),
-                **{key: said.get(key) for key in ("status", "httpStatus", "reasonCode", "faultCode")},
-                "message": said.get("message"),
+                **{key: state.get(key) for key in DELIVERY_STATE_FIELDS},
                 "attempts": [
-                    {key: attempt[key] for key in (*shown, "durationMs") if attempt.get(key) is not None}
+                    {key: attempt[key] for key in ATTEMPT_FIELDS if attempt.get(key) is not None}
                     for attempt in attempts
                     if attempt.get("sinkId") == sink_id and attempt.get("peer", "") == peer
                 ],
             }
-            for (sink_id, peer), said in peers.items()
+            for (sink_id, peer), state in delivery_states(known).items()
         ],
         **({"record": decode_json(stored.record.decode("utf-8", "replace"))} if stored else {}),
         **({"record": row["escalation"]} if not stored and "escalation" in row else {}),
@@ -10692,20 +10692,42 @@ def describe_escalation(job: Job, known: OnRecord) -> JsonObject:
     }
 
 
+DELIVERY_STATE_FIELDS = ("status", "httpStatus", "reasonCode", "faultCode", "message")
+ATTEMPT_FIELDS = (
+    *("timestamp", "attempt", "outcome", "httpStatus", "reasonCode", "faultCode", "message", "durationMs"),
+)
+
+
+def delivery_states(known: OnRecord) -> dict[tuple[str, str], JsonObject]:
+    """The state of each delivery of an escalation, by sink and peer. Only the queue has those of peers."""
+    by_sink = {sink["id"]: sink for sink in known.entry["sinks"]}
+    if not known.deliveries:
+        return {(sink_id, ""): sink for sink_id, sink in by_sink.items()}
+    return {
+        (found.sink, found.peer): {
+            "status": by_sink[found.sink]["status"] if found.lead else delivery_word(found, ()),
+            "httpStatus": found.http_status,
+            "reasonCode": found.reason_code,
+            "faultCode": found.fault,
+            "message": found.message,
+        }
+        for found in sorted(known.deliveries, key=lambda found: (found.sink, found.peer))
+    }
+
+
 def why_routed(route: JsonObject, entry: JsonObject) -> str:
     """Why an escalation went where it went."""
+    code = entry.get("reasonCode")
     if not route:
-        code = entry.get("reasonCode")
         return CODES[code].meaning if code in CODES else "its route is not known: the config cannot be read"
     name = route.get("pattern") or route.get("category")
     why = f"the route {name}" if route.get("matched") else "no route for its category, so the default sinks"
     why += f", from {route.get('minSeverity')} on, to {', '.join(route.get('sinks') or ['no sink'])}"
-    code = entry.get("reasonCode")
     return f"{why}. {CODES[code].meaning}" if not entry["sinks"] and code in CODES else why
 
 
 def escalation_text(found: JsonObject, now: float) -> str:
-    """One escalation whole, for people."""
+    """An escalation and all its attempts, for people."""
     head = f"{found['category'] or found.get('reasonCode')}, severity {found['severity'] or 'not known'}"
     ago = how_long(found["timestamp"] or found["ingestedAt"], now)
     lines = [
@@ -10718,18 +10740,21 @@ def escalation_text(found: JsonObject, now: float) -> str:
         word = click.style(item["status"], fg=DELIVERY_COLOURS[item["status"]])
         why = f": {cut(why_it_failed(item), 200)}" if item["reasonCode"] else ""
         lines.append(f"{printable(name)}  {word}{printable(why)}")
-        for attempt in item["attempts"]:
-            said = why_it_failed(attempt) if attempt.get("reasonCode") else attempt.get("httpStatus", "")
-            when = how_long(as_text(attempt.get("timestamp")), now)
-            took = f", {attempt.get('durationMs', 0)} ms" if attempt.get("attempt") else ""
-            fault = f", fault code {attempt['faultCode']}" if "faultCode" in attempt else ""
-            lines.append(printable(f"  {when}: {attempt.get('outcome')} {cut(str(said), 200)}{took}{fault}"))
+        lines += [printable(f"  {attempt_text(attempt, now)}") for attempt in item["attempts"]]
     if "record" in found:
         shown = json.dumps(strict_value(found["record"]), indent=2, ensure_ascii=False)
         lines += ["Record:", *(f"  {printable(line)}" for line in shown.splitlines())]
     if "rawLine" in found:
         lines += ["Line:", printable(f"  {found['rawLine']}")]
     return "\n".join(lines)
+
+
+def attempt_text(attempt: JsonObject, now: float) -> str:
+    said = why_it_failed(attempt) if attempt.get("reasonCode") else attempt.get("httpStatus", "")
+    when = how_long(as_text(attempt.get("timestamp")), now)
+    took = f", {attempt.get('durationMs', 0)} ms" if attempt.get("attempt") else ""
+    fault = f", fault code {attempt['faultCode']}" if "faultCode" in attempt else ""
+    return f"{when}: {attempt.get('outcome')} {cut(str(said), 200)}{took}{fault}"
 
 
 @cli.command(epilog=examples("show esc_4f2a", "show esc_4f2a --loop night-build --pretty"))
