@@ -10706,12 +10706,19 @@ def delivery_states(known: OnRecord) -> dict[tuple[str, str], JsonObject]:
     return {
         (found.sink, found.peer): {
             "status": by_sink[found.sink]["status"] if found.lead else delivery_word(found, ()),
-            "httpStatus": found.http_status,
-            "reasonCode": found.reason_code,
-            "faultCode": found.fault,
-            "message": found.message,
+            **why_json(found),
         }
         for found in sorted(known.deliveries, key=lambda found: (found.sink, found.peer))
+    }
+
+
+def why_json(failed: Verdict | QueuedDelivery | Destination) -> JsonObject:
+    """Why an attempt, a delivery or a destination failed, in JSON."""
+    return {
+        "httpStatus": failed.http_status,
+        "reasonCode": failed.reason_code,
+        "faultCode": failed.fault,
+        "message": failed.message,
     }
 
 
@@ -10793,16 +10800,16 @@ def show(
 # What an operator does: test, redeliver, skip, init
 # ---------------------------------------------------------------------------------------------------------
 # `redeliver` and `skip` change deliveries in the queue and write rows, as a pass does. They hold the loop's
-# lock twice: to look for what is named, and, after the question, to do it.
+# lock while they search and while they act, but not while they ask.
 
 SKIPPED_BY_OPERATOR = "skipped_by_operator"
 GIVEN_UP = Verdict("skipped", SKIPPED_BY_OPERATOR, message="given up by an operator")
-# So long an operator's command waits for a pass to end, in seconds.
+# How long an operator's command waits for a pass to end, in seconds.
 OPERATOR_WAIT = 10.0
 
 
 def check_credentials(config: Config, sinks: Iterable[Sink]) -> None:
-    """Raises ConfigError if a sink that is about to be asked, enabled or not, has unusable secrets."""
+    """Raises ConfigError if the secrets of these sinks, enabled or not, are unusable."""
     document = {"sinks": {sink.id: {**sink.settings, "enabled": True} for sink in sinks}}
     if faults := check_secrets(document, *read_secret_files(document, os.environ)):
         raise config_error(config.path, faults)
@@ -10813,8 +10820,8 @@ def attempt_once(
 ) -> dict[str, tuple[Verdict, float]]:
     """Send a delivery outside of any pass, to all peers at once, in no more than `attempt_seconds`.
 
-    Returns for each peer, of which most sinks have one without a name, what came of it, and the seconds it
-    took.
+    Returns what came of it for each peer, and the seconds that it took. A sink without peers has one without
+    a name.
     """
     adapter = ADAPTERS[sink.type]
     peers = adapter.peers(sink)
@@ -10844,23 +10851,20 @@ def outcome_json(verdict: Verdict, seconds: float, sink: Sink, test: str) -> Jso
     delivered = verdict.outcome == "delivered"
     result: JsonObject = {
         "status": "success" if delivered else "failed",
-        "httpStatus": verdict.http_status,
-        "reasonCode": verdict.reason_code,
-        "faultCode": verdict.fault,
-        "message": verdict.message,
+        **why_json(verdict),
         "durationMs": round(seconds * 1000),
     }
     if verdict.clock_offset is not None and clock_words(verdict.clock_offset):
         result["clockOffsetSeconds"] = round(verdict.clock_offset)
     if not delivered:
-        # A refused test alert is nothing to redeliver: the sink does not take what is set up like this.
+        # A test alert cannot be redelivered. If the sink refuses it, the config does not suit the sink.
         fault = "rejected" if verdict.fault == "record_refused" else verdict.fault
         result["advice"] = advise(fault, sink, {"test": test})
     return result
 
 
 def outcome_text(what: str, result: JsonObject) -> str:
-    """What came of an attempt or a delivery, for people: what happened, how long it took, what to do."""
+    """What came of a test alert or a delivery, for people, and what to do if it failed."""
     duration = f", {result['durationMs']} ms" if "durationMs" in result else ""
     lines = []
     if result["status"] == "success":
@@ -10879,7 +10883,7 @@ def outcome_text(what: str, result: JsonObject) -> str:
 
 
 def make_test_alert(severity: str, trace_id: str) -> Escalation:
-    """A record that says of itself that it is a test."""
+    """An escalation that says that it is a test."""
     body = {
         "timestamp": iso(time.time()),
         "loopId": PROGRAM,
@@ -10934,20 +10938,15 @@ def send_test(
             f"no sink is enabled in {config_file}",
             [f'set "enabled": true on a sink, or test one that is disabled: `{tried}`'],
         )
-    trace_id = new_trace_id()
-    escalation = make_test_alert(level, trace_id)
-    delivery = Delivery(escalation, Router(loaded).resolve(escalation.category, escalation.severity))
+    as_json = wants_json(form, pretty)
     results = []
-    for sink in chosen:
-        verdicts = attempt_once(sink, delivery, Origin(repo, trace_id, time.time()), loaded.redactor)
-        for peer, (verdict, seconds) in verdicts.items():
-            named = {"peer": peer} if len(verdicts) > 1 else {}
-            outcome = outcome_json(verdict, seconds, sink, test_command(repo, config_file, sink.id))
-            results.append({"id": sink.id, "type": sink.type, **named, **outcome})
-            if not wants_json(form, pretty):
-                click.echo(outcome_text(f"{sink.id} ({peer})" if named else sink.id, outcome))
+    for result in send_test_alerts(loaded, chosen, repo, level):
+        results.append(result)
+        if not as_json:
+            name = f"{result['id']} ({result['peer']})" if "peer" in result else result["id"]
+            click.echo(outcome_text(name, result))
     hints = quoted_secrets(chosen)
-    if wants_json(form, pretty):
+    if as_json:
         warnings = {"warnings": hints} if hints else {}
         print_json({"schemaVersion": SCHEMA_VERSION, "sinks": results, **warnings}, pretty)
     else:
@@ -10956,19 +10955,32 @@ def send_test(
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
 
 
+def send_test_alerts(config: Config, sinks: Iterable[Sink], repo: str, severity: str) -> Iterator[JsonObject]:
+    """Send a test alert to one sink after the other. Yields what came of it for each peer."""
+    trace_id = new_trace_id()
+    alert = make_test_alert(severity, trace_id)
+    delivery = Delivery(alert, Router(config).resolve(alert.category, alert.severity))
+    for sink in sinks:
+        verdicts = attempt_once(sink, delivery, Origin(repo, trace_id, time.time()), config.redactor)
+        again = test_command(repo, config.path, sink.id)
+        for peer, (verdict, seconds) in verdicts.items():
+            named = {"peer": peer} if len(verdicts) > 1 else {}
+            yield {"id": sink.id, "type": sink.type, **named, **outcome_json(verdict, seconds, sink, again)}
+
+
 class Selection(NamedTuple):
-    """What an operator names: all dead letters, what waits for a sink up to a line (0: all of it), one
-    escalation, or lines from-to; of one sink or of each."""
+    """What an operator names: all dead letters, what waits for a sink up to a line, one escalation, or the
+    lines from one to another; of one sink or of all. A line is `sys.maxsize` if there is no limit."""
 
     dead_letters: bool = False
     waiting_to: int | None = None
     escalation: str | None = None
-    lines: tuple[int, int | None] | None = None
+    lines: tuple[int, int] | None = None
     sink_id: str | None = None
 
 
 class Selected(NamedTuple):
-    """A delivery that an operator means. `named.escalation`: 0 if the queue does not have the record."""
+    """A delivery that an operator names. `named.escalation`: 0 if the queue does not have the record."""
 
     named: Named
     sink: Sink
@@ -10976,11 +10988,10 @@ class Selected(NamedTuple):
 
     @property
     def key(self) -> tuple[str, int, str, str]:
-        """Which delivery it is. Lines that are the same have one escalationId: it does not tell."""
+        """What tells the delivery from others. The id does not suffice: equal lines have the same."""
         return (self.named.segment, self.named.offset, self.named.escalation_id, self.sink.id)
 
     def to_json(self) -> JsonObject:
-        """The delivery as a command's JSON names it."""
         return {
             "escalationId": self.named.escalation_id,
             "escalationCategory": self.named.category,
@@ -10993,8 +11004,7 @@ class Selected(NamedTuple):
 
 @contextlib.contextmanager
 def operator_lock(job: Job) -> Iterator[None]:
-    """Hold a loop's lock for a command that changes it. Raises StateError if a pass has it for too long, or
-    if there is no such loop."""
+    """Hold the lock of a loop. Raises StateError if there is no such loop, or if a pass keeps the lock."""
     if missing := no_such_loop(job):
         raise StateError(f"loop {job.loop_id}: {missing}")
     with loop_lock(job.lock_file, OPERATOR_WAIT) as held:
@@ -11005,52 +11015,58 @@ def operator_lock(job: Job) -> Iterator[None]:
         yield
 
 
-def find_selected(job: Job, config: Config, selection: Selection) -> tuple[list[Selected], bool, bool]:
-    """Find the deliveries that an operator names; and tell whether the queue knows the loop, and whether a
-    pass has ingested anything. Nothing changes.
+class Found(NamedTuple):
+    """What an operator named. `in_queue`: the queue knows the loop. `has_run`: a pass has read its source."""
+
+    deliveries: list[Selected]
+    in_queue: bool
+    has_run: bool
+
+
+def find_selected(job: Job, config: Config, selection: Selection) -> Found:
+    """Find the deliveries that an operator names. Changes nothing.
 
     Raises BadParameter if there is no such escalation or line, StateError or StorageError.
     """
-    with contextlib.ExitStack() as opened:
-        queue = Queue.open_to_read(job.queue_file)
-        if queue is not None:
-            opened.enter_context(queue)
-        found = queue.find_loop(job.loop_id) if queue else None
-        cursor = found[1] if found else read_past(job).cursor
-        source = opened.enter_context(contextlib.closing(Source(job.escalations_file, cursor)))
-        known = find_named(queue, found[0], cursor, selection) if queue and found else []
-        if queue is not None:
-            queue.close()  # reading the source takes time, in which passes can go on
-        if selection.waiting_to is not None and not found:
-            up_to = selection.waiting_to or sys.maxsize
-            known = [name_of(stored) for stored in read_new(job, source) if stored.line <= up_to]
+    known: list[Named] = []
+    cursor = None
+    queue = Queue.open_to_read(job.queue_file)
+    if queue is not None:
+        with queue:
+            if found := queue.find_loop(job.loop_id):
+                loop, cursor, _ = found
+                known = find_named(queue, loop, cursor, selection)
+    in_queue = cursor is not None
+    # The queue is closed: passes over other loops go on while the source is read.
+    cursor = cursor or read_past(job).cursor
+    with contextlib.closing(Source(job.escalations_file, cursor)) as source:
+        if selection.waiting_to is not None and not in_queue:
+            new = read_new(job, source)
+            known = [name_of(stored) for stored in new if stored.line <= selection.waiting_to]
         elif selection.lines is not None:
             check_lines(job, source, selection.lines[0])
             known += [name_of(stored) for stored in read_unknown(job, source, selection.lines, known)]
-        chosen = select(known, Router(config), selection)
     if selection.escalation is not None and not known:
         explain_unknown(job, selection.escalation)
-    return chosen, found is not None, bool(found or cursor.number or cursor.line)
+    has_run = in_queue or bool(cursor.number or cursor.line)
+    return Found(select(known, Router(config), selection), in_queue, has_run)
 
 
 def find_named(queue: Queue, loop: int, cursor: Cursor, selection: Selection) -> list[Named]:
-    """What the queue has of the deliveries that an operator names."""
+    """The deliveries in the queue that an operator names."""
     if selection.dead_letters:
         dead = "SELECT escalation FROM deliveries INDEXED BY dead WHERE status = 'dead' AND loop = ?"
         return queue.named(loop, f"e.id IN ({dead}) AND d.status = 'dead'", loop)
     if selection.waiting_to is not None:
         waiting = "SELECT escalation FROM deliveries INDEXED BY waiting WHERE status = 'waiting' AND sink = ?"
-        up_to = selection.waiting_to or sys.maxsize
         return queue.named(
             loop,
             f"e.id IN ({waiting}) AND d.status = 'waiting' AND d.sink = ? "
             "AND (e.segment <> ? OR e.line <= ?)",
-            *(selection.sink_id, selection.sink_id, cursor.segment, up_to),
+            *(selection.sink_id, selection.sink_id, cursor.segment, selection.waiting_to),
         )
     if selection.lines is not None:
-        first, last = selection.lines
-        condition = "e.segment = ? AND e.line BETWEEN ? AND ?"
-        return queue.named(loop, condition, cursor.segment, first, last or sys.maxsize)
+        return queue.named(loop, "e.segment = ? AND e.line BETWEEN ? AND ?", cursor.segment, *selection.lines)
     return queue.named(loop, "e.escalation_id = ?", selection.escalation)
 
 
@@ -11062,10 +11078,10 @@ def read_new(job: Job, source: Source) -> Iterator[QueuedEscalation]:
 
 
 def read_unknown(
-    job: Job, source: Source, lines: tuple[int, int | None], known: Iterable[Named]
+    job: Job, source: Source, lines: tuple[int, int], known: Iterable[Named]
 ) -> Iterator[QueuedEscalation]:
-    """The escalations of lines that were read, of which the queue has nothing: they were ingested before
-    there was this queue, or settled longer ago than it keeps them. Raises StorageError."""
+    """The escalations of lines that were read, but are not in the queue: they are older than the queue, or it
+    keeps them no longer. Raises StorageError."""
     there = {(named.offset, named.escalation_id) for named in known}
     for line in source.read_again(*lines):
         for stored in escalations_of(job, source.cursor.segment, line):
@@ -11074,7 +11090,7 @@ def read_unknown(
 
 
 def escalations_of(job: Job, segment: str, line: Line) -> Iterator[QueuedEscalation]:
-    """The escalations of a line, as the queue keeps them; without numbers."""
+    """The escalations of a line as the queue keeps them, with numbers still to be given."""
     for found in parse_line(line.text, line.size, job.loop_id):
         if not isinstance(found, Unusable):
             now = time.time()
@@ -11098,7 +11114,7 @@ def escalations_of(job: Job, segment: str, line: Line) -> Iterator[QueuedEscalat
 
 
 def name_of(stored: QueuedEscalation) -> Named:
-    """An escalation of which there is no delivery."""
+    """An escalation as an operator may name it, without a delivery."""
     return Named(
         *(stored.id, stored.escalation_id, stored.segment, stored.offset, stored.line),
         *(stored.category, stored.severity, stored.written_at),
@@ -11106,36 +11122,48 @@ def name_of(stored: QueuedEscalation) -> Named:
 
 
 def select(known: Sequence[Named], router: Router, selection: Selection) -> list[Selected]:
-    """The deliveries that an operator means: to the sinks that the escalations went to, and to those that
-    their routes name now."""
+    """The deliveries of these escalations that an operator names."""
     chosen: dict[object, Selected] = {}
     for _, group in itertools.groupby(
         known, key=lambda named: (named.escalation, named.offset, named.escalation_id)
     ):
         rows = list(group)
-        there = {named.sink: named.status for named in rows if named.sink is not None}
-        resolution = router.resolve(rows[0].category, rows[0].severity)
-        waits = selection.waiting_to is not None
-        # A disabled sink is sent something again if it is named; nothing is ingested for it.
-        routed = resolution.reached if selection.sink_id and not waits else resolution.dispatchable
-        if selection.dead_letters or (waits and there):
-            routed = ()
-        for name in dict.fromkeys([*there, *(sink.id for sink in routed)]):
-            sink, dead = router.config.sinks.get(name), there.get(name) == "dead"
-            if sink is None or selection.sink_id not in (None, name):
-                continue
-            if (there.get(name) == "waiting") != (waits and name in there):
-                continue
-            found = Selected(rows[0], sink, dead)
-            # Lines that are the same have one id: asked for by that, they are one.
-            key = found.key if selection.escalation is None else name
-            if dead or key not in chosen:
+        status_of = {named.sink: named.status for named in rows if named.sink is not None}
+        for sink in select_sinks(rows[0], status_of, router, selection):
+            found = Selected(rows[0], sink, status_of.get(sink.id) == "dead")
+            # Equal lines have one id. Whoever names it means one of them, a dead letter if there is one.
+            key = found.key if selection.escalation is None else sink.id
+            if found.dead_letter or key not in chosen:
                 chosen[key] = found
     return list(chosen.values())
 
 
+def select_sinks(
+    named: Named, status_of: Mapping[str, str | None], router: Router, selection: Selection
+) -> list[Sink]:
+    """The sinks of an escalation that an operator names. `status_of`: its deliveries, by sink."""
+    skipping = selection.waiting_to is not None
+    sink_ids = dict.fromkeys(status_of)
+    # `redeliver` also sends to the sinks that the route names now. `skip` goes by the route if there are no
+    # deliveries yet.
+    if not selection.dead_letters and not (skipping and status_of):
+        resolution = router.resolve(named.category, named.severity)
+        # Nothing is ingested for a disabled sink, but `redeliver` sends to it if it is named.
+        to_disabled = selection.sink_id is not None and not skipping
+        routed = resolution.reached if to_disabled else resolution.dispatchable
+        sink_ids |= dict.fromkeys(sink.id for sink in routed)
+    return [
+        router.config.sinks[sink_id]
+        for sink_id in sink_ids
+        if sink_id in router.config.sinks
+        and selection.sink_id in (None, sink_id)
+        # What waits is not redelivered: the next pass sends it.
+        and (skipping or status_of.get(sink_id) != "waiting")
+    ]
+
+
 def check_lines(job: Job, source: Source, first: int) -> None:
-    """Raises BadParameter if the source has fewer lines."""
+    """Raises BadParameter if the source has no line `first`."""
     count = source.lines_read + source.count_unread()
     if count < first:
         said = f"{first} is beyond the end: {job.escalations_file} has {plural(count, 'line')}"
@@ -11143,7 +11171,7 @@ def check_lines(job: Job, source: Source, first: int) -> None:
 
 
 def whole_id(job: Job, prefix: str) -> str:
-    """The id of a loop's escalation that begins like this; as given, if the queue has none. Raises
+    """The only id in the queue that begins with `prefix`; if there is none, `prefix` itself. Raises
     BadParameter if there are several."""
     queue = Queue.open_to_read(job.queue_file)
     if queue is None:
@@ -11159,8 +11187,8 @@ def whole_id(job: Job, prefix: str) -> str:
 
 
 def explain_unknown(job: Job, escalation: str) -> NoReturn:
-    """Say why an escalation that the queue does not have cannot be sent again: it is not on record, its line
-    is none, or it was settled too long ago. Raises BadParameter."""
+    """Say why an escalation that is not in the queue cannot be redelivered: its line is no escalation, it was
+    settled too long ago, or nothing is on record. Raises BadParameter."""
     rows = iterate_rows(job.telemetry_file) if os.path.exists(job.telemetry_file) else ()
     found = [
         row for row in rows if row.get("loopId") == job.loop_id and row.get("escalationId") == escalation
@@ -11186,9 +11214,9 @@ def explain_unknown(job: Job, escalation: str) -> NoReturn:
 def operator_pass(
     job: Job, config: Config, stop: threading.Event, named: Collection[str] = ()
 ) -> Iterator[tuple[Shared, Loop]]:
-    """A pass over one loop that has begun, for a command that changes what waits. The loop's lock is held.
+    """Begin a pass over one loop for a command that changes what waits, and hold the loop's lock meanwhile.
 
-    `named`: disabled sinks that may be sent to. Raises DispatchError.
+    `named`: the disabled sinks that may be sent to. Raises DispatchError.
     """
     with operator_lock(job), contextlib.closing(QueueHolder(job.queue_file)) as queues:
         shared = Shared(queues.get(), config, Clock(job.time_budget, stop), named=named)
@@ -11197,29 +11225,20 @@ def operator_pass(
             yield shared, loop
 
 
-def send_again(
+def redeliver_selected(
     job: Job, config: Config, selection: Selection, shown: Sequence[Selected], stop: threading.Event
 ) -> list[JsonObject]:
-    """Let deliveries wait that an operator was shown, and run a pass. Returns what came of each. Those that
-    another command has dealt with since are left alone. Raises DispatchError."""
+    """Queue the deliveries again that an operator was shown, and run a pass. Returns what came of each.
+
+    Leaves out those that are not selected any more, because a pass or a command changed them since. Raises
+    DispatchError.
+    """
     keys = {item.key for item in shown}
     with operator_pass(job, config, stop, {item.sink.id for item in shown}) as (shared, loop):
         queue = shared.queue
         with queue.transaction():
-            cursor = loop.source.cursor
-            known = find_named(queue, loop.id, cursor, selection)
-            if selection.lines is not None:
-                places = {key[:3] for key in keys}
-                fresh = [
-                    stored
-                    for stored in read_unknown(job, loop.source, selection.lines, known)
-                    if (stored.segment, stored.offset, stored.escalation_id) in places
-                ]
-                number = queue.next_id()
-                queue.add_escalations(
-                    [stored._replace(id=number + place, loop=loop.id) for place, stored in enumerate(fresh)]
-                )
-                known = find_named(queue, loop.id, cursor, selection)
+            add_unknown(queue, loop, selection, {key[:3] for key in keys})
+            known = find_named(queue, loop.id, loop.source.cursor, selection)
             chosen = [item for item in select(known, shared.router, selection) if item.key in keys]
             for item in chosen:
                 resolution = shared.router.resolve(item.named.category, item.named.severity)
@@ -11234,17 +11253,27 @@ def send_again(
         return [{**item.to_json(), **redelivery_outcome(shared, job, item)} for item in chosen]
 
 
+def add_unknown(queue: Queue, loop: Loop, selection: Selection, places: Collection[object]) -> None:
+    """If lines are selected, add their escalations that are not in the queue. `places`: segment, offset and
+    id of those that the operator was shown. Raises StorageError."""
+    if selection.lines is None:
+        return
+    known = find_named(queue, loop.id, loop.source.cursor, selection)
+    fresh = [
+        stored
+        for stored in read_unknown(loop.job, loop.source, selection.lines, known)
+        if (stored.segment, stored.offset, stored.escalation_id) in places
+    ]
+    numbers = itertools.count(queue.next_id())
+    queue.add_escalations([stored._replace(id=next(numbers), loop=loop.id) for stored in fresh])
+
+
 def redelivery_outcome(shared: Shared, job: Job, item: Selected) -> JsonObject:
-    """What came of a delivery that was sent again."""
+    """What came of a redelivery, in JSON."""
     found = shared.queue.lead(item.named.escalation, item.sink.id)
     if found is None:
         return {"status": "waiting"}
-    result: JsonObject = {
-        "httpStatus": found.http_status,
-        "reasonCode": found.reason_code,
-        "faultCode": found.fault,
-        "message": found.message,
-    }
+    result = why_json(found)
     if found.status == "delivered":
         missed = [
             other.peer
@@ -11258,12 +11287,7 @@ def redelivery_outcome(shared: Shared, job: Job, item: Selected) -> JsonObject:
     if found.status == "waiting" and found.reason_code is None:
         if known is None or not known.consecutive_failures:
             return {"status": "waiting", **result}
-        result = {
-            "httpStatus": known.http_status,
-            "reasonCode": known.reason_code,
-            "faultCode": known.fault,
-            "message": known.message,
-        }
+        result = why_json(known)
     commands = {**commands_for(job), "test": test_command(job.repo, job.config_file, item.sink.id)}
     result["advice"] = advise(result["faultCode"], item.sink, commands)
     return {"status": "failed", **result, "willRetry": found.status == "waiting"}
@@ -11272,10 +11296,10 @@ def redelivery_outcome(shared: Shared, job: Job, item: Selected) -> JsonObject:
 def skip_deliveries(
     job: Job, config: Config, selection: Selection, shown: Sequence[Selected], *, ingest: bool
 ) -> tuple[list[Selected], str]:
-    """Give up deliveries that an operator was shown, on record. Returns those that were still there, and the
-    segment of the source's current file.
+    """Give up the deliveries that an operator was shown, and write that into the telemetry. Returns those
+    that were still there, and the segment of the source's current file.
 
-    `ingest`: read what is in the source first, because no pass has. Raises DispatchError.
+    `ingest`: read the source first, because no pass has. Raises DispatchError.
     """
     keys = {item.key for item in shown}
     with operator_pass(job, config, threading.Event()) as (shared, loop):
@@ -11287,13 +11311,7 @@ def skip_deliveries(
         for start in range(0, len(chosen), ROWS_AT_ONCE):
             with queue.transaction():
                 for item in chosen[start : start + ROWS_AT_ONCE]:
-                    found = queue.lead(item.named.escalation, item.sink.id)
-                    if found is not None:
-                        found = found._replace(by_operator=True)
-                        row = attempt_row(job, item.sink, found, None, GIVEN_UP, 0, 0.0)
-                        loop.write_attempts([row])
-                        leads = queue.settle(found, "skipped", GIVEN_UP, found.attempts)
-                        loop.note_end(found, leads=leads)
+                    give_up(queue, loop, item)
             loop.flush_rows()
         with queue.transaction():
             for sink_id in {item.sink.id for item in chosen}:
@@ -11303,7 +11321,17 @@ def skip_deliveries(
         return chosen, loop.source.cursor.segment
 
 
-# What the summary says of the last pass, and not of how things are.
+def give_up(queue: Queue, loop: Loop, item: Selected) -> None:
+    """Give up a delivery, if it is still there."""
+    found = queue.lead(item.named.escalation, item.sink.id)
+    if found is not None:
+        found = found._replace(by_operator=True)
+        loop.write_attempts([attempt_row(loop.job, item.sink, found, None, GIVEN_UP, 0, 0.0)])
+        leads = queue.settle(found, "skipped", GIVEN_UP, found.attempts)
+        loop.note_end(found, leads=leads)
+
+
+# The fields of a summary that say what the last pass did, and not how things are now.
 LAST_PASS = (
     *("updatedAt", "traceId", "status", *COUNT_KEYS, "failureReasonCodes", "message"),
     *("lateDispatchedCount", "lateFailedCount"),
@@ -11311,8 +11339,8 @@ LAST_PASS = (
 
 
 def save_summary(job: Job, loop: Loop) -> None:
-    """Write the summary as an operator's command leaves it. What it says of the last pass stays, unless the
-    command has ingested something, as a pass does. Raises StateError or StorageError."""
+    """Write the summary after an operator's command. What it says about the last pass stays, unless the
+    command has itself ingested something. Raises StateError or StorageError."""
     before = read_summary(job) if not loop.counts.processed else {}
     kept = {key: before[key] for key in LAST_PASS if key in before}
     replace_file(job.state_file, encode_json({**loop.summary(), **kept}) + b"\n", durable=True)
@@ -11322,13 +11350,13 @@ yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
 def confirm(question: str, what: str, *, err: bool) -> None:
-    """Show what is about to be done and ask; anything but yes ends the command.
+    """Show what is about to be done, and ask. Any answer but yes ends the command.
 
-    `err`: on standard error, because standard output is for the JSON.
+    `err`: use standard error, because standard output is for JSON.
     """
     click.echo(what, err=err)
     try:
-        # Older versions of click write the blank before the answer to standard output all the same.
+        # Even with `err`, older versions of click write the blank before the answer to standard output.
         with contextlib.redirect_stdout(sys.stderr) if err else contextlib.nullcontext():
             click.confirm(question, abort=True, err=err)
     except click.Abort:
@@ -11338,7 +11366,7 @@ def confirm(question: str, what: str, *, err: bool) -> None:
 
 
 def listing(deliveries: Sequence[Selected]) -> str:
-    """Deliveries as a table, to be looked at before something is done with them; of many, a summary."""
+    """Deliveries as a table, for the question whether to change them; of many, a row for those alike."""
     now = time.time()
     if len(deliveries) <= LISTED:
         rows = (
@@ -11403,34 +11431,34 @@ def redeliver(
     if to_line is not None and from_line is not None and to_line < from_line:
         raise click.UsageError(f"--to-line {to_line} is before --from-line {from_line}")
     job = make_job(paths, loop_id)
-    lines = None if from_line is None else (from_line, to_line)
-    escalation = escalation and whole_id(job, escalation)
-    selection = Selection(dead_letters, None, escalation, lines, sink_id)
+    selection = Selection(
+        dead_letters=dead_letters,
+        escalation=escalation and whole_id(job, escalation),
+        lines=None if from_line is None else (from_line, to_line or sys.maxsize),
+        sink_id=sink_id,
+    )
     as_json = wants_json(form, pretty)
     loaded = load_config(job.config_file, os.environ)
     check_sink(loaded, sink_id)
     with operator_lock(job):
-        found, _, has_run = find_selected(job, loaded, selection)
-    if not has_run:
+        found = find_selected(job, loaded, selection)
+    if not found.has_run:
         first = f"run `{command_line('dispatch', job)}` first"
         raise StateError(f"no pass has run for loop {job.loop_id} yet", [first])
-    shown = [item for item in found if item.sink.enabled or item.sink.id == sink_id]
-    for name in dict.fromkeys(item.sink.id for item in found if item not in shown):
-        click.echo(f"note: nothing is sent to {name}, which is disabled: --sink {name} does", err=True)
+    shown = leave_out_disabled(found.deliveries, sink_id)
     check_credentials(loaded, {item.sink.id: item.sink for item in shown}.values())
     results: list[JsonObject] = []
     if shown:
         if not yes:
             confirm(f"Send {plural(len(shown), 'delivery')}?", listing(shown), err=as_json)
-        # No lock was held while a person thought.
         with orderly_end() as stop:
-            results = send_again(job, loaded, selection, shown, stop)
+            results = redeliver_selected(job, loaded, selection, shown, stop)
     summary = redelivery_summary(loop_id, results)
     if as_json:
         print_json(summary, pretty)
     elif results:
         click.echo(redelivery_text(summary))
-    elif not found and dead_letters:
+    elif dead_letters and not found.deliveries:
         click.echo(f"Nothing to redeliver: there is no dead letter{f' of {sink_id}' if sink_id else ''}.")
     else:
         waits = f"`{command_line('status', job)}` shows what waits"
@@ -11439,8 +11467,18 @@ def redeliver(
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
 
 
+def leave_out_disabled(deliveries: Sequence[Selected], sink_id: str | None) -> list[Selected]:
+    """Leave out deliveries to disabled sinks other than the one that was named, and say so."""
+    disabled = dict.fromkeys(
+        item.sink.id for item in deliveries if not item.sink.enabled and item.sink.id != sink_id
+    )
+    for name in disabled:
+        click.echo(f"note: nothing is sent to {name}, which is disabled: --sink {name} does", err=True)
+    return [item for item in deliveries if item.sink.id not in disabled]
+
+
 def redelivery_summary(loop_id: str, results: Sequence[JsonObject]) -> JsonObject:
-    """What came of deliveries that were sent again, in the words of a pass."""
+    """What came of redeliveries, in the words of a pass."""
     counts = Counter(result["status"] for result in results)
     status = "success"
     if not results:
@@ -11459,7 +11497,7 @@ def redelivery_summary(loop_id: str, results: Sequence[JsonObject]) -> JsonObjec
 
 
 def redelivery_text(summary: JsonObject) -> str:
-    """What came of deliveries, for people: each of a few, of many how many had the same end."""
+    """What came of redeliveries, for people; of many, one line for those that ended alike."""
     results = summary["deliveries"]
     if len(results) <= LISTED:
         lines = [outcome_text(f"{short_id(r['escalationId'])} to {r['sinkId']}", r) for r in results]
@@ -11518,44 +11556,45 @@ def skip(
         raise click.UsageError("say which: --sink ID, or --dead-letters")
     job = make_job(paths, loop_id)
     as_json = wants_json(form, pretty)
-    selection = Selection(dead_letters, None if dead_letters else to_line or 0, sink_id=sink_id)
+    noun, done = ("dead letter", "dismissed") if dead_letters else ("delivery", "skipped")
+    selection = Selection(dead_letters, None if dead_letters else to_line or sys.maxsize, sink_id=sink_id)
     loaded = load_config(job.config_file, os.environ)
     check_sink(loaded, sink_id)
     with operator_lock(job):
-        shown, is_known, _ = find_selected(job, loaded, selection)
+        found = find_selected(job, loaded, selection)
+    shown = found.deliveries
     skipped: list[Selected] = []
     segment = ""
     if shown:
         if not yes:
-            noun = "dead letter" if dead_letters else "delivery"
             confirm(f"Give up {plural(len(shown), noun)}?", listing(shown), err=as_json)
-        # No lock was held while a person thought: what a pass has delivered since then is not skipped.
-        skipped, segment = skip_deliveries(job, loaded, selection, shown, ingest=not is_known)
+        skipped, segment = skip_deliveries(job, loaded, selection, shown, ingest=not found.in_queue)
     if as_json:
-        results = [
-            {**item.to_json(), "status": "skipped", "reasonCode": SKIPPED_BY_OPERATOR} for item in skipped
-        ]
-        summary = {
-            "schemaVersion": SCHEMA_VERSION,
-            "loopId": loop_id,
-            "status": "success" if skipped else "nothing_to_do",
-            "skippedCount": len(skipped),
-            "deliveries": results,
-        }
-        print_json(summary, pretty)
-    elif not shown:
-        click.echo("There is no dead letter." if dead_letters else "Nothing waits there.")
-    elif not skipped:
+        print_json(skip_summary(loop_id, skipped), pretty)
+    elif skipped:
+        again = how_to_send_after_all(job, skipped, segment)
+        click.echo(f"{plural(len(skipped), noun)} {done}. {again}")
+    elif shown:
         click.echo("Nothing is left to be given up: a pass or another command has dealt with it.")
     else:
-        done = "dead letter" if dead_letters else "delivery"
-        said = f"{plural(len(skipped), done)} {'dismissed' if dead_letters else 'skipped'}"
-        click.echo(f"{said}. {how_to_send_after_all(job, skipped, segment)}")
+        click.echo("There is no dead letter." if dead_letters else "Nothing waits there.")
+
+
+def skip_summary(loop_id: str, skipped: Sequence[Selected]) -> JsonObject:
+    """What was given up, in the words of a pass."""
+    return {
+        "schemaVersion": SCHEMA_VERSION,
+        "loopId": loop_id,
+        "status": "success" if skipped else "nothing_to_do",
+        "skippedCount": len(skipped),
+        "deliveries": [
+            {**item.to_json(), "status": "skipped", "reasonCode": SKIPPED_BY_OPERATOR} for item in skipped
+        ],
+    }
 
 
 def how_to_send_after_all(job: Job, skipped: Sequence[Selected], segment: str) -> str:
-    """The command that sends again what was skipped, to be pasted into a shell. `segment`: that of the file
-    whose lines a command can name."""
+    """Say which command sends what was skipped. Commands can only name lines of the file with `segment`."""
     ids = {item.named.escalation_id for item in skipped}
     lines = [item.named.line for item in skipped]
     sinks = {item.sink.id for item in skipped}
@@ -11570,7 +11609,7 @@ def how_to_send_after_all(job: Job, skipped: Sequence[Selected], segment: str) -
 
 
 def initial_config() -> JsonObject:
-    """What `init` writes: the three sinks, disabled, with good defaults."""
+    """The config that `init` writes: three sinks, disabled, with good defaults."""
     return {
         "schemaVersion": SCHEMA_VERSION,
         "defaultMinSeverity": "warning",
