@@ -11440,12 +11440,8 @@ def redeliver(
     as_json = wants_json(form, pretty)
     loaded = load_config(job.config_file, os.environ)
     check_sink(loaded, sink_id)
-    with operator_lock(job):
-        found = find_selected(job, loaded, selection)
-    if not found.has_run:
-        first = f"run `{command_line('dispatch', job)}` first"
-        raise StateError(f"no pass has run for loop {job.loop_id} yet", [first])
-    shown = leave_out_disabled(found.deliveries, sink_id)
+    found = find_redeliveries(job, loaded, selection)
+    shown = leave_out_disabled(found, sink_id)
     check_credentials(loaded, {item.sink.id: item.sink for item in shown}.values())
     results: list[JsonObject] = []
     if shown:
@@ -11458,13 +11454,24 @@ def redeliver(
         print_json(summary, pretty)
     elif results:
         click.echo(redelivery_text(summary))
-    elif dead_letters and not found.deliveries:
+    elif dead_letters and not found:
         click.echo(f"Nothing to redeliver: there is no dead letter{f' of {sink_id}' if sink_id else ''}.")
     else:
         waits = f"`{command_line('status', job)}` shows what waits"
         click.echo(f"Nothing to redeliver. What waits goes out by itself; {waits}.")
     if summary["failedCount"]:
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
+
+
+def find_redeliveries(job: Job, config: Config, selection: Selection) -> list[Selected]:
+    """The deliveries that `redeliver` is asked for. Raises StateError if no pass has run, else as
+    `find_selected` and `operator_lock`."""
+    with operator_lock(job):
+        found = find_selected(job, config, selection)
+    if not found.has_run:
+        first = f"run `{command_line('dispatch', job)}` first"
+        raise StateError(f"no pass has run for loop {job.loop_id} yet", [first])
+    return found.deliveries
 
 
 def leave_out_disabled(deliveries: Sequence[Selected], sink_id: str | None) -> list[Selected]:
@@ -11700,11 +11707,11 @@ def init(repo: str, form: Format, pretty: bool) -> None:
 # ---------------------------------------------------------------------------------------------------------
 # Demo, `explain`, and the start of the program
 # ---------------------------------------------------------------------------------------------------------
-# The demo runs real passes against a receiver that it starts, in a temporary folder.
+# The demo runs real passes in a temporary folder, against a receiver that it starts.
 
 
 def demo_escalations(loop_id: str) -> list[JsonObject]:
-    """One escalation of each category, over both transports, as the host's writers make them."""
+    """One escalation of each category, as the host writes them, with both transports."""
 
     def record(category: str, transport: str, **fields: object) -> JsonObject:
         common = {"timestamp": iso(time.time()), "loopId": loop_id, "traceId": str(uuid.uuid4())}
@@ -11824,7 +11831,7 @@ def explain_codes(code: str | None, form: Format, pretty: bool) -> None:
 
 
 def describe_code(code: str) -> JsonObject:
-    """A code of CODES for people who ask for no sink or loop in particular."""
+    """A code in general words, without the names of a sink or a loop."""
     meaning, look, fix = map(words_of, CODES[code])
     return {
         "code": code,
@@ -11850,10 +11857,31 @@ def demo(form: str) -> None:
     receiver on 127.0.0.1, shows what each received and what the telemetry says, and runs a second pass to
     show that nothing goes out twice. Works in a temporary folder, which it removes.
     """
-    import http.server
     import tempfile
 
     received: dict[str, list[JsonObject]] = {"webhook": [], "slack": [], "pagerduty": []}
+    # A proxy could not reach this machine's loopback.
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1"
+    with demo_receiver(received) as base, tempfile.TemporaryDirectory(prefix=f"{PROGRAM}-demo-") as repo:
+        environ = {
+            "DEMO_WEBHOOK_URL": f"{base}/webhook",
+            "DEMO_SLACK_URL": f"{base}/slack",
+            "DEMO_PAGERDUTY_URL": f"{base}/pagerduty",
+            "DEMO_ROUTING_KEY": uuid.uuid4().hex,
+        }
+        found = run_demo(repo, environ, received)
+    if form == "json":
+        print_json(found, pretty=False)
+    else:
+        click.echo(demo_text(found, received))
+    if found["status"] == "failed":
+        raise click.exceptions.Exit(EXIT_CHECK_FAILED)
+
+
+@contextlib.contextmanager
+def demo_receiver(received: Mapping[str, list[JsonObject]]) -> Iterator[str]:
+    """Receive requests on 127.0.0.1, and add their bodies to `received` by path. Yields the base URL."""
+    import http.server
 
     class Receiver(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -11873,34 +11901,17 @@ def demo(form: str) -> None:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    base = f"http://127.0.0.1:{server.server_address[1]}"
-    environ = {
-        "DEMO_WEBHOOK_URL": f"{base}/webhook",
-        "DEMO_SLACK_URL": f"{base}/slack",
-        "DEMO_PAGERDUTY_URL": f"{base}/pagerduty",
-        "DEMO_ROUTING_KEY": uuid.uuid4().hex,
-    }
-    # A proxy could not reach this machine's own loopback.
-    os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1"
     try:
-        with tempfile.TemporaryDirectory(prefix=f"{PROGRAM}-demo-") as name:
-            found = run_demo(name, environ, received)
+        yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
         server.shutdown()
         server.server_close()
-    if form == "json":
-        print_json(found, pretty=False)
-    else:
-        click.echo(demo_text(found, received))
-    if found["status"] == "failed":
-        raise click.exceptions.Exit(EXIT_CHECK_FAILED)
 
 
 def run_demo(
     repo: str, environ: Mapping[str, str], received: Mapping[str, Sequence[JsonObject]]
 ) -> JsonObject:
-    """Play the demo in a folder: two passes. It failed if a sink missed an escalation or received one
-    twice."""
+    """Run two passes in a folder. The demo fails if a sink misses an escalation or receives one twice."""
     job = usual_job(repo, "demo-loop")
     escalations = demo_escalations(job.loop_id)
     make_folder(os.path.dirname(job.config_file))
@@ -11924,34 +11935,12 @@ def run_demo(
 
 def demo_text(found: JsonObject, received: Mapping[str, Sequence[JsonObject]]) -> str:
     """The demo for people: both passes, and between them what each sink received."""
-    import html
 
     def title(text: str) -> list[str]:
         return ["", click.style(text, bold=True)]
 
     first, second = found["passes"]
-    lines = [
-        f"{plural(found['escalationCount'], 'escalation')} in escalations.jsonl, three sinks on 127.0.0.1."
-    ]
-    lines += [*title("First pass"), summary_text(first)]
-    lines += title("What webhook-demo received (webhook: JSON)")
-    for body in received["webhook"]:
-        event = body["event"]
-        lines.append(f"  {event['severity']:8} {event['category']:24} of {body['source']['loopId']}")
-    lines += title("What slack-demo received (slack: as it shows it, up to four escalations a message)")
-    for body in received["slack"]:
-        for block in body["blocks"]:
-            texts = [block["text"]["text"]] if "text" in block else [e["text"] for e in block["elements"]]
-            style = {"bold": block["type"] == "header", "dim": block["type"] == "context"}
-            for line in (line for text in texts for line in html.unescape(text).splitlines()):
-                lines.append(click.style(f"  {line}", **style))
-        lines.append("")
-    lines += title("What pagerduty-demo received (pagerduty_events: Events API v2)")
-    for body in received["pagerduty"]:
-        lines.append(
-            f"  {body['event_action']}  {body['payload']['summary']}\n           {body['dedup_key']}"
-        )
-    lines += title("What the telemetry says (telemetry/alerts.jsonl)")
+    count = plural(found["escalationCount"], "escalation")
     rows = [
         (
             row["status"],
@@ -11961,19 +11950,56 @@ def demo_text(found: JsonObject, received: Mapping[str, Sequence[JsonObject]]) -
         )
         for row in found["telemetry"]
     ]
-    lines.append(table(("STATUS", "SEVERITY", "CATEGORY", "SINKS"), rows))
-    lines += [*title("Second pass: nothing goes out twice"), summary_text(second), ""]
     counts = ", ".join(f"{name} {count}" for name, count in found["receivedCounts"].items())
     exact = found["status"] == "success"
-    lines.append(f"Received in all: {counts}.")
-    lines.append(
-        "Each sink has each escalation exactly once." if exact else "A sink missed one, or got one twice."
+    return "\n".join(
+        [
+            f"{count} in escalations.jsonl, three sinks on 127.0.0.1.",
+            *title("First pass"),
+            summary_text(first),
+            *title("What webhook-demo received (webhook: JSON)"),
+            *map(webhook_line, received["webhook"]),
+            *title("What slack-demo received (slack: as it shows it, up to four escalations a message)"),
+            *(line for body in received["slack"] for line in slack_lines(body)),
+            *title("What pagerduty-demo received (pagerduty_events: Events API v2)"),
+            *map(pagerduty_lines, received["pagerduty"]),
+            *title("What the telemetry says (telemetry/alerts.jsonl)"),
+            table(("STATUS", "SEVERITY", "CATEGORY", "SINKS"), rows),
+            *title("Second pass: nothing goes out twice"),
+            summary_text(second),
+            "",
+            f"Received in all: {counts}.",
+            "Each sink has each escalation exactly once."
+            if exact
+            else "A sink missed one, or got one twice.",
+        ]
     )
-    return "\n".join(lines)
+
+
+def webhook_line(body: JsonObject) -> str:
+    event = body["event"]
+    return f"  {event['severity']:8} {event['category']:24} of {body['source']['loopId']}"
+
+
+def slack_lines(body: JsonObject) -> Iterator[str]:
+    """A message as Slack shows it, and an empty line."""
+    import html
+
+    for block in body["blocks"]:
+        texts = [block["text"]["text"]] if "text" in block else [e["text"] for e in block["elements"]]
+        style = {"bold": block["type"] == "header", "dim": block["type"] == "context"}
+        for line in (line for text in texts for line in html.unescape(text).splitlines()):
+            yield click.style(f"  {line}", **style)
+    yield ""
+
+
+def pagerduty_lines(body: JsonObject) -> str:
+    return f"  {body['event_action']}  {body['payload']['summary']}\n           {body['dedup_key']}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code; every error is words on standard error."""
+    """Run the command line. Returns the exit code. Every error is shown on standard error, without a
+    traceback."""
     try:
         colour = False if os.environ.get("NO_COLOR") else None
         result = cli.main(None if argv is None else list(argv), PROGRAM, standalone_mode=False, color=colour)
@@ -11994,7 +12020,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(f"error: cannot write the output: {error.strerror}")
         return EXIT_STORAGE
     except SystemExit as end:
-        # So click ends when whoever read our output has gone, as `head` does: what a signal would have done.
+        # Click exits like this if the reader of our output has gone, as `head` does. End as SIGPIPE would.
         return 128 + signal.SIGPIPE if end.code else 0
     except Exception as error:  # noqa: BLE001 - no traceback helps an operator
         complain(f"error: {program_fault(error)}")
@@ -12002,7 +12028,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def complain(about: str | click.ClickException) -> None:
-    """Say on standard error what is wrong, if that can be written."""
+    """Say on standard error what is wrong. If nobody can read that, say nothing."""
     with contextlib.suppress(OSError):
         if isinstance(about, str):
             click.echo(about, err=True)
@@ -12013,13 +12039,13 @@ def complain(about: str | click.ClickException) -> None:
 def program() -> NoReturn:
     """What is installed as the command.
 
-    Leaves without taking the interpreter apart, which costs a tenth of an idle pass: no file is open any
-    more, what was printed is flushed, and a thread that still hangs on a sink is not waited for.
+    Exits without tearing down the interpreter: that would take a tenth of an idle pass, and a thread may
+    still hang on a sink. By then, no file is open and all output is flushed.
     """
     import warnings
 
-    # A library that warns of something, as requests does of a chardet that it does not know, would spoil what
-    # reconcile reads.
+    # Libraries may warn, as requests does of a chardet that it does not know. That would spoil what reconcile
+    # reads.
     warnings.simplefilter("ignore")
     os._exit(main())
 
