@@ -1677,8 +1677,8 @@ class Cursor(NamedTuple):
     `number` counts the files of the source, from 1; 0: none has been read yet, and the first `line` lines are
     to be skipped. Hashes of the file's first line (`fingerprint`) and of the bytes before the offset (`tail`)
     find it again under any name. `offset` is in bytes, `line` counts complete lines. `rotated`: the file was
-    read to its end under a rotated name. `finished`: fingerprints of earlier files. `seen_at`: when a pass
-    looked last, in seconds since the epoch; 0: never.
+    read to its end under a rotated name, or it is gone. `finished`: fingerprints of earlier files. `seen_at`:
+    when a pass looked last, in seconds since the epoch; 0: never.
     """
 
     number: int = 0
@@ -2181,7 +2181,7 @@ class Source:
                         "appended to it after that, it was not read"
                     )
                 # Its number is used up, and a new file may have its inode.
-                self.cursor = cursor.moved_to((0, 0))
+                self.cursor = cursor.moved_to((0, 0))._replace(rotated=True)
         self._files = older + self._files
 
         def rotated(files: Iterable[Neighbour]) -> list[tuple[str, tuple[int, int]]]:
@@ -2960,7 +2960,7 @@ CODES: dict[str, Code] = {
         "this with `{ack}`",
     ),
     "queue_lost": Code(
-        "The queue was deleted or damaged while deliveries waited in it.",
+        "The queue was deleted or damaged while deliveries waited in it, or dead letters were kept.",
         "A damaged queue is kept beside the new one, as alert-queue.db.damaged-….",
         "run the commands that its row names (`{log}` shows it), then acknowledge this with `{ack}`",
     ),
@@ -3065,6 +3065,8 @@ QUEUE_WAIT_SECONDS = 30.0
 WAL_BYTES = 16 << 20
 # How many rows are moved from the outbox into the files at a time.
 OUTBOX_ROWS = 1000
+# Every SQLite database begins with this.
+QUEUE_HEAD = b"SQLite format 3\0"
 
 QUEUE_SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
@@ -6023,6 +6025,20 @@ def keep_damaged(path: str) -> None:
         raise storage_error("keep a copy of the damaged state file", path, error) from None
 
 
+def expect_work(job: Job, count: int) -> None:
+    """Let the summary say that `count` more deliveries wait, before the queue says so: if this command does
+    not come to its end, the next pass must not take the loop for idle. Raises StateError, StorageError."""
+    if document := read_summary(job):
+        document |= {"waitingCount": count + count_in(document, "waitingCount")}
+        replace_file(job.state_file, encode_json(document) + b"\n", durable=True)
+
+
+def count_in(document: JsonObject, key: str) -> int:
+    """A count in a state file; 0 if it is none."""
+    value = document.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 62 else 0
+
+
 def read_summary(job: Job) -> JsonObject:
     """The summary of the last pass; empty if there is none, or a damaged one. Raises StateError."""
     try:
@@ -6463,12 +6479,11 @@ class Loop:
                 return found
             past = read_past(job)
             number = self.queue.add_loop(job.loop_id, past.cursor)
-            if past.waiting:
+            if past.lost:
                 self.id = number
                 self.write_event(
-                    *("failed", "queue_lost", None, past.waiting),
-                    f"the queue that {plural(past.waiting, 'delivery')} waited in is gone: run "
-                    f"{send_what_was_lost(job, past)}",
+                    *("failed", "queue_lost", None, past.waiting + past.dead),
+                    f"the queue with {past.lost} is gone: {what_to_do_about_lost(job, past)}",
                 )
             return number, past.cursor, None
 
@@ -6479,7 +6494,8 @@ class Loop:
         """
         job = self.job
         with self.queue.transaction():
-            self.queue.save_cursor(self.id, self.source.cursor)
+            if self.source.loss is None:  # else `ingest` saves it, with the report
+                self.queue.save_cursor(self.id, self.source.cursor)
             rules = self.shared.config.rules()
             changed = self._rules != rules
             self._align_peers(config_changed=changed)
@@ -6508,16 +6524,15 @@ class Loop:
     def ingest(self) -> bool:
         """Ingest one chunk of new lines, in one transaction; tells whether there may be more."""
         chunk = next(self.chunks, None)
-        if chunk is None:
-            self.has_read_all = True
-            return False
         with self.queue.transaction():
             if self.source.loss:
                 self.write_event("skipped", "source_replaced", None, None, self.source.loss)
                 self.source.loss = None
-            self._store(chunk)
-            self.queue.save_cursor(self.id, chunk.cursor)
-        return True
+            if chunk is not None:
+                self._store(chunk)
+            self.queue.save_cursor(self.id, self.source.cursor)
+        self.has_read_all = chunk is None
+        return chunk is not None
 
     def _store(self, chunk: Chunk) -> None:
         number, now = self.queue.next_id(), time.time()
@@ -6888,11 +6903,18 @@ class Loop:
 
 class PastRun(NamedTuple):
     """What a loop's files say of earlier passes, if the queue does not know the loop: where to go on, how
-    many deliveries waited, and the line of the oldest of them, by sink."""
+    many deliveries waited and how many were dead letters, and the line of the oldest that waited, by sink."""
 
     cursor: Cursor
     waiting: int
+    dead: int
     first_lines: dict[str, int]
+
+    @property
+    def lost(self) -> str:
+        """What was in the queue and reached nobody, in words; empty if nothing was."""
+        found = ((self.waiting, "waiting delivery"), (self.dead, "dead letter"))
+        return " and ".join(plural(count, noun) for count, noun in found if count)
 
 
 def read_past(job: Job) -> PastRun:
@@ -6903,8 +6925,7 @@ def read_past(job: Job) -> PastRun:
     """
     damaged = is_foreign(job)
     document = {} if damaged else read_summary(job)
-    lines = count_in(document, "escalationsLineOffset")
-    cursor = Cursor(line=lines)
+    cursor = Cursor(line=count_in(document, "escalationsLineOffset"))
     with contextlib.suppress(*MALFORMED):
         cursor = Cursor.from_json(document["cursor"])
     first: dict[str, int] = {}
@@ -6914,17 +6935,60 @@ def read_past(job: Job) -> PastRun:
             for name in document["sinks"]
             if (line := count_in(document["sinks"][name], "oldestWaitingLine"))
         }
+    waiting, dead = count_in(document, "waitingCount"), count_in(document, "deadLetterCount")
     # A state that an operator wrote, to begin at some line, holds no more than that.
     if not document or "updatedAt" in document:
-        cursor = after_last_row(job, cursor, damaged=damaged)
-    return PastRun(cursor, count_in(document, "waitingCount"), first)
+        last, left = read_left(job, cursor)
+        cursor = after_row(job, cursor, last, damaged=damaged)
+        for (_, sink), (line, given_up) in left.items():
+            dead += given_up
+            waiting += not given_up
+            if not given_up:
+                first.setdefault(sink, line)
+    return PastRun(cursor, waiting, dead, first)
 
 
-def send_what_was_lost(job: Job, past: PastRun) -> str:
-    """The commands that send what waited in a queue that is gone, as far as it is known what that was."""
-    places = [["--from-line", str(line), "--sink", name] for name, line in past.first_lines.items()]
-    commands = [command_line("redeliver", job, *place) for place in places or [["--from-line", "1"]]]
-    return " and ".join(f"`{command}`" for command in commands)
+def read_left(job: Job, cursor: Cursor) -> tuple[JsonObject | None, dict[tuple[str, str], tuple[int, bool]]]:
+    """The last row of an escalation of this loop; and what was not delivered of those that have a row behind
+    the cursor, because a pass was killed before it wrote its summary: by escalation and sink the line, and
+    whether it is a dead letter. Raises StorageError."""
+    last: JsonObject | None = None
+    left: dict[tuple[str, str], tuple[int, bool]] = {}
+    for row in iterate_rows(job.telemetry_file) if os.path.exists(job.telemetry_file) else ():
+        if row.get("category") != "alert_dispatch" or row.get("loopId") != job.loop_id:
+            continue
+        if row.get("reasonCode") == "queue_lost":
+            left.clear()  # it is reported
+        if "late" not in row and ("escalation" in row or "rawLine" in row):
+            last = row
+        with contextlib.suppress(*MALFORMED):
+            if record_end(row) <= (cursor.number, cursor.offset):
+                continue
+            for entry in row["sinks"]:
+                key = row["escalationId"], entry["id"]
+                left[key] = row["position"]["line"], entry.get("deadLetter") is True
+                if entry["status"] in ("success", "skipped"):
+                    del left[key]
+    return last, left
+
+
+def record_end(row: JsonObject) -> tuple[int, int]:
+    """Where the record of a row ends: number of the file, offset. Raises one of MALFORMED."""
+    place = row["position"]
+    return int(place["segment"].partition("-")[0]), int(place["end"])
+
+
+def what_to_do_about_lost(job: Job, past: PastRun) -> str:
+    """The commands that send what waited in a queue that is gone, as far as it is known what that was; and
+    where its dead letters are named."""
+    advice: list[str] = []
+    if past.waiting:
+        places = [["--from-line", str(line), "--sink", name] for name, line in past.first_lines.items()]
+        commands = [command_line("redeliver", job, *place) for place in places or [["--from-line", "1"]]]
+        advice.append(f"run {' and '.join(f'`{command}`' for command in commands)}")
+    if past.dead:
+        advice.append(f"see the dead letters with `grep deadLetter {shell_line(job.telemetry_file)}`")
+    return "; ".join(advice)
 
 
 def is_foreign(job: Job) -> bool:
@@ -6936,35 +7000,20 @@ def is_foreign(job: Job) -> bool:
     return "cursor" in document and document.get("loopId") != job.loop_id
 
 
-def count_in(document: JsonObject, key: str) -> int:
-    """A count in a state file; 0 if it is none."""
-    value = document.get(key)
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 62 else 0
+def after_row(job: Job, cursor: Cursor, last: JsonObject | None, *, damaged: bool) -> Cursor:
+    """The cursor after the record of the last row, if that is behind `cursor`. Rows of the shell dispatcher
+    have no position: of them the record is looked for in the source.
 
-
-def after_last_row(job: Job, cursor: Cursor, *, damaged: bool) -> Cursor:
-    """The cursor after the last record that has a row, if that is behind `cursor`: a pass was killed before
-    it wrote its summary, or there is none. Rows of the shell dispatcher have no position: of them the record
-    is looked for in the source.
-
-    Raises StateError if the state is damaged, and the record of such a row is not to be found.
+    Raises StateError if the state is damaged, and the record of such a row is not to be found; StorageError.
     """
-    rows = iterate_rows(job.telemetry_file) if os.path.exists(job.telemetry_file) else iter(())
-    last: JsonObject | None = None
-    for row in rows:
-        is_row = row.get("category") == "alert_dispatch" and ("escalation" in row or "rawLine" in row)
-        if is_row and row.get("loopId") == job.loop_id and "late" not in row:
-            last = row
     if last is None:
         return cursor
     with contextlib.suppress(*MALFORMED):
-        place = last["position"]
-        number, _, fingerprint = place["segment"].partition("-")
-        if (int(number), int(place["end"])) <= (cursor.number, cursor.offset):
+        number, end = record_end(last)
+        if (number, end) <= (cursor.number, cursor.offset):
             return cursor
-        return find_place(
-            job.escalations_file, int(number), fingerprint, int(place["end"]), int(place["line"])
-        )
+        fingerprint = last["position"]["segment"].partition("-")[2]
+        return find_place(job.escalations_file, number, fingerprint, end, int(last["position"]["line"]))
     if cursor.number or cursor.line:
         return cursor
     lines = lines_up_to(job, last)
@@ -7149,6 +7198,11 @@ class Sender:
         self._counted: Counter[tuple[int, Outcome]] = Counter()
         self._thread = threading.Thread(target=self._run, name=f"sink {sink.id} {peer}", daemon=True)
 
+    @property
+    def is_sending(self) -> bool:
+        """Tell whether a request was chosen whose answer is not written down. With the queue's lock held."""
+        return self._batch is not None
+
     def start(self) -> None:
         self._thread.start()
 
@@ -7190,8 +7244,6 @@ class Sender:
         `verdict`: on the last request; None before the first one.
         """
         with self.queue.transaction():
-            if self.ended:
-                return None
             destination = self._known()
             if verdict is not None and self._batch is not None:
                 self._record(self._batch, verdict, destination)
@@ -7200,7 +7252,9 @@ class Sender:
                 else:
                     destination = self._known()
             self._batch = None
-            step = None if self.resting else self._next(destination)
+            if self.shared.error is not None:
+                self.resting = True
+            step = None if self.resting or self.ended else self._next(destination)
             if not isinstance(step, Batch):
                 self._write_counts()
             return step
@@ -7431,6 +7485,7 @@ class Sender:
                 destination = self._known()
                 verdict = timed_out(self.sink, self._client.host if self._client else "the sink")
                 self._record(self._batch, verdict, destination)
+                self._batch = None
                 self._write_counts()
                 self.queue.stop_probing(destination)
 
@@ -7712,7 +7767,8 @@ class Pass:
                     sender.give_up_waiting()
             if self._shared.error is not None:
                 for sender in self._senders.values():
-                    sender.ended = True
+                    # What is on its way is waited for: its answer is written down.
+                    sender.ended = sender.ended or not sender.is_sending
             self._shared.queue.changed.notify_all()
 
 
@@ -7800,8 +7856,11 @@ class QueueHolder:
     def in_order(self) -> bool:
         """Tell whether the queue was closed cleanly before this run, which may have opened it since: then
         nothing is in it that the summaries do not say."""
-        found = stat_of(self.path)
-        return found is not None and found.st_size > 0 and not has_log(self.path)
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                return file.read(len(QUEUE_HEAD)) == QUEUE_HEAD and not has_log(self.path)
+        except OSError:
+            return False
 
     def get(self) -> Queue:
         if self._queue is None:
@@ -9912,12 +9971,11 @@ def is_silent(facts: LoopFacts, sinks: Sequence[JsonObject]) -> bool:
 def find_lost(facts: LoopFacts) -> Iterator[Finding]:
     """Report what reached no sink and never will unless somebody acts, for as long as LOSS_SHOWN."""
     figures = facts.figures
-    if figures.past is not None and figures.past.waiting:
-        waited = plural(figures.past.waiting, "delivery")
+    if figures.past is not None and figures.past.lost:
         state = "damaged" if figures.damage else "gone"
-        words = f"{waited} waited in the queue {facts.job.queue_file}, which is {state} (queue_lost)"
-        again = send_what_was_lost(facts.job, figures.past)
-        yield Finding("warning", words, f"put the queue back, or run {again}")
+        words = f"{figures.past.lost} in the queue {facts.job.queue_file}, which is {state} (queue_lost)"
+        again = what_to_do_about_lost(facts.job, figures.past)
+        yield Finding("warning", words, f"put the queue back, or {again}")
     for code, count, at in figures.losses:
         # The row that reports a lost queue says which lines were lost with it.
         messages = (row.get("message") for row in reversed(facts.rows) if row.get("reasonCode") == code)
@@ -9930,7 +9988,7 @@ def find_lost(facts: LoopFacts) -> Iterator[Finding]:
 # By reason code: a loss in words, and the noun that is counted. Every other loss is one of lines.
 LOSSES = {
     "source_replaced": ("the source was replaced, perhaps before all of it was read", ""),
-    "queue_lost": ("{} waited in a queue that was lost", "delivery"),
+    "queue_lost": ("{} in a queue that was lost", "delivery"),
     "sink_removed": ("{} given up with a sink that was removed", "delivery"),
     "no_dispatchable_sinks": ("{} reached nobody: no sink enabled", "escalation"),
 }
@@ -11247,6 +11305,7 @@ def redeliver_selected(
                 queue.send_again(item.named.escalation, item.sink.id, peers, loop.id, severity, time.time())
             for sink_id in {item.sink.id for item in chosen}:
                 queue.try_sink_at_once(sink_id)
+            expect_work(job, len(chosen))
         outcome = Pass(shared).run([loop])[job.loop_id]
         if isinstance(outcome, DispatchError):
             raise outcome

@@ -965,6 +965,29 @@ def test_a_pass_ends_within_one_timeout_of_its_budget_whatever_the_sinks_do(
     check_promise(repo)
 
 
+def test_what_a_sink_has_taken_is_not_sent_again_because_the_pass_ends_with_an_error(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.write_config(webhooks("slow", "quick"))
+    repo.env.update(webhook_env(server, "slow", "quick"))
+    repo.append(*records("one"))
+    repo.dispatch()
+    edit_queue(
+        repo,
+        "CREATE TRIGGER fault BEFORE UPDATE OF status ON deliveries WHEN NEW.sink = 'quick' "
+        "BEGIN SELECT RAISE(ABORT, 'a fault of the disk'); END",
+    )
+    server.answer("/slow/", ok().after(1.0))
+    server.forget()
+    repo.append(*records("two"))
+    assert repo.dispatch().exit_code == 5
+    edit_queue(repo, "DROP TRIGGER fault")
+    repo.dispatch()
+
+    assert webhook_ids(server, "slow") == row_ids(repo)[1:]
+    assert repo.state()["waitingCount"] == 0
+
+
 def test_no_attempt_starts_when_the_budget_is_used_up_and_the_next_pass_goes_on(
     repo: Repo, server: SinkServer
 ) -> None:

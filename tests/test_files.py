@@ -1245,6 +1245,23 @@ def test_a_truncation_without_a_copy_during_a_pass_is_reported_and_costs_nothing
     assert "source_replaced" in repo.run("status", *repo.target).json["verdict"]
 
 
+def test_a_source_that_was_emptied_is_on_record_once_although_nothing_is_appended_to_it(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.append(record("one"))
+    repo.dispatch()
+    repo.append(record("two"))
+    os.truncate(repo.source, 0)
+    repo.dispatch()
+    assert "source_replaced" in repo.run("status", *repo.target).json["verdict"]
+    repo.dispatch()
+    repo.append(record("three"))
+    repo.dispatch()
+
+    every_sink_got(server, "one", "three")
+    assert [row["reasonCode"] for row in repo.telemetry() if "position" not in row] == ["source_replaced"]
+
+
 def test_a_file_that_is_gone_is_on_record_while_the_source_is_away(repo: Repo, server: SinkServer) -> None:
     repo.append(record("one"))
     repo.dispatch()

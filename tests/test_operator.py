@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from escalations import (
     lines,
     timestamp,
 )
-from loopback import Answer, SinkServer, closed_port, echo, error, ok, rate_limited
+from loopback import Answer, SinkServer, closed_port, echo, error, hang, ok, rate_limited
 from operate import check, ids_at, make_backlog, make_dead_letter, on_terminal, sink_of, to_all
 from promise import check_promise
 from tools import needs_tool
@@ -568,7 +569,7 @@ def test_what_waited_in_a_lost_queue_is_reported_and_sent_with_the_command_that_
     waiting = {row["escalationId"] for row in repo.telemetry()[1:]}
     repo.queue_file.unlink()
     found = status(repo)
-    assert (found["health"], "3 deliveries waited in the queue" in found["verdict"]) == ("warning", True)
+    assert (found["health"], "3 waiting deliveries in the queue" in found["verdict"]) == ("warning", True)
     assert not repo.queue_file.exists()
     server.answer(PATHS[CHAT], ok())
     repo.dispatch()
@@ -962,6 +963,26 @@ def test_a_long_redelivery_that_is_ended_goes_on_with_the_next_pass(repo: Repo, 
     assert sorted(ids_at(server, CHAT)) == sorted(
         row["escalationId"] for row in repo.telemetry() if "late" not in row
     )
+
+
+def test_what_a_killed_redelivery_left_is_sent_by_the_next_pass(repo: Repo, server: SinkServer) -> None:
+    """Another loop's pass closes the queue in between: then no log shows that something was left."""
+    dead = make_dead_letter(repo, server)
+    server.script(PATHS[HOOK], hang())
+    process = repo.start("redeliver", *repo.target, "--dead-letters", "--yes")
+    try:
+        server.wait_for(1, PATHS[HOOK])
+    finally:
+        process.kill()
+        process.communicate()
+    other = replace(repo, loop="another")
+    other.append(health_critical())
+    other.dispatch()
+    server.forget()
+    repo.dispatch("--now")
+
+    assert ids_at(server, HOOK) == [dead]
+    assert repo.state()["waitingCount"] == repo.state()["deadLetterCount"] == 0
 
 
 def test_lines_are_redelivered_to_a_disabled_sink_that_is_named(repo: Repo, server: SinkServer) -> None:

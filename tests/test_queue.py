@@ -324,6 +324,51 @@ def test_a_lost_queue_of_a_loop_for_which_nothing_waits_repeats_nothing(
     check_promise(repo)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_dead_letters_that_were_in_a_lost_queue_are_reported(
+    repo: Repo, server: SinkServer, loss: str
+) -> None:
+    repo.write_config(only(HOOK))
+    server.answer(PATHS[HOOK], error(400))
+    repo.append(*(health_degraded(number=number) for number in range(3)))
+    repo.dispatch()
+    LOSSES[loss](repo.queue_file)
+    server.answer(PATHS[HOOK], ok())
+    repo.append(health_degraded(number=7))
+    repo.dispatch()
+
+    [row] = [row for row in repo.telemetry() if row.get("reasonCode") == "queue_lost"]
+    assert (row["status"], row["droppedCount"]) == ("failed", 3)
+    assert "3 dead letters" in row["message"]
+    assert str(repo.telemetry_file) in row["message"]
+
+
+@pytest.mark.parametrize("summary", ["of an earlier pass", "none"])
+def test_what_waited_is_reported_if_a_pass_is_killed_before_its_summary_and_the_queue_is_lost(
+    repo: Repo, server: SinkServer, summary: str
+) -> None:
+    repo.write_config(only(HOOK))
+    repo.append(health_degraded(number=0))
+    repo.dispatch()
+    before = repo.state_file.read_bytes()
+    server.answer(PATHS[HOOK], error(503))
+    repo.append(*(health_degraded(number=number) for number in (1, 2)))
+    repo.dispatch()
+    if summary == "none":
+        repo.state_file.unlink()
+    else:
+        repo.state_file.write_bytes(before)
+    repo.queue_file.unlink()
+    server.answer(PATHS[HOOK], ok())
+    server.forget()
+    repo.dispatch()
+
+    [row] = [row for row in repo.telemetry() if row.get("reasonCode") == "queue_lost"]
+    assert row["droppedCount"] == 2
+    assert f"--from-line 2 --sink {HOOK}" in row["message"]
+    assert server.requests == []
+
+
 def test_a_queue_and_a_summary_that_are_both_lost_repeat_nothing(repo: Repo, server: SinkServer) -> None:
     repo.write_config(only(HOOK))
     repo.append(*(health_degraded(number=number) for number in range(3)))
