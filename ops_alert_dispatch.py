@@ -8059,8 +8059,8 @@ def note_invalid_config(job: Job, error: ConfigError, wait: float) -> None:
 # ---------------------------------------------------------------------------------------------------------
 # What will happen: the dry run
 # ---------------------------------------------------------------------------------------------------------
-# Runs a pass on a copy of the queue. Every destination seems to take what it is sent, but nothing is sent and
-# no file of a loop changes.
+# Runs a pass on a copy of the queue, as if every destination took what it is sent. Sends nothing, and changes
+# no file of a loop.
 
 
 def plan_loops(jobs: Sequence[Job], environ: Mapping[str, str], *, show_payload: bool) -> dict[str, Result]:
@@ -8150,7 +8150,7 @@ def by_time(moment: str) -> float:
 
 
 def batch_notes(config: Config) -> Iterator[str]:
-    """Say which sinks are sent several escalations in one request: a plan shows one in each."""
+    """Say which sinks get several escalations in one request. A plan shows a request for each."""
     for sink in config.sinks.values():
         if sink.enabled and (most := ADAPTERS[sink.type].batch_size(sink)) > 1:
             yield f"{sink.id} is sent up to {most} of these in one request"
@@ -8281,7 +8281,7 @@ def show_request(url: str, request: HttpRequest, redactor: Redactor) -> JsonObje
 # ---------------------------------------------------------------------------------------------------------
 # Turns options into jobs, and summaries into text. Nothing above this section prints or asks.
 
-# People get longer lists in groups.
+# In a longer list for people, things that are alike share a row.
 LISTED = 20
 REPO_ENV = "OPS_MANAGER_REPO"
 
@@ -8359,12 +8359,6 @@ def print_json(document: JsonObject, pretty: bool) -> None:
     click.echo(text)
 
 
-def terminal_width() -> int:
-    import shutil
-
-    return shutil.get_terminal_size().columns
-
-
 class Styled(str):
     """The text of a cell that is coloured already, and otherwise printable."""
 
@@ -8390,7 +8384,9 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]], drop: Colle
             shown = cell if isinstance(cell, Styled) else printable("-" if cell is None else str(cell))
             columns[heading].append(shown)
     if is_terminal(sys.stdout):
-        fit_columns(columns, drop, terminal_width())
+        import shutil
+
+        fit_columns(columns, drop, shutil.get_terminal_size().columns)
     widths = {heading: column_width(heading, cells) for heading, cells in columns.items()}
     lines = [list(columns), *zip(*columns.values(), strict=True)]
     texts = [
@@ -8903,7 +8899,7 @@ def loops_text(summary: JsonObject) -> str:
 
 
 def loop_note(loop: JsonObject) -> str | None:
-    """Why a loop in a run over many stands as it does, on one line."""
+    """What went wrong with one of many loops, on one line."""
     if loop["status"] == "locked":
         return "another pass is running"
     said = loop.get("message") or ", ".join(causes_of(loop))
@@ -9009,7 +9005,7 @@ def progress_bar() -> Iterator[Progress | None]:
     bar = click.progressbar(length=1, file=sys.stderr, show_pos=True, show_eta=False)
     with contextlib.ExitStack() as shown:
 
-        def show(done: int, total: int, left: float) -> None:
+        def update(done: int, total: int, left: float) -> None:
             if not total:  # no empty bar above an early error
                 return
             bar.label = f"Delivering, {max(0.0, left):.0f} s left"
@@ -9019,7 +9015,7 @@ def progress_bar() -> Iterator[Progress | None]:
             else:
                 shown.enter_context(bar)
 
-        yield show
+        yield update
 
 
 # Every other status is yellow.
@@ -9213,7 +9209,7 @@ def plan_cell(item: JsonObject) -> str:
 def grouped_table(
     headings: Sequence[str], groups: Mapping[tuple[object, ...], Sequence[str | None]], now: float
 ) -> str:
-    """A table with one row for things that are alike: their cells, their number, the oldest and the newest.
+    """A table in which things with the same cells share a row, with their number, oldest and newest.
 
     `groups`: by cells, the times of the things that have them. The last cell has the reasons.
     """
@@ -9524,7 +9520,7 @@ def read_figures(job: Job, config: Config | None, now: float) -> LoopFigures:
 
 
 def figures_of(queue: Queue, loop: int, cursor: Cursor, sink_ids: Iterable[str], now: float) -> LoopFigures:
-    """The figures of a loop that the queue knows, for these sinks and all that it has sent to."""
+    """The figures of a loop that the queue knows, for these sinks and for all that ever had deliveries."""
     tallies = queue.tallies(loop)
     sinks = {
         sink_id: sink_figure(queue, loop, sink_id, tallies.get(sink_id, {}), queue.destinations_of(sink_id))
@@ -9605,7 +9601,7 @@ def read_facts(job: Job, critical_after: float) -> LoopFacts:
         config=config,
         config_valid=config_valid,
         figures=figures,
-        unread=count_unread(job, figures.cursor, config),
+        unread=read_unread(job, figures.cursor, config),
         rows=recent_rows(job.telemetry_file),
         last=last_row(job.telemetry_file),
         failures=last_failures(job),
@@ -9697,8 +9693,8 @@ def read_config_if_any(job: Job, document: JsonObject | None) -> tuple[Config | 
     return config, True, list(config_warnings(config)) if enabled else []
 
 
-def count_unread(job: Job, cursor: Cursor, config: Config | None) -> Unread:
-    """Count what no pass has read yet. Raises StorageError."""
+def read_unread(job: Job, cursor: Cursor, config: Config | None) -> Unread:
+    """Read the lines that no pass has read yet. Raises StorageError."""
     router = Router(config) if config else None
     lines, oldest = 0, None
     by_sink: dict[str, tuple[int, str | None]] = {}
@@ -9963,9 +9959,10 @@ def is_silent(facts: LoopFacts, sinks: Sequence[JsonObject]) -> bool:
         parse_time((row or {}).get(key))
         for row, key in ((facts.document, "updatedAt"), (facts.last, "timestamp"))
     )
-    worked = next((at for at in times if at is not None and at <= facts.now + WRITER_GRACE), 0.0)
-    since = min((parse_time(at) or 0.0 for at in waiting), default=facts.now)
-    return facts.now - max(worked, 0.0) > facts.critical_after and facts.now - since > facts.critical_after
+    # A time in the future, from a clock that was wrong, would hide that no pass runs.
+    last_pass = next((at for at in times if at is not None and at <= facts.now + WRITER_GRACE), 0.0)
+    waiting_since = min((parse_time(at) or 0.0 for at in waiting), default=facts.now)
+    return facts.now - max(0.0, last_pass, waiting_since) > facts.critical_after
 
 
 def find_lost(facts: LoopFacts) -> Iterator[Finding]:
@@ -10477,12 +10474,12 @@ def entry_of_row(row: JsonObject, later: Mapping[str, JsonObject]) -> JsonObject
 
 
 def with_reason(entry: JsonObject, row: JsonObject) -> JsonObject:
-    """Add the reason why no sink was meant to get an entry, if so. Only its row has it, not the queue."""
+    """An entry without sinks gets the reason for that from its row. The queue does not have it."""
     return entry if entry["sinks"] else {**entry, "reasonCode": as_text(row.get("reasonCode"))}
 
 
 def with_reasons(job: Job, entries: Sequence[JsonObject]) -> list[JsonObject]:
-    """Add the reasons to the entries of a loop that no sink was meant to get. Raises StorageError."""
+    """Log entries, those of this loop without sinks with the reasons for that. Raises StorageError."""
     unexplained = {
         entry["escalationId"]: entry["ingestedAt"]
         for entry in entries
@@ -10535,8 +10532,8 @@ def read_old(job: Job, kept: Collection[str], oldest: float) -> Iterator[JsonObj
 
 
 def rows_with_later(job: Job, containing: bytes = b"") -> Iterator[tuple[JsonObject, dict[str, JsonObject]]]:
-    """The telemetry rows of a loop that contain this, newest first. The late row of an escalation is merged
-    into its first one: it comes as what it says about each sink, by its id. Raises StorageError."""
+    """The telemetry rows of a loop that contain these bytes, newest first. Each row comes with what late rows
+    say about its sinks, by sink id; late rows are left out. Raises StorageError."""
     later: dict[str, dict[str, JsonObject]] = {}
     for row in rows_backwards(job.telemetry_file, containing):
         if row.get("loopId") != job.loop_id:
@@ -12017,11 +12014,17 @@ def demo_text(found: JsonObject, received: Mapping[str, Sequence[JsonObject]]) -
             *title("First pass"),
             summary_text(first),
             *title("What webhook-demo received (webhook: JSON)"),
-            *map(webhook_line, received["webhook"]),
+            *(
+                f"  {got['event']['severity']:8} {got['event']['category']:24} of {got['source']['loopId']}"
+                for got in received["webhook"]
+            ),
             *title("What slack-demo received (slack: as it shows it, up to four escalations a message)"),
             *(line for body in received["slack"] for line in slack_lines(body)),
             *title("What pagerduty-demo received (pagerduty_events: Events API v2)"),
-            *map(pagerduty_lines, received["pagerduty"]),
+            *(
+                f"  {got['event_action']}  {got['payload']['summary']}\n           {got['dedup_key']}"
+                for got in received["pagerduty"]
+            ),
             *title("What the telemetry says (telemetry/alerts.jsonl)"),
             table(("STATUS", "SEVERITY", "CATEGORY", "SINKS"), rows),
             *title("Second pass: nothing goes out twice"),
@@ -12035,11 +12038,6 @@ def demo_text(found: JsonObject, received: Mapping[str, Sequence[JsonObject]]) -
     )
 
 
-def webhook_line(body: JsonObject) -> str:
-    event = body["event"]
-    return f"  {event['severity']:8} {event['category']:24} of {body['source']['loopId']}"
-
-
 def slack_lines(body: JsonObject) -> Iterator[str]:
     """A message as Slack shows it, and an empty line."""
     import html
@@ -12050,10 +12048,6 @@ def slack_lines(body: JsonObject) -> Iterator[str]:
         for line in (line for text in texts for line in html.unescape(text).splitlines()):
             yield click.style(f"  {line}", **style)
     yield ""
-
-
-def pagerduty_lines(body: JsonObject) -> str:
-    return f"  {body['event_action']}  {body['payload']['summary']}\n           {body['dedup_key']}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
