@@ -289,7 +289,7 @@ class SinkServer:
         self._server = _Server(port, self, _server_context() if tls else None)
         self.port = int(self._server.server_address[1])
         self.url = f"{'https' if tls else 'http'}://{HOST}:{self.port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="sink-server")
+        self._thread = threading.Thread(target=self._server.serve_forever, name="sink-server")
         self._thread.start()
 
     def answer(self, path: str, behaviour: Behaviour) -> None:
@@ -356,6 +356,8 @@ class SinkServer:
         if self.closing.is_set():
             return
         self.closing.set()
+        # Wakes the thread that waits for connections: it would look only every now and then whether to end.
+        self._server.socket.shutdown(socket.SHUT_RDWR)
         self._server.shutdown()
         # Nothing is accepted any more, so this list is whole.
         for connection in self._connections:
@@ -428,11 +430,12 @@ def scripted_port(answers: Sequence[bytes], *, tls: bool = False, hang_up: bool 
                 super().finish_request(cast("Any", wrapped), client_address)
 
     with Server((HOST, 0), Handler) as server:
-        serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        serving = threading.Thread(target=server.serve_forever)
         serving.start()
         try:
             yield int(server.server_address[1])
         finally:
+            server.socket.shutdown(socket.SHUT_RDWR)
             server.shutdown()
             serving.join()
 
