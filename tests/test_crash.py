@@ -190,6 +190,7 @@ def test_a_signal_ends_a_pass_in_good_order_and_the_next_one_goes_on(
     slow(server, 0.05)
     process = repo.start("dispatch", *repo.target)
     server.wait_for(10)
+    slow(server, 0.5)  # so that it is not done before the signal comes, however busy the machine is
     process.send_signal(number)
     exit_code, stdout, stderr = end_of(process)
 
