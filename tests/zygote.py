@@ -18,6 +18,8 @@ import functools
 import inspect
 import json
 import os
+import platform
+import signal
 import socket
 import subprocess
 import sys
@@ -33,8 +35,9 @@ from escalations import health_critical, line, sink_config, sink_env
 
 ROOT = Path(__file__).resolve().parent.parent
 STREAMS = 3
-# From <linux/prctl.h>.
-PR_SET_CHILD_SUBREAPER = 36
+# From <linux/sched.h> and <asm/unistd.h>: the second number is that of all newer architectures.
+CLONE_PARENT = 0x8000
+CLONE = 56 if platform.machine() == "x86_64" else 220
 
 
 # --- In the zygote
@@ -47,19 +50,29 @@ def serve(connection: socket.socket) -> list[str]:
         if not size:
             os._exit(0)
         asked = json.loads(connection.recv(int.from_bytes(size), socket.MSG_WAITALL))
-        # Two forks: once the one between has ended, the new process is a child of whoever asked for it.
-        between = os.fork()
-        if not between:
-            pid = os.fork()
-            if not pid:
-                connection.close()
-                return become(asked, descriptors)
-            connection.sendall(pid.to_bytes(8))
-            os._exit(0)
-        os.waitpid(between, 0)
-        connection.sendall(b"\n")
+        pid = fork_sibling()
+        if not pid:
+            connection.close()
+            return become(asked, descriptors)
+        connection.sendall(pid.to_bytes(8))
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def fork_sibling() -> int:
+    """Do what `os.fork` does, but let the new process be a child of this one's parent: of whoever asked."""
+    # The call keeps the global lock, as `os.fork` does.
+    call = ctypes.PyDLL(None, use_errno=True).syscall
+    flags = CLONE_PARENT | signal.SIGCHLD
+    ctypes.pythonapi.PyOS_BeforeFork()
+    pid = int(call(ctypes.c_long(CLONE), ctypes.c_long(flags), *([ctypes.c_void_p()] * 3)))
+    if pid:
+        ctypes.pythonapi.PyOS_AfterFork_Parent()
+    else:
+        ctypes.pythonapi.PyOS_AfterFork_Child()
+    if pid < 0:
+        raise OSError(ctypes.get_errno(), "cannot fork")
+    return pid
 
 
 def become(asked: Mapping[str, Any], descriptors: Sequence[int]) -> list[str]:
@@ -99,8 +112,6 @@ class Zygote:
     """
 
     def __init__(self) -> None:
-        # What it forks is to be a child of this process, as soon as it has lost its parent.
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._lock = threading.Lock()
         self._connection, theirs = socket.socketpair()
         with theirs:
@@ -123,9 +134,9 @@ class Zygote:
         with self._lock:
             socket.send_fds(self._connection, [len(request).to_bytes(8)], descriptors)
             self._connection.sendall(request)
-            answer = self._connection.recv(9, socket.MSG_WAITALL)
-        assert len(answer) == 9, "the zygote has ended"
-        return int.from_bytes(answer[:8])
+            answer = self._connection.recv(8, socket.MSG_WAITALL)
+        assert len(answer) == 8, "the zygote has ended"
+        return int.from_bytes(answer)
 
     def close(self) -> None:
         self._connection.close()
