@@ -15,6 +15,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import gc
 import inspect
 import json
 import os
@@ -38,6 +39,8 @@ STREAMS = 3
 # From <linux/sched.h> and <asm/unistd.h>: the second number is that of all newer architectures.
 CLONE_PARENT = 0x8000
 CLONE = 56 if platform.machine() == "x86_64" else 220
+# Python 3.11 specializes the code of a function when it is called for the eighth time.
+ROUNDS = 10
 
 
 # --- In the zygote
@@ -169,7 +172,10 @@ class Forked(subprocess.Popen[str]):
 
 
 def warm_up(program: ModuleType) -> None:
-    """Import what a pass imports, and compile the patterns that it compiles: what each run would do again."""
+    """Do often enough what runs do: import, compile patterns, and have Python specialize its code.
+
+    No run does again what was done here, and the memory that it writes to stays shared with all of them.
+    """
     import jsonschema  # noqa: F401
     import requests  # noqa: F401
 
@@ -181,10 +187,14 @@ def warm_up(program: ModuleType) -> None:
         source = Path(folder, ".superloop/ops-manager/loop/escalations.jsonl")
         source.parent.mkdir(parents=True)
         source.write_text(line(health_critical()))
-        words = ["dispatch", "--repo", folder, "--loop", "loop", "--dry-run", "--show-payload"]
-        program.cli(words, standalone_mode=False)
+        dry_run = ["dispatch", "--loop", "loop", "--dry-run", "--show-payload", "--format"]
+        for command in (["config"], ["status"], ["log"], [*dry_run, "text"], [*dry_run, "json"]) * ROUNDS:
+            program.cli([*command, "--repo", folder], standalone_mode=False)
     with contextlib.suppress(program.NoAnswerError):
         program.Client("http://127.0.0.1:9/", 1.0).send(program.HttpRequest({}, b""))
+    # A collection of garbage in a run would write to all of it.
+    gc.collect()
+    gc.freeze()
 
 
 if __name__ == "__main__":
