@@ -3596,6 +3596,14 @@ class Queue:
         [value] = self.execute("SELECT value FROM meta WHERE key = 'salt'").fetchone()
         return bytes.fromhex(value)
 
+    def owner(self) -> str | None:
+        """The repo whose queue this is, if that was noted."""
+        row = self.execute("SELECT value FROM meta WHERE key = 'repo'").fetchone()
+        return row and str(row[0])
+
+    def set_owner(self, repo: str) -> None:
+        self.execute("INSERT OR REPLACE INTO meta VALUES ('repo', ?)", repo)
+
     # -- loops and escalations
 
     def find_loop(self, loop_id: str) -> tuple[int, Cursor, JsonObject | None] | None:
@@ -3780,14 +3788,16 @@ class Queue:
                     deliveries[row[0]].append(QueuedDelivery._make([*row, stored[row[0]]]))
         return deliveries
 
-    def has_waiting(self, sink: str, peer: str) -> bool:
-        """Tell whether anything waits for a destination."""
-        found = self.execute(
+    def has_waiting(self, sink: str, peer: str, loops: Collection[int]) -> bool:
+        """Tell whether anything of these loops waits for a destination."""
+        query = (
             "SELECT 1 FROM deliveries INDEXED BY waiting WHERE status = 'waiting' AND sink = ? AND peer = ? "
-            "LIMIT 1",
-            *(sink, peer),
+            f"AND severity = ? AND loop IN ({', '.join('?' * len(loops))}) LIMIT 1"
         )
-        return found.fetchone() is not None
+        return bool(loops) and any(
+            self.execute(query, sink, peer, severity, *loops).fetchone()
+            for severity in range(len(SEVERITIES))
+        )
 
     def waiting_in(self, loop: int) -> set[tuple[int, str]]:
         """What waits of a loop: escalation and sink."""
@@ -6387,22 +6397,23 @@ class Shared:
         # In a dry run: whether to show requests, and those that would have been sent.
         self.show_payload = False
         self.requests: dict[tuple[int, str, str], HttpRequest] = {}
-        self._parsed: dict[int, Escalation] = {}
+        # By loop and number: if an ingest is rolled back, another loop may get its numbers.
+        self._parsed: dict[tuple[int, int], Escalation] = {}
 
     def parse(self, stored: QueuedEscalation) -> Escalation:
         """The escalation that a record of the queue holds."""
-        escalation = self._parsed.get(stored.id)
+        escalation = self._parsed.get((stored.loop, stored.id))
         if escalation is None:
             escalation = self._parse(stored)
             if len(self._parsed) >= PARSED_COUNT:
                 del self._parsed[next(iter(self._parsed))]
-            self.remember(stored.id, escalation)
+            self.remember(stored, escalation)
         return escalation
 
-    def remember(self, number: int, escalation: Escalation) -> None:
+    def remember(self, stored: QueuedEscalation, escalation: Escalation) -> None:
         """Keep a parsed record for its sender and its row, if there is room and it is not large."""
         if len(escalation.raw) < PARSED_BYTES and len(self._parsed) < PARSED_COUNT:
-            self._parsed[number] = escalation
+            self._parsed[stored.loop, stored.id] = escalation
 
     def _parse(self, stored: QueuedEscalation) -> Escalation:
         found = parse_record(stored.record, self.loops[stored.loop].job.loop_id)
@@ -6562,7 +6573,7 @@ class Loop:
                     row = unusable_row(self.job, found, stored.position)
                     kept.append(stored._replace(unusable=encode_json(row)))
                     continue
-                self.shared.remember(stored.id, found)
+                self.shared.remember(stored, found)
                 resolution = self.shared.router.resolve(found.category, found.severity)
                 severity = SEVERITIES.index(resolution.event_severity)
                 kept.append(
@@ -7747,12 +7758,14 @@ class Pass:
 
     def _start_senders(self) -> None:
         """Start a sender for each destination for which something waits."""
-        for sink in self._shared.sinks:
+        shared = self._shared
+        for sink in shared.sinks:
             for peer, url in ADAPTERS[sink.type].peers(sink).items():
-                with self._shared.queue.changed:
-                    if (sink.id, peer) in self._senders or not self._shared.queue.has_waiting(sink.id, peer):
+                place = sink.id, peer
+                with shared.queue.changed:
+                    if place in self._senders or not shared.queue.has_waiting(*place, shared.active):
                         continue
-                    sender = self._senders[sink.id, peer] = Sender(self._shared, sink, peer, url)
+                    sender = self._senders[place] = Sender(shared, sink, peer, url)
                 sender.start()
 
     def _look_after_senders(self, wait: float = 0.0) -> None:
@@ -7813,7 +7826,7 @@ def run_loops(
     clock = Clock(jobs[0].time_budget, stop)
     at_once = loops_at_once() if len(jobs) > 1 else 1
     with contextlib.ExitStack() as everything:
-        queues = everything.enter_context(contextlib.closing(QueueHolder(jobs[0].queue_file)))
+        queues = everything.enter_context(contextlib.closing(QueueHolder(jobs[0])))
         busy: list[tuple[Job, contextlib.ExitStack]] = []
         begun = 0
         for index, job in enumerate(jobs):
@@ -7846,10 +7859,11 @@ def run_loops(
 
 
 class QueueHolder:
-    """The queue of a run, opened when a loop needs it; a damaged one is replaced."""
+    """The queue of a run over loops of one repo, opened when a loop needs it; a damaged one is replaced."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, job: Job) -> None:
+        self.path = job.queue_file
+        self._repo = os.path.realpath(job.repo)
         self._queue: Queue | None = None
 
     @functools.cached_property
@@ -7869,7 +7883,21 @@ class QueueHolder:
             except DamagedQueueError:
                 keep_aside(self.path)
                 self._queue = Queue.open(self.path)
+            if not self.path.startswith(f"{self._repo}/"):  # a copy of a repo has a copy of its queue
+                self._check_owner(self._queue)
         return self._queue
+
+    def _check_owner(self, queue: Queue) -> None:
+        """Keep two repos out of one queue: their loops may have the same names. A repo that is not there any
+        more, because it was moved, has no say. Raises StateError."""
+        with queue.transaction():
+            owner = queue.owner()
+            if owner not in (None, self._repo) and os.path.isdir(os.path.join(owner, MANAGER_FOLDER)):
+                raise StateError(
+                    f"the queue {self.path} belongs to the repo {owner}, and this is {self._repo}",
+                    [f"give each repo a queue of its own: --queue-file, or {QUEUE_ENV}"],
+                )
+            queue.set_owner(self._repo)
 
     def replace(self) -> Queue:
         """Keep a queue aside that turned out to be damaged, and start a new one."""
@@ -11273,7 +11301,7 @@ def operator_pass(
 
     `named`: the disabled sinks that may be sent to. Raises DispatchError.
     """
-    with operator_lock(job), contextlib.closing(QueueHolder(job.queue_file)) as queues:
+    with operator_lock(job), contextlib.closing(QueueHolder(job)) as queues:
         shared = Shared(queues.get(), config, Clock(job.time_budget, stop), named=named)
         with contextlib.closing(Loop(shared, job)) as loop:
             loop.begin()

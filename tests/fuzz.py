@@ -159,7 +159,7 @@ def fuzz_summary(data: bytes) -> None:
             with contextlib.closing(program.Source(job.escalations_file, past.cursor)) as source:
                 assert all(chunk.cursor.offset >= 0 for chunk in source.chunks())
             strict_json(program.encode_json(program.locked_summary(job)))
-            queues = program.QueueHolder(job.queue_file)
+            queues = program.QueueHolder(job)
             idle = program.idle_summary(job, program.read_summary(job), CONFIG, queues, always=True)
             strict_json(program.encode_json(idle))
 

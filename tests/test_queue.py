@@ -213,6 +213,48 @@ def test_that_a_destination_is_down_is_found_out_once_for_the_passes_of_twelve_l
         check_promise(loop)
 
 
+def test_a_pass_does_not_wait_for_a_hanging_sink_to_which_its_loop_sends_nothing(
+    repo: Repo, server: SinkServer
+) -> None:
+    config = only(HOOK, timeoutSeconds=30)
+    config["sinks"][CHAT] = sink_config()["sinks"][CHAT]
+    config["routing"]["routes"] = [{"category": "quick", "sinks": [CHAT]}]
+    repo.write_config(config)
+    server.answer(PATHS[HOOK], hang())
+    slow, quick = loops_of(repo, 2)
+    slow.append(health_critical())
+    quick.append(health_critical(category="quick"))
+    process = slow.start("dispatch", *slow.target)
+    try:
+        server.wait_for(1, PATHS[HOOK])
+        assert quick.dispatch("--time-budget", "60").json["status"] == "success"
+        assert process.poll() is None, "the other pass is still waiting for its sink"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_two_repos_do_not_share_a_queue_in_which_their_loops_would_be_one(
+    repo: Repo, server: SinkServer, tmp_path: Path
+) -> None:
+    repo.write_config(only(HOOK))
+    other = Repo(tmp_path / "other", repo.env)
+    other.root.mkdir()
+    other.write_config(only(HOOK))
+    for place in (repo, other):
+        place.env["OPS_MANAGER_ALERT_QUEUE_FILE"] = str(tmp_path / "shared.db")
+        place.append(health_critical())
+    assert repo.dispatch().exit_code == 0
+    refused = other.dispatch()
+    assert (refused.exit_code, len(server.requests)) == (4, 1)
+    assert f"belongs to the repo {repo.root}" in refused.stderr
+    moved = tmp_path / "moved"
+    repo.root.rename(moved)
+    server.forget()
+    assert Repo(moved, repo.env).dispatch().json["status"] == "no_new_escalations"
+    assert server.requests == []
+
+
 @pytest.mark.parametrize("change", ["url", "secret"])
 def test_a_changed_url_or_secret_is_tried_at_once(repo: Repo, server: SinkServer, change: str) -> None:
     repo.write_config(only(HOOK, delivery={"backoffSeconds": {"initial": 900, "max": 900}}))
