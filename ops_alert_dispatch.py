@@ -8120,7 +8120,7 @@ def plan_loops(jobs: Sequence[Job], environ: Mapping[str, str], *, show_payload:
     return plans
 
 
-# The fields of a summary, and of its sinks, that a plan has too. The times of the pass are left out, because
+# The fields of a summary, and of its sinks, that a plan has, too. The times of the pass are left out, because
 # it did not happen.
 DRY_RUN_FIELDS = (
     *("schemaVersion", "loopId", "escalationsFile", "dispatchTelemetryFile", "status", *COUNT_KEYS),
@@ -8480,13 +8480,18 @@ def complete_loop(ctx: click.Context, _: click.Parameter, incomplete: str) -> li
 def complete_sink(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
     names: Iterable[str] = ()
     with contextlib.suppress(DispatchError, click.UsageError):
-        path = ctx.params.get("config_file") or os.path.join(ctx.params.get("repo") or ".", DEFAULT_CONFIG)
-        names = load_config(absolute(path), {}, check_env=False).sinks
+        path = config_path(ctx.params.get("repo") or ".", ctx.params.get("config_file"))
+        names = load_config(path, {}, check_env=False).sinks
     return [name for name in names if name.startswith(incomplete)]
 
 
 def complete_code(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
     return [code for code in CODES if code.startswith(incomplete)]
+
+
+def config_path(repo: str, config_file: str | None) -> str:
+    """The config that the command line names, else that of the repo. Raises UsageError."""
+    return absolute(config_file or os.path.join(repo, DEFAULT_CONFIG))
 
 
 # Click looks up a translation for each type that is made. These are made once.
@@ -8502,24 +8507,16 @@ repo_option = click.option(
     show_default="the current folder",
     help="The repository that the loops work on.",
 )
-loop_option = click.option(
-    "--loop",
-    "loop_id",
-    required=True,
-    metavar="ID",
-    callback=check_loop_id,
-    shell_complete=complete_loop,
-    help="The loop.",
-)
-any_loop_option = click.option(
+loop_option = functools.partial(
+    click.option,
     "--loop",
     "loop_id",
     metavar="ID",
     callback=check_loop_id,
     shell_complete=complete_loop,
-    show_default="all loops",
     help="The loop.",
 )
+sink_option = functools.partial(click.option, "--sink", "sink_id", metavar="ID", shell_complete=complete_sink)
 config_option = click.option(
     "--alert-config-file",
     "config_file",
@@ -8621,9 +8618,7 @@ def cli() -> None:
     )
 )
 @repo_option
-@click.option(
-    "--loop", "loop_id", metavar="ID", callback=check_loop_id, shell_complete=complete_loop, help="The loop."
-)
+@loop_option()
 @click.option("--all-loops", is_flag=True, help="In place of --loop: every loop of the repo, side by side.")
 @click.option(
     "--trace-id",
@@ -9160,7 +9155,7 @@ def sinks_words(sinks: Iterable[tuple[str, str | None, str]], *, named: bool) ->
     )
 
 
-# The decisions of a plan in the words of `log`.
+# The decisions of a plan in the words of `log`, in the order in which a cell has them.
 PLAN_WORDS = {"send": "delivered", "wait": "waiting", "keep": "waiting", "drop": "dead", "skip": "skipped"}
 
 
@@ -9294,7 +9289,7 @@ def config(
     level = None if severity is None else read_severity(severity)
     if category is not None and not category.strip():
         raise click.BadParameter("is empty", param_hint="--category")
-    path = absolute(config_file or os.path.join(repo, DEFAULT_CONFIG))
+    path = config_path(repo, config_file)
     loaded = load_config(path, os.environ, check_env=not no_env_check)
     if list_sinks:
         for sink in loaded.sinks.values():
@@ -10284,7 +10279,7 @@ def unknown_to_a_monitor(*, check: bool) -> Iterator[None]:
     + STATUS_EXIT_CODES_HELP,
 )
 @repo_option
-@any_loop_option
+@loop_option(show_default="all loops")
 @click.option("--check", is_flag=True, help="One line for a monitor, and its exit codes.")
 @click.option(
     "--ack",
@@ -10614,10 +10609,8 @@ def read_since(_: click.Context, param: click.Parameter, value: str | None) -> f
     )
 )
 @repo_option
-@any_loop_option
-@click.option(
-    "--sink", "sink_id", metavar="ID", shell_complete=complete_sink, help="Only deliveries to this sink."
-)
+@loop_option(show_default="all loops")
+@sink_option(help="Only deliveries to this sink.")
 @click.option(
     "--status",
     "word",
@@ -10656,8 +10649,8 @@ def log(
         check_loop(jobs[0])
     if sink_id and not entries and not read_log(jobs, loop_id, Filter(sink_id), 1):
         with contextlib.suppress(ConfigError):  # no config can say whether the sink exists
-            config_file = absolute(paths.config_file or os.path.join(paths.repo, DEFAULT_CONFIG))
-            check_sink(load_config(config_file, {}, check_env=False), sink_id)
+            path = config_path(paths.repo, paths.config_file)
+            check_sink(load_config(path, {}, check_env=False), sink_id)
     if wants_json(form, pretty):
         print_json({"schemaVersion": SCHEMA_VERSION, "escalations": entries}, pretty)
     else:
@@ -10850,7 +10843,7 @@ def attempt_text(attempt: JsonObject, now: float) -> str:
 @cli.command(epilog=examples("show esc_4f2a", "show esc_4f2a --loop night-build --pretty"))
 @click.argument("escalation", metavar="ID")
 @repo_option
-@any_loop_option
+@loop_option(show_default="all loops")
 @file_options
 @format_option
 @pretty_option
@@ -11009,7 +11002,7 @@ def send_test(
     """
     level = read_severity(severity)
     repo = absolute(repo)
-    config_file = absolute(config_file or os.path.join(repo, DEFAULT_CONFIG))
+    config_file = config_path(repo, config_file)
     loaded = load_config(config_file, os.environ, check_env=not sink_ids)
     for sink_id in sink_ids:
         check_sink(loaded, sink_id)
@@ -11197,7 +11190,7 @@ def escalations_of(job: Job, segment: str, line: Line) -> Iterator[QueuedEscalat
 
 
 def name_of(stored: QueuedEscalation) -> Named:
-    """An escalation as an operator may name it, without a delivery."""
+    """An escalation without deliveries, as the queue's `named` would have it."""
     return Named(
         *(stored.id, stored.escalation_id, stored.segment, stored.offset, stored.line),
         *(stored.category, stored.severity, stored.written_at),
@@ -11254,8 +11247,8 @@ def check_lines(job: Job, source: Source, first: int) -> None:
 
 
 def whole_id(job: Job, prefix: str) -> str:
-    """The only id in the queue that begins with `prefix`; if there is none, `prefix` itself. Raises
-    BadParameter if there are several."""
+    """The id in the queue that begins with `prefix`; `prefix` itself if it is an id, or if there is none.
+    Raises BadParameter if there are several."""
     queue = Queue.open_to_read(job.queue_file)
     if queue is None:
         return prefix
@@ -11478,14 +11471,14 @@ def listing(deliveries: Sequence[Selected]) -> str:
     )
 )
 @repo_option
-@loop_option
+@loop_option(required=True)
 @click.option("--dead-letters", is_flag=True, help="All dead letters.")
 @click.option("--id", "escalation", metavar="ESCALATION_ID", help="One escalation: its id, or the beginning.")
 @click.option(
     "--from-line", type=click.IntRange(min=1), metavar="N", help="From this line of escalations.jsonl …"
 )
 @click.option("--to-line", type=click.IntRange(min=1), metavar="M", help="… to this one, or to the end.")
-@click.option("--sink", "sink_id", metavar="ID", shell_complete=complete_sink, help="To this sink only.")
+@sink_option(help="To this sink only.")
 @yes_option
 @file_options
 @format_option
@@ -11608,14 +11601,8 @@ def redelivery_text(summary: JsonObject) -> str:
     )
 )
 @repo_option
-@loop_option
-@click.option(
-    "--sink",
-    "sink_id",
-    metavar="ID",
-    shell_complete=complete_sink,
-    help="The sink that is meant.  [required without --dead-letters]",
-)
+@loop_option(required=True)
+@sink_option(help="The sink that is meant.  [required without --dead-letters]")
 @click.option(
     "--to-line", type=click.IntRange(min=1), metavar="N", show_default="all", help="Up to this line."
 )
