@@ -3664,7 +3664,7 @@ class Queue:
             ((escalation, sink, peer, loop, severity, now) for escalation in escalations for peer in peers),
         )
 
-    def next_turn(
+    def turns(
         self, sink: str, peer: str, loops: Collection[int], after: int, now: float, latest: float
     ) -> Iterator[tuple[int, int]]:
         """The severities and loops of which something may wait for a destination: the worst severity first,
@@ -4001,7 +4001,7 @@ class Queue:
 
     # -- destinations
 
-    def destination(self, sink: str, peer: str, digest: str, setup: str, now: float) -> Destination:
+    def use_destination(self, sink: str, peer: str, digest: str, setup: str, now: float) -> Destination:
         """What is known of a destination. One whose settings or secrets have changed begins anew, but for
         what was spent of its rate."""
         self.execute(
@@ -4011,11 +4011,11 @@ class Queue:
             "backoff_step = iif(setup = excluded.setup, backoff_step, 0)",
             *(sink, peer, digest, setup, now),
         )
-        return self.known_destination(sink, peer, digest)
+        return self.destination(sink, peer, digest)
 
     def forget_waits(self, sink: str, peer: str, setup: str) -> None:
-        """Let what was set aside for a while go out now, if the settings or secrets of its destination have
-        changed since it was used last."""
+        """Let deliveries that wait for a time of their own go out now, if the settings or secrets of their
+        destination have changed since it was used last."""
         self.execute(
             "UPDATE deliveries SET not_before = 0 WHERE status = 'waiting' AND sink = ?1 AND peer = ?2 "
             "AND not_before > 0 AND ?3 <> (SELECT setup FROM destinations WHERE sink = ?1 AND peer = ?2 "
@@ -4023,7 +4023,7 @@ class Queue:
             *(sink, peer, setup),
         )
 
-    def known_destination(self, sink: str, peer: str, digest: str) -> Destination:
+    def destination(self, sink: str, peer: str, digest: str) -> Destination:
         row = self.execute(
             f"SELECT {DESTINATION_COLUMNS} FROM destinations WHERE sink = ? AND peer = ? AND digest = ?",
             *(sink, peer, digest),
@@ -4056,7 +4056,7 @@ class Queue:
     def spend_rate(self, digest: str, until: float) -> None:
         self.execute("UPDATE destinations SET paced_until = ? WHERE digest = ?", until, digest)
 
-    def note_turn(self, destination: Destination, loop: int) -> None:
+    def note_last_loop(self, destination: Destination, loop: int) -> None:
         """Note which loop a destination has served last: in the next pass, it is another one's turn."""
         self.execute("UPDATE destinations SET last_loop = ? WHERE id = ?", loop, destination.id)
 
@@ -4267,7 +4267,7 @@ class Queue:
         ).fetchone()
         return queued_delivery(row) if row else None
 
-    def send_again(
+    def requeue(
         self, escalation: int, sink: str, peers: Sequence[str], loop: int, severity: int, now: float
     ) -> None:
         """Let an escalation wait for each peer of a sink, because an operator asked for it."""
@@ -5830,7 +5830,7 @@ def build_request(
         return Verdict("retry", "payload_failed", message=message, not_taken=True, fault="adapter_fault")
 
 
-def attempt(
+def send_and_judge(
     adapter: Adapter, sink: Sink, client: Client, request: HttpRequest, redactor: Redactor
 ) -> Verdict:
     """Send one request, and judge the answer. The message is masked and cut. Never raises."""
@@ -5873,8 +5873,8 @@ def timed_out(sink: Sink, *places: str) -> Verdict:
 # ---------------------------------------------------------------------------------------------------------
 # Job, rows and summary: a loop's files, and what a pass writes in them
 # ---------------------------------------------------------------------------------------------------------
-# Output for the host. The summary is read back only to skip an idle pass, and to find the place of a loop
-# that the queue does not know.
+# Output for the host. The summary is read back to skip an idle pass, and to find the place of a loop that the
+# queue does not know: so it must not say that nothing waits while something does.
 
 # Reason codes of what reached no sink and will not by itself. `status` reports it.
 LOSS_CODES = {*UNUSABLE, "no_dispatchable_sinks", "sink_removed", "source_replaced", "queue_lost"}
@@ -6293,12 +6293,13 @@ def sink_figure(
         "message": best.message if best else None,
         "clockOffsetSeconds": best.clock_offset if best else None,
         "oldestWaitingLine": oldest.line if oldest else None,
-        "laggingPeers": [
+        # The one peer of a sink that is no cluster has no name.
+        "laggingPeers": []
+        if "" in known
+        else [
             lagging_peer(peer, since, known.get(peer))
             for peer, (since, _) in queue.lagging(loop, sink_id).items()
-        ]
-        if any(known)
-        else [],
+        ],
     }
     return figure
 
@@ -6375,9 +6376,9 @@ class Shared:
         clock: Clock,
         *,
         dry_run: bool = False,
-        named: Collection[str] = (),
+        woken: Collection[str] = (),
     ) -> None:
-        """`named`: disabled sinks that are sent what an operator asked for, and nothing else."""
+        """`woken`: disabled sinks that are sent what an operator asked for, and nothing else."""
         self.queue = queue
         self.config = config
         self.clock = clock
@@ -6387,7 +6388,7 @@ class Shared:
         # Open loops by their number in the queue; `active` are those that have not failed.
         self.loops: dict[int, Loop] = {}
         self.active: set[int] = set()
-        self.sinks = [sink for sink in config.sinks.values() if sink.enabled or sink.id in named]
+        self.sinks = [sink for sink in config.sinks.values() if sink.enabled or sink.id in woken]
         self.peers = {sink.id: list(ADAPTERS[sink.type].peers(sink)) for sink in self.sinks}
         # Digests of the destinations that this pass has used, by sink and peer.
         self.used: dict[tuple[str, str], str] = {}
@@ -6444,7 +6445,7 @@ class Shared:
         """What is known of a destination, if this pass has used it or an earlier one has."""
         digest = self.used.get((sink_id, peer))
         if digest is not None:
-            return self.queue.known_destination(sink_id, peer, digest)
+            return self.queue.destination(sink_id, peer, digest)
         return self.queue.destinations_of(sink_id).get(peer)
 
     def fail(self, error: DispatchError) -> None:
@@ -6640,9 +6641,10 @@ class Loop:
         """Bring what waits for a cluster in line with its peers, which are in the environment. After a change
         of the config a sink may no longer be a cluster: then it is one peer without a name."""
         moved = False
-        for sink_id, peers in self.shared.peers.items():
-            if config_changed or any(peers):
-                for found in self.queue.waiting_for_others(self.id, sink_id, peers):
+        for sink in self.shared.sinks:
+            if config_changed or sink.type in CLUSTER_TYPES:
+                peers = self.shared.peers[sink.id]
+                for found in self.queue.waiting_for_others(self.id, sink.id, peers):
                     self._move_to_peers(found, peers)
                     moved = True
         if moved:
@@ -6796,8 +6798,8 @@ class Loop:
             self._clear_outbox()
 
     def flush_rows(self) -> None:
-        """Move the rows that are in the outbox now into the files. Those that are there are deleted with the
-        next ones: until then no other row gets one of their numbers."""
+        """Move the rows that are in the outbox now into the files. The next transaction deletes them from the
+        outbox: if the pass is killed before that, a later one finds them in both places."""
         if self.shared.dry_run:
             return
         while True:
@@ -7103,7 +7105,7 @@ QUICK_RETRY_SECONDS = 0.25
 # A pass waits for the quick try of another one, if that comes within this time.
 QUICK_WAIT_MAX = 2.0
 # How many repeats or expired deliveries are settled in one transaction.
-TURN_DELIVERIES = 1000
+SETTLED_AT_ONCE = 1000
 # How long an answer proves that a destination is well, in seconds.
 FRESH_SECONDS = 1.0
 # How many deliveries are fetched at a time, and the seconds in which they are sent: a worse one waits no
@@ -7139,8 +7141,7 @@ class Pace:
     def wait(self, paid_until: float, now: float) -> float:
         """Seconds until the next request may start."""
         wait = paid_until - self._credit - now
-        # No debt is larger than the credit and one request, unless the clock was ahead: then it begins anew.
-        # A clock that is set by less than a second was right.
+        # A longer wait is no debt: the clock was ahead when it was noted. A second allows for corrections.
         return wait if 0 < wait <= self._interval + 1.0 else 0.0
 
     def spend(self, paid_until: float, now: float) -> float:
@@ -7201,7 +7202,7 @@ class Sender:
         # Escalations that this sink may not be able to take, and that had their turn in this pass.
         self._set_aside: set[int] = set()
         # The loop that was served last; -1 before the first look into the queue.
-        self._turn = -1
+        self._last_loop = -1
         # What was fetched and is still to be sent, and until when it may be. Seconds since the epoch.
         self._ahead: deque[tuple[QueuedDelivery, Delivery]] = deque()
         self._ahead_until = 0.0
@@ -7233,14 +7234,14 @@ class Sender:
         """Send until there is a reason to pause; tells whether to go on after it."""
         clock = self.shared.clock
         with self.queue.transaction():
-            if self._turn < 0:
+            if self._last_loop < 0:
                 self.queue.forget_waits(self.sink.id, self.peer, self.setup)
-            destination = self._destination()
+            destination = self._register()
             self._clock_offset = destination.clock_offset
-            if self._turn < 0:
-                self._turn = destination.last_loop
-        with self.queue.probing(destination, max(0.0, clock.left), FRESH_SECONDS) as turn:
-            if not turn:
+            if self._last_loop < 0:
+                self._last_loop = destination.last_loop
+        with self.queue.probing(destination, max(0.0, clock.left), FRESH_SECONDS) as allowed:
+            if not allowed:
                 return False
             step = self._record_and_choose(None)
             while isinstance(step, Batch):
@@ -7274,18 +7275,18 @@ class Sender:
         """Wait until there is something to send; False if it never will in this pass."""
         with self.queue.changed:
             while not self.ended and self.shared.clock.left > 0:
-                if self.has_turn():
+                if self.has_work():
                     return True
                 if not self.shared.ingesting:
                     return False
                 self.queue.changed.wait(ROW_INTERVAL)
         return False
 
-    def _destination(self) -> Destination:
-        return self.queue.destination(self.sink.id, self.peer, self.digest, self.setup, time.time())
+    def _register(self) -> Destination:
+        return self.queue.use_destination(self.sink.id, self.peer, self.digest, self.setup, time.time())
 
     def _known(self) -> Destination:
-        return self.queue.known_destination(self.sink.id, self.peer, self.digest)
+        return self.queue.destination(self.sink.id, self.peer, self.digest)
 
     # -- what goes out next
 
@@ -7308,7 +7309,7 @@ class Sender:
         if self._pace and not self.shared.dry_run:
             wait = self._pace.wait(paid_until, now)
             if wait > 0:
-                return wait if self.has_turn() else None
+                return wait if self.has_work() else None
         batch = self._gather(now, failing=destination.consecutive_failures > 0)
         if not isinstance(batch, Batch):
             return batch
@@ -7316,7 +7317,7 @@ class Sender:
             self.queue.spend_rate(self.digest, self._pace.spend(paid_until, now))
         return batch
 
-    def has_turn(self) -> bool:
+    def has_work(self) -> bool:
         """Tell whether something waits that may be sent now."""
         return next(self._candidates(1, time.time()), None) is not None
 
@@ -7360,7 +7361,7 @@ class Sender:
         # By loop and subject, when what was chosen of it was written; None: a repeat was left behind.
         subjects: dict[tuple[int, str], float | None] = {}
         for item in self._candidates(most, now, below_limit=below_limit):
-            if len(found) == most or ended >= TURN_DELIVERIES or (found and item.alone):
+            if len(found) == most or ended >= SETTLED_AT_ONCE or (found and item.alone):
                 break
             delivery, subject, verdict = self._look_at(item, now)
             written_at = parse_time(item.stored.written_at) or 0.0
@@ -7379,7 +7380,7 @@ class Sender:
             found.append((item, delivery))
             if subject is not None:
                 subjects[item.loop, subject] = written_at
-            self._turn = item.loop
+            self._last_loop = item.loop
             if item.alone:
                 break
         return found, ended
@@ -7387,10 +7388,10 @@ class Sender:
     def _candidates(self, most: int, now: float, *, below_limit: bool = False) -> Iterator[QueuedDelivery]:
         """What waits and may be sent now, in the order in which it goes out."""
         # Some of them may be repeats, which are skipped.
-        window = TURN_DELIVERIES // 10 if self.shared.config.repeat_window else most
+        window = SETTLED_AT_ONCE // 10 if self.shared.config.repeat_window else most
         window += len(self._set_aside)
         times = (now, now + self._longest_wait)
-        for turn in self.queue.next_turn(self.sink.id, self.peer, self.shared.active, self._turn, *times):
+        for turn in self.queue.turns(self.sink.id, self.peer, self.shared.active, self._last_loop, *times):
             items = self.queue.waiting_in_turn(
                 *(self.sink.id, self.peer, *turn, *times, window),
                 below_limit=below_limit,
@@ -7481,7 +7482,7 @@ class Sender:
             self._client = Client(self._url, self.sink.timeout_seconds, self.sink.secrets.get(CA_FILE_KEY))
         self._started = time.monotonic()
         self.deadline = self._started + attempt_seconds(self.sink.timeout_seconds)
-        verdict = attempt(self.adapter, self.sink, self._client, request, self.shared.redactor)
+        verdict = send_and_judge(self.adapter, self.sink, self._client, request, self.shared.redactor)
         self.deadline = None
         return verdict
 
@@ -7513,7 +7514,7 @@ class Sender:
         verdict = self._verdict_for(batch, verdict)
         retry = None
         if verdict.outcome not in STATUS_OF_OUTCOME:
-            retry = self._retry_after(batch, destination, verdict, now)
+            retry = self._postpone(batch, destination, verdict, now)
         else:
             self._note_answer(destination, verdict, now)
         self._write_attempts(batch, verdict, retry, now)
@@ -7576,10 +7577,10 @@ class Sender:
         for (loop, outcome), count in self._counted.items():
             self.queue.count_attempts(loop, self.sink.id, time.time(), outcome, count)
         if self._counted:
-            self.queue.note_turn(self._known(), self._turn)
+            self.queue.note_last_loop(self._known(), self._last_loop)
         self._counted.clear()
 
-    def _retry_after(self, batch: Batch, destination: Destination, verdict: Verdict, now: float) -> Retry:
+    def _postpone(self, batch: Batch, destination: Destination, verdict: Verdict, now: float) -> Retry:
         """Decide when to try again, and note what that means for the destination."""
         if verdict.fault == "record_refused":
             self._note_answer(destination, verdict, now)
@@ -7655,7 +7656,7 @@ def jitter(longest: float) -> float:
 # Opens the queue, takes one loop or many from begin to finish, and gives up requests that hang. Knows which
 # loops are idle, and does no more for them.
 
-# New lines are read for this part of the time budget: the rest is for their rows.
+# New lines are read for this part of the time budget: the rest is for sending, and for rows.
 INGEST_SHARE = 0.5
 # How many loops with work are open at a time, and the files that each needs: lock, source, rotated files.
 LOOPS_AT_ONCE = 64
@@ -7680,8 +7681,7 @@ class Pass:
     def run(self, loops: Sequence[Loop]) -> dict[str, Result]:
         """Take loops that have begun to their ends, side by side. Returns what came of each, by its id."""
         shared = self._shared
-        shared.loops = {loop.id: loop for loop in loops}
-        shared.active = set(shared.loops)
+        shared.active = {loop.id for loop in loops}
         with shared.queue.transaction():
             for sink_id, peers in shared.peers.items():
                 shared.queue.retire_peers(sink_id, peers)
@@ -10909,7 +10909,7 @@ def attempt_once(
     def send_to(peer: str, url: str) -> None:
         began = time.monotonic()
         client = Client(url, sink.timeout_seconds, sink.secrets.get(CA_FILE_KEY))
-        found[peer] = attempt(adapter, sink, client, request, redactor), time.monotonic() - began
+        found[peer] = send_and_judge(adapter, sink, client, request, redactor), time.monotonic() - began
 
     workers = [threading.Thread(target=send_to, args=pair, daemon=True) for pair in peers.items()]
     began = time.monotonic()
@@ -11288,14 +11288,14 @@ def explain_unknown(job: Job, escalation: str) -> NoReturn:
 
 @contextlib.contextmanager
 def operator_pass(
-    job: Job, config: Config, stop: threading.Event, named: Collection[str] = ()
+    job: Job, config: Config, stop: threading.Event, woken: Collection[str] = ()
 ) -> Iterator[tuple[Shared, Loop]]:
     """Begin a pass over one loop for a command that changes what waits, and hold the loop's lock meanwhile.
 
-    `named`: the disabled sinks that may be sent to. Raises DispatchError.
+    `woken`: disabled sinks that may be sent to. Raises DispatchError.
     """
     with operator_lock(job), contextlib.closing(QueueHolder(job)) as queues:
-        shared = Shared(queues.get(), config, Clock(job.time_budget, stop), named=named)
+        shared = Shared(queues.get(), config, Clock(job.time_budget, stop), woken=woken)
         with contextlib.closing(Loop(shared, job)) as loop:
             loop.begin()
             yield shared, loop
@@ -11320,7 +11320,7 @@ def redeliver_selected(
                 resolution = shared.router.resolve(item.named.category, item.named.severity)
                 severity = SEVERITIES.index(resolution.event_severity)
                 peers = shared.peers[item.sink.id]
-                queue.send_again(item.named.escalation, item.sink.id, peers, loop.id, severity, time.time())
+                queue.requeue(item.named.escalation, item.sink.id, peers, loop.id, severity, time.time())
             for sink_id in {item.sink.id for item in chosen}:
                 queue.try_sink_at_once(sink_id)
             expect_work(job, len(chosen))

@@ -245,7 +245,7 @@ def test_an_adapter_that_fails_at_an_answer_costs_at_most_its_delivery(
     """The same alert would be sent on every pass, and nothing after it."""
     with SinkServer() as server:
         server.answer("/", error(status, "secret words"))
-        verdict = program.attempt(
+        verdict = program.send_and_judge(
             Broken(),
             SINKS["webhook without a token"],
             Client(f"{server.url}/hook", 5.0),
@@ -271,7 +271,7 @@ def test_an_adapter_that_fails_at_a_record_says_where_and_nothing_of_the_record(
 def test_a_sink_without_its_secret_is_sent_nothing() -> None:
     unset = SINKS["webhook"]._replace(secrets={})
     with SinkServer() as server:
-        verdict = program.attempt(
+        verdict = program.send_and_judge(
             ADAPTERS["webhook"], unset, Client(server.url, 5.0), HttpRequest({}, b""), Redactor([])
         )
         assert server.requests == []
