@@ -6,13 +6,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import MODULE_FILE, RUN_TIMEOUT, Repo, clean_env
+from conftest import MODULE_FILE, Repo, Run, clean_env
 from escalations import health_critical
 
 ROOT = MODULE_FILE.parent
@@ -48,20 +47,8 @@ OPTIONS = {
 }
 
 
-def run_in(folder: Path, *command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        capture_output=True,
-        encoding="utf-8",
-        env=clean_env(folder, **env),
-        cwd=folder,
-        timeout=RUN_TIMEOUT,
-        check=False,
-    )
-
-
-def program(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return run_in(folder, sys.executable, MODULE_FILE, *arguments, **env)
+def program(folder: Path, *arguments: str, **env: str) -> Run:
+    return Repo(folder, clean_env(folder, **env)).run(*arguments)
 
 
 def flat(text: str) -> str:
@@ -76,7 +63,7 @@ def flat(text: str) -> str:
 def test_help_names_every_option(tmp_path: Path, command: str) -> None:
     done = program(tmp_path, command, "--help")
 
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.exit_code, done.stderr) == (0, "")
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", done.stdout))
     assert named >= OPTIONS[command]
 
@@ -129,7 +116,7 @@ def test_help_lists_the_commands(tmp_path: Path) -> None:
 def test_a_call_with_nothing_shows_the_help(tmp_path: Path) -> None:
     done = program(tmp_path)
 
-    assert done.returncode in {0, 2}
+    assert done.exit_code in {0, 2}
     assert "dispatch" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
 
@@ -138,7 +125,7 @@ def test_a_call_with_nothing_shows_the_help(tmp_path: Path) -> None:
 def test_a_slip_of_the_pen_is_a_usage_error(tmp_path: Path, arguments: list[str]) -> None:
     done = program(tmp_path, *arguments)
 
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.exit_code, done.stdout) == (2, "")
     assert arguments[-1] in done.stderr or "--lop" in done.stderr
     assert "--help" in done.stderr
 
@@ -154,7 +141,7 @@ def test_an_error_before_anything_is_sent_leaves_no_empty_progress_bar(repo: Rep
 def test_version_is_told(tmp_path: Path) -> None:
     done = program(tmp_path, "--version")
 
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.exit_code, done.stderr) == (0, "")
     assert re.search(r"ops-alert-dispatch.* \d+\.\d+", done.stdout)
 
 
@@ -224,7 +211,7 @@ def test_the_demo_shows_all_three_sinks_and_leaves_nothing_behind(tmp_path: Path
     temporary.mkdir()
     done = program(tmp_path, "demo", TMPDIR=str(temporary))
 
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.exit_code, done.stderr) == (0, "")
     for word in ("webhook", "slack", "pagerduty_events"):
         assert word in done.stdout.lower()
     for category in (
@@ -257,4 +244,4 @@ def test_the_demo_needs_nothing_from_the_environment_and_takes_no_proxy(tmp_path
         tmp_path, "demo", HTTP_PROXY=nowhere, http_proxy=nowhere, OPS_MANAGER_ALERT_SINKS_FILE="/nowhere.json"
     )
 
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
