@@ -1183,7 +1183,7 @@ def test_a_copy_that_somebody_made_of_the_source_does_not_hide_the_rotated_file(
 
 def many(count: int) -> list[dict[str, Any]]:
     """Records that are read in several goes."""
-    return [record(f"r{number}", filler="x" * 4000) for number in range(count)]
+    return [record(f"r{number}", filler="x" * 16_000) for number in range(count)]
 
 
 def at_request(number: int, event: Callable[[], object]) -> Behaviour:
@@ -1203,7 +1203,7 @@ def at_request(number: int, event: Callable[[], object]) -> Behaviour:
 def test_copytruncate_while_a_pass_reads_loses_nothing_and_repeats_nothing(
     repo: Repo, server: SinkServer, waited: bool, longer: bool
 ) -> None:
-    before, after = many(200), [record(f"s{number}", filler="y" * 4000) for number in range(60)]
+    before, after = many(50), [record(f"s{number}", filler="y" * 16_000) for number in range(15)]
     after = after if longer else after[:1]
 
     def copytruncate() -> None:
@@ -1236,11 +1236,11 @@ def test_a_truncation_without_a_copy_during_a_pass_is_reported_and_costs_nothing
         os.truncate(repo.source, 0)
         repo.append(record("fresh"))
 
-    repo.append(*many(200))
+    repo.append(*many(50))
     server.answer("/hook", at_request(2, truncate))
-    assert repo.dispatch().json["processedCount"] == 200
+    assert repo.dispatch().json["processedCount"] == 50
     repo.dispatch()
-    assert {sink: len(server.received(PATHS[sink])) for sink in SINK_TYPES} == dict.fromkeys(SINK_TYPES, 201)
+    assert {sink: len(server.received(PATHS[sink])) for sink in SINK_TYPES} == dict.fromkeys(SINK_TYPES, 51)
     assert names(server)[-1] == "fresh"
     assert "source_replaced" in repo.run("status", *repo.target).json["verdict"]
 
