@@ -199,7 +199,7 @@ def test_a_torn_record_costs_nothing_of_the_one_behind_it(torn: bytes, at: int, 
     assert whole in [item.raw for item in found if isinstance(item, Escalation)]
 
 
-@settings(max_examples=200)
+@settings(max_examples=120)
 @given(
     st.lists(
         st.sampled_from([*(bytes([c]) for c in b'{}[]":,\\ \0\x1e1a\xff'), GOOD, b'{"category":"a"}'])

@@ -397,7 +397,7 @@ def test_retry_after_counts_where_the_sink_is_not_well(kind: str) -> None:
         assert verdict.retry_after == 17
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.text(max_size=40))
 def test_no_retry_after_breaks_a_pass(value: str) -> None:
     seconds = ops_alert_dispatch.parse_retry_after(value, NOW.timestamp())
@@ -447,7 +447,7 @@ def test_every_type_of_sink_is_sent_the_id_by_which_a_repeat_is_known(kind: str)
     assert parse(line).id in f"{request.headers} {request.body.decode()}"
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.binary(max_size=80) | json_values.map(lambda value: json.dumps(value).encode()))
 def test_any_line_is_an_escalation_or_has_a_reason_not_to_be_one(line: bytes) -> None:
     parsed = parse(line.replace(b"\n", b""))

@@ -199,7 +199,7 @@ def test_slacks_own_client_knows_every_part_of_a_message_that_it_can_send() -> N
     assert set(message) - known == {"mrkdwn", "parse", "link_names"}
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.lists(st.sampled_from(SCRAPS), max_size=30).map("".join), st.integers(1, 60))
 @example("&" * 9, 8)
 def test_a_cut_splits_no_entity(text: str, limit: int) -> None:
