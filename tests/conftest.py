@@ -12,7 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import termios
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -105,6 +105,8 @@ class Repo:
     env: dict[str, str]
     loop: str = LOOP
     command: list[str] = field(default_factory=lambda: COMMAND)
+    # Called in each process of the program before it begins; it must be possible to pickle it.
+    prepare: Callable[[], object] | None = None
 
     @property
     def config_file(self) -> Path:
@@ -184,7 +186,14 @@ class Repo:
         forked = self.command is COMMAND and not any(map(AT_THE_START.match, env))
         start, command = (Forked, arguments) if forked else (subprocess.Popen, [*self.command, *arguments])
         return start(
-            command, stdin=stdin, stdout=stdout, stderr=stderr, encoding="utf-8", env=env, cwd=self.root
+            command,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            encoding="utf-8",
+            env=env,
+            cwd=self.root,
+            preexec_fn=self.prepare,
         )
 
     def run_on_terminal(

@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from escalations import (
 )
 from loopback import Answer, Behaviour, Received, SinkServer, accepted, error, ok
 from promise import check_promise
-from tools import in_ci, needs_tool, powerless
+from tools import in_ci, needs_tool
+from zygote import lose_power
 
 from ops_alert_dispatch import MAX_STATE_BYTES
 
@@ -988,18 +990,8 @@ def test_a_quota_that_is_used_up_loses_nothing_and_repeats_only_what_was_in_flig
 
 def limited(repo: Repo, limit: int) -> Run:
     """A pass whose files may not grow beyond a limit."""
-    done = subprocess.run(
-        [*repo.command, "dispatch", *repo.target],
-        capture_output=True,
-        encoding="utf-8",
-        # Else Python would leave half of its compiled form of the program behind.
-        env={**repo.env, "PYTHONDONTWRITEBYTECODE": "1"},
-        cwd=repo.root,
-        timeout=60,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    return Run(done.returncode, done.stdout, done.stderr)
+    limit_files = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
+    return replace(repo, prepare=limit_files).dispatch()
 
 
 @pytest.mark.parametrize("limit", [0, 100, 3000, 20_000])
@@ -1047,8 +1039,8 @@ def test_a_read_only_disk_is_found_out_before_anything_is_sent(repo: Repo, serve
 
 
 def as_owner(repo: Repo) -> Run:
-    """A pass to which the modes of files apply: for root that takes some of its power away."""
-    return replace(repo, command=powerless(repo.command)).dispatch()
+    """A pass to which the modes of files apply."""
+    return replace(repo, prepare=lose_power).dispatch()
 
 
 def forbid(path: Path) -> Callable[[], None]:
@@ -1474,7 +1466,7 @@ def test_a_link_into_a_folder_that_may_not_be_listed_stops_no_alert(
     real.write_text(line(record("two")))
     real.parent.chmod(0o311)
     try:
-        assert replace(repo, command=powerless(repo.command)).dispatch().json["processedCount"] == 1
+        assert replace(repo, prepare=lose_power).dispatch().json["processedCount"] == 1
     finally:
         real.parent.chmod(0o755)
     every_sink_got(server, "one", "two")

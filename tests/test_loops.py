@@ -18,7 +18,7 @@ from conftest import Repo, Run, time_passes
 from escalations import HOOK, PAGER, PATHS, SINK_TYPES, escalation_id, health_critical, sink_config
 from loopback import Answer, Received, SinkServer, accepted, error, hang_up, ok, rate_limited
 from promise import check_promise
-from tools import powerless
+from zygote import lose_power
 
 import ops_alert_dispatch as program
 
@@ -329,7 +329,7 @@ def test_a_loop_that_may_not_be_read_is_told_and_the_others_are_served(
 ) -> None:
     three[1].folder.chmod(0)
     try:
-        run = dispatch_all(replace(repo, command=powerless(repo.command)))
+        run = dispatch_all(replace(repo, prepare=lose_power))
     finally:
         three[1].folder.chmod(0o700)
 
@@ -614,7 +614,7 @@ def test_a_folder_that_can_neither_be_a_loop_nor_be_read_stops_no_other(
     fill([loop, odd])
     odd.folder.chmod(0)
     try:
-        done = dispatch_all(replace(repo, command=powerless(repo.command)))
+        done = dispatch_all(replace(repo, prepare=lose_power))
     finally:
         odd.folder.chmod(0o700)
     assert (done.exit_code, arrived(server)) == (5, [("one", 0)])

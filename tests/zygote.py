@@ -12,6 +12,7 @@ Not for tests of the start itself: what is imported when, with which interpreter
 from __future__ import annotations
 
 import atexit
+import base64
 import contextlib
 import ctypes
 import functools
@@ -19,6 +20,7 @@ import gc
 import inspect
 import json
 import os
+import pickle
 import platform
 import signal
 import socket
@@ -87,6 +89,7 @@ def become(asked: Mapping[str, Any], descriptors: Sequence[int]) -> list[str]:
     os.environ.clear()
     os.environ.update(asked["env"])
     time.tzset()
+    pickle.loads(base64.b64decode(asked["prepare"]))()
     sys.path[0] = str(asked["cwd"])
     # The old ones know what the zygote's streams were: a terminal or not.
     for number, name in enumerate(("stdin", "stdout", "stderr")):
@@ -103,6 +106,23 @@ def become(asked: Mapping[str, Any], descriptors: Sequence[int]) -> list[str]:
         setattr(sys, name, new)
         setattr(sys, f"__{name}__", new)
     return list(asked["arguments"])
+
+
+# --- Before a run begins: see `Repo.prepare`
+
+
+def lose_power() -> None:
+    """Have the modes of files apply to this process, also if it is root's."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    # From <linux/capability.h>: version 3 for this process; effective, permitted, inheritable, twice.
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    powers = (ctypes.c_uint32 * 6)()
+    dac_override, dac_read_search = 1 << 1, 1 << 2
+    failed = libc.capget(header, powers)
+    for kind in (0, 1):
+        powers[kind] &= ~(dac_override | dac_read_search)
+    if failed or libc.capset(header, powers):
+        raise OSError(ctypes.get_errno(), "cannot lose power")
 
 
 # --- Where the tests run
@@ -158,13 +178,18 @@ class Forked(subprocess.Popen[str]):
     """The program with these arguments, forked by the zygote.
 
     Of the options of `subprocess.Popen` it takes `env`, `cwd`, the three streams, all of which must be given,
-    and what concerns the text in them.
+    what concerns the text in them, and a `preexec_fn` that can be pickled.
     """
 
     def _execute_child(self, *given: Any) -> None:
         start = super()._execute_child  # type: ignore[misc]
         order = inspect.signature(start).bind(*given).arguments
-        asked = {"arguments": [*order["args"]], "env": dict(order["env"]), "cwd": str(order["cwd"])}
+        asked = {
+            "arguments": [*order["args"]],
+            "env": dict(order["env"]),
+            "cwd": str(order["cwd"]),
+            "prepare": base64.b64encode(pickle.dumps(order["preexec_fn"] or int)).decode(),
+        }
         self.pid = zygote().fork(asked, [order[name] for name in ("p2cread", "c2pwrite", "errwrite")])
         self._child_created = True
         ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
