@@ -8200,7 +8200,8 @@ def plan_escalations(
             plans.append(plan)
     for _, _, text in shared.queue.outbox(loop.id, limit=-1):
         row = json.loads(text)
-        # Of the rows with a place in the source, only one of a line that is no escalation has neither.
+        # A row with a place in the source but no route is about a line that is not an escalation, unless it
+        # names a sink.
         if "position" in row and "route" not in row and "sinkId" not in row:
             line = row["position"]["line"]
             plans.append({"line": line, "escalationId": row["escalationId"], "decision": row["reasonCode"]})
@@ -8777,8 +8778,8 @@ def find_loops(repo: str) -> tuple[list[str], dict[str, StorageError]]:
 
 
 def is_loop(folder: str) -> bool:
-    """Tell whether a folder has escalations or a summary of ours. One that cannot be read counts as a loop:
-    a pass says what is wrong with it."""
+    """Tell whether a folder has escalations or a state file. If it cannot be read, say yes: a pass then
+    reports what is wrong with it."""
     for name in (SOURCE_FILE, STATE_FILE):
         try:
             os.stat(os.path.join(folder, name))
@@ -8791,7 +8792,7 @@ def is_loop(folder: str) -> bool:
 
 
 def may_have_escalations(folder: str) -> bool:
-    """Tell whether a folder has escalations. One that cannot be read may have some."""
+    """Tell whether a folder has escalations. If it cannot be read, it may have some."""
     try:
         source = stat_of(os.path.join(folder, SOURCE_FILE))
     except OSError:
@@ -9217,7 +9218,7 @@ def plan_table(plans: Sequence[JsonObject], now: float, *, several: bool) -> str
 
 
 def plan_cell(item: JsonObject) -> str:
-    """The decisions on an escalation, or on a line that is none, in a cell."""
+    """The decisions on an escalation, or on a line that is not one, in a cell."""
     if not item.get("sinks"):
         return f"{'failed' if item['decision'] in UNUSABLE else 'skipped'} ({item['decision']})"
     order = list(PLAN_WORDS)
@@ -10025,7 +10026,7 @@ def find_unfinished(facts: LoopFacts) -> Iterator[Finding]:
 
 
 def find_broken_pass(facts: LoopFacts) -> Iterator[Finding]:
-    """Report that the last pass ended with an error. Only a row that reconcile itself wrote says so."""
+    """Report that the last pass ended with an error. Only the row that reconcile writes then says so."""
     last, document = facts.last, facts.document or {}
     if last is not None and last.get("status") == "failed_command":
         ended, worked = parse_time(last.get("timestamp")), parse_time(document.get("updatedAt"))
@@ -10375,8 +10376,8 @@ def acknowledge_losses(job: Job) -> None:
 # ---------------------------------------------------------------------------------------------------------
 # What happened: log, show
 # ---------------------------------------------------------------------------------------------------------
-# Reads the queue and, for what the queue has deleted or never had (lines that are no escalation, losses), the
-# telemetry. Never writes.
+# Reads the queue. Reads the telemetry for what the queue has deleted, and for what it never has: losses, and
+# lines that are not escalations. Never writes.
 
 # The state of a delivery, the worst first. `failed`: it waits, and its last attempt or its sink failed.
 DeliveryWord = Literal["dead", "failed", "waiting", "skipped", "delivered"]
@@ -11263,8 +11264,8 @@ def whole_id(job: Job, prefix: str) -> str:
 
 
 def explain_unknown(job: Job, escalation: str) -> NoReturn:
-    """Say why an escalation that is not in the queue cannot be redelivered: its line is no escalation, it was
-    settled too long ago, or nothing is on record. Raises BadParameter."""
+    """Say why an escalation that is not in the queue cannot be redelivered: its line is not an escalation, it
+    was settled too long ago, or there is no record of it. Raises BadParameter."""
     rows = iterate_rows(job.telemetry_file) if os.path.exists(job.telemetry_file) else ()
     found = [
         row for row in rows if row.get("loopId") == job.loop_id and row.get("escalationId") == escalation
@@ -11416,8 +11417,8 @@ LAST_PASS = (
 
 
 def save_summary(job: Job, loop: Loop) -> None:
-    """Write the summary after an operator's command. What it says about the last pass stays, unless the
-    command has itself ingested something. Raises StateError or StorageError."""
+    """Write the summary after an operator's command. Keeps what it says about the last pass, unless the
+    command ingested something. Raises StateError or StorageError."""
     before = read_summary(job) if not loop.counts.processed else {}
     kept = {key: before[key] for key in LAST_PASS if key in before}
     replace_file(job.state_file, encode_json({**loop.summary(), **kept}) + b"\n", durable=True)
@@ -12088,7 +12089,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(f"error: cannot write the output: {error.strerror}")
         return EXIT_STORAGE
     except SystemExit as end:
-        # Click exits like this if the reader of our output has gone, as `head` does. End as SIGPIPE would.
+        # Click exits like this if the reader of our output has left, as `head` does. End as SIGPIPE would.
         return 128 + signal.SIGPIPE if end.code else 0
     except Exception as error:  # noqa: BLE001 - no traceback helps an operator
         complain(f"error: {program_fault(error)}")
