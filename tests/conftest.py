@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import termios
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ if (
     and shutil.disk_usage(MEMORY).free > 4 * 10**9
 ):
     os.environ.setdefault("TMPDIR", str(MEMORY))
+    tempfile.tempdir = None  # pytest has asked for it already
 
 # A suite under nohup hands it on as ignored, and the program then leaves it so.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
