@@ -3065,6 +3065,9 @@ QUEUE_WAIT_SECONDS = 30.0
 WAL_BYTES = 16 << 20
 # How many rows are moved from the outbox into the files at a time.
 OUTBOX_ROWS = 1000
+# In the lock file, byte 0 is for transactions, the one at the number of a destination for its requests, and
+# the loops follow from here on.
+LOOP_BYTES = 1 << 40
 # Every SQLite database begins with this.
 QUEUE_HEAD = b"SQLite format 3\0"
 
@@ -3234,6 +3237,13 @@ CREATE TABLE outbox (
 
 class DamagedQueueError(StorageError):
     """The database is damaged, or not a database."""
+
+
+class LoopHeldError(StateError):
+    """Another process works on the loop, with another state file: the usual lock is beside that."""
+
+    def __init__(self, loop_id: str) -> None:
+        super().__init__(f"another pass works on loop {loop_id}", ["wait until it has ended, then try again"])
 
 
 class Destination(NamedTuple):
@@ -4094,7 +4104,6 @@ class Queue:
         Yields whether that was to be had within `wait` seconds."""
         answered_lately = (destination.last_success_at or 0.0) > time.time() - fresh
         well = answered_lately and not destination.consecutive_failures
-        # Byte 0 is for transactions.
         if not self._take(fcntl.LOCK_SH if well else fcntl.LOCK_EX, destination.id, wait):
             yield False
             return
@@ -4111,6 +4120,13 @@ class Queue:
     def share(self, destination: Destination) -> None:
         """Let other processes send to a destination as well: it has answered."""
         self._take(fcntl.LOCK_SH, destination.id, 0.0)
+
+    def hold_loop(self, loop: int) -> bool:
+        """Keep other processes from working on a loop; tells whether none does."""
+        return self._take(fcntl.LOCK_EX, LOOP_BYTES + loop, 0.0)
+
+    def release_loop(self, loop: int) -> None:
+        self._release(LOOP_BYTES + loop)
 
     # -- repeats
 
@@ -6488,9 +6504,11 @@ class Loop:
         with self.queue.transaction():
             found = self.queue.find_loop(job.loop_id)
             if found is not None:
+                self._hold(found[0])
                 return found
             past = read_past(job)
             number = self.queue.add_loop(job.loop_id, past.cursor)
+            self._hold(number)
             if past.lost:
                 self.id = number
                 self.write_event(
@@ -6498,6 +6516,10 @@ class Loop:
                     f"the queue with {past.lost} is gone: {what_to_do_about_lost(job, past)}",
                 )
             return number, past.cursor, None
+
+    def _hold(self, number: int) -> None:
+        if not self.shared.dry_run and not self.queue.hold_loop(number):
+            raise LoopHeldError(self.job.loop_id)
 
     def begin(self) -> None:
         """Bring what waits in line with the source and the config, and get ready to write.
@@ -6912,6 +6934,8 @@ class Loop:
 
     def close(self) -> None:
         self.source.close()
+        if not self.shared.dry_run:
+            self.queue.release_loop(self.id)
 
 
 class PastRun(NamedTuple):
@@ -7954,6 +7978,8 @@ def run_on_queue(
                 loops.append(loop)
             except DamagedQueueError:
                 raise
+            except LoopHeldError:
+                outcomes[job.loop_id] = locked_summary(job)
             except DispatchError as error:
                 outcomes[job.loop_id] = error
             except Exception as error:  # noqa: BLE001 - the other loops go on
@@ -11086,9 +11112,7 @@ def operator_lock(job: Job) -> Iterator[None]:
         raise StateError(f"loop {job.loop_id}: {missing}")
     with loop_lock(job.lock_file, OPERATOR_WAIT) as held:
         if not held:
-            raise StateError(
-                f"another pass works on loop {job.loop_id}", ["wait until it has ended, then try again"]
-            )
+            raise LoopHeldError(job.loop_id)
         yield
 
 

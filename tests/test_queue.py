@@ -234,6 +234,25 @@ def test_a_pass_does_not_wait_for_a_hanging_sink_to_which_its_loop_sends_nothing
         process.communicate()
 
 
+def test_two_passes_of_one_loop_with_state_files_of_their_own_send_each_escalation_once(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.write_config(only(HOOK))
+    server.answer(PATHS[HOOK], ok().after(0.1))
+    repo.append(*(health_critical(number=number) for number in range(10)))
+    process = repo.start("dispatch", *repo.target)
+    try:
+        server.wait_for(1, PATHS[HOOK])
+        other = repo.dispatch("--dispatch-state-file", str(repo.root / "another.json"))
+        process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
+
+    assert (other.exit_code, other.json["status"]) == (0, "locked")
+    assert sorted(numbers(server)) == list(range(10))
+
+
 def test_two_repos_do_not_share_a_queue_in_which_their_loops_would_be_one(
     repo: Repo, server: SinkServer, tmp_path: Path
 ) -> None:
