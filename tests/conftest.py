@@ -41,8 +41,10 @@ if (
     os.environ.setdefault("TMPDIR", str(MEMORY))
     tempfile.tempdir = None  # pytest has asked for it already
 
-# A suite under nohup hands it on as ignored, and the program then leaves it so.
+# A suite under nohup, or in the background of a script, hands them on as ignored, and the program then leaves
+# them so.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MODULE_FILE = Path(__file__).resolve().parent.parent / "ops_alert_dispatch.py"
 # The very object: a test that sets the same as a command of its own has it executed.
