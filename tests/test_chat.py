@@ -78,24 +78,40 @@ def test_a_discord_message_mentions_nobody() -> None:
     assert built("discord", health_critical())["allowed_mentions"] == {"parse": []}
 
 
+def utf16_units(text: str) -> int:
+    return len(text.encode("utf-16-le")) // 2
+
+
+def check_discord(message: dict[str, Any]) -> None:
+    head, block, after = message["content"].split("```")
+    assert after == ""
+    assert utf16_units(message["content"]) <= 2000
+    assert "`" not in block
+    # In the headline each character of markup is escaped.
+    assert not re.search(r"(?<!\\)(\\\\)*[*_~`|<>\[\]()#@:]", head)
+
+
+def check_teams(message: dict[str, Any]) -> None:
+    assert len(json.dumps(message, ensure_ascii=False).encode()) <= 28 * 1024
+    body = message["attachments"][0]["content"]["body"]
+    assert {block["type"] for block in body} == {"RichTextBlock"}
+    assert {run["type"] for block in body for run in block["inlines"]} == {"TextRun"}
+
+
+# What each type of sink demands of a message.
+CHECKS = {"discord": check_discord, "teams": check_teams}
+
+
+def test_each_type_has_a_check() -> None:
+    assert list(CHECKS) == list(CHAT)
+
+
 def test_a_hurtful_record_is_shown_as_it_is_and_within_the_limits(kind: str) -> None:
     record = hurtful_record()
     record["reasons"] = record["reasons"] * 100
     message = built(kind, record)
-    text = "\n".join(lines_of(kind, message))
-    assert not re.search("[\u202e\u2066]", text)
-    if kind == "discord":
-        head, block, after = message["content"].split("```")
-        assert after == ""
-        assert len(message["content"].encode("utf-16-le")) / 2 <= 2000
-        assert "`" not in block
-        # In the headline each character of markup is escaped.
-        assert not re.search(r"(?<!\\)(\\\\)*[*_~`|<>\[\]()#@:]", head)
-    else:
-        assert len(json.dumps(message, ensure_ascii=False).encode()) <= 28 * 1024
-        body = message["attachments"][0]["content"]["body"]
-        assert {block["type"] for block in body} == {"RichTextBlock"}
-        assert {run["type"] for block in body for run in block["inlines"]} == {"TextRun"}
+    assert not re.search("[\u202e\u2066]", "\n".join(lines_of(kind, message)))
+    CHECKS[kind](message)
 
 
 def test_a_discord_message_of_emoji_is_within_the_limit_too() -> None:
@@ -104,7 +120,7 @@ def test_a_discord_message_of_emoji_is_within_the_limit_too() -> None:
     record["reasonCodes"] = ["🚨" * 90]
     content = built("discord", record)["content"]
     assert "🚨🚨" in content
-    assert len(content.encode("utf-16-le")) / 2 <= 2000
+    assert utf16_units(content) <= 2000
 
 
 def test_lines_that_do_not_fit_are_counted(kind: str) -> None:
