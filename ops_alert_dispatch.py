@@ -4790,22 +4790,27 @@ def facts_of(delivery: Delivery, origin: Origin) -> list[str]:
 
 
 def bullets(
-    lines: Sequence[str], limit: int, escape: Callable[[str, int], str], most: int | None = None
+    lines: Sequence[str],
+    limit: int,
+    escape: Callable[[str, int], str],
+    most: int | None = None,
+    length: Callable[[str], int] = len,
 ) -> str:
     """A list of at most `most` lines as one text of at most `limit` characters; its end says how many more
     there are.
 
-    `escape`: escapes a text for the sink, and cuts it to a number of characters.
+    `escape`: escapes a text for the sink, and cuts it to a number of characters. `length`: counts characters
+    as the sink does.
     """
     kept: list[str] = []
     room = limit - len("… and 9999999 more")
     for index, line in enumerate(lines):
         text = escape(f"• {line}", max(room, 1))
-        if len(text) > room or room < 20 or index == most:
+        if length(text) > room or room < 20 or index == most:
             kept.append(f"… and {len(lines) - index} more")
             break
         kept.append(text)
-        room -= len(text) + 1
+        room -= length(text) + 1
     return "\n".join(kept)
 
 
@@ -5035,7 +5040,8 @@ def slack_text(text: str) -> JsonObject:
     return {"type": "plain_text", "text": text, "emoji": False}
 
 
-# Discord, "Execute Webhook": content of up to 2,000 characters.
+# Discord, "Execute Webhook": content of up to 2,000 characters. It does not say how it counts them. We count
+# UTF-16 code units, of which an emoji has two: a count of characters is never higher.
 DISCORD_CONTENT = 2000
 DISCORD_HEADLINE = 200
 DISCORD_FACT = 120
@@ -5059,15 +5065,12 @@ class DiscordAdapter(Adapter):
         escalation = delivery.escalation
         emoji = SEVERITY_EMOJI[delivery.resolution.event_severity]
         head = f"{emoji} {discord_escape(headline(delivery, DISCORD_HEADLINE))}\n```\n"
-        facts = [discord_code(fact, DISCORD_FACT) for fact in facts_of(delivery, origin)]
+        facts = [discord_block_text(fact, DISCORD_FACT) for fact in facts_of(delivery, origin)]
         tail = "\n".join(["", "", *facts, f"id {escalation.id}", "```"])
-        room = DISCORD_CONTENT - len(head) - len(tail)
-        content = head + bullets(explain(escalation), room, discord_code) + tail
-        # Discord does not say how it counts: in UTF-16, an emoji is two characters.
-        if (excess := len(content.encode("utf-16-le")) // 2 - DISCORD_CONTENT) > 0:
-            content = head + bullets(explain(escalation), room - excess, discord_code) + tail
+        room = DISCORD_CONTENT - utf16_length(head + tail)
+        reasons = bullets(explain(escalation), room, discord_block_text, length=utf16_length)
         message = {
-            "content": content,
+            "content": head + reasons + tail,
             # Discord, "Allowed Mentions Object": an empty `parse` lets no text mention anybody.
             "allowed_mentions": {"parse": []},
         }
@@ -5088,9 +5091,18 @@ def discord_escape(text: str) -> str:
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", printable(text))
 
 
-def discord_code(text: str, limit: int) -> str:
-    """Text for a code block, without the backticks that would end it."""
-    return cut(printable(text).replace("`", "\N{MODIFIER LETTER GRAVE ACCENT}"), limit)
+def discord_block_text(text: str, limit: int) -> str:
+    """Text for a code block: at most `limit` UTF-16 code units, without the backticks that would end it."""
+    text = printable(text).replace("`", "\N{MODIFIER LETTER GRAVE ACCENT}")
+    if utf16_length(text) <= limit:
+        return text
+    # "ignore" drops half a character at the cut.
+    return text.encode("utf-16-le")[: 2 * (limit - 1)].decode("utf-16-le", "ignore") + "…"
+
+
+def utf16_length(text: str) -> int:
+    """The length of a text in UTF-16 code units."""
+    return len(text.encode("utf-16-le")) // 2
 
 
 # Microsoft, "Create and send actionable messages": a message of up to 28 KB. A character may take four bytes,
