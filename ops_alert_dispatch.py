@@ -3046,12 +3046,12 @@ class Verdict(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------
 # Queue: the SQLite database in which escalations wait
 # ---------------------------------------------------------------------------------------------------------
-# Knows tables and transactions, not HTTP and not what a failure means. One queue serves all loops of a repo,
-# and several passes at once. Everything that the program must not forget is here; every file that it writes
-# besides is output.
+# Knows tables and transactions, but not HTTP, and not what a failure means. One queue serves all loops of a
+# repo, and several passes at once. Everything that the program must not forget is here. All other files that
+# it writes are output.
 
 QUEUE_VERSION = 1
-# After this many attempts it may be the record that the sink cannot take: others go first.
+# After this many attempts the fault may be in the record: other records go first.
 SAME_RECORD_ATTEMPTS = 5
 STATUS_OF_OUTCOME = {"delivered": "delivered", "dead_letter": "dead", "skipped": "skipped"}
 # How long `status` reports a loss, in seconds: long enough for the person on duty to see it.
@@ -3135,8 +3135,8 @@ CREATE INDEX waiting ON deliveries (sink, peer, severity DESC, loop, escalation,
     WHERE status = 'waiting';
 CREATE INDEX dead ON deliveries (loop, escalation) WHERE status = 'dead';
 
--- What is known of a destination, from the passes of all loops. digest names what the sink points at, setup
--- all its settings and secrets, last_loop the loop that was served last. Times are seconds since the epoch.
+-- What the passes of all loops know of a destination. digest stands for what the sink points at, setup for
+-- all its settings and secrets. last_loop was served last. Times are seconds since the epoch.
 CREATE TABLE destinations (
     id INTEGER PRIMARY KEY,
     sink TEXT NOT NULL,
@@ -3160,7 +3160,8 @@ CREATE TABLE destinations (
     UNIQUE (sink, peer, digest)
 );
 
--- What a sink was sent last of a subject: when that record was written, and the repeats held back since.
+-- The last record of a subject that a sink was sent: when it was written, how many repeats were held back
+-- since, and when the first of these was written.
 CREATE TABLE last_sent (
     loop INTEGER NOT NULL,
     sink TEXT NOT NULL,
@@ -3172,8 +3173,8 @@ CREATE TABLE last_sent (
     PRIMARY KEY (loop, sink, peer, subject)
 ) WITHOUT ROWID;
 
--- Counts of a loop's deliveries to a sink. waiting and dead are how many there are, the others add up for
--- ever. Triggers keep them.
+-- Counts of a loop's deliveries to a sink. waiting and dead say how many there are now; the others only grow.
+-- Triggers keep them.
 CREATE TABLE tallies (
     loop INTEGER NOT NULL,
     sink TEXT NOT NULL,
@@ -3214,7 +3215,7 @@ CREATE TABLE hours (
     PRIMARY KEY (loop, sink, hour)
 ) WITHOUT ROWID;
 
--- What did not reach a sink and never will by itself: status reports it for a day, or until it is
+-- What reached no sink and never will unless somebody acts. status reports it for a day, or until it is
 -- acknowledged.
 CREATE TABLE losses (
     loop INTEGER NOT NULL,
@@ -3351,8 +3352,8 @@ def queued_delivery(row: Sequence[Any]) -> QueuedDelivery:
 class Queue:
     """A connection to the queue.
 
-    Threads of this process take turns by `changed`, processes by a lock file: a transaction is never met by
-    another one, and a checkpoint never by a write (SQLite before 3.51.3 can damage a database there).
+    The lock `changed` keeps threads apart, and a lock file keeps processes apart. So no two transactions
+    meet, and no checkpoint meets a write: SQLite before 3.51.3 can damage a database if one does.
     """
 
     def __init__(self, path: str) -> None:
@@ -3483,7 +3484,7 @@ class Queue:
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
-        """Put errors of SQLite, which hides what the system said, into words."""
+        """Put errors of SQLite into words. It hides the system's reason, which is looked for here."""
         import sqlite3
 
         try:
@@ -3514,7 +3515,7 @@ class Queue:
     # -- locks and transactions
 
     def _take(self, kind: int, byte: int = 0, wait: float = QUEUE_WAIT_SECONDS) -> bool:
-        """Lock a byte of the lock file; tells whether it was to be had within `wait` seconds."""
+        """Lock a byte of the lock file. Tells whether it became free within `wait` seconds."""
         deadline = time.monotonic() + wait
         # A transaction is short, a request may take seconds.
         pause = 0.02 if byte else 0.002
@@ -3580,7 +3581,7 @@ class Queue:
             self._db.execute("ROLLBACK")
 
     def tidy(self) -> None:
-        """Copy a log that has grown into the database, so that it grows no further. Raises StorageError."""
+        """Copy the write-ahead log into the database if it has grown large. Raises StorageError."""
         found = stat_of(f"{self.path}-wal")
         if found is not None and found.st_size > WAL_BYTES:
             with self._locked(), self.errors():
@@ -3602,7 +3603,7 @@ class Queue:
 
     @functools.cached_property
     def salt(self) -> bytes:
-        """What makes digests of secrets worthless elsewhere."""
+        """A random value in all digests of secrets: without the queue, nobody can guess a secret from one."""
         [value] = self.execute("SELECT value FROM meta WHERE key = 'salt'").fetchone()
         return bytes.fromhex(value)
 
@@ -3677,11 +3678,11 @@ class Queue:
     def turns(
         self, sink: str, peer: str, loops: Collection[int], after: int, now: float, latest: float
     ) -> Iterator[tuple[int, int]]:
-        """The severities and loops of which something may wait for a destination: the worst severity first,
-        and of each the loops by turns, beginning behind the loop `after`.
+        """The severities and loops of which something may wait for a destination, in the order in which they
+        are served: the worst severity first, and within it loop by loop, from the loop `after` on.
 
-        `now` to `latest`: what is to be left alone until then has no turn. A later time was set by a clock
-        that was ahead.
+        A delivery with a `not_before` between `now` and `latest` has to wait. A later one was set by a clock
+        that was ahead, and does not count.
         """
         query = (
             "SELECT loop FROM deliveries INDEXED BY waiting WHERE status = 'waiting' AND sink = ? "
@@ -3729,7 +3730,8 @@ class Queue:
         return [queued_delivery(row) for row in rows]
 
     def waiting_kinds(self, loop: int) -> list[tuple[str, str | None]]:
-        """Category and own severity of what waits of a loop: all on which a route depends."""
+        """The categories and severities, as their records give them, of a loop's waiting deliveries: a route
+        depends on nothing else."""
         kinds: list[tuple[str, str | None]] = self.execute(
             "SELECT DISTINCT e.category, e.severity FROM deliveries d INDEXED BY waiting "
             "JOIN escalations e ON e.id = d.escalation WHERE d.status = 'waiting' AND d.loop = ?",
@@ -3760,8 +3762,8 @@ class Queue:
     def skip_waiting(
         self, loop: int, sink: str, reason_code: str, kind: tuple[str, str | None] | None = None
     ) -> int:
-        """Skip what waits of a loop for a sink, all or of one kind; returns how many deliveries of the sink
-        that were."""
+        """Skip a loop's waiting deliveries to a sink, all or those of one kind. Returns how many; a cluster's
+        peers count as one."""
         before = self.count_waiting(loop, sink)
         self.execute(
             "UPDATE deliveries SET status = 'skipped', in_flight = 0, reason_code = ?, fault = NULL, "
@@ -3772,7 +3774,7 @@ class Queue:
         return before - self.count_waiting(loop, sink)
 
     def set_severity(self, loop: int, kind: tuple[str, str | None], severity: int) -> None:
-        """Let what waits of a kind have this severity from now on."""
+        """Give the waiting deliveries of a kind this severity."""
         self.execute(
             "UPDATE deliveries SET severity = ? WHERE status = 'waiting' AND loop = ? AND severity <> ? "
             f"AND escalation IN ({OF_KIND})",
@@ -3979,7 +3981,7 @@ class Queue:
         )
 
     def note_all_settled(self, loop: int, now: float) -> None:
-        """Note of all of a loop's escalations for which nothing waits any more that they are settled."""
+        """Note that those of a loop's escalations are settled of which nothing waits any more."""
         self.execute(
             "UPDATE escalations SET settled_at = ? WHERE loop = ? AND settled_at IS NULL AND NOT EXISTS "
             "(SELECT 1 FROM deliveries WHERE escalation = escalations.id AND status = 'waiting')",
@@ -3987,8 +3989,8 @@ class Queue:
         )
 
     def note_reported(self, found: Iterable[tuple[QueuedEscalation, bool]], now: float) -> None:
-        """Note that the rows of these escalations are written, and which of them are settled. Lines that are
-        no escalation are not needed any more."""
+        """Note that the rows of these escalations are written, and which of them are settled. The rows of
+        unusable lines are removed: nothing else needs them."""
         kept: list[tuple[float | None, int]] = []
         gone: list[tuple[int]] = []
         for stored, settled in found:
@@ -4012,8 +4014,8 @@ class Queue:
     # -- destinations
 
     def use_destination(self, sink: str, peer: str, digest: str, setup: str, now: float) -> Destination:
-        """What is known of a destination. One whose settings or secrets have changed begins anew, but for
-        what was spent of its rate."""
+        """Note that a destination is used, and return what is known of it. If its settings or secrets have
+        changed, its failures are forgotten, but not what was spent of its rate."""
         self.execute(
             "INSERT INTO destinations (sink, peer, digest, setup, used_at) VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT DO UPDATE SET used_at = excluded.used_at, setup = excluded.setup, "
@@ -4059,7 +4061,7 @@ class Queue:
         )
 
     def paced_until(self, digest: str) -> float:
-        """Up to when the requests to a destination are paid for, whichever sinks point at it."""
+        """Until when the requests to a destination are paid for, by all sinks that point at it: see Pace."""
         row = self.execute("SELECT max(paced_until) FROM destinations WHERE digest = ?", digest).fetchone()
         return float(row[0] or 0.0)
 
@@ -4067,7 +4069,7 @@ class Queue:
         self.execute("UPDATE destinations SET paced_until = ? WHERE digest = ?", until, digest)
 
     def note_last_loop(self, destination: Destination, loop: int) -> None:
-        """Note which loop a destination has served last: in the next pass, it is another one's turn."""
+        """Note which loop a destination has served last: the next pass begins with the one after it."""
         self.execute("UPDATE destinations SET last_loop = ? WHERE id = ?", loop, destination.id)
 
     def note_answer(
@@ -4099,9 +4101,9 @@ class Queue:
 
     @contextlib.contextmanager
     def probing(self, destination: Destination, wait: float, fresh: float) -> Iterator[bool]:
-        """Keep other processes from finding out at the same time that a destination does not answer: as long
-        as nobody knows that it is well, one request at a time. `fresh`: seconds for which an answer counts.
-        Yields whether that was to be had within `wait` seconds."""
+        """Hold a destination while requests go to it. Processes share one that has answered in the last
+        `fresh` seconds. Any other is asked by one process at a time, so that only one waits for its timeout.
+        Yields False if it did not become free within `wait` seconds."""
         answered_lately = (destination.last_success_at or 0.0) > time.time() - fresh
         well = answered_lately and not destination.consecutive_failures
         if not self._take(fcntl.LOCK_SH if well else fcntl.LOCK_EX, destination.id, wait):
@@ -4156,8 +4158,8 @@ class Queue:
     # -- figures
 
     def count_attempts(self, loop: int, sink: str, now: float, outcome: Outcome, count: int) -> None:
-        """Count attempts with the same outcome. In the tallies one after which a delivery is a dead letter is
-        counted as that."""
+        """Count attempts with the same outcome. `failed_attempts` leaves out those that end a delivery: the
+        triggers count these."""
         delivered = count if outcome == "delivered" else 0
         self.execute(
             "INSERT INTO hours VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE "
@@ -4171,7 +4173,8 @@ class Queue:
             )
 
     def note_loss(self, loop: int, reason_code: str, count: int, now: float) -> None:
-        """Count what reached no sink; what is older than a day, or was acknowledged, is not added to."""
+        """Count what reached no sink. The count starts anew if the last loss is older than a day, or was
+        acknowledged."""
         self.execute(
             "INSERT INTO losses VALUES (?, ?, ?, ?, NULL) ON CONFLICT DO UPDATE "
             "SET last_at = excluded.last_at, count = iif(last_at > excluded.last_at - ? "
@@ -4195,7 +4198,7 @@ class Queue:
         return row[0] if row else 0
 
     def losses(self, loop: int, now: float) -> list[tuple[str, int, float]]:
-        """What reached no sink of late and was not acknowledged: reason code, count, and when it was last."""
+        """What reached no sink in the last day and is not acknowledged: reason code, count, last time."""
         rows: list[tuple[str, int, float]] = self.execute(
             "SELECT reason_code, count, last_at FROM losses WHERE loop = ? AND acknowledged_at IS NULL "
             "AND last_at > ? ORDER BY last_at",
@@ -4223,7 +4226,7 @@ class Queue:
 
     def stuck_at(self, loop: int, sink: str, attempts: int) -> tuple[str, int] | None:
         """Segment and line of the first record that a sink has answered with an error at least this often.
-        Only such a delivery has a time before which it waits."""
+        Every such delivery has a `not_before`, which keeps the query short."""
         row: tuple[str, int] | None = self.execute(
             "SELECT e.segment, e.line FROM deliveries d INDEXED BY waiting "
             "JOIN escalations e ON e.id = d.escalation WHERE d.status = 'waiting' AND d.sink = ? "
@@ -4389,8 +4392,8 @@ def check_size_limit(path: str) -> None:
 
 
 class Transaction:
-    """One transaction of the queue; see `Queue.transaction`. Within another one it is a part of that. A class
-    and not a generator, which would cost each delivery more than the lock does."""
+    """One transaction of the queue; within another one, a part of that. See `Queue.transaction`. It is a
+    class because a generator would cost each delivery more than the lock does."""
 
     def __init__(self, queue: Queue) -> None:
         self._queue = queue
@@ -6363,8 +6366,8 @@ def locked_summary(job: Job) -> JsonObject:
 # ---------------------------------------------------------------------------------------------------------
 # A loop in a pass: ingest, rows, summary
 # ---------------------------------------------------------------------------------------------------------
-# Knows the files of one loop, whose lock is held, and its part of the queue. Sends nothing. All memory is in
-# the queue: if a pass is killed, the next one goes on from the last transaction.
+# Knows the files of one loop, whose lock is held, and its part of the queue. Sends nothing. Keeps nothing
+# that is not in the queue: if a pass is killed, the next one goes on from the last transaction.
 
 
 class Clock:
@@ -6372,7 +6375,7 @@ class Clock:
 
     def __init__(self, budget: float, stop: threading.Event) -> None:
         self.stop = stop
-        # Something could have been sent, and is left for the next pass.
+        # The budget ended while there was still something to send.
         self.cut_short = False
         self._deadline = time.monotonic() + budget
 
@@ -6483,7 +6486,8 @@ class Shared:
             self.queue.changed.notify_all()
 
 
-# How many bytes at the end of a telemetry file are read, to find rows that a kill left and to count failures.
+# How many bytes at the end of a telemetry file are read to find what a killed pass has appended, and to count
+# failures.
 RECENT_BYTES = 1 << 20
 # How often rows are moved from the outbox into the files while senders work.
 ROW_INTERVAL = 0.25
@@ -6637,8 +6641,9 @@ class Loop:
     # -- a changed config
 
     def _apply_routes(self, before: JsonObject) -> None:
-        """Bring what waits in line with a changed config: it goes to the sinks that its route names now, if
-        they were in the config before, and no more to the others. `before`: the rules until now."""
+        """Bring what waits in line with a changed config. It goes to the sinks that its route names now, but
+        not to a sink that is new in the config. Deliveries to other sinks are skipped. `before`: the rules
+        until now."""
         config, queue = self.shared.config, self.queue
         added, dropped = Counter[str](), Counter[str]()
         for kind in queue.waiting_kinds(self.id):
@@ -6655,7 +6660,7 @@ class Loop:
                 if sink_id in config.sinks and sink_id not in reached:
                     dropped[sink_id] += queue.skip_waiting(self.id, sink_id, "route_changed", kind)
             queue.set_severity(self.id, kind, severity)
-        # What waited for a sink that is gone has its new sinks by now.
+        # Only now: what waited for a sink that was removed has its new sinks.
         for sink_id, tally in queue.tallies(self.id).items():
             if sink_id not in config.sinks and tally["waiting"]:
                 count = queue.skip_waiting(self.id, sink_id, "sink_removed")
@@ -6672,8 +6677,8 @@ class Loop:
         queue.note_all_settled(self.id, time.time())
 
     def _align_peers(self, *, config_changed: bool) -> None:
-        """Bring what waits for a cluster in line with its peers, which are in the environment. After a change
-        of the config a sink may no longer be a cluster: then it is one peer without a name."""
+        """Bring what waits for a cluster in line with its peers, which the environment names. After a change
+        of the config a sink may no longer be a cluster: then its one peer has no name."""
         moved = False
         for sink in self.shared.sinks:
             if config_changed or sink.type in CLUSTER_TYPES:
@@ -6685,7 +6690,7 @@ class Loop:
             self.queue.note_all_settled(self.id, time.time())
 
     def _move_to_peers(self, found: QueuedDelivery, peers: Sequence[str]) -> None:
-        """Let a delivery go to the peers that there are now, in place of one that is gone."""
+        """Let a delivery go to the peers of today in place of one that is gone."""
         lead = self.queue.replace_peer(found, peers)
         if lead is not None and lead.status != "waiting":
             self.note_end(lead, leads=True)
@@ -6756,8 +6761,12 @@ class Loop:
         self._count(row)
 
     def _entry(self, found: QueuedDelivery, waiting: dict[tuple[str, str], JsonObject]) -> JsonObject:
-        """What an escalation's row says of a sink, as things are. `waiting`: the entries of what was not
-        attempted yet, by sink and peer, which are the same for all."""
+        """What an escalation's row says of a sink now: `success`, `skipped`, `failed` or `waiting`.
+
+        `failed` is a dead letter (`deadLetter`), or a delivery that still waits after a failed attempt or
+        behind a failing sink. `waiting`: the entries of those without an attempt, by sink and peer: all
+        escalations share them.
+        """
         sink = self.shared.config.sinks.get(found.sink)
         kind = sink.type if sink else None
         if found.status == "delivered":
@@ -6780,9 +6789,9 @@ class Loop:
         return waiting[place]
 
     def report(self, *, at_end: bool) -> None:
-        """Write the rows of new escalations in the order of ingestion: of those that are settled, and at the
-        end of the pass of those that wait, too."""
-        limit = ROWS_AT_ONCE if at_end else 1  # as long as the first one waits, the others need no look
+        """Write the rows of new escalations in the order of ingestion. At the end of the pass all are
+        written. Before that, it ends at the first one that waits."""
+        limit = ROWS_AT_ONCE if at_end else 1  # mostly the first one waits
         while True:
             with self.queue.transaction():
                 found = self.queue.unreported(self.id, limit)
@@ -6845,7 +6854,7 @@ class Loop:
             self._append(rows)
             self._written, self._flushed = rows[-1][0], True
             if len(rows) < OUTBOX_ROWS:
-                return  # not to run after a sender row by row
+                return  # what senders add meanwhile is left for the next time
 
     def _clear_outbox(self) -> None:
         if self._written:
@@ -6858,8 +6867,7 @@ class Loop:
                 append_rows(path, data)
 
     def _recover_rows(self) -> None:
-        """Append what a killed pass has left in the outbox, but for the rows that are in the files
-        already."""
+        """Append the rows that a killed pass has left in the outbox, but those that the files have."""
         while rows := self.queue.outbox(self.id):
             missing = list(rows)
             for file, path in (("attempts", self.job.attempts_file), ("telemetry", self.job.telemetry_file)):
@@ -7138,14 +7146,14 @@ def rows_at_end(path: str, size: int) -> "Counter[bytes]":
 
 # The waits between quick tries within a pass are up to twice as many seconds, then four times, and so on.
 QUICK_RETRY_SECONDS = 0.25
-# A pass waits for the quick try of another one, if that comes within this time.
+# If another pass is about to try a destination again within this time, this one waits for it.
 QUICK_WAIT_MAX = 2.0
 # How many repeats or expired deliveries are settled in one transaction.
 SETTLED_AT_ONCE = 1000
-# How long an answer proves that a destination is well, in seconds.
+# For how long an answer shows that a destination is well, in seconds.
 FRESH_SECONDS = 1.0
-# How many deliveries are fetched at a time, and the seconds in which they are sent: a worse one waits no
-# longer than that.
+# How many deliveries are fetched at a time, and for how many seconds they may be sent: a delivery with a
+# worse severity waits no longer than that.
 AHEAD_COUNT = 20
 AHEAD_SECONDS = 0.1
 # What ends deliveries without a request.
@@ -7157,8 +7165,8 @@ MISSED = Verdict("skipped", "peer_missed", message="another peer took it, and it
 class Pace:
     """Limits the requests to a destination in any minute; a sixth of them may go out at once.
 
-    The generic cell rate algorithm (ITU-T I.371): all there is to keep is up to when what was sent is paid
-    for, in seconds since the epoch.
+    The generic cell rate algorithm (ITU-T I.371). It needs one number: until when the requests that were sent
+    are paid for, in seconds since the epoch.
     """
 
     MINUTE = 60.0
@@ -7181,7 +7189,7 @@ class Pace:
         return wait if 0 < wait <= self._interval + 1.0 else 0.0
 
     def spend(self, paid_until: float, now: float) -> float:
-        """Up to when is paid for, once a request starts."""
+        """Until when the requests are paid for, once another one starts."""
         return max(min(paid_until, now + self._credit), now) + self._interval
 
 
@@ -7195,8 +7203,8 @@ class Batch(NamedTuple):
 class Retry(NamedTuple):
     """When deliveries that failed are tried again.
 
-    `wait`: seconds. `quick`: within this pass. `alone`: not together with others, and not before that time;
-    else they are tried as soon as their destination is.
+    `wait`: seconds. `quick`: within this pass. `alone`: each in a request of its own, and not before that
+    time. Otherwise they are tried as soon as their destination is.
     """
 
     wait: float
@@ -7205,10 +7213,9 @@ class Retry(NamedTuple):
 
 
 class Sender:
-    """Sends what waits for one destination, in a thread that dies with the process.
+    """Sends what waits for one destination, in a thread that ends with the process.
 
-    So a destination has one connection, one pace and, if it is down, one failure, however many loops there
-    are.
+    However many loops there are, a destination has one connection, one pace and, if it is down, one failure.
     """
 
     def __init__(self, shared: Shared, sink: Sink, peer: str, url: str) -> None:
@@ -7235,7 +7242,7 @@ class Sender:
         self._started = 0.0
         # Attempts in a row that failed in this pass.
         self._failures_in_row = 0
-        # Escalations that this sink may not be able to take, and that had their turn in this pass.
+        # Escalations that this sink may not be able to take, and that were tried in this pass.
         self._set_aside: set[int] = set()
         # The loop that was served last; -1 before the first look into the queue.
         self._last_loop = -1
@@ -7366,13 +7373,13 @@ class Sender:
             return self._batch
         self._put_back()
         size = self.adapter.batch_size(self.sink)
-        # One by one and of one loop: then nothing can come in between but what is worse.
+        # One by one and of one loop: only a worse severity could come in between.
         ahead = size == 1 and len(self.shared.active) == 1 and not self.shared.config.repeat_window
         most = AHEAD_COUNT if ahead else size
         found: list[tuple[QueuedDelivery, Delivery]] = []
         ended = 0
         if self._set_aside and failing:
-            # Whether it is the record or the sink, one that was tried less often shows.
+            # A record that was tried less often shows whether the fault is in the record or in the sink.
             found, ended = self._choose(most, now, below_limit=True)
         if not found and not ended:
             found, ended = self._choose(most, now)
@@ -7404,9 +7411,9 @@ class Sender:
             if subject is not None and (item.loop, subject) in subjects:
                 before = subjects[item.loop, subject]
                 if before is None:
-                    break  # what becomes of it depends on what becomes of the one that was left behind
+                    break  # whether it is a repeat depends on the one that was left behind
                 if abs(written_at - before) < self.shared.config.repeat_window:
-                    subjects[item.loop, subject] = None  # a repeat, if the sink takes the other one
+                    subjects[item.loop, subject] = None  # it is a repeat if the sink takes the other one
                     continue
                 delivery, verdict = delivery._replace(held_back=None), None
             if verdict is not None:
@@ -7436,8 +7443,8 @@ class Sender:
             yield from (item for item in items if item.escalation not in self._set_aside)
 
     def _look_at(self, item: QueuedDelivery, now: float) -> tuple[Delivery, str | None, Verdict | None]:
-        """A delivery as the adapter knows it; the subject that repeats of it have in common, if repeats are
-        held back; and a verdict if it needs no request."""
+        """A delivery as the adapter knows it; its subject, if repeats are held back; and a verdict, if it
+        needs no request."""
         escalation, resolution = self.shared.parse(item.stored), self.shared.resolve(item.stored)
         delivery = Delivery(escalation, resolution, None)
         policy = self.shared.config.policy
@@ -7491,8 +7498,8 @@ class Sender:
         verdict = self._attempt(batch, origin)
         offset = far_off(verdict.clock_offset)
         if verdict.outcome == "delivered" and self.adapter.ends_by_clock and offset != origin.clock_offset:
-            # What it took may have ended by its clock. To the sink the same alert with another end is no
-            # new one.
+            # By its clock, the alert that it took may have ended already. The same alert with another end is
+            # no new alert to it.
             self._clock_offset = offset
             verdict = self._attempt(batch, origin._replace(clock_offset=offset))
         return verdict
@@ -7508,7 +7515,7 @@ class Sender:
 
     def _attempt(self, batch: Batch, origin: Origin) -> Verdict:
         self._started = 0.0
-        # On a busy machine both take longer than many a request: that time is not the sink's.
+        # Before the deadline is set: on a busy machine, this takes longer than many requests.
         request = build_request(self.adapter, self.sink, batch.deliveries, origin)
         if isinstance(request, Verdict):
             return request
@@ -7523,8 +7530,8 @@ class Sender:
         return verdict
 
     def give_up_waiting(self) -> None:
-        """Record the attempt that is on its way as timed out, and leave its thread alone. The main thread
-        calls this, with the queue's lock held."""
+        """Record the attempt that is on its way as timed out, and wait for its thread no longer. The main
+        thread calls this, with the queue's lock held."""
         with self.queue.transaction():
             self.deadline = None
             if self._batch is not None and not self.ended:
@@ -7569,8 +7576,8 @@ class Sender:
             self.shared.loops[item.loop].note_end(item, leads=leads)
 
     def _verdict_for(self, batch: Batch, verdict: Verdict) -> Verdict:
-        """A verdict on a request as one on its deliveries: what is refused together goes out one by one, and
-        a record on which the program fails again and again is given up."""
+        """What a verdict on a request means for its deliveries. If several were refused together, each is
+        tried alone. A record on which this program has failed too often is given up."""
         together = len(batch.queued) > 1
         if verdict.outcome == "dead_letter" and together:
             return verdict._replace(outcome="retry")
@@ -7602,13 +7609,13 @@ class Sender:
             self.shared.loops[number].write_attempts(written)
 
     def _put_back(self) -> None:
-        """Choose anew what is sent next."""
+        """Give back what was fetched and not sent, so that the next choice is made anew."""
         self.queue.clear_in_flight(item for item, _ in self._ahead)
         self._ahead.clear()
 
     def _write_counts(self) -> None:
-        """Write down how many attempts there were, and of which loop the last one was: a kill may cost the
-        counts of one turn."""
+        """Write down how many attempts there were, and for which loop the last one was. If the pass is
+        killed, the counts since the last time are lost."""
         self._put_back()
         for (loop, outcome), count in self._counted.items():
             self.queue.count_attempts(loop, self.sink.id, time.time(), outcome, count)
@@ -7635,11 +7642,11 @@ class Sender:
             self.queue.note_failure(destination, verdict, now, now + quick, destination.backoff_step)
             return Retry(quick, quick=True, alone=False)
         if ours or (suspect and well):
-            # The destination takes other records: it does not wait for this one.
+            # The destination takes other records: it need not back off.
             self._failures_in_row = 0
             return Retry(self._backoff(verdict, max(0, attempts - SAME_RECORD_ATTEMPTS)), alone=True)
         wait = self._backoff(verdict, destination.backoff_step)
-        # The next record may get through: it has one try in this pass.
+        # The next record may get through: it is tried once in this pass.
         one_more = suspect and self._failures_in_row < max(2, self.shared.config.policy.max_attempts_per_pass)
         self.resting = not one_more
         step = destination.backoff_step + 1
@@ -7647,9 +7654,10 @@ class Sender:
         return Retry(wait, alone=alone)
 
     def _quick_wait(self, verdict: Verdict) -> float | None:
-        """Seconds until another try within this pass; None if that would be of no use, or a repeat.
+        """Seconds until another try within this pass; None if it is left to a later pass.
 
-        After a timeout or a hang-up the sink may have acted on the request: that is not tried at once.
+        After a timeout, a hang-up or a gateway's fault the sink may have acted on the request: a quick try
+        could repeat it.
         """
         policy = self.shared.config.policy
         if (
@@ -7664,8 +7672,8 @@ class Sender:
         return wait if wait < self.shared.clock.left else None
 
     def _backoff(self, verdict: Verdict, step: int) -> float:
-        """Seconds until another pass may try: exponential with full jitter; long if nobody is likely to fix
-        it soon."""
+        """Seconds until a later pass may try: exponential with full jitter, or long if somebody has to fix
+        something first."""
         policy = self.shared.config.policy
         if verdict.outcome == "misconfigured":
             return max(verdict.retry_after or 0.0, policy.backoff_max / 2 + jitter(policy.backoff_max / 2))
@@ -7680,7 +7688,7 @@ def subject_of(escalation: Escalation, resolution: Resolution) -> str:
 
 
 def jitter(longest: float) -> float:
-    """A random part of a wait, so that many machines do not come back at the same moment."""
+    """A random part of a wait, so that machines do not all come back at the same moment."""
     import random
 
     return random.uniform(0.0, longest)  # noqa: S311
@@ -7689,8 +7697,8 @@ def jitter(longest: float) -> float:
 # ---------------------------------------------------------------------------------------------------------
 # The pass: loops and senders side by side
 # ---------------------------------------------------------------------------------------------------------
-# Opens the queue, takes one loop or many from begin to finish, and gives up requests that hang. Knows which
-# loops are idle, and does no more for them.
+# Opens the queue, takes one loop or many from begin to finish, and gives up requests that hang. Finds out
+# which loops are idle, and does nothing else for them.
 
 # New lines are read for this part of the time budget: the rest is for sending, and for rows.
 INGEST_SHARE = 0.5
@@ -7715,7 +7723,7 @@ class Pass:
         self._senders: dict[tuple[str, str], Sender] = {}
 
     def run(self, loops: Sequence[Loop]) -> dict[str, Result]:
-        """Take loops that have begun to their ends, side by side. Returns what came of each, by its id."""
+        """Finish loops that have begun, side by side. Returns what came of each, by its id."""
         shared = self._shared
         shared.active = {loop.id for loop in loops}
         with shared.queue.transaction():
@@ -7737,7 +7745,7 @@ class Pass:
         return outcomes
 
     def _ingest(self, loops: Sequence[Loop]) -> None:
-        """Ingest what is new, one chunk of each loop by turns. Sending starts with the first chunk."""
+        """Ingest what is new, a chunk of one loop after the other. Sending starts with the first chunk."""
         shared = self._shared
         ingest_until = shared.clock.left * (1 - INGEST_SHARE)
         reading = deque(loops)
@@ -7851,7 +7859,7 @@ def run_loops(
     if not jobs:
         return outcomes
     stop = stop or threading.Event()
-    # One loop is waited for; of many, the others come first.
+    # A single loop is worth a wait. With many, the others come first.
     wait = LOCK_WAIT_SECONDS / len(jobs)
     try:
         config = load_known_config(jobs[0], environ)
@@ -7904,8 +7912,8 @@ class QueueHolder:
 
     @functools.cached_property
     def in_order(self) -> bool:
-        """Tell whether the queue was closed cleanly before this run, which may have opened it since: then
-        nothing is in it that the summaries do not say."""
+        """Tell whether the queue was closed cleanly before this run, which may have opened it since. Then the
+        summaries say whether anything waits in it."""
         try:
             with open(self.path, "rb", buffering=0) as file:
                 return file.read(len(QUEUE_HEAD)) == QUEUE_HEAD and not has_log(self.path)
@@ -8013,7 +8021,7 @@ def run_pass(
 
 
 def is_there(job: Job) -> bool:
-    """Tell whether a loop has ever written anything, as far as can be seen. Nothing is made for one that has
+    """Tell whether there is any sign that a loop has ever written something. No file is made for one that has
     not."""
     return os.path.lexists(job.escalations_file) or os.path.isdir(os.path.dirname(job.state_file))
 
