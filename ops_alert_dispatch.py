@@ -4458,16 +4458,20 @@ def keep_aside(path: str) -> str:
 # ---------------------------------------------------------------------------------------------------------
 # Adapters: what each type of sink is sent, and what its answers mean
 # ---------------------------------------------------------------------------------------------------------
-# Pure: deliveries in, a request out; an answer in, a verdict out. Nothing here connects, waits or writes. All
-# that is special to a type is in its adapter and its part of the schema. `ADAPTERS`, at the end, lists the
-# types.
+# Pure: deliveries in, a request out; an answer in, a verdict out. Nothing here connects, waits or writes.
+# A new type needs an adapter in `ADAPTERS`, at the end, and a part of the schema. If it is a cluster, it also
+# belongs in CLUSTER_TYPES; its variables belong in VARIABLE_KEYS. For people, the types are listed in the
+# docstrings of the module and of `cli`, and in README.
 
-# Seconds. A sink that asks for more in Retry-After is asked again after this.
+# Seconds. A sink can ask for no longer wait in Retry-After.
 RETRY_AFTER_MAX = 3600.0
 
 
 def host_of(url: str) -> str:
-    """Host and port of a URL, which may be shown. The port is left out if it is the scheme's usual one."""
+    """The host and port of a URL, without its secrets. The scheme's usual port is left out.
+
+    Raises ValueError for a malformed URL.
+    """
     from urllib.parse import urlsplit
 
     parts = urlsplit(url)
@@ -4480,8 +4484,8 @@ def host_of(url: str) -> str:
 class Origin(NamedTuple):
     """Where a payload comes from, and when.
 
-    `emitted_at`: seconds since the epoch, by our clock. `clock_offset`: by how many seconds the sink's clock
-    is ahead of ours; 0 if that is too little to matter.
+    `emitted_at`: seconds since the epoch, by our clock. `clock_offset`: how many seconds the sink's clock is
+    ahead of ours; 0 if that is too little to matter.
     """
 
     repo_path: str
@@ -4490,12 +4494,12 @@ class Origin(NamedTuple):
     clock_offset: float = 0.0
 
 
-# Seconds. If two clocks differ by more, `status` says so: signatures and the end of an alert depend on them.
+# Seconds. `status` reports clocks that differ by more: signatures and the end of an alert depend on them.
 CLOCK_TOLERANCE = 60.0
 
 
-def far_off(clock_offset: float | None) -> float:
-    """By how many seconds a sink's clock is ahead of ours, rounded to minutes; 0.0 if that is unknown or too
+def clock_correction(clock_offset: float | None) -> float:
+    """How many seconds a sink's clock is ahead of ours, rounded to minutes; 0.0 if that is unknown or too
     little to matter."""
     if clock_offset is None or abs(clock_offset) <= CLOCK_TOLERANCE:
         return 0.0
@@ -4503,14 +4507,14 @@ def far_off(clock_offset: float | None) -> float:
 
 
 class HttpRequest(NamedTuple):
-    """What a sink is sent: always a POST of a JSON body."""
+    """What is sent to a sink: a POST with a JSON body."""
 
     headers: Mapping[str, str]
     body: bytes
 
 
 class Answer(NamedTuple):
-    """What a sink answered: status, headers (names in lower case), and the first 64 KB of its body."""
+    """A sink's answer: its status, its headers (names in lower case), and the first 64 KB of its body."""
 
     status: int
     headers: Mapping[str, str]
@@ -4521,25 +4525,25 @@ class Answer(NamedTuple):
         return self.body.decode("utf-8", "replace").strip()
 
     @property
-    def said(self) -> object:
-        """The JSON value of its body; the text if that is not JSON."""
+    def content(self) -> object:
+        """The body's JSON value; its text if it is not JSON."""
         try:
             return decode_json(self.text)
         except ValueError:
             return self.text
 
 
-SINK_UNWELL = {408, 425, 429}
-# A gateway had no usable answer from the sink, which may have acted on the request.
+TRY_LATER = {408, 425, 429}
+# The sink may have acted on the request, although its gateway got no usable answer.
 GATEWAY_FAULTS = {502, 504}
 RECORD_REFUSED = {400, 413, 422}
-# Other statuses that say why a request was refused.
+# Statuses, besides those of TRY_LATER and RECORD_REFUSED, that say why a request was refused.
 STATUS_FAULTS: dict[int, FaultCode] = {
     **dict.fromkeys((401, 403), "unauthorized"),
     **dict.fromkeys((404, 405, 410), "not_found"),
     407: "proxy_login",
 }
-# What web servers (nginx, Apache, Go) answer with 400 on a port that speaks TLS.
+# How web servers (nginx, Apache, Go) say, with a 400, that a port speaks TLS.
 PLAIN_TO_TLS = r"(?i)plain HTTP (request was sent )?to (an )?(HTTPS|SSL)|HTTP request to an HTTPS server"
 
 
@@ -4551,7 +4555,7 @@ def judge_status(answer: Answer, now: float) -> Verdict:
     wait = parse_retry_after(answer.headers.get("retry-after"), now)
     outcome: Outcome = "misconfigured"
     fault: FaultCode = STATUS_FAULTS.get(status, "rejected")
-    if status in SINK_UNWELL or status >= 500:
+    if status in TRY_LATER or status >= 500:
         outcome, fault = "retry", "rate_limited" if status == 429 else "server_error"
     elif status >= 400 and wait is not None:  # it asks for the same request again, later
         outcome, fault = "retry", "rate_limited"
@@ -4569,28 +4573,27 @@ def judge_status(answer: Answer, now: float) -> Verdict:
     )
 
 
-# How much of a complaint is searched: it begins with what it is about, and a search in 64 KB may take
-# minutes.
-COMPLAINT = 500
+# How much of a complaint is searched: its subject comes first, and to search 64 KB may take minutes.
+COMPLAINT_CHARACTERS = 500
 
 
 def complaints(answer: Answer) -> list[str]:
-    """The complaints of an error answer, without what they quote of the request.
+    """The complaints in an error answer, without what they quote of the request.
 
     PagerDuty, "Send an alert event", 400: `{"status": "…", "message": "…", "errors": ["…"]}`. Others use
     `error` or `msg`, objects by the name of a field, or plain text.
     """
-    said = answer.said
-    fields = mapping(said)
+    content = answer.content
+    fields = mapping(content)
     waiting = [
-        said if isinstance(said, str) else None,
+        content if isinstance(content, str) else None,
         *(fields.get(key) for key in ("message", "errors", "error", "msg")),
     ]
     found: list[str] = []
     while waiting:
         item = waiting.pop()
         if isinstance(item, str):
-            found.append(re.sub(r"\S*custom_details\S*", "", item[:COMPLAINT].partition("{")[0]))
+            found.append(re.sub(r"\S*custom_details\S*", "", item[:COMPLAINT_CHARACTERS].partition("{")[0]))
         elif isinstance(item, dict):  # `{"routing_key": ["is invalid"]}`: the name belongs to the complaint
             waiting += [key for key, listed in item.items() if isinstance(listed, list)]
             waiting += item.values()
@@ -4631,30 +4634,31 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
 class Adapter:
     """What a type of sink is sent, and what its answers mean. Every payload holds the escalation's id."""
 
-    # The keys of the sink's URL, and of the secret that it knows us by: without one, that is the URL.
+    # The config keys of the sink's URL, and of the secret by which it knows us: if that is unset, the URL.
     url_key: ClassVar[str] = "urlEnv"
     credential_key: ClassVar[str] = "authTokenEnv"
     default_url: ClassVar[str | None] = None
-    # How many requests a minute the provider allows; the config can say otherwise.
+    # How many requests the provider allows in any minute; the config can say otherwise. A sixth of them may
+    # go out at once: see `Pace`.
     max_per_minute: ClassVar[int | None] = None
-    # Whether a payload says when it ends, which the sink compares with its own clock.
+    # Whether a payload says when its alert ends. The sink compares that with its own clock.
     ends_by_clock: ClassVar[bool] = False
 
     def url(self, sink: Sink) -> str:
-        """What the config says of where the sink is; empty if its variable is unset."""
+        """The sink's URL, or the URLs of a cluster's peers; empty if the variable is unset."""
         return sink.secrets.get(self.url_key) or self.default_url or ""
 
     def peers(self, sink: Sink) -> dict[str, str]:
-        """The URL of each peer of a cluster, by `host:port`. Each peer gets everything, and one that has it
-        is enough. Any other sink is one peer without a name."""
+        """The URL of each peer of a cluster, by `host:port`. Each peer is sent everything, and it is enough
+        if one of them takes it. Any other sink is one peer, named ""."""
         return {"": self.url(sink)}
 
     def target(self, sink: Sink, url: str) -> list[str]:
-        """What a peer of the sink points at. If any of it changes, it is another destination."""
+        """What identifies the destination at a URL. If any of it changes, it is another destination."""
         return [sink.type, url]
 
     def seconds_to_catch_up(self, sink: Sink) -> float:  # noqa: ARG002
-        """For how long a peer that has missed an escalation should still get it."""
+        """For how many seconds a peer that missed an escalation should still get it."""
         return 0.0
 
     def missing_secrets(self, sink: Sink) -> list[str]:
@@ -4666,7 +4670,7 @@ class Adapter:
         return 1
 
     def build(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> HttpRequest:
-        """The request for some deliveries, oldest first and at most `batch_size` of them."""
+        """The request for at most `batch_size` deliveries, the oldest first."""
         return HttpRequest(configured_headers(sink), self.payload(sink, deliveries, origin))
 
     def payload(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> bytes:
@@ -4674,9 +4678,9 @@ class Adapter:
         raise NotImplementedError
 
     def judge(self, answer: Answer, now: float) -> Verdict:
-        """What an answer means. `now`: seconds since the epoch. No provider takes an alert with a web
-        page."""
-        if 200 <= answer.status < 300 and answer.text.startswith("<"):  # a login page, or that of a proxy
+        """What an answer means. `now`: seconds since the epoch."""
+        # No provider answers an alert with a web page: it comes from a login or a proxy.
+        if 200 <= answer.status < 300 and answer.text.startswith("<"):
             message = (
                 "answered with a web page: the URL is not that of such a sink, or something stands before it"
             )
@@ -4685,7 +4689,7 @@ class Adapter:
 
 
 def configured_headers(sink: Sink) -> dict[str, str]:
-    """The headers that a sink's config asks for, its token, and the type of the body."""
+    """The headers of a sink's config, its token, and the type of the body."""
     secret = {
         key.partition(".")[2]: value
         for key, value in sink.secrets.items()
@@ -4736,12 +4740,12 @@ class WebhookAdapter(Adapter):
         return request._replace(headers=headers)
 
     def judge(self, answer: Answer, now: float) -> Verdict:
-        """A receiver may answer 200 with anything, also with a web page."""
+        """A receiver may answer with any text, even with a web page."""
         return judge_status(answer, now)
 
 
 def signature(key: bytes, signed: bytes) -> str:
-    """A signature as Standard Webhooks writes it."""
+    """A signature in the format of Standard Webhooks."""
     import hmac
     from base64 import b64encode
 
@@ -4749,7 +4753,7 @@ def signature(key: bytes, signed: bytes) -> str:
 
 
 def held_back_fields(delivery: Delivery) -> JsonObject:
-    """The fields that say how many repeats were held back; empty if none were."""
+    """The number of repeats that were held back, and since when; empty if there are none."""
     held_back = delivery.held_back
     if held_back is None:
         return {}
@@ -4757,7 +4761,7 @@ def held_back_fields(delivery: Delivery) -> JsonObject:
 
 
 def held_back_text(delivery: Delivery) -> str:
-    """`and 14 repeats held back since 2026-03-01T12:00:00Z`; empty if none were."""
+    """`and 14 repeats held back since 2026-03-01T12:00:00Z`; empty if there are none."""
     held_back = delivery.held_back
     if held_back is None:
         return ""
@@ -4768,9 +4772,9 @@ SEVERITY_EMOJI = {"info": "\N{INFORMATION SOURCE}\ufe0f", "warning": "⚠️", "
 
 
 def headline(delivery: Delivery, limit: int) -> str:
-    """What is wrong where, in one line: `[critical] health_critical on demo-loop: ingest_stale`.
+    """What is wrong and where, in one line: `[critical] health_critical on demo-loop: ingest_stale`.
 
-    At most `limit` characters. Its end, which says what was held back, is never cut off.
+    At most `limit` characters long. Its end, which says what was held back, is never cut off.
     """
     escalation = delivery.escalation
     what = ", ".join(reason_codes(escalation)) or explain(escalation)[0]
@@ -4799,8 +4803,8 @@ def bullets(
     most: int | None = None,
     length: Callable[[str], int] = len,
 ) -> str:
-    """A list of at most `most` lines as one text of at most `limit` characters; its end says how many more
-    there are.
+    """A list of at most `most` lines, as one text of at most `limit` characters. Its last line says how many
+    more there are.
 
     `escape`: escapes a text for the sink, and cuts it to a number of characters. `length`: counts characters
     as the sink does.
@@ -4818,8 +4822,8 @@ def bullets(
 
 
 def cut_identity(text: str, limit: int) -> str:
-    """Make a text that tells things apart printable and at most `limit` characters long. If that changes it,
-    it ends in a hash of the whole."""
+    """Make an identifier printable and at most `limit` characters long. If that changes it, it ends in a hash
+    of the original, so that identifiers that differ still do."""
     plain = printable(text)
     if plain == text and len(text) <= limit:
         return text
@@ -4827,18 +4831,18 @@ def cut_identity(text: str, limit: int) -> str:
     return f"{plain[: limit - len(mark) - 1]}:{mark}"
 
 
-# Slack, "Block Kit reference", header and section blocks; "chat.postMessage", `text`. Characters as sent,
-# with entities.
+# Slack, "Block Kit reference", header and section blocks; "chat.postMessage", `text`. Characters are counted
+# as they are sent, with entities.
 SLACK_HEADER = 150
 SLACK_SECTION = 3000
 SLACK_TEXT = 4000
-# The text that a phone shows: it fits in SLACK_TEXT even if each character becomes an entity.
+# A phone shows this text. It fits in SLACK_TEXT even if each character becomes an entity.
 SLACK_HEADLINE = 600
 # One line of a digest, which people read at a glance.
 SLACK_DIGEST_LINE = 450
 
-# Slack, "Formatting text for app surfaces", "Disabling automatic parsing", and "Unfurling links in messages":
-# in the fallback text no name becomes a mention and no address a preview.
+# So that no name in the fallback text becomes a mention, and no address a preview. Slack, "Formatting text
+# for app surfaces", "Disabling automatic parsing", and "Unfurling links in messages".
 SLACK_AS_WRITTEN = {
     "mrkdwn": False,
     "parse": "none",
@@ -4868,10 +4872,10 @@ SLACK_ERRORS: dict[FaultCode, str] = {
     "server_error": "internal_error fatal_error service_unavailable request_timeout",
 }
 SLACK_FAULTS = {word: fault for fault, words in SLACK_ERRORS.items() for word in words.split()}
-# Slack says that it may have posted the message before it met one of these.
+# Slack says that it may have posted the message before one of these errors.
 SLACK_UNSURE_ERRORS = {"internal_error", "fatal_error"}
-# How others that take Slack's messages (Mattermost, Rocket.Chat, Discord, Zulip) say, with a 400, that a
-# webhook was deleted.
+# How other programs that take Slack's messages (Mattermost, Rocket.Chat, Discord, Zulip) say, with a 400,
+# that a webhook was deleted.
 WEBHOOK_GONE = (
     r"(?i)(?=.*\b(invalid|unknown|disabled|deleted|expired|revoked|not found|(could ?n.t|cannot) find|"
     r"does not exist)\b)(?=.*\b(webhooks?|integration|api key|channel)\b)"
@@ -4879,7 +4883,7 @@ WEBHOOK_GONE = (
 
 
 class SlackAdapter(Adapter):
-    """A message to a Slack incoming webhook: a header, what a person needs to know, and where it is from.
+    """A message to a Slack incoming webhook: a header, what a person needs to know, and where it comes from.
 
     Several deliveries make a digest: counts, then a line for each, the worst first. The `block_id` of a
     message's header, or of a digest's line, is the escalation's id (Slack, "Block Kit reference": up to 255
@@ -4887,7 +4891,7 @@ class SlackAdapter(Adapter):
     """
 
     url_key = "webhookUrlEnv"
-    # Slack, "Rate limits": incoming webhooks, one message a second, short bursts allowed.
+    # Slack, "Rate limits": an incoming webhook takes one message a second, and short bursts.
     max_per_minute = 60
 
     def batch_size(self, sink: Sink) -> int:
@@ -4903,9 +4907,9 @@ class SlackAdapter(Adapter):
         return encode_json(message)
 
     def judge(self, answer: Answer, now: float) -> Verdict:
-        """Slack names its errors in the body, which says more than the status.
+        """The error that Slack names in the body says more than the status.
 
-        A webhook answers `ok`. A program that passes messages on to Slack may answer as its Web API does,
+        A webhook answers `ok`. A program that passes messages on to Slack may answer as Slack's Web API does,
         with 200 and `{"ok": false, "error": …}`: then the error counts.
         """
         error, verdict = slack_error(answer), super().judge(answer, now)
@@ -4930,9 +4934,9 @@ class SlackAdapter(Adapter):
 
 def slack_error(answer: Answer) -> str | None:
     """The error that an answer names, in JSON or as one of Slack's words; None if it names none."""
-    said = mapping(answer.said)
-    if said.get("ok") is False:
-        return as_text(said.get("error")) or answer.text
+    fields = mapping(answer.content)
+    if fields.get("ok") is False:
+        return as_text(fields.get("error")) or answer.text
     return answer.text if answer.text in SLACK_FAULTS else None
 
 
@@ -4954,7 +4958,7 @@ def slack_message(delivery: Delivery, origin: Origin) -> JsonObject:
 
 
 def slack_digest(deliveries: Sequence[Delivery], origin: Origin) -> JsonObject:
-    """Several escalations: how many of which severity and category, then a line for each, the worst first."""
+    """Several escalations: how many of each severity and category, then a line for each, the worst first."""
     worst_first = sorted(
         deliveries, key=lambda delivery: SEVERITIES.index(delivery.resolution.event_severity), reverse=True
     )
@@ -4996,7 +5000,7 @@ def slack_digest_line(delivery: Delivery, *, name_loop: bool) -> str:
 
 
 def count_words(words: Iterable[str]) -> str:
-    """`2 critical, 10 warning`, in the order of their first use."""
+    """`2 critical, 10 warning`, in the order in which they first occur."""
     return ", ".join(f"{count} {word}" for word, count in Counter(words).items())
 
 
@@ -5035,10 +5039,10 @@ def slack_escape(text: str, limit: int) -> str:
 
 
 def slack_text(text: str) -> JsonObject:
-    """A text object, of escaped text.
+    """A text object. `text` is escaped. It is shown as it is, and can be copied.
 
     Slack, "Text object": in `plain_text`, unlike in `mrkdwn`, nothing is a format, a link or a mention;
-    without `emoji` no `:name:` becomes a picture. So a record's text is shown as it is, and can be copied.
+    without `emoji`, no `:name:` becomes a picture.
     """
     return {"type": "plain_text", "text": text, "emoji": False}
 
@@ -5048,7 +5052,7 @@ def slack_text(text: str) -> JsonObject:
 DISCORD_CONTENT = 2000
 DISCORD_HEADLINE = 200
 DISCORD_FACT = 120
-# Discord, "JSON Error Codes": the webhook is gone, or its token is wrong.
+# Discord, "JSON Error Codes": unknown webhook; invalid webhook token.
 DISCORD_FAULTS: dict[str, FaultCode] = {"10015": "not_found", "50027": "unauthorized"}
 
 
@@ -5080,17 +5084,17 @@ class DiscordAdapter(Adapter):
         return encode_json(message)
 
     def judge(self, answer: Answer, now: float) -> Verdict:
-        """Discord's body has a number for each error, and how long to wait after a 429."""
-        verdict, said = super().judge(answer, now), mapping(answer.said)
-        if fault := DISCORD_FAULTS.get(str(said.get("code"))):
+        """Discord's body has a code for each error, and after a 429 the seconds to wait."""
+        verdict, fields = super().judge(answer, now), mapping(answer.content)
+        if fault := DISCORD_FAULTS.get(str(fields.get("code"))):
             return Verdict("misconfigured", "http_error", answer.status, verdict.message, fault=fault)
         if verdict.fault == "rate_limited" and verdict.retry_after is None:
-            return verdict._replace(retry_after=parse_retry_after(str(said.get("retry_after")), now))
+            return verdict._replace(retry_after=parse_retry_after(str(fields.get("retry_after")), now))
         return verdict
 
 
 def discord_escape(text: str) -> str:
-    """Escape text for Discord: after a backslash, ASCII punctuation makes no format and no link."""
+    """Escape text for Discord: ASCII punctuation after a backslash makes no format and no link."""
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", printable(text))
 
 
@@ -5108,8 +5112,8 @@ def utf16_length(text: str) -> int:
     return len(text.encode("utf-16-le")) // 2
 
 
-# Microsoft, "Create and send actionable messages": a message of up to 28 KB. A character may take four bytes,
-# and each line takes some ninety more.
+# Microsoft, "Create and send actionable messages": a message of up to 28 KB. A character takes up to four
+# bytes, and each line some ninety more.
 TEAMS_TEXT = 4000
 TEAMS_LINES = 30
 TEAMS_HEADLINE = 300
@@ -5118,8 +5122,8 @@ TEAMS_COLOURS = {"info": "Accent", "warning": "Warning", "critical": "Attention"
 
 
 class TeamsAdapter(Adapter):
-    """An Adaptive Card (version 1.4) to a workflow of Microsoft Teams that posts what its webhook gets. It
-    answers 202, before Teams shows the card.
+    """An Adaptive Card (version 1.4) for a Microsoft Teams workflow that posts what its webhook receives. The
+    workflow answers 202 before Teams shows the card.
 
     All text is in TextRuns, which show it as it is; a TextBlock would render Markdown.
     """
@@ -5159,17 +5163,19 @@ def teams_text(text: str, **style: object) -> JsonObject:
     return {"type": "RichTextBlock", "inlines": [{"type": "TextRun", "text": text, **style}]}
 
 
-# PagerDuty, "Send an alert event" (Events API v2): an event of 512 KB (the smaller reading of that), a
-# summary of 1,024 characters, a dedup_key of 255.
+# PagerDuty, "Send an alert event" (Events API v2): an event of 512 KB, taken as 512,000 bytes; a
+# summary of 1,024 characters; a dedup_key of 255.
 PAGERDUTY_EVENT_BYTES = 512_000
 PAGERDUTY_SUMMARY = 1024
 PAGERDUTY_DEDUP_KEY = 255
+# What PagerDuty calls the key in its complaints.
+ROUTING_KEY = r"(?i)(routing|service|integration)[ _-]?key"
 
 
 class PagerDutyAdapter(Adapter):
     """A `trigger` event of PagerDuty's Events API v2 ("Send an alert event").
 
-    Its severities are info, warning, error and critical: ours are among them. Its `timestamp` is ISO 8601.
+    Our severities are among PagerDuty's: info, warning, error and critical. A `timestamp` is ISO 8601.
     """
 
     default_url = "https://events.pagerduty.com/v2/enqueue"
@@ -5210,23 +5216,20 @@ class PagerDutyAdapter(Adapter):
             original = len(encode_json(escalation.body))
             payload["custom_details"] |= {"truncated": True, "originalBytes": original}
             for limits in ABRIDGEMENTS:
-                payload["custom_details"]["escalation"] = abridge(plain_first(escalation.body), *limits)
+                payload["custom_details"]["escalation"] = abridge(reasons_first(escalation.body), *limits)
                 body = encode_json(event)
                 if len(body) <= PAGERDUTY_EVENT_BYTES:
                     break
         return body
 
     def judge(self, answer: Answer, now: float) -> Verdict:
-        """A 400 that complains of the routing key means a wrong config; any other 400 a wrong record."""
+        """A 400 that complains about the routing key means a wrong config, any other 400 a wrong record."""
         verdict = super().judge(answer, now)
         if answer.status == 400 and any(
             re.search(ROUTING_KEY, complaint) for complaint in complaints(answer)
         ):
             return verdict._replace(outcome="misconfigured", message=answer.text, fault="unauthorized")
         return verdict
-
-
-ROUTING_KEY = r"(?i)(routing|service|integration)[ _-]?key"
 
 
 def dedup_key(escalation: Escalation, by: str) -> str:
@@ -5238,13 +5241,13 @@ def dedup_key(escalation: Escalation, by: str) -> str:
     return cut_identity(key, PAGERDUTY_DEDUP_KEY)
 
 
-# How much is kept of a record: characters of a text, items of a list or object, levels. Each is tried if the
-# one before still makes too large an event. With the last every record fits.
+# How much is kept of a record that is too large: characters of a text, items of a list or object, levels. If
+# the event is still too large, the next entry is tried. With the last one, every record fits.
 ABRIDGEMENTS = ((4000, 100, 6), (400, 40, 4), (30, 10, 3))
 
 
-def plain_first(body: JsonObject) -> JsonObject:
-    """A record with what matters first: the reasons, then other known fields, then plain ones."""
+def reasons_first(body: JsonObject) -> JsonObject:
+    """A record whose most useful fields come first: reasons, then other known fields, then plain ones."""
 
     def rank(field: tuple[str, object]) -> tuple[bool, bool, bool]:
         key, value = field
@@ -5272,21 +5275,22 @@ def abridge(value: object, characters: int, items: int, levels: int) -> object:
     return value if len(text) <= characters else cut(text, characters)
 
 
-# Alertmanager has no such limits. These keep a page readable, and a request of a hundred alerts below the 1
-# MB that proxies let through.
+# Alertmanager has no such limits. These keep a page readable, and a request of a hundred alerts below the
+# 1 MB that proxies let through (nginx, client_max_body_size).
 ALERT_LABEL = 256
 ALERT_SUMMARY = 1024
 ALERT_DESCRIPTION = 2048
 ALERTS_A_REQUEST = 100
 
 DEFAULT_ACTIVE_FOR = 3600.0
-# How much must be left of an alert when it is sent. In a group it waits for the group's next turn, by default
-# up to 5 minutes (Alertmanager, "Configuration", group_interval), and pages nobody if it ends before.
+# How much of an alert must be left when it is sent. An alert in a group waits for the group's next
+# notification, by default up to 5 minutes (Alertmanager, "Configuration", group_interval). If it ends before
+# that, it pages nobody.
 ALERT_LEAD_SECONDS = 600.0
 
 
 class AlertmanagerAdapter(Adapter):
-    """Alerts of Prometheus Alertmanager, by `POST /api/v2/alerts` to every peer of a cluster.
+    """Alerts for Prometheus Alertmanager: `POST /api/v2/alerts` to every peer of a cluster.
 
     Alertmanager, "High Availability": alerts go to all peers, never through a load balancer. The peers
     exchange which notifications were sent, not which alerts they hold.
@@ -5303,7 +5307,7 @@ class AlertmanagerAdapter(Adapter):
         return named
 
     def seconds_to_catch_up(self, sink: Sink) -> float:
-        """For as long as the alert would end at the same time on that peer: see `_times`."""
+        """For as long as the alert would end at the same time on that peer as on others: see `_times`."""
         seconds = active_seconds(sink)
         return seconds - min(ALERT_LEAD_SECONDS, seconds / 2)
 
@@ -5311,8 +5315,8 @@ class AlertmanagerAdapter(Adapter):
         return ALERTS_A_REQUEST
 
     def payload(self, sink: Sink, deliveries: Sequence[Delivery], origin: Origin) -> bytes:
-        """To Alertmanager, alerts with the same labels are one alert, and the last one counts. So only the
-        last one is sent, from the earliest start to the latest end."""
+        """To Alertmanager, alerts with the same labels are one alert, and the last one counts. So of these,
+        only the last one is sent, from the earliest start to the latest end."""
         alerts: dict[tuple[str, ...], JsonObject] = {}
         for delivery in deliveries:
             alert = self._alert(sink, delivery, origin)
@@ -5350,21 +5354,21 @@ class AlertmanagerAdapter(Adapter):
     def _times(self, sink: Sink, escalation: Escalation, sent: float) -> tuple[float, float]:
         """When an alert starts and ends, in seconds since the epoch. `sent`: now, by the sink's clock.
 
-        An alert that is sent in good time ends `activeForSeconds` after its record was written, for every
-        peer: peers that disagree about the end would page again. If it is sent late, it ends
-        `activeForSeconds` after that: too little would be left for a page, or its end would be past, and
-        Alertmanager would take it for resolved.
+        An alert that is sent on time ends `activeForSeconds` after its record was written, on every peer:
+        peers that disagree about the end page again. An alert that is sent late ends `activeForSeconds` after
+        it is sent. Otherwise too little would be left for a page, or the end would be past and Alertmanager
+        would take the alert for resolved.
         """
         written = parse_time(escalation.timestamp)
         starts = min(sent if written is None else written, sent)
-        in_good_time = sent - starts <= self.seconds_to_catch_up(sink)
-        return starts, (starts if in_good_time else sent) + active_seconds(sink)
+        on_time = sent - starts <= self.seconds_to_catch_up(sink)
+        return starts, (starts if on_time else sent) + active_seconds(sink)
 
     def judge(self, answer: Answer, now: float) -> Verdict:
-        """Alertmanager complains of a record in JSON; other text is from a proxy or another program.
+        """Alertmanager complains about a record in JSON. Other text comes from a proxy or another program.
 
-        Alertmanager, "Alerts API", OpenAPI specification: the body of a 400 is a JSON string. It has taken
-        the other alerts of the request.
+        Alertmanager, "Alerts API", OpenAPI specification: the body of a 400 is a JSON string. Alertmanager
+        has taken the other alerts of the request.
         """
         verdict = super().judge(answer, now)
         if verdict.outcome == "dead_letter" and answer.status in (400, 422):
@@ -5377,11 +5381,12 @@ class AlertmanagerAdapter(Adapter):
 
 
 def active_seconds(sink: Sink) -> float:
-    """How long an alert lasts."""
+    """How long an alert lasts, in seconds."""
     seconds: float = sink.settings.get("activeForSeconds", DEFAULT_ACTIVE_FOR)
     return seconds
 
 
+# tests/test_variables.py checks that the schema and README have the same types.
 ADAPTERS: dict[str, Adapter] = {
     "webhook": WebhookAdapter(),
     "slack": SlackAdapter(),
@@ -7492,11 +7497,11 @@ class Sender:
     def _send(self, batch: Batch) -> Verdict:
         """Send one request with these deliveries, and judge what comes back."""
         job = self.shared.loops[batch.queued[0].loop].job
-        origin = Origin(job.repo, job.trace_id, time.time(), far_off(self._clock_offset))
+        origin = Origin(job.repo, job.trace_id, time.time(), clock_correction(self._clock_offset))
         if self.shared.dry_run:
             return self._pretend(batch, origin)
         verdict = self._attempt(batch, origin)
-        offset = far_off(verdict.clock_offset)
+        offset = clock_correction(verdict.clock_offset)
         if verdict.outcome == "delivered" and self.adapter.ends_by_clock and offset != origin.clock_offset:
             # By its clock, the alert that it took may have ended already. The same alert with another end is
             # no new alert to it.
