@@ -3062,7 +3062,7 @@ RETENTION_COUNT = 100_000
 # Longer than any transaction that is not stuck.
 QUEUE_WAIT_SECONDS = 30.0
 # The write-ahead log is copied into the database when it is larger than this.
-WAL_BYTES = 16 << 20
+WAL_BYTES = 8 << 20
 # How many rows are moved from the outbox into the files at a time.
 OUTBOX_ROWS = 1000
 # In the lock file, byte 0 is for transactions, the one at the number of a destination for its requests, and
@@ -6854,6 +6854,7 @@ class Loop:
             with self.queue.transaction():
                 self._clear_outbox()
                 rows = self.queue.outbox(self.id)
+            self.queue.tidy()
             if not rows:
                 return
             self._append(rows)

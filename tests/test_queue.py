@@ -3,6 +3,7 @@ and what one pass has learned of a destination holds for all of them."""
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 import time
@@ -232,6 +233,27 @@ def test_a_pass_does_not_wait_for_a_hanging_sink_to_which_its_loop_sends_nothing
     finally:
         process.kill()
         process.communicate()
+
+
+def test_the_log_of_the_queue_does_not_grow_with_the_backlog(repo: Repo, server: SinkServer) -> None:
+    """It fills the disk: 3 KB for each escalation."""
+    repo.write_config(only(HOOK))
+    server.answer(PATHS[HOOK], error(503))
+    repo.append(*(health_critical(number=number) for number in range(6000)))
+    log = repo.queue_file.with_name("alert-queue.db-wal")
+    largest = 0
+    process = repo.start("dispatch", *repo.target)
+    try:
+        while process.poll() is None:
+            with contextlib.suppress(FileNotFoundError):
+                largest = max(largest, log.stat().st_size)
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.communicate()
+
+    assert repo.state()["waitingCount"] == 6000
+    assert 0 < largest < 16 << 20
 
 
 def test_two_passes_of_one_loop_with_state_files_of_their_own_send_each_escalation_once(
