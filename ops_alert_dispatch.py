@@ -29,6 +29,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import io
 import itertools
 import json
 import os
@@ -4463,7 +4464,7 @@ def keep_aside(path: str) -> str:
 # belongs in CLUSTER_TYPES; its variables belong in VARIABLE_KEYS. For people, the types are listed in the
 # docstrings of the module and of `cli`, and in README.
 
-# Seconds. A sink can ask for no longer wait in Retry-After.
+# The longest wait, in seconds, that a sink can ask for with Retry-After.
 RETRY_AFTER_MAX = 3600.0
 
 
@@ -4634,8 +4635,8 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
 class Adapter:
     """What a type of sink is sent, and what its answers mean. Every payload holds the escalation's id."""
 
-    # The config keys of the sink's URL, and of the secret by which it knows us: if that is unset, the URL.
     url_key: ClassVar[str] = "urlEnv"
+    # The config key of the secret that lets us in. If there is none, the URL is that secret.
     credential_key: ClassVar[str] = "authTokenEnv"
     default_url: ClassVar[str | None] = None
     # How many requests the provider allows in any minute; the config can say otherwise. A sixth of them may
@@ -4823,7 +4824,7 @@ def bullets(
 
 def cut_identity(text: str, limit: int) -> str:
     """Make an identifier printable and at most `limit` characters long. If that changes it, it ends in a hash
-    of the original, so that identifiers that differ still do."""
+    of the original, so that different identifiers stay different."""
     plain = printable(text)
     if plain == text and len(text) <= limit:
         return text
@@ -5039,7 +5040,7 @@ def slack_escape(text: str, limit: int) -> str:
 
 
 def slack_text(text: str) -> JsonObject:
-    """A text object. `text` is escaped. It is shown as it is, and can be copied.
+    """A text object, for escaped text. A record's text is shown as it is, and can be copied.
 
     Slack, "Text object": in `plain_text`, unlike in `mrkdwn`, nothing is a format, a link or a mention;
     without `emoji`, no `:name:` becomes a picture.
@@ -5412,18 +5413,19 @@ def deliveries_a_minute(sink: Sink) -> int | None:
 # ---------------------------------------------------------------------------------------------------------
 # Sending: one request, one answer, and never longer than `attempt_seconds`
 # ---------------------------------------------------------------------------------------------------------
-# Knows connections, not what is sent or what an answer means: that is the adapter's. Never tries again, and
-# never follows a redirect. requests finds the way to a sink once (proxy, URL, credentials, TLS); its urllib3
-# pool then sends each request. `Session.post` finds the way each time, and costs three times as much.
+# Knows connections, but neither what is sent nor what an answer means. Never retries, and never follows a
+# redirect. The requests library finds proxy and credentials once for a sink; its urllib3 pool then sends each
+# request. `Session.post` finds them for each request, and takes three times as long.
 
+# How much of an answer is kept as the message of an attempt.
 MESSAGE_CHARACTERS = 300
 MAX_ANSWER_BYTES = 64 << 10
-# For one step of connecting: an address, a TLS handshake, or a proxy's answer to CONNECT. By default a silent
-# nameserver costs as much (resolv.conf(5), timeout).
+# The time limit for one step of connecting: one address, a TLS handshake, or a proxy's answer to CONNECT. By
+# default, the resolver waits as long for a silent nameserver (resolv.conf(5), timeout).
 STEP_SECONDS = 5.0
-# Until the request is sent: enough for a silent nameserver, a silent first address and a slow handshake. It
-# does not count as timeoutSeconds, which is for the answer: a request without enough time left for its answer
-# would be sent again and again.
+# The time limit for everything before the answer: enough for a silent nameserver, a silent first address and
+# a slow handshake. timeoutSeconds limits only the answer. If it limited both, a request could be sent again
+# and again with too little time left for its answer.
 CONNECT_SECONDS = 3 * STEP_SECONDS
 # The main thread waits this much longer for an attempt, so that the attempt's own timeouts come first.
 TIMEOUT_GRACE = 0.25
@@ -5435,7 +5437,7 @@ def attempt_seconds(timeout: float) -> float:
 
 
 class NoAnswerError(Exception):
-    """No usable answer came. `not_taken`: the sink certainly did not receive the whole request."""
+    """There is no usable answer. `not_taken`: the sink certainly did not receive the whole request."""
 
     def __init__(self, fault: FaultCode, message: str, *, not_taken: bool) -> None:
         super().__init__(message)
@@ -5444,7 +5446,7 @@ class NoAnswerError(Exception):
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception, and those behind it: causes, contexts, reasons and arguments."""
+    """An exception and those behind it. urllib3 keeps them as causes, contexts, reasons and arguments."""
     seen: set[int] = set()
     waiting: list[BaseException] = [error]
     while waiting:
@@ -5463,19 +5465,19 @@ def first_cause(error: BaseException, *kinds: type[BaseException]) -> BaseExcept
 
 
 class Client:
-    """Sends requests to one URL, over a connection that is kept between them.
+    """Sends requests to one URL, over a connection that it keeps open.
 
-    `sink_timeout`: how many seconds the answer may take after the request was sent. `ca_file`: CA
-    certificates to trust instead of the usual ones. The first request imports requests, and reads proxies and
-    CA certificates from the environment (no .netrc).
+    `sink_timeout`: how many seconds the answer may take once the request is sent. `ca_file`: a file or folder
+    of CA certificates to trust instead of the usual ones. The first request imports requests, and reads
+    proxies and CA certificates from the environment (not from .netrc).
     """
 
     def __init__(self, url: str, sink_timeout: float, ca_file: str | None = None) -> None:
         self.url = url
         self.timeout = sink_timeout
         self.ca_file = ca_file
-        # Host and port of the sink and of its proxy, which may be shown. All below is set by the first
-        # request.
+        # The host and port of the sink and of its proxy, without secrets. The first request sets these and
+        # all below.
         self.host = "the sink"
         self.proxy: str | None = None
         self._pool: HTTPConnectionPool | None = None
@@ -5484,8 +5486,7 @@ class Client:
         self._options: JsonObject = {}
 
     def send(self, request: HttpRequest) -> Answer:
-        """Send one request and read its answer: the head, and as much as comes of the first 64 KB of the
-        body.
+        """Send one request and read its answer: the head, and what arrives of the first 64 KB of the body.
 
         Raises NoAnswerError if there is no complete head.
         """
@@ -5493,7 +5494,7 @@ class Client:
 
         from urllib3.exceptions import HTTPError
 
-        pool = self._pool or self._find_way()
+        pool = self._pool or self._make_pool()
         own = {name.lower() for name in request.headers}
         common = {name: value for name, value in self._headers.items() if name.lower() not in own}
         try:
@@ -5518,8 +5519,11 @@ class Client:
             response.status, {name.lower(): value for name, value in response.headers.items()}, body
         )
 
-    def _find_way(self) -> "HTTPConnectionPool":
-        """Find the way to the URL: proxy, credentials, CA certificates. Raises NoAnswerError."""
+    def _make_pool(self) -> "HTTPConnectionPool":
+        """A connection pool for the URL, with its proxy, credentials and CA certificates.
+
+        Raises NoAnswerError.
+        """
         from urllib.parse import urlsplit
 
         import requests
@@ -5528,17 +5532,17 @@ class Client:
         try:
             self.host = host_of(self.url)
             here = urlsplit(self.url)
-            # GET, so that it has no headers of a body.
+            # A GET, so that no headers for a body are added.
             prepared = requests.Request("GET", self.url, auth=login_of(here.netloc)).prepare()
             proxy = requests.utils.select_proxy(self.url, requests.utils.get_environ_proxies(self.url)) or ""
             there = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-            # A proxy on another machine cannot reach this machine's loopback, and could read http.
+            # A proxy on another machine cannot reach this machine's loopback, and could read plain http.
             if is_loopback(here.hostname) and not is_loopback(there.hostname):
                 proxy = ""
             if proxy:
                 self.proxy = host_of(there.geturl())
-            tls = "https" in (here.scheme, there.scheme) and self._trust()
-            adapter: Any = way_class()(tls or None)
+            tls = "https" in (here.scheme, there.scheme) and self._tls_context()
+            adapter: Any = transport_class()(tls or None)
             proxies = {here.scheme: proxy} if proxy else {}
             pool: Any = adapter.get_connection_with_tls_context(prepared, True, proxies)
             self._target = adapter.request_url(prepared, proxies)
@@ -5562,14 +5566,14 @@ class Client:
         self._pool = pool
         return cast("HTTPConnectionPool", pool)
 
-    def _trust(self) -> "SSLContext":
-        """A TLS context with the CA certificates to trust. Raises NoAnswerError."""
+    def _tls_context(self) -> "SSLContext":
+        """A TLS context with the CA certificates to trust. Raises NoAnswerError if there are none."""
         import ssl
 
         from urllib3.util.ssl_ import create_urllib3_context
 
         context = create_urllib3_context()
-        # Python 3.13 refuses private CAs that lack extensions which other programs, and 3.11, do not ask for.
+        # Python 3.13 demands extensions that many private CAs lack, and that 3.11 and other programs do not.
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
         bundles = (os.environ.get(name) for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"))
         path = self.ca_file or next(filter(None, bundles), None)
@@ -5588,7 +5592,7 @@ class Client:
         return context
 
     def _why_not_connected(self, connection: "HTTPConnection", error: BaseException) -> tuple[FaultCode, str]:
-        """The fault code and the words for a connection that failed."""
+        """The fault code and the message for a connection that failed."""
         import socket
         import ssl
 
@@ -5617,7 +5621,7 @@ class Client:
         return "wrong_scheme" if reason in NO_TLS_REASONS else "tls", f"TLS with {self.host} failed: {reason}"
 
     def _why_no_proxy(self, error: BaseException) -> tuple[FaultCode, str]:
-        """The fault code and the words for a proxy that gave no connection."""
+        """The fault code and the message for a proxy that gave no connection."""
         import socket
         import ssl
 
@@ -5640,8 +5644,8 @@ class Client:
         return "proxy", f"the proxy {self.proxy} {what}"
 
     def _why_no_answer(self, error: Exception) -> tuple[FaultCode, str]:
-        """The fault code and the words for a request without an answer; without the URL that exceptions
-        have."""
+        """The fault code and the message for a request without an answer. Exceptions name the URL, which is
+        secret: the message does not."""
         import http.client
         import ssl
 
@@ -5660,11 +5664,11 @@ class Client:
         return "not_http", f"{self.host}{by_way_of} answered with something that is not HTTP"
 
 
-# OpenSSL's reasons if the other side answers a handshake with something that is not TLS.
+# OpenSSL's reasons for an error if the other side answers a handshake with something that is not TLS.
 NO_TLS_REASONS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "RECORD_LAYER_FAILURE"}
 
-# The CA certificates of a machine as one file: Debian, Fedora, openSUSE, Alpine. For a Python whose OpenSSL
-# was built for other folders.
+# Where Debian, Fedora, openSUSE and Alpine keep a machine's CA certificates in one file. A Python whose
+# OpenSSL was built elsewhere does not know these places.
 MACHINE_BUNDLES = (
     "/etc/ssl/certs/ca-certificates.crt",
     "/etc/pki/tls/certs/ca-bundle.crt",
@@ -5706,14 +5710,14 @@ def login_of(authority: str) -> tuple[bytes, bytes] | None:
 
 
 @functools.cache
-def way_class() -> Any:
-    """An HTTPAdapter with one pool, which uses our TLS context, also to a proxy and through one."""
+def transport_class() -> Any:
+    """An HTTPAdapter with one pool. It uses our TLS context to a sink, to a proxy, and through a proxy."""
     from base64 import b64encode
     from urllib.parse import urlsplit
 
     from requests.adapters import HTTPAdapter
 
-    class Way(HTTPAdapter):
+    class Transport(HTTPAdapter):
         def __init__(self, tls: "SSLContext | None") -> None:
             self._tls = tls
             super().__init__(pool_connections=1, pool_maxsize=1)
@@ -5732,13 +5736,13 @@ def way_class() -> Any:
                 return {}
             return {"Proxy-Authorization": f"Basic {b64encode(b':'.join(login)).decode()}"}
 
-    return Way
+    return Transport
 
 
 def connection_class(
     base: Any, explain_failure: Callable[["HTTPConnection", BaseException], tuple[FaultCode, str]]
 ) -> "type[HTTPConnection]":
-    """A connection of a pool that limits the time to connect, and raises NoAnswerError if that fails."""
+    """A pool's connection that connects within CONNECT_SECONDS, or raises NoAnswerError."""
     import http.client
 
     from urllib3.exceptions import ConnectTimeoutError, HTTPError
@@ -5752,19 +5756,19 @@ def connection_class(
             self.timeout: float = STEP_SECONDS
             try:
                 super().connect()
-                # Nothing limits a name lookup: there may be no time left to send.
+                # A name lookup has no time limit, so there may be no time left to send.
                 left = began + CONNECT_SECONDS - time.monotonic()
                 if left <= 0:
                     raise ConnectTimeoutError
             except (HTTPError, http.client.HTTPException, OSError, ValueError) as error:
                 fault, message = explain_failure(self, error)
                 self.close()
-                # urllib3 does not catch and wrap this one.
+                # Not an HTTPError, so that urllib3 does not wrap it.
                 raise NoAnswerError(fault, message, not_taken=True) from None
             self.sock.settimeout(min(left, to_send))
 
         def request(self, *args: Any, **options: Any) -> None:
-            # Head and body are sent together: a system call costs a fifth of a request.
+            # Head and body go out in one system call: a second one costs a fifth of a request.
             pieces: list[bytes] = []
             self.pieces = pieces
             try:
@@ -5781,52 +5785,58 @@ def connection_class(
 
         @property
         def is_connected(self) -> bool:
-            # Bytes that TLS has read ahead are no answer to the next request.
+            # Bytes that came too early are no answer to the next request. urllib3 does not see those that
+            # TLS has read already.
             pending = getattr(self.sock, "pending", None)
             return super().is_connected and not (pending and pending())
 
     return Connection
 
 
+class TimedStream(io.RawIOBase):
+    """The bytes of one answer. The socket's timeout limits all of them together."""
+
+    def __init__(self, sock: Any, raw: io.RawIOBase) -> None:
+        self._sock, self._raw = sock, raw
+        self._deadline = time.monotonic() + sock.gettimeout()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._sock.settimeout(left)
+        return cast("int | None", self._raw.readinto(buffer))
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class CompleteLines(io.BufferedReader):
+    """The lines of an answer's head. Raises RemoteDisconnected for half a line: the head is cut off."""
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        line = super().readline(size)
+        if not line.endswith(b"\n") and len(line) != size:
+            from http.client import RemoteDisconnected
+
+            raise RemoteDisconnected("the head is cut off")
+        return line
+
+
 @functools.cache
 def answer_class() -> "type[HTTPResponse]":
-    """http.client's response, with a time limit for the whole answer. A head that is cut off is no answer.
-    There may be any number of headers, and of interim answers (RFC 9110, section 15.2)."""
+    """http.client's response, with a time limit for the whole answer, and without its limits on headers and
+    on interim answers (RFC 9110, section 15.2). A head that is cut off is no answer."""
     import http.client
-    import io
-
-    class Stream(io.RawIOBase):
-        """The bytes of one answer. The socket's timeout is for all of them together."""
-
-        def __init__(self, sock: Any, raw: io.RawIOBase) -> None:
-            self._sock, self._raw = sock, raw
-            self._deadline = time.monotonic() + sock.gettimeout()
-
-        def readable(self) -> bool:
-            return True
-
-        def readinto(self, buffer: Any) -> int | None:
-            left = self._deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError
-            self._sock.settimeout(left)
-            return cast("int | None", self._raw.readinto(buffer))
-
-        def close(self) -> None:
-            self._raw.close()
-            super().close()
-
-    class Lines(io.BufferedReader):
-        def readline(self, size: int | None = -1, /) -> bytes:
-            line = super().readline(size)
-            if not line.endswith(b"\n") and len(line) != size:
-                raise http.client.RemoteDisconnected("the head is cut off")
-            return line
 
     class Response(http.client.HTTPResponse):
         def __init__(self, sock: Any, *args: Any, **options: Any) -> None:
             super().__init__(sock, *args, **options)
-            self.fp: Any = Lines(Stream(sock, self.fp.detach()))
+            self.fp: Any = CompleteLines(TimedStream(sock, self.fp.detach()))
 
         def begin(self) -> None:
             while True:
@@ -5839,13 +5849,13 @@ def answer_class() -> "type[HTTPResponse]":
                     self._skip_headers()
                 if not 100 < self.status < 200 or self.status == 101:
                     break
-                self.headers: Any = None
-            # http.client understands odd lengths; urllib3 would refuse the answer.
+                self.headers: Any = None  # or `begin` would not read the next answer
+            # http.client understands odd lengths. urllib3 would refuse the answer.
             if self.headers.get_all("Content-Length", []) != [str(self.length)]:
                 del self.headers["Content-Length"]
 
         def _skip_headers(self) -> None:
-            """Do without headers that are too many or too long for http.client: the status says enough."""
+            """Drop headers that are too many or too long for http.client: the status is enough."""
             while self.fp.readline(1 << 16).strip(b"\r\n"):
                 pass
             self.headers = self.msg = http.client.HTTPMessage()
@@ -5857,8 +5867,8 @@ def answer_class() -> "type[HTTPResponse]":
 def build_request(
     adapter: Adapter, sink: Sink, deliveries: Sequence[Delivery], origin: Origin
 ) -> HttpRequest | Verdict:
-    """The request for some deliveries; a verdict if the adapter fails at it, which another version of the
-    program may not."""
+    """The request for some deliveries. If the adapter fails, a verdict: to retry, because another version of
+    the program may succeed."""
     try:
         return adapter.build(sink, deliveries, origin)
     except Exception as error:  # noqa: BLE001 - one record must not stop the next ones
@@ -5878,7 +5888,7 @@ def send_and_judge(
         answer = client.send(request)
         now = time.time()
         verdict = adapter.judge(answer, now)
-        # Masked before the last cut, which may leave half a secret.
+        # Masked before the last cut, which could leave half a secret.
         message = redactor.mask(cut(printable(verdict.message or ""), 10 * MESSAGE_CHARACTERS)).strip()
         dated = parse_http_date(answer.headers.get("date", ""))
         return verdict._replace(
@@ -5899,8 +5909,8 @@ def send_and_judge(
 
 
 def timed_out(sink: Sink, *places: str) -> Verdict:
-    """A sink, or some of its peers, did not answer in `attempt_seconds`. The client's own timeouts do not
-    limit the name lookup, nor the number of addresses."""
+    """The verdict if a sink, or some of its peers, did not answer within `attempt_seconds`. The client's own
+    timeouts limit neither the name lookup nor the number of addresses."""
     seconds = attempt_seconds(sink.timeout_seconds)
     message = f"no connection to {', '.join(places)} and no answer within {seconds:g} s"
     return Verdict("retry", "request_failed", message=message, fault="connect_timeout")

@@ -129,9 +129,9 @@ def uses_in(tree: ast.AST) -> Counter[str]:
     )
 
 
-def is_called_by_click(node: ast.stmt) -> bool:
+def is_called_by_a_library(node: ast.stmt) -> bool:
     parts = node.decorator_list if isinstance(node, ast.FunctionDef) else getattr(node, "bases", [])
-    return any(re.match(r"(cli|click)\.", ast.unparse(part)) for part in parts)
+    return any(re.match(r"(cli|click|io)\.", ast.unparse(part)) for part in parts)
 
 
 def test_nothing_is_defined_and_never_used() -> None:
@@ -147,7 +147,7 @@ def test_nothing_is_defined_and_never_used() -> None:
     defined = [
         (item, name)
         for top in TREE.body
-        if not is_called_by_click(top)
+        if not is_called_by_a_library(top)
         for item in (top, *methods_of(top))
         for name in names_of(item)
     ]
