@@ -5829,8 +5829,8 @@ class CompleteLines(io.BufferedReader):
 
 @functools.cache
 def answer_class() -> "type[HTTPResponse]":
-    """http.client's response, with a time limit for the whole answer, and without its limits on headers and
-    on interim answers (RFC 9110, section 15.2). A head that is cut off is no answer."""
+    """http.client's response, with a time limit for the whole answer and no limit on headers. It skips
+    interim answers (RFC 9110, section 15.2). A head that is cut off is no answer."""
     import http.client
 
     class Response(http.client.HTTPResponse):
@@ -5919,10 +5919,10 @@ def timed_out(sink: Sink, *places: str) -> Verdict:
 # ---------------------------------------------------------------------------------------------------------
 # Job, rows and summary: a loop's files, and what a pass writes in them
 # ---------------------------------------------------------------------------------------------------------
-# Output for the host. The summary is read back to skip an idle pass, and to find the place of a loop that the
-# queue does not know: so it must not say that nothing waits while something does.
+# Output for the host. A pass reads the last summary to skip a loop that is idle, and to find the place of a
+# loop that the queue does not know. So a summary must not say that nothing is waiting while something is.
 
-# Reason codes of what reached no sink and will not by itself. `status` reports it.
+# The reason codes of losses: of what reached no sink, and will not by itself. `status` reports them.
 LOSS_CODES = {*UNUSABLE, "no_dispatchable_sinks", "sink_removed", "source_replaced", "queue_lost"}
 
 
@@ -5939,7 +5939,7 @@ class Job(NamedTuple):
     queue_file: str
     max_escalations: int = 0
     time_budget: float = 30.0
-    # Try every destination now, although some should wait after a failure.
+    # Try every destination now, even one that should wait after a failure.
     now: bool = False
 
     @property
@@ -5965,7 +5965,7 @@ QUEUE_ENV = "OPS_MANAGER_ALERT_QUEUE_FILE"
 
 
 def absolute(path: str) -> str:
-    """A path from the root, its links not followed. Raises UsageError."""
+    """The absolute path, with its links not followed. Raises UsageError if the current folder is gone."""
     try:
         return os.path.abspath(path)
     except FileNotFoundError:
@@ -5973,17 +5973,12 @@ def absolute(path: str) -> str:
 
 
 def new_trace_id() -> str:
-    """The trace id that the environment names, else a new one."""
+    """The trace id in the environment, or a new one."""
     return printable(os.environ.get(TRACE_ENV) or str(uuid.uuid4()))
 
 
-def loop_folder(repo: str, loop_id: str) -> str:
-    """Where the host keeps a loop's files."""
-    return os.path.join(repo, MANAGER_FOLDER, loop_id)
-
-
 def files_of(job: Job) -> dict[str, str]:
-    """A job's files by the options that name them."""
+    """A job's files, by the options that name them."""
     return {
         "--escalations-file": job.escalations_file,
         "--dispatch-state-file": job.state_file,
@@ -5994,9 +5989,9 @@ def files_of(job: Job) -> dict[str, str]:
 
 
 def usual_job(repo: str, loop_id: str, trace_id: str | None = None) -> Job:
-    """A job on the files where the host keeps them."""
+    """A job whose files are where the host keeps them. Raises UsageError: see `absolute`."""
     repo = absolute(repo)
-    folder = loop_folder(repo, loop_id)
+    folder = os.path.join(repo, MANAGER_FOLDER, loop_id)
     return Job(
         repo=repo,
         loop_id=loop_id,
@@ -6012,7 +6007,7 @@ def usual_job(repo: str, loop_id: str, trace_id: str | None = None) -> Job:
 
 
 def command_line(command: str, job: Job, *options: str) -> str:
-    """A command of this program on a job's files, to be pasted into a shell."""
+    """A command of this program for a job's files, to be pasted into a shell."""
     usual = files_of(usual_job(job.repo, job.loop_id, job.trace_id))
     words = [PROGRAM, command, "--repo", job.repo, "--loop", job.loop_id]
     for name, path in files_of(job).items():
@@ -6021,15 +6016,16 @@ def command_line(command: str, job: Job, *options: str) -> str:
     return shell_line(*words, *options)
 
 
-# Far more than any state file has: a larger file is not one.
+# Far more than any state file has: a larger file is something else.
 MAX_STATE_BYTES = 32 << 20
 STATE_VERSION = 2
 
 
 def read_state_document(path: str) -> JsonObject | None:
-    """Read the state file; None if there is none.
+    """Read the state file; None if it is missing.
 
-    Raises ValueError for a damaged or foreign file, StateError for one that cannot be read or is newer.
+    Raises ValueError if it is damaged or not ours, StateError if it cannot be read or is from a newer
+    version.
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -6062,16 +6058,16 @@ def read_state_document(path: str) -> JsonObject | None:
 
 
 def keep_damaged(path: str) -> None:
-    """Link a damaged state file to a second name. It stays until the new summary replaces it: if this pass is
-    killed before that, the next one must still see that the loop is not new.
+    """Give a damaged state file a second name.
 
-    Raises StorageError.
+    The first name stays until the new summary replaces the file. If this pass is killed before that, the next
+    one must still see that the loop is not new. Raises StorageError.
     """
     try:
         kept = f"{path}.damaged-{int(os.lstat(path).st_mtime)}"
         try:
             os.link(path, kept, follow_symlinks=False)
-        except FileExistsError:  # by a pass that was killed
+        except FileExistsError:  # from a pass that was killed
             return
         except OSError:  # some file systems have no links
             import shutil
@@ -6082,21 +6078,24 @@ def keep_damaged(path: str) -> None:
 
 
 def expect_work(job: Job, count: int) -> None:
-    """Let the summary say that `count` more deliveries wait, before the queue says so: if this command does
-    not come to its end, the next pass must not take the loop for idle. Raises StateError, StorageError."""
+    """Write into the summary that `count` more deliveries are waiting, before the queue has them.
+
+    If this command is killed in between, the next pass must not take the loop for idle. Raises StateError,
+    StorageError.
+    """
     if document := read_summary(job):
         document |= {"waitingCount": count + count_in(document, "waitingCount")}
         replace_file(job.state_file, encode_json(document) + b"\n", durable=True)
 
 
 def count_in(document: JsonObject, key: str) -> int:
-    """A count in a state file; 0 if it is none."""
+    """A count in a state file; 0 if it is missing or not a count."""
     value = document.get(key)
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 62 else 0
 
 
 def read_summary(job: Job) -> JsonObject:
-    """The summary of the last pass; empty if there is none, or a damaged one. Raises StateError."""
+    """The summary of the last pass; empty if it is missing or damaged. Raises StateError."""
     try:
         return read_state_document(job.state_file) or {}
     except ValueError:
@@ -6104,7 +6103,7 @@ def read_summary(job: Job) -> JsonObject:
 
 
 class Counts:
-    """What a pass did with the escalations of a loop, as the summary gives it."""
+    """What a pass did with the escalations of a loop, as counted in the summary."""
 
     def __init__(self) -> None:
         self.processed = self.dispatched = self.skipped = self.failed = 0
@@ -6115,13 +6114,14 @@ class Counts:
         """Count an escalation by its row."""
         self.processed += 1
         self.dispatched += row["dispatchedSinkCount"] > 0
-        self.failed += row["status"] in ("failed", "partial")
         self.skipped += row["status"] == "skipped"
         if row["status"] in ("failed", "partial"):
-            self.add_codes([row["reasonCode"], *failure_codes(row)])
+            self.failed += 1
+            failed = (entry["reasonCode"] for entry in row["sinks"] if entry["status"] == "failed")
+            self.add_codes([row["reasonCode"], *failed])
 
     def add_late(self, entry: JsonObject) -> None:
-        """Count a delivery whose escalation has its row already."""
+        """Count a delivery whose escalation already has its row."""
         self.late_dispatched += entry["status"] == "success"
         if entry["status"] == "failed":
             self.late_failed += 1
@@ -6129,11 +6129,6 @@ class Counts:
 
     def add_codes(self, codes: Iterable[str | None]) -> None:
         self.reason_codes |= {code for code in codes if code}
-
-
-def failure_codes(row: JsonObject) -> list[str | None]:
-    """The reason codes of the sinks that failed, by an escalation's row."""
-    return [entry["reasonCode"] for entry in row["sinks"] if entry["status"] == "failed"]
 
 
 def attempt_row(
@@ -6145,7 +6140,7 @@ def attempt_row(
     attempt: int,
     seconds: float,
 ) -> JsonObject:
-    """The row of an attempt, or of the end of a delivery without one."""
+    """The row of an attempt, or of a delivery that ended without one. `seconds`: how long it took."""
     stored = found.stored
     row: JsonObject = {
         "timestamp": iso(time.time()),
@@ -6182,24 +6177,24 @@ def sink_entry(
     sink_id: str,
     sink_type: str | None,
     status: str,
-    said: QueuedDelivery | Verdict | None,
+    result: QueuedDelivery | Verdict | None,
     *,
     dead: bool = False,
 ) -> JsonObject:
-    """What an escalation's row says of one sink."""
+    """What an escalation's row says about one sink."""
     entry: JsonObject = {
         "id": sink_id,
         "type": sink_type,
         "status": status,
-        "httpStatus": said.http_status if said else None,
-        "reasonCode": said.reason_code if said else None,
-        "message": said.message if said else None,
+        "httpStatus": result.http_status if result else None,
+        "reasonCode": result.reason_code if result else None,
+        "message": result.message if result else None,
     }
     return {**entry, "deadLetter": True} if dead else entry
 
 
 def base_row(job: Job, identity: str, position: JsonObject, body: JsonObject | None) -> JsonObject:
-    """The fields that the rows of escalations and of unusable lines share."""
+    """The fields that the rows of escalations and of unusable lines share. Empty fields are left out."""
     fields = body or {}
     row = {
         "timestamp": iso(time.time()),
@@ -6261,6 +6256,7 @@ def judge_row(resolution: Resolution, entries: Sequence[JsonObject]) -> tuple[st
 
 
 def count_sinks(entries: list[JsonObject]) -> JsonObject:
+    """The last fields of a row: what it says about each sink, and how many sinks got the escalation."""
     return {
         "sinks": entries,
         "sinkCount": len(entries),
@@ -6297,28 +6293,27 @@ def empty_summary(job: Job, status: str) -> JsonObject:
 
 
 def sink_figures(queue: Queue, loop: int, sinks: Mapping[str, Sink]) -> dict[str, JsonObject]:
-    """The figures of a loop's sinks, by sink id: what waits, and how their destinations are."""
+    """The figures of a loop's sinks, by sink id. A sink that was removed from the config has figures if it
+    still has waiting deliveries or dead letters."""
     figures: dict[str, JsonObject] = {}
     tallies = queue.tallies(loop)
     for sink_id in {**sinks, **tallies}:
         tally = tallies.get(sink_id, {})
-        known = queue.destinations_of(sink_id)
-        if sink_id not in sinks and not tally.get("waiting") and not tally.get("dead"):
-            continue
-        figures[sink_id] = sink_figure(queue, loop, sink_id, tally, known)
+        if sink_id in sinks or tally.get("waiting") or tally.get("dead"):
+            figures[sink_id] = sink_figure(queue, loop, sink_id, tally)
     return figures
 
 
-def sink_figure(
-    queue: Queue, loop: int, sink_id: str, tally: JsonObject, known: Mapping[str, Destination]
-) -> JsonObject:
-    """The figures of one sink of a loop."""
+def sink_figure(queue: Queue, loop: int, sink_id: str, tally: JsonObject) -> JsonObject:
+    """The figures of one sink of a loop: what is waiting, what became of the rest, and how its destinations
+    are."""
+    known = queue.destinations_of(sink_id)
     waiting = tally.get("waiting", 0)
     oldest = queue.oldest_waiting(loop, sink_id) if waiting else None
-    # The healthiest peer of a cluster: one that takes alerts is enough.
+    # Of a cluster, its healthiest peer: it is enough if one takes alerts.
     best = min(known.values(), key=lambda found: found.consecutive_failures, default=None)
     failing = best is not None and best.consecutive_failures > 0
-    figure: JsonObject = {
+    return {
         "waitingCount": waiting,
         "oldestPendingAt": oldest.written_at if oldest else None,
         "deadLetterCount": tally.get("dead", 0),
@@ -6339,7 +6334,7 @@ def sink_figure(
         "message": best.message if best else None,
         "clockOffsetSeconds": best.clock_offset if best else None,
         "oldestWaitingLine": oldest.line if oldest else None,
-        # The one peer of a sink that is no cluster has no name.
+        # A sink that is no cluster is one peer, named "".
         "laggingPeers": []
         if "" in known
         else [
@@ -6347,11 +6342,10 @@ def sink_figure(
             for peer, (since, _) in queue.lagging(loop, sink_id).items()
         ],
     }
-    return figure
 
 
 def lagging_peer(peer: str, since: float, known: Destination | None) -> JsonObject:
-    """A peer of a cluster that misses what another one has."""
+    """A peer of a cluster that lacks what another one has, and since when (seconds since the epoch)."""
     return {
         "peer": peer,
         "since": iso(since),
@@ -6364,12 +6358,12 @@ def lagging_peer(peer: str, since: float, known: Destination | None) -> JsonObje
 
 
 def unsent(sinks: Mapping[str, JsonObject]) -> dict[str, JsonObject]:
-    """The figures of an earlier summary, after a pass that sent nothing."""
+    """The figures of an earlier summary, for a pass that sent nothing."""
     return {sink_id: {**mapping(sink), "sentCount": 0} for sink_id, sink in sinks.items()}
 
 
 def locked_summary(job: Job) -> JsonObject:
-    """The summary of a pass that did nothing, because another one is running."""
+    """The summary of a pass that did nothing because another one is running."""
     document: JsonObject = {}
     with contextlib.suppress(StateError):
         document = read_summary(job)
@@ -9609,7 +9603,7 @@ def figures_of(queue: Queue, loop: int, cursor: Cursor, sink_ids: Iterable[str],
     """The figures of a loop that the queue knows, for these sinks and for all that ever had deliveries."""
     tallies = queue.tallies(loop)
     sinks = {
-        sink_id: sink_figure(queue, loop, sink_id, tallies.get(sink_id, {}), queue.destinations_of(sink_id))
+        sink_id: sink_figure(queue, loop, sink_id, tallies.get(sink_id, {}))
         for sink_id in dict.fromkeys([*sink_ids, *tallies])
     }
     stuck = {
