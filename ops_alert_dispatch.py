@@ -4558,7 +4558,7 @@ def judge_status(answer: Answer, now: float) -> Verdict:
     fault: FaultCode = STATUS_FAULTS.get(status, "rejected")
     if status in TRY_LATER or status >= 500:
         outcome, fault = "retry", "rate_limited" if status == 429 else "server_error"
-    elif status >= 400 and wait is not None:  # it asks for the same request again, later
+    elif status >= 400 and wait is not None:  # the sink asks for the same request later
         outcome, fault = "retry", "rate_limited"
     elif status == 400 and re.search(PLAIN_TO_TLS, answer.text):
         fault = "wrong_scheme"
@@ -4633,7 +4633,10 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
 
 
 class Adapter:
-    """What a type of sink is sent, and what its answers mean. Every payload holds the escalation's id."""
+    """What a type of sink is sent, and what its answers mean.
+
+    A subclass defines `payload`, which puts the escalation's id into every payload. All else has a default.
+    """
 
     url_key: ClassVar[str] = "urlEnv"
     # The config key of the secret that lets us in. If there is none, the URL is that secret.
@@ -5060,7 +5063,7 @@ DISCORD_FAULTS: dict[str, FaultCode] = {"10015": "not_found", "50027": "unauthor
 class DiscordAdapter(Adapter):
     """A message to a Discord webhook: a headline, and below it a code block with what a person needs to know.
 
-    In a code block nothing is a format, a link or a mention. The headline stands before it, because a phone
+    In a code block nothing is a format, a link or a mention. The headline comes before it, because a phone
     shows the beginning of a message.
     """
 
@@ -5164,8 +5167,8 @@ def teams_text(text: str, **style: object) -> JsonObject:
     return {"type": "RichTextBlock", "inlines": [{"type": "TextRun", "text": text, **style}]}
 
 
-# PagerDuty, "Send an alert event" (Events API v2): an event of 512 KB, taken as 512,000 bytes; a
-# summary of 1,024 characters; a dedup_key of 255.
+# PagerDuty, "Send an alert event" (Events API v2): an event of 512 KB, taken as 512,000 bytes; a summary of
+# 1,024 characters; a dedup_key of 255.
 PAGERDUTY_EVENT_BYTES = 512_000
 PAGERDUTY_SUMMARY = 1024
 PAGERDUTY_DEDUP_KEY = 255
@@ -5300,6 +5303,7 @@ class AlertmanagerAdapter(Adapter):
     ends_by_clock = True
 
     def peers(self, sink: Sink) -> dict[str, str]:
+        """Peers on one host and port, with different paths, are `host:port`, `host:port#2` and so on."""
         named: dict[str, str] = {}
         for peer in secret_parts(sink.type, self.url_key, self.url(sink)):
             name = host_of(peer)
@@ -5399,13 +5403,13 @@ ADAPTERS: dict[str, Adapter] = {
 
 
 def requests_a_minute(sink: Sink) -> int | None:
-    """How many requests a sink may get in a minute; None if it has no rate."""
+    """How many requests a sink may get in a minute; None if it has no limit."""
     per_minute: int | None = sink.settings.get("maxPerMinute", ADAPTERS[sink.type].max_per_minute)
     return per_minute
 
 
 def deliveries_a_minute(sink: Sink) -> int | None:
-    """How many deliveries a sink may get in a minute; None if it has no rate."""
+    """How many deliveries a sink may get in a minute; None if it has no limit."""
     per_minute = requests_a_minute(sink)
     return per_minute * ADAPTERS[sink.type].batch_size(sink) if per_minute else None
 
@@ -5816,7 +5820,7 @@ class TimedStream(io.RawIOBase):
 
 
 class CompleteLines(io.BufferedReader):
-    """The lines of an answer's head. Raises RemoteDisconnected for half a line: the head is cut off."""
+    """A stream that raises RemoteDisconnected for half a line: the answer's head is cut off."""
 
     def readline(self, size: int | None = -1, /) -> bytes:
         line = super().readline(size)
@@ -5927,7 +5931,10 @@ LOSS_CODES = {*UNUSABLE, "no_dispatchable_sinks", "sink_removed", "source_replac
 
 
 class Job(NamedTuple):
-    """What one pass does for one loop. Paths are absolute; `time_budget` is in seconds."""
+    """What one pass does for one loop.
+
+    Paths are absolute. `max_escalations`: 0 for no limit. `time_budget`: seconds.
+    """
 
     repo: str
     loop_id: str
