@@ -5998,19 +5998,26 @@ def files_of(job: Job) -> dict[str, str]:
 def usual_job(repo: str, loop_id: str, trace_id: str | None = None) -> Job:
     """A job whose files are where the host keeps them. Raises UsageError: see `absolute`."""
     repo = absolute(repo)
-    folder = os.path.join(repo, MANAGER_FOLDER, loop_id)
     return Job(
         repo=repo,
-        loop_id=loop_id,
         trace_id=trace_id or new_trace_id(),
-        escalations_file=os.path.join(folder, SOURCE_FILE),
-        state_file=os.path.join(folder, STATE_FILE),
-        telemetry_file=os.path.join(folder, "telemetry", "alerts.jsonl"),
         config_file=os.path.join(repo, DEFAULT_CONFIG),
         queue_file=os.path.abspath(
             os.environ.get(QUEUE_ENV) or os.path.join(repo, MANAGER_FOLDER, QUEUE_FILE)
         ),
+        **files_of_loop(repo, loop_id),
     )
+
+
+def files_of_loop(repo: str, loop_id: str) -> dict[str, Any]:
+    """The fields of a job that are a loop's own: its id, and its files where the host keeps them."""
+    folder = os.path.join(repo, MANAGER_FOLDER, loop_id)
+    return {
+        "loop_id": loop_id,
+        "escalations_file": f"{folder}/{SOURCE_FILE}",
+        "state_file": f"{folder}/{STATE_FILE}",
+        "telemetry_file": f"{folder}/telemetry/alerts.jsonl",
+    }
 
 
 def command_line(command: str, job: Job, *options: str) -> str:
@@ -9028,12 +9035,20 @@ def make_job(paths: Paths, loop_id: str, trace_id: str | None = None) -> Job:
 
     Raises UsageError, StateError or StorageError.
     """
+    return checked(name_files(usual_job(paths.repo, loop_id, trace_id), paths), paths)
+
+
+def name_files(job: Job, paths: Paths) -> Job:
+    """A job on the files that the command line names in place of the usual ones. Raises UsageError."""
     named: dict[str, Any] = {
         name: absolute(path) for name, path in paths._asdict().items() if path is not None and name != "repo"
     }
-    job = usual_job(paths.repo, loop_id, trace_id)
-    if named:
-        job = job._replace(**named)
+    return job._replace(**named)
+
+
+def checked(job: Job, paths: Paths) -> Job:
+    """A job whose files can be used as they are. Raises UsageError, StateError or StorageError."""
+    if any(path is not None for path in paths[1:]):
         check_apart(job)
     check_regular(job)
     return job
@@ -9053,9 +9068,10 @@ def make_jobs(
     names, misnamed = find_loops(absolute(paths.repo))
     jobs: list[Job] = []
     errors: dict[str, DispatchError] = dict(misnamed)
+    alike = name_files(usual_job(paths.repo, "", trace_id), paths)
     for name in names:
         try:
-            jobs.append(make_job(paths, name, trace_id))
+            jobs.append(checked(alike._replace(**files_of_loop(alike.repo, name)), paths))
         except DispatchError as error:
             errors[name] = error
         except click.UsageError as error:
