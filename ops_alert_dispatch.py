@@ -4239,9 +4239,30 @@ class Queue:
 
     # -- what operators name
 
-    def named(self, loop: int, condition: str, *values: object) -> list["Named"]:
-        """The escalations of a loop for which a condition holds, in the order of ingestion: one for each of
-        their sinks. In the condition `e` is the escalation, `d` the delivery that leads for its sink."""
+    def dead_letters(self, loop: int) -> list[Named]:
+        """The dead letters of a loop, in the order of ingestion."""
+        dead = "SELECT escalation FROM deliveries INDEXED BY dead WHERE status = 'dead' AND loop = ?"
+        return self._named(loop, f"e.id IN ({dead}) AND d.status = 'dead'", loop)
+
+    def waiting_up_to(self, loop: int, sink: str, segment: str, line: int) -> list[Named]:
+        """What waits of a loop for a sink, but for the lines after `line` of this segment."""
+        waiting = "SELECT escalation FROM deliveries INDEXED BY waiting WHERE status = 'waiting' AND sink = ?"
+        condition = f"e.id IN ({waiting}) AND d.status = 'waiting' AND d.sink = ?"
+        return self._named(
+            loop, f"{condition} AND (e.segment <> ? OR e.line <= ?)", sink, sink, segment, line
+        )
+
+    def on_lines(self, loop: int, segment: str, first: int, last: int) -> list[Named]:
+        """The deliveries of a loop's escalations on these lines of a segment, in the order of ingestion."""
+        return self._named(loop, "e.segment = ? AND e.line BETWEEN ? AND ?", segment, first, last)
+
+    def with_id(self, loop: int, escalation_id: str) -> list[Named]:
+        """The deliveries of a loop's escalations with this id, in the order of ingestion."""
+        return self._named(loop, "e.escalation_id = ?", escalation_id)
+
+    def _named(self, loop: int, condition: str, *values: object) -> list[Named]:
+        """The escalations of a loop for which a condition holds, one for each of their sinks. In the
+        condition `e` is the escalation, `d` the delivery that leads for its sink."""
         rows = self.execute(
             f"SELECT {NAMED_COLUMNS}, d.sink, d.status FROM escalations e LEFT JOIN deliveries d "
             "ON d.escalation = e.id AND d.lead WHERE e.loop = ? AND e.unusable IS NULL "
@@ -4251,18 +4272,30 @@ class Queue:
         return [Named(*row) for row in rows]
 
     def latest(
-        self, condition: str, *values: object
+        self, loop_id: str | None, category: str | None, since: float
     ) -> Iterator[tuple[str, QueuedEscalation, list[QueuedDelivery]]]:
-        """The escalations for which a condition on `e`, and on the loop `l`, holds, the last one first: loop
-        id, escalation, deliveries."""
+        """The escalations that were ingested since a time, of one loop or all, of one category or all, the
+        last one first: loop id, escalation, deliveries."""
+        condition = "(?2 IS NULL OR e.category = ?2) AND e.ingested_at >= ?3"
+        return self._last_first(loop_id, condition, category, since)
+
+    def with_id_prefix(
+        self, loop_id: str | None, prefix: str
+    ) -> Iterator[tuple[str, QueuedEscalation, list[QueuedDelivery]]]:
+        """The escalations of one loop or all whose id begins like this, the last one first."""
+        return self._last_first(loop_id, "substr(e.escalation_id, 1, ?2) = ?3", len(prefix), prefix)
+
+    def _last_first(
+        self, loop_id: str | None, condition: str, *values: object
+    ) -> Iterator[tuple[str, QueuedEscalation, list[QueuedDelivery]]]:
         rows = self.execute(
             f"SELECT l.loop_id, {ESCALATION_COLUMNS} FROM escalations e JOIN loops l ON l.id = e.loop "
-            f"WHERE e.unusable IS NULL AND {condition} ORDER BY e.id DESC",
-            *values,
+            f"WHERE e.unusable IS NULL AND (?1 IS NULL OR l.loop_id = ?1) AND {condition} ORDER BY e.id DESC",
+            *(loop_id, *values),
         )
-        for loop_id, *row in rows:
+        for name, *row in rows:
             stored = QueuedEscalation(*row)
-            yield loop_id, stored, self.deliveries_of(stored)
+            yield name, stored, self.deliveries_of(stored)
 
     def kept_ids(self) -> set[str]:
         """The ids of all escalations that are in the queue."""
@@ -10608,10 +10641,7 @@ def read_log(jobs: Sequence[Job], loop_id: str | None, wanted: Filter, count: in
     if queue is not None:
         with queue, queue.errors():
             failing, kept = queue.failing_sinks(), queue.kept_ids()
-            found = queue.latest(
-                "(?1 IS NULL OR l.loop_id = ?1) AND (?2 IS NULL OR e.category = ?2) AND e.ingested_at >= ?3",
-                *(loop_id, wanted.category, wanted.since),
-            )
+            found = queue.latest(loop_id, wanted.category, wanted.since)
             listed = (entry_of_queue(*item, failing) for item in found)
             entries = list(itertools.islice(filter(wanted.matches, listed), count))
     # The telemetry is read only as far back as an entry can be among the last `count`.
@@ -10789,10 +10819,7 @@ def find_in_queue(queue_file: str, loop_id: str | None, prefix: str) -> dict[str
     if queue is not None:
         with queue, queue.errors():
             failing = queue.failing_sinks()
-            items = queue.latest(
-                "(?1 IS NULL OR l.loop_id = ?1) AND substr(e.escalation_id, 1, ?2) = ?3",
-                *(loop_id, len(prefix), prefix),
-            )
+            items = queue.with_id_prefix(loop_id, prefix)
             for loop, stored, deliveries in itertools.islice(items, LISTED):
                 entry = entry_of_queue(loop, stored, deliveries, failing)
                 found.setdefault(stored.escalation_id, OnRecord(entry, stored, deliveries, {}))
@@ -11209,19 +11236,12 @@ def find_selected(job: Job, config: Config, selection: Selection) -> Found:
 def find_named(queue: Queue, loop: int, cursor: Cursor, selection: Selection) -> list[Named]:
     """The deliveries in the queue that an operator names."""
     if selection.dead_letters:
-        dead = "SELECT escalation FROM deliveries INDEXED BY dead WHERE status = 'dead' AND loop = ?"
-        return queue.named(loop, f"e.id IN ({dead}) AND d.status = 'dead'", loop)
+        return queue.dead_letters(loop)
     if selection.waiting_to is not None:
-        waiting = "SELECT escalation FROM deliveries INDEXED BY waiting WHERE status = 'waiting' AND sink = ?"
-        return queue.named(
-            loop,
-            f"e.id IN ({waiting}) AND d.status = 'waiting' AND d.sink = ? "
-            "AND (e.segment <> ? OR e.line <= ?)",
-            *(selection.sink_id, selection.sink_id, cursor.segment, selection.waiting_to),
-        )
+        return queue.waiting_up_to(loop, selection.sink_id or "", cursor.segment, selection.waiting_to)
     if selection.lines is not None:
-        return queue.named(loop, "e.segment = ? AND e.line BETWEEN ? AND ?", cursor.segment, *selection.lines)
-    return queue.named(loop, "e.escalation_id = ?", selection.escalation)
+        return queue.on_lines(loop, cursor.segment, *selection.lines)
+    return queue.with_id(loop, selection.escalation or "")
 
 
 def read_new(job: Job, source: Source) -> Iterator[QueuedEscalation]:
@@ -11331,10 +11351,7 @@ def whole_id(job: Job, prefix: str) -> str:
     if queue is None:
         return prefix
     with queue, queue.errors():
-        items = queue.latest(
-            "l.loop_id = ?1 AND substr(e.escalation_id, 1, ?2) = ?3", job.loop_id, len(prefix), prefix
-        )
-        found = {stored.escalation_id for _, stored, _ in items}
+        found = {stored.escalation_id for _, stored, _ in queue.with_id_prefix(job.loop_id, prefix)}
     if len(found) > 1 and prefix not in found:
         raise ambiguous(prefix, found, "--id")
     return found.pop() if len(found) == 1 else prefix
