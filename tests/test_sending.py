@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import threading
@@ -428,6 +429,15 @@ def test_an_answer_that_tls_has_read_ahead_is_none_to_the_next_request(
         assert [client.send(request).status for _ in range(2)] == [200, 500]
 
 
+def wait_for_hang_up(port: int) -> None:
+    """Wait until the other end of this process's connection to a port is closed: its state is CLOSE_WAIT."""
+    deadline = time.monotonic() + 30.0
+    closed = re.compile(rf"0100007F:{port:04X} 08 ")
+    while not closed.search(Path("/proc/net/tcp").read_text()):
+        assert time.monotonic() < deadline, "the server does not hang up"
+        time.sleep(0.002)
+
+
 def test_a_sink_that_hangs_up_after_each_answer_without_a_word_gets_everything() -> None:
     with scripted_port([PLAIN], hang_up=True) as port:
         client = Client(f"http://127.0.0.1:{port}/hook", 5.0)
@@ -435,7 +445,7 @@ def test_a_sink_that_hangs_up_after_each_answer_without_a_word_gets_everything()
         statuses = []
         for _ in range(20):
             statuses.append(client.send(request).status)
-            time.sleep(0.02)  # its hang-up arrives
+            wait_for_hang_up(port)
 
     assert statuses == [200] * 20
 
