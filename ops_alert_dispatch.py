@@ -3188,8 +3188,7 @@ CREATE TABLE tallies (
     PRIMARY KEY (loop, sink)
 ) WITHOUT ROWID;
 CREATE TRIGGER delivery_added AFTER INSERT ON deliveries WHEN NEW.lead BEGIN
-    INSERT INTO tallies (loop, sink, waiting) VALUES (NEW.loop, NEW.sink, NEW.status = 'waiting')
-    ON CONFLICT DO UPDATE SET waiting = waiting + excluded.waiting;
+    UPDATE tallies SET waiting = waiting + 1 WHERE loop = NEW.loop AND sink = NEW.sink;
 END;
 CREATE TRIGGER delivery_changed AFTER UPDATE OF status, lead ON deliveries BEGIN
     UPDATE tallies SET
@@ -3662,17 +3661,19 @@ class Queue:
         )
 
     def reroute(
-        self, escalations: Iterable[int], sink: str, peers: Sequence[str], loop: int, severity: int
+        self, escalations: Collection[int], sink: str, peers: Sequence[str], loop: int, severity: int
     ) -> None:
-        """Let escalations wait for a sink to which a route leads now, but for those that it has had. A
-        delivery that leads keeps the lead."""
+        """Let escalations wait for a sink to which a route leads now, but for those that it has had."""
         now = time.time()
         self._db.executemany(
-            "INSERT INTO deliveries (escalation, sink, peer, loop, severity, lead, waiting_since, status) "
-            "VALUES (?1, ?2, ?3, ?4, ?5, NOT EXISTS (SELECT 1 FROM deliveries WHERE escalation = ?1 "
-            "AND sink = ?2 AND lead), ?6, 'waiting') ON CONFLICT DO UPDATE SET status = 'waiting', "
-            "severity = excluded.severity, waiting_since = excluded.waiting_since, not_before = 0 "
-            "WHERE status = 'skipped' AND reason_code = 'route_changed'",
+            "DELETE FROM deliveries WHERE escalation = ? AND sink = ? AND status = 'skipped' "
+            "AND reason_code = 'route_changed'",
+            ((escalation, sink) for escalation in escalations),
+        )
+        self._db.executemany(
+            "INSERT OR IGNORE INTO deliveries (escalation, sink, peer, loop, severity, lead, waiting_since, "
+            "status) VALUES (?1, ?2, ?3, ?4, ?5, NOT EXISTS (SELECT 1 FROM deliveries WHERE escalation = ?1 "
+            "AND sink = ?2 AND lead), ?6, 'waiting')",
             ((escalation, sink, peer, loop, severity, now) for escalation in escalations for peer in peers),
         )
 
@@ -3735,7 +3736,7 @@ class Queue:
         depends on nothing else."""
         kinds: list[tuple[str, str | None]] = self.execute(
             "SELECT DISTINCT e.category, e.severity FROM deliveries d INDEXED BY waiting "
-            "JOIN escalations e ON e.id = d.escalation WHERE d.status = 'waiting' AND d.loop = ?",
+            "JOIN escalations e ON e.id = d.escalation WHERE d.status = 'waiting' AND d.lead AND d.loop = ?",
             loop,
         ).fetchall()
         return kinds
@@ -3743,7 +3744,7 @@ class Queue:
     def waiting_of_kind(self, loop: int, kind: tuple[str, str | None]) -> list[int]:
         """The escalations of a loop and a kind of which something waits."""
         rows = self.execute(
-            "SELECT DISTINCT escalation FROM deliveries INDEXED BY waiting WHERE status = 'waiting' "
+            "SELECT DISTINCT escalation FROM deliveries INDEXED BY waiting WHERE status = 'waiting' AND lead "
             f"AND loop = ? AND escalation IN ({OF_KIND})",
             *(loop, loop, *kind),
         )
@@ -3773,6 +3774,16 @@ class Queue:
             *(reason_code, loop, sink, *([loop, *kind] if kind else [])),
         )
         return before - self.count_waiting(loop, sink)
+
+    def skip_dead(self, loop: int, sink: str, reason_code: str) -> int:
+        """Dismiss a loop's dead letters of a sink. Returns how many."""
+        return int(
+            self.execute(
+                "UPDATE deliveries SET status = 'skipped', reason_code = ? WHERE status = 'dead' "
+                "AND loop = ? AND sink = ?",
+                *(reason_code, loop, sink),
+            ).rowcount
+        )
 
     def set_severity(self, loop: int, kind: tuple[str, str | None], severity: int) -> None:
         """Give the waiting deliveries of a kind this severity."""
@@ -3901,7 +3912,8 @@ class Queue:
         too.
 
         The first peer of a cluster to deliver takes the lead. One that refuses leaves the alert to the
-        others, and is skipped; the last one to refuse, if none has delivered, is dead.
+        others, and is skipped; the last one to refuse, if none has delivered, is dead. If a peer needs no
+        request, because it was sent the same of late or an operator gave up, the others need none.
         """
         lead = delivery.lead
         if delivery.peer:
@@ -3916,7 +3928,10 @@ class Queue:
                 if lead and waiting:
                     self._pass_lead([delivery], waiting[0])
                     lead = False
-            elif status == "skipped" and lead and not delivered:
+            elif status == "skipped" and not delivered:
+                if not lead:
+                    self._pass_lead(others, delivery)
+                    lead = True
                 for other in waiting:
                     self._set_status(other, status, verdict, other.attempts)
         self._set_status(delivery, status, verdict, attempts)
@@ -3926,9 +3941,10 @@ class Queue:
         """Replace a delivery to a peer that is gone by deliveries to those of `peers` that have none.
 
         If that leaves the sink without a lead, another delivery takes it, and is returned: one that is
-        delivered, or else one that waits. If all peers have refused, the sink has, and that one is dead.
+        delivered, or else one that waits. If none is, but a peer has refused, the sink has, and that one is
+        dead.
         """
-        others = self._other_peers(delivery)
+        others = [other for other in self._other_peers(delivery) if other.peer in peers]
         self.execute("DELETE FROM deliveries WHERE escalation = ? AND sink = ? AND peer = ?", *delivery.key)
         had = {other.peer for other in others}
         missing = [peer for peer in peers if peer not in had]
@@ -3938,10 +3954,11 @@ class Queue:
         )
         if not delivery.lead or missing:
             return None
-        order = ("delivered", "waiting")
-        best = min(others, key=lambda d: order.index(d.status) if d.status in order else len(order))
+        order = ("delivered", "waiting", "refused")
+        standing = {d.peer: "refused" if d.status == "skipped" and d.fault else d.status for d in others}
+        best = min(others, key=lambda d: (*order, standing[d.peer]).index(standing[d.peer]))
         self._pass_lead([], best)
-        if best.status in order:
+        if standing[best.peer] != "refused":
             return best
         self.execute(
             "UPDATE deliveries SET status = 'dead' WHERE escalation = ? AND sink = ? AND peer = ?", *best.key
@@ -4020,7 +4037,9 @@ class Queue:
         self.execute(
             "INSERT INTO destinations (sink, peer, digest, setup, used_at) VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT DO UPDATE SET used_at = excluded.used_at, setup = excluded.setup, "
-            "next_attempt_at = iif(setup = excluded.setup, next_attempt_at, 0), "
+            "next_attempt_at = iif(setup = excluded.setup AND NOT EXISTS (SELECT 1 FROM destinations newer "
+            "WHERE newer.sink = excluded.sink AND newer.peer = excluded.peer "
+            "AND newer.used_at > destinations.used_at), next_attempt_at, 0), "
             "backoff_step = iif(setup = excluded.setup, backoff_step, 0)",
             *(sink, peer, digest, setup, now),
         )
@@ -4192,6 +4211,12 @@ class Queue:
         )
         names = ("waiting", "dead", "delivered", "given_up", "skipped", "failed_attempts")
         return {row[0]: dict(zip(names, row[1:], strict=True)) for row in rows}
+
+    def add_tallies(self, loop: int, sinks: Iterable[str]) -> None:
+        """Begin to count a loop's deliveries to these sinks, as far as they are new."""
+        self._db.executemany(
+            "INSERT OR IGNORE INTO tallies (loop, sink) VALUES (?, ?)", ((loop, sink) for sink in sinks)
+        )
 
     def count_waiting(self, loop: int, sink: str) -> int:
         """How many of a loop's deliveries wait for a sink."""
@@ -6602,6 +6627,7 @@ class Loop:
         with self.queue.transaction():
             if self.source.loss is None:  # else `ingest` saves it, with the report
                 self.queue.save_cursor(self.id, self.source.cursor)
+            self.queue.add_tallies(self.id, self.shared.config.sinks)
             rules = self.shared.config.rules()
             changed = self._rules != rules
             self._align_peers(config_changed=changed)
@@ -6697,31 +6723,35 @@ class Loop:
     # -- a changed config
 
     def _apply_routes(self, before: JsonObject) -> None:
-        """Bring what waits in line with a changed config. It goes to the sinks that its route names now, but
-        not to a sink that is new in the config. Deliveries to other sinks are skipped. `before`: the rules
-        until now."""
+        """Bring what waits in line with a changed config. It goes to the sinks that its route names now; to
+        sinks that are new or were disabled until now only if there are no others. Deliveries to other sinks
+        are skipped. `before`: the rules until now."""
         config, queue = self.shared.config, self.queue
         added, dropped = Counter[str](), Counter[str]()
         for kind in queue.waiting_kinds(self.id):
             resolution = self.shared.router.resolve(*kind)
             severity = SEVERITIES.index(resolution.event_severity)
             escalations = queue.waiting_of_kind(self.id, kind)
-            for sink in resolution.dispatchable:
-                if sink.id in before["sinks"]:
-                    waited = queue.count_waiting(self.id, sink.id)
-                    queue.reroute(escalations, sink.id, self.shared.peers[sink.id], self.id, severity)
-                    added[sink.id] += queue.count_waiting(self.id, sink.id) - waited
+            older = [s for s in resolution.dispatchable if before["sinks"].get(s.id, {}).get("enabled")]
+            for sink in older or resolution.dispatchable:
+                waited = queue.count_waiting(self.id, sink.id)
+                queue.reroute(escalations, sink.id, self.shared.peers[sink.id], self.id, severity)
+                added[sink.id] += queue.count_waiting(self.id, sink.id) - waited
             reached = {sink.id for sink in resolution.reached}
             for sink_id in queue.tallies(self.id):
                 if sink_id in config.sinks and sink_id not in reached:
                     dropped[sink_id] += queue.skip_waiting(self.id, sink_id, "route_changed", kind)
             queue.set_severity(self.id, kind, severity)
         # Only now: what waited for a sink that was removed has its new sinks.
-        for sink_id, tally in queue.tallies(self.id).items():
-            if sink_id not in config.sinks and tally["waiting"]:
-                count = queue.skip_waiting(self.id, sink_id, "sink_removed")
-                message = f"sink {sink_id} was removed while {plural(count, 'delivery')} waited"
-                self.write_event("skipped", "sink_removed", sink_id, count, message)
+        for sink_id in queue.tallies(self.id):
+            if sink_id not in config.sinks:
+                waited = queue.skip_waiting(self.id, sink_id, "sink_removed")
+                dead = queue.skip_dead(self.id, sink_id, "sink_removed")
+                found = [plural(waited, "waiting delivery")] if waited else []
+                found += [plural(dead, "dead letter")] if dead else []
+                if found:
+                    message = f"sink {sink_id} was removed with {' and '.join(found)}"
+                    self.write_event("skipped", "sink_removed", sink_id, waited + dead, message)
         for sink_id, count in (+dropped).items():
             message = f"{plural(count, 'delivery')} waited for {sink_id}, to which no route leads any more"
             self.write_event("skipped", "route_changed", sink_id, count, message)

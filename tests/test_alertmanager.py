@@ -637,6 +637,70 @@ def test_a_peer_that_is_put_in_front_while_alerts_wait_is_sent_each_once(
     assert pair.state()["waitingCount"] == 0
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_alert_that_the_last_peer_has_refused_is_a_dead_letter_once_the_others_are_gone(
+    pair: Repo, peers: tuple[SinkServer, SinkServer], order: int
+) -> None:
+    down, refuses = peers
+    down.answer(ALERTS, error(503))
+    refuses.answer(ALERTS, error(400, '"bad label"'))
+    gone = [down.url, down.url.replace(HOST, "localhost")][::order]
+    pair.env["ALERT_FLEET_URLS"] = ",".join([*gone, refuses.url])
+    pair.append(alert("one"))
+    assert pair.dispatch().json["waitingCount"] == 1
+    pair.env["ALERT_FLEET_URLS"] = refuses.url
+    summary = pair.dispatch().json
+
+    assert (summary["waitingCount"], summary["deadLetterCount"]) == (0, 1)
+    assert pair.telemetry()[-1]["sinks"][0]["deadLetter"] is True
+
+
+def test_a_route_that_comes_back_when_the_peer_is_another_one_delivers_what_waits(
+    pair: Repo, peers: tuple[SinkServer, SinkServer]
+) -> None:
+    old, new = peers
+    pair.env |= {"ALERT_FLEET_URLS": old.url, "ALERT_OTHER_URL": f"{old.url}/other"}
+    config = fleet_config(timeoutSeconds=1)
+    config["sinks"]["other"] = {"enabled": True, "type": "webhook", "urlEnv": "ALERT_OTHER_URL"}
+
+    def route(*sinks: str) -> None:
+        config["routing"]["defaultSinks"] = list(sinks)
+        pair.write_config(config)
+        pair.dispatch("--now")
+
+    for peer, path in ((old, ALERTS), (new, ALERTS), (old, "/other")):
+        peer.answer(path, error(503))
+    pair.append(alert("one"))
+    route(SINK, "other")
+    route("other")
+    old.answer("/other", ok())
+    pair.env["ALERT_FLEET_URLS"] = new.url
+    route(SINK, "other")
+    assert pair.state()["waitingCount"] == 1
+    new.answer(ALERTS, ok())
+    new.forget()
+    pair.dispatch("--now")
+
+    assert told(new) == ["one"]
+    assert (pair.state()["waitingCount"], pair.state()["laggingCount"]) == (0, 0)
+
+
+def test_a_repeat_that_one_peer_needs_not_be_sent_does_not_wait_for_the_other(
+    pair: Repo, peers: tuple[SinkServer, SinkServer]
+) -> None:
+    down, well = peers
+    config = fleet_config(timeoutSeconds=1)
+    config["routing"]["repeat"] = {"windowSeconds": 900}
+    pair.write_config(config)
+    down.answer(ALERTS, error(503))
+    pair.append(health_critical(traceId="first"), health_critical(traceId="repeat"))
+    summary = pair.dispatch().json
+
+    assert told(well) == ["first"]
+    assert (summary["waitingCount"], summary["failedCount"]) == (0, 0)
+    assert [row["sinks"][0]["status"] for row in pair.telemetry()] == ["success", "skipped"]
+
+
 def test_what_a_slow_peer_takes_last_does_not_stay_in_the_queue_for_ever(
     pair: Repo, peers: tuple[SinkServer, SinkServer]
 ) -> None:

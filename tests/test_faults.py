@@ -764,6 +764,75 @@ def test_a_changed_route_applies_to_what_waits_and_what_that_drops_is_on_record(
     check_promise(repo)
 
 
+def test_what_waits_goes_to_a_new_sink_if_its_route_names_no_other_any_more(
+    repo: Repo, server: SinkServer
+) -> None:
+    config = webhooks("old")
+    repo.write_config(config)
+    repo.env.update(webhook_env(server, "old", "new"))
+    repo.append(*records("delivered"))
+    repo.dispatch()
+    server.answer("/old/", error(503))
+    repo.append(*records("waits"))
+    repo.dispatch()
+    config["sinks"]["new"] = {**config["sinks"]["old"], "urlEnv": variable("new")}
+    config["routing"]["defaultSinks"] = ["new"]
+    repo.write_config(config)
+    repo.dispatch()
+
+    assert webhook_ids(server, "new") == row_ids(repo)[1:]
+    check_promise(repo)
+
+
+def test_a_sink_that_is_enabled_is_not_sent_what_came_before(repo: Repo, server: SinkServer) -> None:
+    config = webhooks("down", "later")
+    config["sinks"]["later"]["enabled"] = False
+    repo.write_config(config)
+    repo.env.update(webhook_env(server, "down", "later"))
+    server.answer("/down/", error(503))
+    repo.append(*records("before"))
+    repo.dispatch()
+    config["sinks"]["later"]["enabled"] = True
+    repo.write_config(config)
+    repo.append(*records("after"))
+    repo.dispatch()
+
+    assert webhook_ids(server, "later") == row_ids(repo)[1:]
+    check_promise(repo)
+
+
+def test_dead_letters_of_a_removed_sink_are_reported_once_and_not_for_ever(
+    repo: Repo, server: SinkServer
+) -> None:
+    config = webhooks("kept", "removed")
+    repo.write_config(config)
+    repo.env.update(webhook_env(server, "kept", "removed"))
+    server.answer("/removed/", error(400))
+    repo.append(*records("one"))
+    assert repo.dispatch().json["deadLetterCount"] == 1
+    repo.write_config(webhooks("kept"))
+
+    assert repo.dispatch().json["deadLetterCount"] == 0
+    row = repo.telemetry()[-1]
+    assert (row["reasonCode"], row["sinkId"], row["droppedCount"]) == ("sink_removed", "removed", 1)
+    assert "sink_removed" in repo.run("status", *repo.target).json["verdict"]
+    repo.run("status", *repo.target, "--ack")
+    assert repo.run("status", *repo.target).json["health"] == "ok"
+
+
+def test_a_url_that_is_changed_back_is_tried_at_once(repo: Repo, server: SinkServer) -> None:
+    repo.write_config(webhooks("team", backoffSeconds={"initial": 900, "max": 900}))
+    repo.append(*records("one"))
+    for path, status in (("/right/", 403), ("/wrong/", 404)):
+        server.answer(path, error(status))
+        repo.env[variable("team")] = f"{server.url}{path}"
+        repo.dispatch()
+    server.answer("/right/", ok())
+    repo.env[variable("team")] = f"{server.url}/right/"
+
+    assert repo.dispatch().json["waitingCount"] == 0
+
+
 def test_what_waits_for_one_sink_goes_to_the_one_that_a_changed_route_names(
     repo: Repo, server: SinkServer
 ) -> None:

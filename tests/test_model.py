@@ -391,20 +391,23 @@ class Model(RuleBasedStateMachine):
         assert said == self.statuses
 
     def _reroute(self, loop: str, before: dict[str, Any] | None, rules: dict[str, Any]) -> None:
-        """What waits goes to the sinks that its route names now, and no more to others."""
+        """What waits goes to the sinks that its route names now, and no more to others. New sinks get it only
+        if there are no others."""
         self.applied[loop] = rules
         mine = [place for place in self.statuses if self.written[place[1]].loop == loop]
+        waiting = {one for sink, one in mine if self.statuses[sink, one] == "waiting"}
         for sink, identity in mine:
-            if self.statuses[sink, identity] == "waiting" and sink not in self.enabled:
+            if self.statuses[sink, identity] in ("waiting", "dead") and sink not in self.enabled:
                 self.statuses[sink, identity] = "sink_removed"
-        for identity in {one for sink, one in mine if self.statuses[sink, one] == "waiting"}:
+        for identity in waiting:
             routed = self._routed(self.written[identity].category)
-            for sink in SINKS:
-                status = self.statuses.get((sink, identity))
-                known = before is not None and sink in before["sinks"]
-                if sink in routed and self.enabled[sink] and known and status in (None, "route_changed"):
+            now = [sink for sink in routed if self.enabled[sink]]
+            older = [sink for sink in now if ((before or {})["sinks"].get(sink) or {}).get("enabled")]
+            for sink in older or now:
+                if self.statuses.get((sink, identity)) in (None, "route_changed"):
                     self.statuses[sink, identity] = "waiting"
-                elif sink not in routed and status == "waiting":
+            for sink in self.enabled:
+                if sink not in routed and self.statuses.get((sink, identity)) == "waiting":
                     self.statuses[sink, identity] = "route_changed"
 
     def _ingest(self, loop: str, ids: Sequence[str]) -> None:

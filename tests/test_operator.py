@@ -1339,7 +1339,7 @@ def test_a_dry_run_says_of_each_delivery_what_becomes_of_it_and_why(repo: Repo, 
     }
     assert "next attempt at" in decided[1, CHAT][1]
     assert "waits until the sink is enabled" in decided[1, HOOK][1]
-    assert "sink old was removed while 1 delivery waited" in plan["notes"]
+    assert "sink old was removed with 1 waiting delivery" in plan["notes"]
     gone = "1 delivery waiting for old will be given up: the config has no such sink any more"
     assert gone in status(repo)["notes"]
     text = repo.dispatch("--dry-run", "--format", "text").stdout
