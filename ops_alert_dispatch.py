@@ -3358,6 +3358,8 @@ class Queue:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        # Device and inode of the file that was opened to write to it.
+        self.identity = (0, 0)
         self.changed = threading.Condition()
         self._lock_file = -1
         self._db: Any = None
@@ -3378,7 +3380,9 @@ class Queue:
             with queue._locked():
                 # SQLite follows links, and makes files that others can read. Closed before SQLite opens it:
                 # closing any descriptor of a file drops SQLite's locks on it.
-                os.close(open_own(path, os.O_RDWR))
+                descriptor = open_own(path, os.O_RDWR)
+                queue.identity = identity_of(os.fstat(descriptor))
+                os.close(descriptor)
                 queue._connect(f"file:{quote_path(path)}")
         return queue
 
@@ -4502,16 +4506,23 @@ def has_log(path: str) -> bool:
     return found is not None and found.st_size > 0
 
 
-def keep_aside(path: str) -> str:
-    """Move a damaged queue aside; returns where it is kept. Raises StorageError."""
-    kept = f"{path}.damaged-{int(time.time())}"
+def keep_aside(path: str, damaged: tuple[int, int]) -> None:
+    """Move a damaged queue aside, unless another process has done so. `damaged`: device and inode of the
+    file. This process must not have it open, or would lose its locks. Raises StorageError."""
+    kept = f"{path}.damaged-{int(time.time())}-{os.getpid()}"
     try:
-        for end in ("-wal", "-shm", ""):
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(f"{path}{end}", f"{kept}{end}")
+        lock = open_own(f"{path}.lock", os.O_RDWR)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX, 1)
+            found = stat_of(path)
+            if found is not None and identity_of(found) == damaged:
+                for end in ("-wal", "-shm", ""):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.rename(f"{path}{end}", f"{kept}{end}")
+        finally:
+            os.close(lock)
     except OSError as error:
         raise storage_error("keep aside", path, error) from None
-    return kept
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -7350,8 +7361,9 @@ class Sender:
 
     def _run(self) -> None:
         try:
-            while not self.ended and self._serve():
-                pass
+            with self.queue.errors():
+                while not self.ended and self._serve():
+                    pass
         except DispatchError as error:
             self.shared.fail(error)
         except Exception as error:  # noqa: BLE001 - the main thread must learn of it
@@ -7372,6 +7384,7 @@ class Sender:
                 self._last_loop = destination.last_loop
         with self.queue.probing(destination, max(0.0, clock.left), FRESH_SECONDS) as allowed:
             if not allowed:
+                clock.cut_short = True
                 return False
             step = self._record_and_choose(None)
             while isinstance(step, Batch):
@@ -7715,30 +7728,41 @@ class Sender:
         if verdict.fault == "record_refused":
             self._note_answer(destination, verdict, now)
             return Retry(0.0, quick=True, alone=True)
-        attempts = max(item.attempts for item in batch.queued) + 1
-        suspect = attempts >= SAME_RECORD_ATTEMPTS
-        ours = verdict.fault == "adapter_fault"
-        first = min((item.first_failed_at or now for item in batch.queued), default=now)
-        well = not destination.consecutive_failures and (destination.last_success_at or 0.0) > first
         self._failures_in_row += 1
-        alone = suspect or ours
-        if alone:
+        attempts = max(item.attempts for item in batch.queued) + 1
+        if attempts >= SAME_RECORD_ATTEMPTS or verdict.fault == "adapter_fault":
             self._set_aside |= {item.escalation for item in batch.queued}
-        quick = None if alone else self._quick_wait(verdict)
+            return self._postpone_suspect(batch, attempts, destination, verdict, now)
+        quick = self._quick_wait(verdict)
         if quick is not None:
             self.queue.note_failure(destination, verdict, now, now + quick, destination.backoff_step)
-            return Retry(quick, quick=True, alone=False)
-        if ours or (suspect and well):
+            return Retry(quick, quick=True)
+        self.resting = True
+        wait = self._backoff(verdict, destination.backoff_step)
+        self.queue.note_failure(destination, verdict, now, now + wait, destination.backoff_step + 1)
+        return Retry(wait)
+
+    def _postpone_suspect(
+        self, batch: Batch, attempts: int, destination: Destination, verdict: Verdict, now: float
+    ) -> Retry:
+        """Decide when to try deliveries again whose records may be at fault, and not the sink."""
+        first = min((item.first_failed_at or now for item in batch.queued), default=now)
+        well = not destination.consecutive_failures and (destination.last_success_at or 0.0) > first
+        # A sink that says how long to wait, or that is misconfigured, does not mean the record.
+        may_be_record = verdict.outcome == "retry" and verdict.retry_after is None
+        if verdict.fault == "adapter_fault" or (may_be_record and well):
             # The destination takes other records: it need not back off.
             self._failures_in_row = 0
             return Retry(self._backoff(verdict, max(0, attempts - SAME_RECORD_ATTEMPTS)), alone=True)
         wait = self._backoff(verdict, destination.backoff_step)
         # The next record may get through: it is tried once in this pass.
-        one_more = suspect and self._failures_in_row < max(2, self.shared.config.policy.max_attempts_per_pass)
+        tries = max(2, self.shared.config.policy.max_attempts_per_pass)
+        one_more = may_be_record and self._failures_in_row < tries
         self.resting = not one_more
         step = destination.backoff_step + 1
         self.queue.note_failure(destination, verdict, now, 0.0 if one_more else now + wait, step)
-        return Retry(wait, alone=alone)
+        # Longer than the destination waits: when it is asked again, other records go first.
+        return Retry(wait if may_be_record else 2 * wait, alone=True)
 
     def _quick_wait(self, verdict: Verdict) -> float | None:
         """Seconds until another try within this pass; None if it is left to a later pass.
@@ -7819,8 +7843,9 @@ class Pass:
         try:
             self._ingest(loops)
             self._deliver(loops)
-        except BaseException:
-            shared.clock.stop.set()
+        except BaseException as error:
+            # The senders' threads must not go on with a queue that is about to be closed.
+            shared.fail(error if isinstance(error, DispatchError) else StorageError("the pass has ended"))
             raise
         if shared.error is not None:
             raise shared.error
@@ -7874,7 +7899,8 @@ class Pass:
         if loop.error is not None:
             return None
         try:
-            return step()
+            with self._shared.queue.errors():
+                return step()
         except DamagedQueueError:
             raise
         except DispatchError as error:
@@ -8009,10 +8035,12 @@ class QueueHolder:
 
     def get(self) -> Queue:
         if self._queue is None:
+            found = stat_of(self.path)
             try:
                 self._queue = Queue.open(self.path)
             except DamagedQueueError:
-                keep_aside(self.path)
+                if found is not None:
+                    keep_aside(self.path, identity_of(found))
                 self._queue = Queue.open(self.path)
             if not self.path.startswith(f"{self._repo}/"):  # a copy of a repo has a copy of its queue
                 self._check_owner(self._queue)
@@ -8032,20 +8060,27 @@ class QueueHolder:
 
     def replace(self) -> Queue:
         """Keep a queue aside that turned out to be damaged, and start a new one."""
-        if self._queue is not None:
-            with contextlib.suppress(DispatchError):
-                self._queue.close()
-            self._queue = None
-        keep_aside(self.path)
+        self._give_up()
         return self.get()
 
     def close(self) -> None:
+        if self._queue is None:
+            return
+        until = time.monotonic() + 1.0
+        try:
+            self._queue.purge(time.time(), more=lambda: time.monotonic() < until)
+        except DamagedQueueError:
+            self._give_up()  # the pass has done its work: the next one starts a new queue
+        else:
+            self._queue.close()
+
+    def _give_up(self) -> None:
         if self._queue is not None:
-            until = time.monotonic() + 1.0
-            try:
-                self._queue.purge(time.time(), more=lambda: time.monotonic() < until)
-            finally:
-                self._queue.close()
+            damaged = self._queue
+            self._queue = None
+            with contextlib.suppress(DispatchError):
+                damaged.close()
+            keep_aside(self.path, damaged.identity)
 
 
 def run_busy_loops(
@@ -8079,9 +8114,10 @@ def run_on_queue(
     with contextlib.ExitStack() as open_loops:
         for job in jobs:
             try:
-                loop = Loop(shared, job)
-                open_loops.callback(loop.close)
-                loop.begin()
+                with queue.errors():
+                    loop = Loop(shared, job)
+                    open_loops.callback(loop.close)
+                    loop.begin()
                 loops.append(loop)
             except DamagedQueueError:
                 raise
@@ -8091,7 +8127,8 @@ def run_on_queue(
                 outcomes[job.loop_id] = error
             except Exception as error:  # noqa: BLE001 - the other loops go on
                 outcomes[job.loop_id] = program_fault(error)
-        return outcomes | Pass(shared, progress).run(loops)
+        with queue.errors():
+            return outcomes | Pass(shared, progress).run(loops)
 
 
 def run_pass(
@@ -8240,7 +8277,7 @@ def plan_loops(jobs: Sequence[Job], environ: Mapping[str, str], *, show_payload:
         try:
             queue = Queue.open_to_read(jobs[0].queue_file)
             if queue is not None:
-                with queue:
+                with queue, queue.errors():
                     queue.copy_to(copy)
         except DamagedQueueError:  # a pass starts a new one
             copy = os.path.join(folder, "new.db")
@@ -11243,7 +11280,7 @@ def find_selected(job: Job, config: Config, selection: Selection) -> Found:
     cursor = None
     queue = Queue.open_to_read(job.queue_file)
     if queue is not None:
-        with queue:
+        with queue, queue.errors():
             if found := queue.find_loop(job.loop_id):
                 loop, cursor, _ = found
                 known = find_named(queue, loop, cursor, selection)
@@ -11421,7 +11458,7 @@ def operator_pass(
     """
     with operator_lock(job), contextlib.closing(QueueHolder(job)) as queues:
         shared = Shared(queues.get(), config, Clock(job.time_budget, stop), woken=woken)
-        with contextlib.closing(Loop(shared, job)) as loop:
+        with shared.queue.errors(), contextlib.closing(Loop(shared, job)) as loop:
             loop.begin()
             yield shared, loop
 
@@ -11536,7 +11573,7 @@ def give_up(queue: Queue, loop: Loop, item: Selected) -> None:
 # The fields of a summary that say what the last pass did, and not how things are now.
 LAST_PASS = (
     *("updatedAt", "traceId", "status", *COUNT_KEYS, "failureReasonCodes", "message"),
-    *("lateDispatchedCount", "lateFailedCount"),
+    *("lateDispatchedCount", "lateFailedCount", "stoppedBy"),
 )
 
 
@@ -11804,7 +11841,8 @@ def how_to_send_after_all(job: Job, skipped: Sequence[Selected], segment: str) -
     options = ["--sink", *sinks] if len(sinks) == 1 else []
     if len(ids) == 1:
         return f"To send it after all: `{command_line('redeliver', job, '--id', *ids, *options)}`"
-    if not any(item.dead_letter or item.named.segment != segment for item in skipped):
+    in_range = len(set(lines)) == max(lines) - min(lines) + 1
+    if in_range and not any(item.dead_letter or item.named.segment != segment for item in skipped):
         options += ["--from-line", str(min(lines)), "--to-line", str(max(lines))]
         return f"To send them after all: `{command_line('redeliver', job, *options)}`"
     listed = command_line("log", job, "--status", "skipped", "-n", str(len(ids)), *options)

@@ -820,6 +820,26 @@ def test_dead_letters_of_a_removed_sink_are_reported_once_and_not_for_ever(
     assert repo.run("status", *repo.target).json["health"] == "ok"
 
 
+def test_a_sink_that_asks_to_wait_is_not_asked_again_although_a_record_was_tried_often(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.write_config(webhooks("team"))
+    repo.env.update(webhook_env(server, "team"))
+    server.answer("/team/", error(503))
+    repo.append(*records("one"))
+    for _ in range(2):
+        repo.dispatch("--now")
+    server.answer("/team/", rate_limited(600))
+    repo.dispatch("--now")
+    assert max(row["attempt"] for row in repo.attempts()) > 5
+    server.forget()
+    repo.append(*records("two"))
+    repo.dispatch()
+
+    assert server.requests == []
+    assert repo.state()["sinks"]["team"]["nextAttemptAt"] is not None
+
+
 def test_a_url_that_is_changed_back_is_tried_at_once(repo: Repo, server: SinkServer) -> None:
     repo.write_config(webhooks("team", backoffSeconds={"initial": 900, "max": 900}))
     repo.append(*records("one"))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Repo, Run, edit_queue, time_passes
+from conftest import Repo, Run, edit_queue, queue_rows, time_passes
 from escalations import (
     CHAT,
     HOOK,
@@ -405,6 +405,33 @@ def test_a_lost_queue_of_a_loop_for_which_nothing_waits_repeats_nothing(
 
     assert numbers(server) == [7, 8]
     check_promise(repo)
+
+
+@pytest.mark.parametrize("place", ["deliveries", "waiting", "tallies", "outbox", "hours", "last_sent"])
+def test_a_queue_of_which_one_page_is_damaged_is_replaced_and_stops_no_loop(
+    repo: Repo, server: SinkServer, place: str
+) -> None:
+    repo.write_config(only(HOOK))
+    server.answer(PATHS[HOOK], error(503))
+    repo.append(health_degraded(number=0))
+    repo.dispatch()
+    [[page]] = queue_rows(repo, "SELECT rootpage FROM sqlite_schema WHERE name = ?", place)
+    [[size]] = queue_rows(repo, "PRAGMA page_size")
+    with repo.queue_file.open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xa5" * size)
+    server.answer(PATHS[HOOK], ok())
+    server.forget()
+    for number in (1, 2):
+        repo.append(health_degraded(number=number))
+        run = repo.dispatch("--now")
+        assert (run.exit_code, run.stderr) == (0, "")
+
+    assert sorted(set(numbers(server)) - {0}) == [1, 2]
+    # As after a kill, what was in flight when the damage was found may be repeated.
+    assert len(numbers(server)) - len(set(numbers(server))) <= 1
+    assert repo.run("skip", *repo.target, "--sink", HOOK, "--yes").exit_code == 0
+    assert len(list(repo.queue_file.parent.glob("alert-queue.db.damaged-*"))) == 1
 
 
 @pytest.mark.parametrize("loss", LOSSES)
