@@ -6417,6 +6417,7 @@ def sink_figure(queue: Queue, loop: int, sink_id: str, tally: JsonObject) -> Jso
         "message": best.message if best else None,
         "clockOffsetSeconds": best.clock_offset if best else None,
         "oldestWaitingLine": oldest.line if oldest else None,
+        "oldestWaitingSegment": oldest.segment if oldest else None,
         # A sink that is no cluster is one peer, named "".
         "laggingPeers": []
         if "" in known
@@ -7058,7 +7059,8 @@ class Loop:
 
 class PastRun(NamedTuple):
     """What a loop's files say of earlier passes, if the queue does not know the loop: where to go on, how
-    many deliveries waited and how many were dead letters, and the line of the oldest that waited, by sink."""
+    many deliveries waited and how many were dead letters, and by sink the line of the oldest that waited, or
+    0 if that is in a rotated file."""
 
     cursor: Cursor
     waiting: int
@@ -7086,9 +7088,10 @@ def read_past(job: Job) -> PastRun:
     first: dict[str, int] = {}
     with contextlib.suppress(*MALFORMED):
         first = {
-            name: line
-            for name in document["sinks"]
-            if (line := count_in(document["sinks"][name], "oldestWaitingLine"))
+            # Commands can only name lines of the current file.
+            name: line if figure.get("oldestWaitingSegment", cursor.segment) == cursor.segment else 0
+            for name, figure in document["sinks"].items()
+            if (line := count_in(figure, "oldestWaitingLine"))
         }
     waiting, dead = count_in(document, "waitingCount"), count_in(document, "deadLetterCount")
     # A state that an operator wrote, to begin at some line, holds no more than that.
@@ -7138,9 +7141,16 @@ def what_to_do_about_lost(job: Job, past: PastRun) -> str:
     where its dead letters are named."""
     advice: list[str] = []
     if past.waiting:
-        places = [["--from-line", str(line), "--sink", name] for name, line in past.first_lines.items()]
-        commands = [command_line("redeliver", job, *place) for place in places or [["--from-line", "1"]]]
-        advice.append(f"run {' and '.join(f'`{command}`' for command in commands)}")
+        places = [
+            ["--from-line", str(line), "--sink", name] for name, line in past.first_lines.items() if line
+        ]
+        if places or not past.first_lines:
+            commands = [command_line("redeliver", job, *place) for place in places or [["--from-line", "1"]]]
+            advice.append(f"run {' and '.join(f'`{command}`' for command in commands)}")
+        if rotated := [name for name, line in past.first_lines.items() if not line]:
+            advice.append(
+                f"append what waited for {', '.join(rotated)} to the source again: it is in a rotated file"
+            )
     if past.dead:
         advice.append(f"see the dead letters with `grep deadLetter {shell_line(job.telemetry_file)}`")
     return "; ".join(advice)
@@ -8958,7 +8968,8 @@ def is_loop(folder: str) -> bool:
         except OSError:
             return True
         return True
-    return False
+    # The source was rotated, and the state is gone: something may still wait, or be unread.
+    return any(neighbours(os.path.join(folder, SOURCE_FILE)).values())
 
 
 def may_have_escalations(folder: str) -> bool:
@@ -11529,7 +11540,7 @@ def redelivery_outcome(shared: Shared, job: Job, item: Selected) -> JsonObject:
         result = why_json(known)
     commands = {**commands_for(job), "test": test_command(job.repo, job.config_file, item.sink.id)}
     result["advice"] = advise(result["faultCode"], item.sink, commands)
-    return {"status": "failed", **result, "willRetry": found.status == "waiting"}
+    return {"status": "failed", **result, "willRetry": found.status == "waiting" and item.sink.enabled}
 
 
 def skip_deliveries(

@@ -621,6 +621,22 @@ def test_a_folder_that_can_neither_be_a_loop_nor_be_read_stops_no_other(
     assert "error: loop -odd: " in done.stderr
 
 
+def test_a_loop_is_served_although_its_source_was_rotated_and_its_state_is_gone(
+    repo: Repo, server: SinkServer
+) -> None:
+    server.answer(PATHS[HOOK], error(503))
+    repo.append(health_critical())
+    repo.dispatch()
+    repo.source.rename(f"{repo.source}.1")
+    repo.state_file.unlink()
+    assert repo.run("status", "--repo", str(repo.root), "--check").exit_code == 1
+    server.answer(PATHS[HOOK], ok())
+    server.forget()
+    summary = dispatch_all(repo, "--now").json
+
+    assert (summary["loopCount"], len(server.received(PATHS[HOOK]))) == (1, 1)
+
+
 def test_a_loop_that_links_lead_to_is_served_once(repo: Repo, server: SinkServer, tmp_path: Path) -> None:
     """Whatever the links are called, and wherever it lies."""
     repo.write_config(everywhere(HOOK))

@@ -453,6 +453,24 @@ def test_dead_letters_that_were_in_a_lost_queue_are_reported(
     assert str(repo.telemetry_file) in row["message"]
 
 
+def test_the_command_for_a_lost_queue_does_not_name_lines_of_another_file(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.write_config(only(HOOK))
+    server.answer(PATHS[HOOK], error(503))
+    repo.append(health_degraded(number=0))
+    repo.dispatch()
+    repo.source.rename(f"{repo.source}.1")
+    repo.append(*(health_degraded(number=number) for number in (1, 2)))
+    repo.dispatch()
+    repo.queue_file.unlink()
+    repo.dispatch()
+
+    [row] = [row for row in repo.telemetry() if row.get("reasonCode") == "queue_lost"]
+    assert "it is in a rotated file" in row["message"]
+    assert "--from-line" not in row["message"]
+
+
 @pytest.mark.parametrize("summary", ["of an earlier pass", "none"])
 def test_what_waited_is_reported_if_a_pass_is_killed_before_its_summary_and_the_queue_is_lost(
     repo: Repo, server: SinkServer, summary: str
