@@ -1204,7 +1204,7 @@ def parse_config(path: str, raw: bytes) -> tuple[JsonObject, list[str]]:
         return document
 
     def no_number(word: str) -> None:
-        faults.append(f"$: {word} is no number of JSON; write one")
+        faults.append(f"$: {word} is not a JSON number: write a number")
 
     def number(digits: str) -> int | float:
         value = float(digits)
@@ -3432,6 +3432,8 @@ class Queue:
             )
             version = self._check_version()
             if not version:
+                if self._db.execute("SELECT 1 FROM sqlite_schema").fetchone():
+                    raise foreign_file(self.path)
                 self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
             [mode] = self._db.execute("PRAGMA journal_mode = WAL").fetchone()
             if mode == "wal":
@@ -4128,7 +4130,8 @@ class Queue:
         """Hold a destination while requests go to it. Processes share one that has answered in the last
         `fresh` seconds. Any other is asked by one process at a time, so that only one waits for its timeout.
         Yields False if it did not become free within `wait` seconds."""
-        answered_lately = (destination.last_success_at or 0.0) > time.time() - fresh
+        now = time.time()
+        answered_lately = now - fresh < (destination.last_success_at or 0.0) <= now
         well = answered_lately and not destination.consecutive_failures
         if not self._take(fcntl.LOCK_SH if well else fcntl.LOCK_EX, destination.id, wait):
             yield False
@@ -4504,6 +4507,14 @@ def has_log(path: str) -> bool:
     """Tell whether a queue has a write-ahead log with something in it: it is in use, or a pass was killed."""
     found = stat_of(f"{path}-wal")
     return found is not None and found.st_size > 0
+
+
+def foreign_file(path: str) -> StateError:
+    """The error for a file that is no queue, and never was."""
+    return StateError(
+        f"{path} is not a queue of this program; it is left as it is",
+        ["name another file with --queue-file, or one that is not there yet"],
+    )
 
 
 def keep_aside(path: str, damaged: tuple[int, int]) -> None:
@@ -6398,7 +6409,7 @@ def sink_figure(queue: Queue, loop: int, sink_id: str, tally: JsonObject) -> Jso
     failing = best is not None and best.consecutive_failures > 0
     return {
         "waitingCount": waiting,
-        "oldestPendingAt": oldest.written_at if oldest else None,
+        "oldestPendingAt": waiting_since(oldest) if oldest else None,
         "deadLetterCount": tally.get("dead", 0),
         "deliveredCount": tally.get("delivered", 0),
         "givenUpCount": tally.get("given_up", 0),
@@ -6426,6 +6437,14 @@ def sink_figure(queue: Queue, loop: int, sink_id: str, tally: JsonObject) -> Jso
             for peer, (since, _) in queue.lagging(loop, sink_id).items()
         ],
     }
+
+
+def waiting_since(stored: QueuedEscalation) -> str:
+    """Since when an escalation waits: its own timestamp or, if that is missing, malformed or in the future,
+    the time when it was ingested."""
+    written = parse_time(stored.written_at)
+    known = written is not None and written <= stored.ingested_at
+    return stored.written_at if known and stored.written_at else iso(stored.ingested_at)
 
 
 def lagging_peer(peer: str, since: float, known: Destination | None) -> JsonObject:
@@ -6618,6 +6637,8 @@ class Loop:
             past = read_past(job)
             number = self.queue.add_loop(job.loop_id, past.cursor)
             self._hold(number)
+            for code, count, at in past.losses:
+                self.queue.note_loss(number, code, count, at)
             if past.lost:
                 self.id = number
                 self.write_event(
@@ -7066,6 +7087,8 @@ class PastRun(NamedTuple):
     waiting: int
     dead: int
     first_lines: dict[str, int]
+    # Reason code, count and time of losses that the queue had on record.
+    losses: Sequence[tuple[str, int, float]] = ()
 
     @property
     def lost(self) -> str:
@@ -7094,29 +7117,42 @@ def read_past(job: Job) -> PastRun:
             if (line := count_in(figure, "oldestWaitingLine"))
         }
     waiting, dead = count_in(document, "waitingCount"), count_in(document, "deadLetterCount")
+    losses: list[tuple[str, int, float]] = []
     # A state that an operator wrote, to begin at some line, holds no more than that.
     if not document or "updatedAt" in document:
-        last, left = read_left(job, cursor)
+        last, left, losses = read_left(job, cursor)
         cursor = after_row(job, cursor, last, damaged=damaged)
         for (_, sink), (line, given_up) in left.items():
             dead += given_up
             waiting += not given_up
             if not given_up:
                 first.setdefault(sink, line)
-    return PastRun(cursor, waiting, dead, first)
+    return PastRun(cursor, waiting, dead, first, losses)
 
 
-def read_left(job: Job, cursor: Cursor) -> tuple[JsonObject | None, dict[tuple[str, str], tuple[int, bool]]]:
-    """The last row of an escalation of this loop; and what was not delivered of those that have a row behind
-    the cursor, because a pass was killed before it wrote its summary: by escalation and sink the line, and
-    whether it is a dead letter. Raises StorageError."""
+def read_left(
+    job: Job, cursor: Cursor
+) -> tuple[JsonObject | None, dict[tuple[str, str], tuple[int, bool]], list[tuple[str, int, float]]]:
+    """The last row of an escalation of this loop; what was not delivered of those that have a row behind the
+    cursor, because a pass was killed before it wrote its summary: by escalation and sink the line, and
+    whether it is a dead letter; and the losses of the last day: reason code, count, time.
+
+    Raises StorageError.
+    """
     last: JsonObject | None = None
     left: dict[tuple[str, str], tuple[int, bool]] = {}
+    losses: list[tuple[str, int, float]] = []
+    since = time.time() - LOSS_SHOWN
     for row in iterate_rows(job.telemetry_file) if os.path.exists(job.telemetry_file) else ():
         if row.get("category") != "alert_dispatch" or row.get("loopId") != job.loop_id:
             continue
         if row.get("reasonCode") == "queue_lost":
             left.clear()  # it is reported
+        at = parse_time(row.get("timestamp")) or 0.0
+        # The shell dispatcher's rows of escalations have no position.
+        ours = "position" in row or ("escalation" not in row and "rawLine" not in row)
+        if ours and at > since and row.get("reasonCode") in LOSS_CODES:
+            losses.append((row["reasonCode"], count_in(row, "droppedCount") or 1, at))
         if "late" not in row and ("escalation" in row or "rawLine" in row):
             last = row
         with contextlib.suppress(*MALFORMED):
@@ -7127,7 +7163,7 @@ def read_left(job: Job, cursor: Cursor) -> tuple[JsonObject | None, dict[tuple[s
                 left[key] = row["position"]["line"], entry.get("deadLetter") is True
                 if entry["status"] in ("success", "skipped"):
                     del left[key]
-    return last, left
+    return last, left, losses
 
 
 def record_end(row: JsonObject) -> tuple[int, int]:
@@ -7698,7 +7734,9 @@ class Sender:
 
     def _note_answer(self, destination: Destination, verdict: Verdict, now: float) -> None:
         self._failures_in_row = 0
-        if destination.consecutive_failures or (destination.last_success_at or 0.0) < now - FRESH_SECONDS / 2:
+        # A time in the future is that of a clock that was ahead.
+        noted = now - FRESH_SECONDS / 2 <= (destination.last_success_at or 0.0) <= now
+        if destination.consecutive_failures or not noted:
             delivered = verdict.outcome == "delivered"
             self.queue.note_answer(destination, now, verdict.clock_offset, delivered=delivered)
 
@@ -7822,7 +7860,7 @@ def jitter(longest: float) -> float:
 # which loops are idle, and does nothing else for them.
 
 # New lines are read for this part of the time budget: the rest is for sending, and for rows.
-INGEST_SHARE = 0.5
+INGEST_SHARE = 0.3
 # How many loops with work are open at a time, and the files that each needs: lock, source, rotated files.
 LOOPS_AT_ONCE = 64
 FILES_OF_A_LOOP = 8
@@ -8030,7 +8068,7 @@ class QueueHolder:
 
     def __init__(self, job: Job) -> None:
         self.path = job.queue_file
-        self._repo = os.path.realpath(job.repo)
+        self._job = job
         self._queue: Queue | None = None
 
     @functools.cached_property
@@ -8046,27 +8084,22 @@ class QueueHolder:
     def get(self) -> Queue:
         if self._queue is None:
             found = stat_of(self.path)
+            was_used = os.path.lexists(f"{self.path}.lock")
             try:
                 self._queue = Queue.open(self.path)
             except DamagedQueueError:
+                if is_elsewhere(self._job) and not was_used:
+                    with contextlib.suppress(OSError):
+                        os.unlink(f"{self.path}.lock")
+                    raise foreign_file(self.path) from None
                 if found is not None:
                     keep_aside(self.path, identity_of(found))
                 self._queue = Queue.open(self.path)
-            if not self.path.startswith(f"{self._repo}/"):  # a copy of a repo has a copy of its queue
-                self._check_owner(self._queue)
+            if is_elsewhere(self._job):
+                with self._queue.transaction():
+                    check_owner(self._queue, self._job)
+                    self._queue.set_owner(os.path.realpath(self._job.repo))
         return self._queue
-
-    def _check_owner(self, queue: Queue) -> None:
-        """Keep two repos out of one queue: their loops may have the same names. A repo that is not there any
-        more, because it was moved, has no say. Raises StateError."""
-        with queue.transaction():
-            owner = queue.owner()
-            if owner not in (None, self._repo) and os.path.isdir(os.path.join(owner, MANAGER_FOLDER)):
-                raise StateError(
-                    f"the queue {self.path} belongs to the repo {owner}, and this is {self._repo}",
-                    [f"give each repo a queue of its own: --queue-file, or {QUEUE_ENV}"],
-                )
-            queue.set_owner(self._repo)
 
     def replace(self) -> Queue:
         """Keep a queue aside that turned out to be damaged, and start a new one."""
@@ -8091,6 +8124,39 @@ class QueueHolder:
             with contextlib.suppress(DispatchError):
                 damaged.close()
             keep_aside(self.path, damaged.identity)
+
+
+def is_elsewhere(job: Job) -> bool:
+    """Tell whether a queue is outside of its repo, so that two repos could name the same one."""
+    return not job.queue_file.startswith((f"{job.repo}/", f"{os.path.realpath(job.repo)}/"))
+
+
+def check_owner(queue: Queue, job: Job) -> None:
+    """Keep two repos out of one queue: their loops may have the same names. A repo that is not there any
+    more, because it was moved, has no say. Raises StateError."""
+    repo, owner = os.path.realpath(job.repo), queue.owner()
+    if owner not in (None, repo) and os.path.isdir(os.path.join(owner, MANAGER_FOLDER)):
+        raise StateError(
+            f"the queue {queue.path} belongs to the repo {owner}, and this is {repo}",
+            [f"give each repo a queue of its own: --queue-file, or {QUEUE_ENV}"],
+        )
+
+
+def open_to_read(job: Job) -> Queue | None:
+    """Open the queue of a job's repo for queries; None if there is none.
+
+    Raises StateError, also if it is another repo's; DamagedQueueError, StorageError.
+    """
+    queue = Queue.open_to_read(job.queue_file)
+    if queue is not None:
+        try:
+            with queue.errors():
+                if is_elsewhere(job):
+                    check_owner(queue, job)
+        except BaseException:
+            queue.close()
+            raise
+    return queue
 
 
 def run_busy_loops(
@@ -8156,8 +8222,16 @@ def run_pass(
 
 def is_there(job: Job) -> bool:
     """Tell whether there is any sign that a loop has ever written something. No file is made for one that has
-    not."""
-    return os.path.lexists(job.escalations_file) or os.path.isdir(os.path.dirname(job.state_file))
+    not. If that cannot be seen, say yes: a pass then reports what is wrong."""
+    for path in (job.escalations_file, os.path.dirname(job.state_file)):
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            return True
+        return True
+    return False
 
 
 def load_known_config(job: Job, environ: Mapping[str, str]) -> Config:
@@ -8285,7 +8359,7 @@ def plan_loops(jobs: Sequence[Job], environ: Mapping[str, str], *, show_payload:
     with tempfile.TemporaryDirectory(prefix=f"{PROGRAM}-") as folder:
         copy = os.path.join(folder, "queue.db")
         try:
-            queue = Queue.open_to_read(jobs[0].queue_file)
+            queue = open_to_read(jobs[0])
             if queue is not None:
                 with queue, queue.errors():
                     queue.copy_to(copy)
@@ -8541,7 +8615,7 @@ def loop_id_fault(loop_id: str) -> str | None:
     """Say why a text cannot be a loop id, which names a folder; None if it can."""
     if loop_id in ("", ".", "..") or loop_id[0] == "-" or "/" in loop_id or printable(loop_id) != loop_id:
         shown = spell_out(loop_id)
-        return f"'{shown}' is no loop id: it is one path component, can be printed, and does not start with -"
+        return f"'{shown}' is no loop id: an id is one path component, printable, and does not begin with -"
     if len(loop_id.encode("utf-8", "surrogateescape")) > MAX_LOOP_ID_BYTES:
         return f"a loop id is at most {MAX_LOOP_ID_BYTES} bytes long"
     return None
@@ -8765,6 +8839,18 @@ def file_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 pretty_option = click.option("--pretty", is_flag=True, help="Print indented JSON.")
+
+
+class Positive(click.IntRange):
+    """A number from 1 on. One that is too large for the queue counts as the largest that is not."""
+
+    def __init__(self) -> None:
+        super().__init__(min=1)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return min(int(super().convert(value, param, ctx)), sys.maxsize)
+
+
 format_option = click.option(
     "--format",
     "form",
@@ -8999,7 +9085,7 @@ def no_such_loop(job: Job) -> str | None:
     there = (
         f"loops: {', '.join(names[:LISTED])}{more}" if names else "no loop of this repo has escalations yet"
     )
-    return f"no escalations in {job.repo}; {there}"
+    return f"no escalations in {job.escalations_file}; {there}"
 
 
 def check_sink(config: Config, sink_id: str | None) -> None:
@@ -9721,7 +9807,7 @@ def read_figures(job: Job, config: Config | None, now: float) -> LoopFigures:
     """
     damage = None
     try:
-        queue = Queue.open_to_read(job.queue_file)
+        queue = open_to_read(job)
         if queue is not None:
             with queue, queue.errors():
                 if found := queue.find_loop(job.loop_id):
@@ -10607,7 +10693,7 @@ class Filter(NamedTuple):
     def matches(self, entry: JsonObject) -> bool:
         """Tell whether an entry passes."""
         words = {sink["status"] for sink in entry["sinks"] if self.sink in (None, sink["id"])}
-        if not entry["sinks"] and self.sink is None:
+        if not entry["sinks"] and self.sink is None and self.status != "waiting":
             words = {entry["status"]}
         return (
             bool(words & ASKED_WORDS[self.status] if self.status else words)
@@ -10715,7 +10801,7 @@ def read_log(jobs: Sequence[Job], loop_id: str | None, wanted: Filter, count: in
     """The last `count` entries that match, in the order of ingestion. Raises StateError or StorageError."""
     entries: list[JsonObject] = []
     kept: set[str] = set()
-    queue = Queue.open_to_read(jobs[0].queue_file) if jobs else None
+    queue = open_to_read(jobs[0]) if jobs else None
     if queue is not None:
         with queue, queue.errors():
             failing, kept = queue.failing_sinks(), queue.kept_ids()
@@ -10812,7 +10898,7 @@ def read_since(_: click.Context, param: click.Parameter, value: str | None) -> f
     callback=read_since,
     help="Only what was ingested since then: 30m, 2h or 3d ago.",
 )
-@click.option("-n", "count", type=click.IntRange(min=1), default=20, metavar="N", help="List at most N.")
+@click.option("-n", "count", type=Positive(), default=20, metavar="N", help="List at most N.")
 @file_options
 @format_option
 @pretty_option
@@ -10867,7 +10953,7 @@ def find_one(jobs: Sequence[Job], loop_id: str | None, prefix: str) -> OnRecord:
 
     Raises BadParameter if there is none, or more than one; StateError or StorageError.
     """
-    found = find_in_queue(jobs[0].queue_file, loop_id, prefix) if jobs else {}
+    found = find_in_queue(jobs[0], loop_id, prefix) if jobs else {}
     for job in jobs:
         for row, later in rows_with_later(job, prefix.encode("utf-8", "replace")):
             identity = str(row.get("escalationId"))
@@ -10889,11 +10975,11 @@ def find_one(jobs: Sequence[Job], loop_id: str | None, prefix: str) -> OnRecord:
     return next(iter(found.values()))
 
 
-def find_in_queue(queue_file: str, loop_id: str | None, prefix: str) -> dict[str, OnRecord]:
+def find_in_queue(job: Job, loop_id: str | None, prefix: str) -> dict[str, OnRecord]:
     """The last escalations in the queue whose ids begin with `prefix`, by id. Raises StateError or
     StorageError."""
     found: dict[str, OnRecord] = {}
-    queue = Queue.open_to_read(queue_file)
+    queue = open_to_read(job)
     if queue is not None:
         with queue, queue.errors():
             failing = queue.failing_sinks()
@@ -11289,7 +11375,7 @@ def find_selected(job: Job, config: Config, selection: Selection) -> Found:
     """
     known: list[Named] = []
     cursor = None
-    queue = Queue.open_to_read(job.queue_file)
+    queue = open_to_read(job)
     if queue is not None:
         with queue, queue.errors():
             if found := queue.find_loop(job.loop_id):
@@ -11425,7 +11511,7 @@ def check_lines(job: Job, source: Source, first: int) -> None:
 def whole_id(job: Job, prefix: str) -> str:
     """The id in the queue that begins with `prefix`; `prefix` itself if it is an id, or if there is none.
     Raises BadParameter if there are several."""
-    queue = Queue.open_to_read(job.queue_file)
+    queue = open_to_read(job)
     if queue is None:
         return prefix
     with queue, queue.errors():
@@ -11647,10 +11733,8 @@ def listing(deliveries: Sequence[Selected]) -> str:
 @loop_option(required=True)
 @click.option("--dead-letters", is_flag=True, help="All dead letters.")
 @click.option("--id", "escalation", metavar="ESCALATION_ID", help="One escalation: its id, or the beginning.")
-@click.option(
-    "--from-line", type=click.IntRange(min=1), metavar="N", help="From this line of escalations.jsonl …"
-)
-@click.option("--to-line", type=click.IntRange(min=1), metavar="M", help="… to this one, or to the end.")
+@click.option("--from-line", type=Positive(), metavar="N", help="From this line of escalations.jsonl …")
+@click.option("--to-line", type=Positive(), metavar="M", help="… to this one, or to the end.")
 @sink_option(help="To this sink only.")
 @yes_option
 @file_options
@@ -11776,9 +11860,7 @@ def redelivery_text(summary: JsonObject) -> str:
 @repo_option
 @loop_option(required=True)
 @sink_option(help="The sink that is meant.  [required without --dead-letters]")
-@click.option(
-    "--to-line", type=click.IntRange(min=1), metavar="N", show_default="all", help="Up to this line."
-)
+@click.option("--to-line", type=Positive(), metavar="N", show_default="all", help="Up to this line.")
 @click.option(
     "--dead-letters", is_flag=True, help="Dismiss dead letters, of --sink or of all, and not what waits."
 )

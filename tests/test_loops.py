@@ -340,6 +340,22 @@ def test_a_loop_that_may_not_be_read_is_told_and_the_others_are_served(
     assert arrived(server) == [("a", 0), ("c", 0)]
 
 
+@pytest.mark.parametrize("command", ["dispatch", "skip"])
+def test_a_loop_that_may_not_be_looked_for_is_not_taken_for_one_without_escalations(
+    repo: Repo, command: str
+) -> None:
+    repo.append(health_critical())
+    manager = repo.folder.parent
+    manager.chmod(0)
+    try:
+        options = ["--sink", HOOK, "--yes"] if command == "skip" else []
+        run = replace(repo, prepare=lose_power).run(command, *repo.target, *options)
+    finally:
+        manager.chmod(0o700)
+
+    assert (run.exit_code, "Permission denied" in run.stderr) == (5, True)
+
+
 def test_a_loop_whose_rows_cannot_be_written_any_more_ends_and_the_others_go_on(
     repo: Repo, server: SinkServer
 ) -> None:

@@ -1495,6 +1495,22 @@ def test_no_secret_is_in_any_output(repo: Repo, server: SinkServer) -> None:
         assert secret.rpartition("/")[2] not in text
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["log", "-n", "9" * 20],
+        ["redeliver", "--from-line", "1", "--to-line", "9" * 20, "--yes"],
+        ["skip", "--sink", HOOK, "--to-line", "9" * 20, "--yes"],
+    ],
+)
+def test_a_number_that_is_too_large_is_no_fault_of_the_program(repo: Repo, arguments: list[str]) -> None:
+    repo.append(health_critical())
+    repo.dispatch()
+
+    run = repo.run(arguments[0], *repo.target, *arguments[1:])
+    assert (run.exit_code, run.stderr) == (0, "")
+
+
 def test_the_exit_codes_of_a_check_are_in_its_help(repo: Repo) -> None:
     told = repo.run("status", "--help").stdout.partition("Exit codes with --check:")[2]
     assert re.findall(r"^ +(\d)  (\w+)", told, re.MULTILINE) == [

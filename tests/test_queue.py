@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import os
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -275,6 +276,26 @@ def test_two_passes_of_one_loop_with_state_files_of_their_own_send_each_escalati
     assert sorted(numbers(server)) == list(range(10))
 
 
+@pytest.mark.parametrize("kind", ["text", "database"])
+def test_a_file_of_somebody_else_is_not_made_a_queue(
+    repo: Repo, server: SinkServer, tmp_path: Path, kind: str
+) -> None:
+    mine = tmp_path / "mine"
+    if kind == "text":
+        mine.write_text("precious")
+    else:
+        with contextlib.closing(sqlite3.connect(mine)) as database, database:
+            database.execute("CREATE TABLE customers (name TEXT)")
+    before = mine.read_bytes()
+    repo.append(health_critical())
+    for _ in range(2):
+        run = repo.dispatch("--queue-file", str(mine))
+        assert (run.exit_code, "is not a queue of this program" in run.stderr) == (4, True)
+
+    assert mine.read_bytes() == before
+    assert server.requests == []
+
+
 def test_two_repos_do_not_share_a_queue_in_which_their_loops_would_be_one(
     repo: Repo, server: SinkServer, tmp_path: Path
 ) -> None:
@@ -289,6 +310,8 @@ def test_two_repos_do_not_share_a_queue_in_which_their_loops_would_be_one(
     refused = other.dispatch()
     assert (refused.exit_code, len(server.requests)) == (4, 1)
     assert f"belongs to the repo {repo.root}" in refused.stderr
+    for command in ("status", "log"):
+        assert other.run(command, *other.target).exit_code == 4
     moved = tmp_path / "moved"
     repo.root.rename(moved)
     server.forget()
@@ -386,6 +409,10 @@ def test_a_lost_queue_repeats_nothing_and_what_waited_is_reported_with_the_comma
     repo.dispatch()
     assert server.requests == []
     assert [row.get("reasonCode") for row in repo.telemetry()].count("queue_lost") == 1
+    # A second loss takes nothing from what is known of the first one.
+    repo.queue_file.unlink()
+    repo.dispatch()
+    assert "queue_lost" in repo.run("status", *repo.target).json["verdict"]
     kept = list(repo.queue_file.parent.glob("alert-queue.db.damaged-*"))
     assert len(kept) == (1 if "damaged" in loss else 0), "a damaged one is kept aside"
 

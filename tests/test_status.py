@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -473,6 +474,42 @@ def test_a_pass_that_ended_with_an_error_is_told_of_until_one_ends_well(repo: Re
     state["updatedAt"] = "2099-01-01T00:00:00Z"
     repo.state_file.write_text(json.dumps(state))
     assert look(repo)["health"] == "ok"
+
+
+@pytest.mark.parametrize("timestamp", [None, "2099-01-01T00:00:00Z", "no time"])
+def test_what_waits_without_a_usable_timestamp_has_an_age(
+    repo: Repo, server: SinkServer, timestamp: str | None
+) -> None:
+    server.answer("/hook", error(503))
+    record = {"category": "health_critical", "severity": "critical", "timestamp": timestamp}
+    repo.append({key: value for key, value in record.items() if value is not None})
+    repo.dispatch()
+    time_passes(repo, 3600)
+    text = repo.run("status", *repo.target, "--format", "prometheus").stdout
+    ages = re.findall(r"^ops_alert_dispatch_oldest_waiting_age_seconds\{.*\} (\S+)$", text, re.MULTILINE)
+
+    assert 3600 <= max(map(float, ages)) < 7200
+
+
+def test_lines_that_are_no_escalations_do_not_wait(repo: Repo) -> None:
+    repo.append("no JSON\n")
+    repo.dispatch()
+
+    assert repo.run("log", *repo.target, "--status", "waiting").json["escalations"] == []
+    assert len(repo.run("log", *repo.target, "--status", "failed").json["escalations"]) == 1
+
+
+def test_a_success_that_a_wrong_clock_noted_does_not_hide_the_next_one(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.append(health_critical())
+    repo.dispatch()
+    time_passes(repo, -86400.0)
+    repo.append(health_critical(traceId="next"))
+    repo.dispatch()
+
+    noted = datetime.fromisoformat(repo.state()["sinks"][HOOK]["lastSuccessAt"])
+    assert noted < datetime.now(UTC) + timedelta(hours=1)
 
 
 def test_a_repeat_that_was_held_back_is_no_failure() -> None:
