@@ -5383,12 +5383,16 @@ class AlertmanagerAdapter(Adapter):
     ends_by_clock = True
 
     def peers(self, sink: Sink) -> dict[str, str]:
-        """Peers on one host and port, with different paths, are `host:port`, `host:port#2` and so on."""
+        """Peers on one host and port have a hash of the rest of their URL in their names, which do not depend
+        on the order of the list."""
+        peers = secret_parts(sink.type, self.url_key, self.url(sink))
+        hosts = Counter(map(host_of, peers))
         named: dict[str, str] = {}
-        for peer in secret_parts(sink.type, self.url_key, self.url(sink)):
-            name = host_of(peer)
-            same = sum(other.partition("#")[0] == name for other in named)
-            named[f"{name}#{same + 1}" if same else name] = f"{peer}/api/v2/alerts"
+        for peer in peers:
+            host = host_of(peer)
+            scheme, _, rest = peer.partition("//")
+            about = short_hash(f"{scheme}{rest.partition('/')[2]}".encode())
+            named[host if hosts[host] == 1 else f"{host}#{about}"] = f"{peer}/api/v2/alerts"
         return named
 
     def seconds_to_catch_up(self, sink: Sink) -> float:
@@ -10591,7 +10595,8 @@ def status(
 ) -> None:
     """Say whether all is well, what is stuck, why, and what to do.
 
-    It reads only files: it sends nothing and, without --ack, changes nothing.
+    It reads only files: it sends nothing and, without --ack, changes nothing. LAST 24 HOURS has a bar for
+    each hour, as high as its attempts are many: green if all of them succeeded, red if none did.
     """
     if not critical_after >= 0:  # the option's range lets NaN through
         raise click.BadParameter(f"{critical_after:g} is no time", param_hint="--critical-after")

@@ -685,6 +685,21 @@ def test_a_route_that_comes_back_when_the_peer_is_another_one_delivers_what_wait
     assert (pair.state()["waitingCount"], pair.state()["laggingCount"]) == (0, 0)
 
 
+def test_peers_on_one_host_are_known_in_any_order(pair: Repo, peers: tuple[SinkServer, SinkServer]) -> None:
+    server, _ = peers
+    urls = [f"{server.url}/{name}" for name in ("one", "two")]
+    pair.env["ALERT_FLEET_URLS"] = ",".join(urls)
+    server.answer("/one", error(503))
+    pair.append(alert("missed by one"))
+    pair.dispatch()
+    server.answer("/one", ok())
+    server.forget()
+    pair.env["ALERT_FLEET_URLS"] = ",".join(reversed(urls))
+    pair.dispatch("--now")
+
+    assert (len(server.received("/one")), len(server.received("/two"))) == (1, 0)
+
+
 def test_a_repeat_that_one_peer_needs_not_be_sent_does_not_wait_for_the_other(
     pair: Repo, peers: tuple[SinkServer, SinkServer]
 ) -> None:
