@@ -3063,7 +3063,7 @@ RETENTION_COUNT = 100_000
 # Longer than any transaction that is not stuck.
 QUEUE_WAIT_SECONDS = 30.0
 # The write-ahead log is copied into the database when it is larger than this.
-WAL_BYTES = 8 << 20
+WAL_BYTES = 16 << 20
 # How many rows are moved from the outbox into the files at a time.
 OUTBOX_ROWS = 1000
 # In the lock file, byte 0 is for transactions, the one at the number of a destination for its requests, and
@@ -6705,49 +6705,37 @@ class Loop:
 
     def _store(self, chunk: Chunk) -> None:
         number, now = self.queue.next_id(), time.time()
+        segment = chunk.cursor.segment
         kept: list[QueuedEscalation] = []
         deliveries: list[tuple[int, str, str, int, int, int, float]] = []
         for line in chunk.lines:
             for found in parse_line(line.text, line.size, self.job.loop_id):
-                stored = QueuedEscalation(
-                    id=number,
-                    loop=self.id,
-                    escalation_id=found.id,
-                    segment=chunk.cursor.segment,
-                    offset=line.offset,
-                    end=line.end,
-                    line=line.number,
-                    category="",
-                    severity=None,
-                    written_at=None,
-                    ingested_at=now,
-                    reported=False,
-                    settled_at=now,
-                    raw_line=None,
-                    record=b"",
-                )
+                place = (number, self.id, found.id, segment, line.offset, line.end, line.number)
                 number += 1
                 if isinstance(found, Unusable):
-                    row = unusable_row(self.job, found, stored.position)
-                    kept.append(stored._replace(unusable=encode_json(row)))
+                    unusable = QueuedEscalation(*place, "", None, None, now, False, now, None, b"")
+                    row = unusable_row(self.job, found, unusable.position)
+                    kept.append(unusable._replace(unusable=encode_json(row)))
                     continue
-                self.shared.remember(stored, found)
                 resolution = self.shared.router.resolve(found.category, found.severity)
                 severity = SEVERITIES.index(resolution.event_severity)
-                kept.append(
-                    stored._replace(
-                        category=found.category,
-                        severity=found.severity,
-                        written_at=found.written_at,
-                        settled_at=None if resolution.dispatchable else now,
-                        raw_line=found.raw_line,
-                        record=found.raw,
-                    )
+                stored = QueuedEscalation(
+                    *place,
+                    category=found.category,
+                    severity=found.severity,
+                    written_at=found.written_at,
+                    ingested_at=now,
+                    reported=False,
+                    settled_at=None if resolution.dispatchable else now,
+                    raw_line=found.raw_line,
+                    record=found.raw,
                 )
+                self.shared.remember(stored, found)
+                kept.append(stored)
                 deliveries += [
-                    (stored.id, sink.id, peer, self.id, severity, place == 0, now)
+                    (stored.id, sink.id, peer, self.id, severity, position == 0, now)
                     for sink in resolution.dispatchable
-                    for place, peer in enumerate(self.shared.peers[sink.id])
+                    for position, peer in enumerate(self.shared.peers[sink.id])
                 ]
         self.queue.add_escalations(kept)
         self.queue.add_deliveries(deliveries)
