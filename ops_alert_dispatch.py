@@ -794,15 +794,16 @@ def signing_keys(value: str) -> list[bytes]:
 
 
 def spellings(part: str) -> set[str]:
-    """A part of a secret as it is, percent-decoded, and in base64: by itself, or after other bytes."""
+    """A part of a secret as it is, percent-decoded, and both in base64: alone, or after other bytes."""
     from base64 import b64encode
-    from urllib.parse import unquote
+    from urllib.parse import unquote, unquote_to_bytes
 
-    raw = part.encode("utf-8", "surrogateescape")
-    coded = {b64encode(raw).decode().rstrip("=")}
-    for lead in range(3):
-        # The first characters depend on the bytes before, the last one on those after.
-        coded.add(b64encode(b"\0" * lead + raw).decode()[(0, 2, 3)[lead] :].rstrip("=")[:-1])
+    coded: set[str] = set()
+    for raw in {part.encode("utf-8", "surrogateescape"), unquote_to_bytes(part)}:
+        coded.add(b64encode(raw).decode().rstrip("="))
+        for lead in range(3):
+            # The first characters depend on the bytes before, the last one on those after.
+            coded.add(b64encode(b"\0" * lead + raw).decode()[(0, 2, 3)[lead] :].rstrip("=")[:-1])
     return {part, unquote(part), *coded, *(text.replace("+", "-").replace("/", "_") for text in coded)}
 
 

@@ -449,6 +449,9 @@ def test_no_text_around_a_secret_hides_it_from_the_redactor(
         ("tok5", "Basic dG9rNQ== tok5", "Basic [secret]== [secret]"),
         ("abc", "abc", "abc"),
         ("https://u:tok5@sink.example.org/hook", "Basic dTp0b2s1", "Basic [secret]"),
+        # In the header, what the URL must escape is not escaped: u:p@ss, u:correct horse.
+        ("https://u:p%40ss@sink.example.org/hook", "Basic dTpwQHNz", "Basic [secret]"),
+        ("https://u:correct%20horse@h.example.org", "Basic dTpjb3JyZWN0IGhvcnNl", "Basic [secret]"),
         # Seven characters of a secret may stand, eight not.
         ("abcdefghijklmnop", "abcdefg", "abcdefg"),
         ("abcdefghijklmnop", "got 'cdefghij…'", "got '[secret]…'"),
