@@ -7113,9 +7113,10 @@ def read_past(job: Job) -> PastRun:
     losses: list[tuple[str, int, float]] = []
     # A state that an operator wrote, to begin at some line, holds no more than that.
     if not document or "updatedAt" in document:
-        last, left, losses = read_left(job, cursor)
-        cursor = after_row(job, cursor, last, damaged=damaged)
-        for (_, sink), (line, given_up) in left.items():
+        rows = read_past_rows(job, cursor)
+        losses = rows.losses
+        cursor = after_row(job, cursor, rows.last, damaged=damaged)
+        for (_, sink), (line, given_up) in rows.left.items():
             dead += given_up
             waiting += not given_up
             if not given_up:
@@ -7123,15 +7124,22 @@ def read_past(job: Job) -> PastRun:
     return PastRun(cursor, waiting, dead, first, losses)
 
 
-def read_left(
-    job: Job, cursor: Cursor
-) -> tuple[JsonObject | None, dict[tuple[str, str], tuple[int, bool]], list[tuple[str, int, float]]]:
-    """The last row of an escalation of this loop; what was not delivered of those that have a row behind the
-    cursor, because a pass was killed before it wrote its summary: by escalation and sink the line, and
-    whether it is a dead letter; and the losses of the last day: reason code, count, time.
+class PastRows(NamedTuple):
+    """What a loop's telemetry says of earlier passes.
 
-    Raises StorageError.
+    `last`: the last row of an escalation. `left`: what was not delivered of the escalations behind a cursor,
+    by escalation and sink: the line, and whether it is a dead letter. `losses`: those of the last day, each
+    with reason code, count and time.
     """
+
+    last: JsonObject | None
+    left: dict[tuple[str, str], tuple[int, bool]]
+    losses: list[tuple[str, int, float]]
+
+
+def read_past_rows(job: Job, cursor: Cursor) -> PastRows:
+    """Read a loop's telemetry. Behind the cursor of the last summary there are rows if a pass was killed
+    before it wrote its own. Raises StorageError."""
     last: JsonObject | None = None
     left: dict[tuple[str, str], tuple[int, bool]] = {}
     losses: list[tuple[str, int, float]] = []
@@ -7156,7 +7164,7 @@ def read_left(
                 left[key] = row["position"]["line"], entry.get("deadLetter") is True
                 if entry["status"] in ("success", "skipped"):
                     del left[key]
-    return last, left, losses
+    return PastRows(last, left, losses)
 
 
 def record_end(row: JsonObject) -> tuple[int, int]:
