@@ -7299,8 +7299,8 @@ SETTLED_AT_ONCE = 1000
 FRESH_SECONDS = 1.0
 # How many deliveries are fetched at a time, and for how many seconds they may be sent: a delivery with a
 # worse severity waits no longer than that.
-AHEAD_COUNT = 20
-AHEAD_SECONDS = 0.1
+PREFETCH_COUNT = 20
+PREFETCH_SECONDS = 0.1
 # What ends deliveries without a request.
 REPEATED = Verdict("skipped", "repeat_suppressed")
 EXPIRED = Verdict("dead_letter", "delivery_expired", message="waited longer than giveUpAfterSeconds")
@@ -7392,8 +7392,8 @@ class Sender:
         # The loop that was served last; -1 before the first look into the queue.
         self._last_loop = -1
         # What was fetched and is still to be sent, and until when it may be. Seconds since the epoch.
-        self._ahead: deque[tuple[QueuedDelivery, Delivery]] = deque()
-        self._ahead_until = 0.0
+        self._prefetched: deque[tuple[QueuedDelivery, Delivery]] = deque()
+        self._prefetched_until = 0.0
         # Attempts by loop and outcome that are still to be counted in the queue.
         self._counted: Counter[tuple[int, Outcome]] = Counter()
         self._thread = threading.Thread(target=self._run, name=f"sink {sink.id} {peer}", daemon=True)
@@ -7514,15 +7514,15 @@ class Sender:
     def _gather(self, now: float, *, failing: bool) -> Batch | float | None:
         """What goes out with the next request; 0.0 if something was settled and the next one is to be looked
         for, None if nothing waits."""
-        if self._ahead and now < self._ahead_until and self.shared.active:
-            item, delivery = self._ahead.popleft()
+        if self._prefetched and now < self._prefetched_until and self.shared.active:
+            item, delivery = self._prefetched.popleft()
             self._batch = Batch([item], [delivery])
             return self._batch
         self._put_back()
         size = self.adapter.batch_size(self.sink)
         # One by one and of one loop: only a worse severity could come in between.
-        ahead = size == 1 and len(self.shared.active) == 1 and not self.shared.config.repeat_window
-        most = AHEAD_COUNT if ahead else size
+        prefetch = size == 1 and len(self.shared.active) == 1 and not self.shared.config.repeat_window
+        most = PREFETCH_COUNT if prefetch else size
         found: list[tuple[QueuedDelivery, Delivery]] = []
         ended = 0
         if self._set_aside and failing:
@@ -7533,9 +7533,9 @@ class Sender:
         if not found:
             return 0.0 if ended else None
         self.queue.mark_in_flight(item for item, _ in found)
-        if ahead:
-            self._ahead.extend(found[1:])
-            self._ahead_until = now + AHEAD_SECONDS
+        if prefetch:
+            self._prefetched.extend(found[1:])
+            self._prefetched_until = now + PREFETCH_SECONDS
             del found[1:]
         found.sort(key=lambda pair: pair[0].escalation)
         self._batch = Batch([item for item, _ in found], [delivery for _, delivery in found])
@@ -7759,8 +7759,8 @@ class Sender:
 
     def _put_back(self) -> None:
         """Give back what was fetched and not sent, so that the next choice is made anew."""
-        self.queue.clear_in_flight(item for item, _ in self._ahead)
-        self._ahead.clear()
+        self.queue.clear_in_flight(item for item, _ in self._prefetched)
+        self._prefetched.clear()
 
     def _write_counts(self) -> None:
         """Write down how many attempts there were, and for which loop the last one was. If the pass is
@@ -8054,6 +8054,7 @@ def run_loops(
             finally:
                 files.close()
             if busy and (len(busy) == at_once or index == len(jobs) - 1):
+                # These loops get their part of the time that is left; the others get the rest.
                 share = begun / (len(jobs) - index - 1 + begun)
                 outcomes |= run_busy_loops(
                     queues, config, [job for job, _ in busy], Clock(clock.left * share, stop), progress
@@ -8073,7 +8074,7 @@ class QueueHolder:
         self._queue: Queue | None = None
 
     @functools.cached_property
-    def in_order(self) -> bool:
+    def closed_cleanly(self) -> bool:
         """Tell whether the queue was closed cleanly before this run, which may have opened it since. Then the
         summaries say whether anything waits in it."""
         try:
@@ -8270,8 +8271,8 @@ def idle_summary(
         last_status = document["status"]
     except MALFORMED:
         return None
-    in_order = same and queues.in_order and not os.path.islink(job.state_file)
-    status = idle_status(job, cursor) if in_order else None
+    usable = same and queues.closed_cleanly and not os.path.islink(job.state_file)
+    status = idle_status(job, cursor) if usable else None
     if status is None:
         return None
     sinks = unsent(mapping(document.get("sinks")))
