@@ -7715,8 +7715,8 @@ class Sender:
                 self.queue.note_attempt(item, verdict, now, not_before=not_before, alone=retry.alone)
                 continue
             # What an operator sends again is old: a window is not counted from it.
-            first = bool(self.shared.config.repeat_window) and not item.by_operator
-            if first and verdict.outcome == "delivered" and item.stored.written_at:
+            opens_window = self.shared.config.repeat_window and not item.by_operator
+            if opens_window and verdict.outcome == "delivered" and item.stored.written_at:
                 subject = subject_of(delivery.escalation, delivery.resolution)
                 self.queue.note_sent(item, subject, item.stored.written_at)
             leads = self.queue.settle(item, STATUS_OF_OUTCOME[verdict.outcome], verdict, item.attempts + 1)
