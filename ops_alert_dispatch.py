@@ -513,6 +513,17 @@ def last_lines(path: str, size: int) -> list[bytes]:
         raise storage_error("read", path, error) from None
 
 
+def may_be_there(path: str, *, follow_symlinks: bool = True) -> bool:
+    """Tell whether there is something at a path. If that cannot be seen, say yes."""
+    try:
+        os.stat(path, follow_symlinks=follow_symlinks)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def replace_file(path: str, data: bytes, *, durable: bool) -> None:
     """Replace a file in one step: a reader sees the old content or the new one. Its mode and owner are kept.
     The folder is there.
@@ -3067,8 +3078,8 @@ QUEUE_WAIT_SECONDS = 30.0
 WAL_BYTES = 16 << 20
 # How many rows are moved from the outbox into the files at a time.
 OUTBOX_ROWS = 1000
-# In the lock file, byte 0 is for transactions, the one at the number of a destination for its requests, and
-# the loops follow from here on.
+# In the lock file, byte 0 locks transactions, the byte at a destination's number locks its requests, and the
+# byte at this plus a loop's number locks the loop.
 LOOP_BYTES = 1 << 40
 # Every SQLite database begins with this.
 QUEUE_HEAD = b"SQLite format 3\0"
@@ -3242,7 +3253,7 @@ class DamagedQueueError(StorageError):
 
 
 class LoopHeldError(StateError):
-    """Another process works on the loop, with another state file: the usual lock is beside that."""
+    """Another process works on the loop."""
 
     def __init__(self, loop_id: str) -> None:
         super().__init__(f"another pass works on loop {loop_id}", ["wait until it has ended, then try again"])
@@ -3412,6 +3423,22 @@ class Queue:
                 )
                 queue._check_version()
         return queue
+
+    @classmethod
+    def keep_aside(cls, path: str, damaged: tuple[int, int]) -> None:
+        """Move a damaged queue aside, unless another process has done so. `damaged`: device and inode of the
+        file. This process must not have it open, or would lose its locks. Raises StateError, StorageError."""
+        kept = f"{path}.damaged-{int(time.time())}-{os.getpid()}"
+        queue = cls(path)
+        with queue._closed_if_it_fails("keep aside"):
+            queue._lock_file = open_own(f"{path}.lock", os.O_RDWR)
+            with queue._locked():
+                found = stat_of(path)
+                if found is not None and identity_of(found) == damaged:
+                    for end in ("-wal", "-shm", ""):
+                        with contextlib.suppress(FileNotFoundError):
+                            os.rename(f"{path}{end}", f"{kept}{end}")
+        queue.close()
 
     @contextlib.contextmanager
     def _closed_if_it_fails(self, verb: str) -> Iterator[None]:
@@ -3919,8 +3946,8 @@ class Queue:
         too.
 
         The first peer of a cluster to deliver takes the lead. One that refuses leaves the alert to the
-        others, and is skipped; the last one to refuse, if none has delivered, is dead. If a peer needs no
-        request, because it was sent the same of late or an operator gave up, the others need none.
+        others, and is skipped; the last one to refuse, if none has delivered, is dead. If one needs no
+        request, because the alert is a repeat or an operator gave it up, the others need none.
         """
         lead = delivery.lead
         if delivery.peer:
@@ -3928,17 +3955,16 @@ class Queue:
             delivered = any(other.status == "delivered" for other in others)
             waiting = [other for other in others if other.status == "waiting"]
             if status == "delivered" and not lead and not delivered:
-                self._pass_lead(others, delivery)
+                self._pass_lead(delivery)
                 lead = True
             elif status == "dead" and (delivered or waiting):
                 status = "skipped"
                 if lead and waiting:
-                    self._pass_lead([delivery], waiting[0])
+                    self._pass_lead(waiting[0])
                     lead = False
             elif status == "skipped" and not delivered:
-                if not lead:
-                    self._pass_lead(others, delivery)
-                    lead = True
+                self._pass_lead(delivery)
+                lead = True
                 for other in waiting:
                     self._set_status(other, status, verdict, other.attempts)
         self._set_status(delivery, status, verdict, attempts)
@@ -3961,11 +3987,9 @@ class Queue:
         )
         if not delivery.lead or missing:
             return None
-        order = ("delivered", "waiting", "refused")
-        standing = {d.peer: "refused" if d.status == "skipped" and d.fault else d.status for d in others}
-        best = min(others, key=lambda d: (*order, standing[d.peer]).index(standing[d.peer]))
-        self._pass_lead([], best)
-        if standing[best.peer] != "refused":
+        best = min(others, key=lambda d: (d.status != "delivered", d.status != "waiting", d.fault is None))
+        self._pass_lead(best)
+        if best.status != "skipped" or best.fault is None:
             return best
         self.execute(
             "UPDATE deliveries SET status = 'dead' WHERE escalation = ? AND sink = ? AND peer = ?", *best.key
@@ -3980,14 +4004,11 @@ class Queue:
             if other.sink == delivery.sink and other.peer != delivery.peer
         ]
 
-    def _pass_lead(self, others: Iterable[QueuedDelivery], to: QueuedDelivery) -> None:
-        """Give the lead to a delivery, and take it from the others."""
-        for lead, found in [*((0, other) for other in others if other.lead), (1, to)]:
-            self.execute(
-                "UPDATE deliveries SET lead = ? WHERE escalation = ? AND sink = ? AND peer = ?",
-                lead,
-                *found.key,
-            )
+    def _pass_lead(self, delivery: QueuedDelivery) -> None:
+        """Let a delivery lead for its sink, and no other one."""
+        self.execute(
+            "UPDATE deliveries SET lead = (peer = ?3) WHERE escalation = ?1 AND sink = ?2", *delivery.key
+        )
 
     def _set_status(self, delivery: QueuedDelivery, status: str, verdict: Verdict, attempts: int) -> None:
         self.execute(
@@ -4006,7 +4027,7 @@ class Queue:
         )
 
     def note_all_settled(self, loop: int, now: float) -> None:
-        """Note that those of a loop's escalations are settled of which nothing waits any more."""
+        """Mark each escalation of a loop as settled if none of its deliveries waits any more."""
         self.execute(
             "UPDATE escalations SET settled_at = ? WHERE loop = ? AND settled_at IS NULL AND NOT EXISTS "
             "(SELECT 1 FROM deliveries WHERE escalation = escalations.id AND status = 'waiting')",
@@ -4511,30 +4532,11 @@ def has_log(path: str) -> bool:
 
 
 def foreign_file(path: str) -> StateError:
-    """The error for a file that is no queue, and never was."""
+    """The error for a file that belongs to another program."""
     return StateError(
         f"{path} is not a queue of this program; it is left as it is",
         ["name another file with --queue-file, or one that is not there yet"],
     )
-
-
-def keep_aside(path: str, damaged: tuple[int, int]) -> None:
-    """Move a damaged queue aside, unless another process has done so. `damaged`: device and inode of the
-    file. This process must not have it open, or would lose its locks. Raises StorageError."""
-    kept = f"{path}.damaged-{int(time.time())}-{os.getpid()}"
-    try:
-        lock = open_own(f"{path}.lock", os.O_RDWR)
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX, 1)
-            found = stat_of(path)
-            if found is not None and identity_of(found) == damaged:
-                for end in ("-wal", "-shm", ""):
-                    with contextlib.suppress(FileNotFoundError):
-                        os.rename(f"{path}{end}", f"{kept}{end}")
-        finally:
-            os.close(lock)
-    except OSError as error:
-        raise storage_error("keep aside", path, error) from None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -6414,7 +6416,7 @@ def sink_figure(queue: Queue, loop: int, sink_id: str, tally: JsonObject) -> Jso
     failing = best is not None and best.consecutive_failures > 0
     return {
         "waitingCount": waiting,
-        "oldestPendingAt": waiting_since(oldest) if oldest else None,
+        "oldestPendingAt": date_of(oldest) if oldest else None,
         "deadLetterCount": tally.get("dead", 0),
         "deliveredCount": tally.get("delivered", 0),
         "givenUpCount": tally.get("given_up", 0),
@@ -6444,12 +6446,13 @@ def sink_figure(queue: Queue, loop: int, sink_id: str, tally: JsonObject) -> Jso
     }
 
 
-def waiting_since(stored: QueuedEscalation) -> str:
-    """Since when an escalation waits: its own timestamp or, if that is missing, malformed or in the future,
-    the time when it was ingested."""
+def date_of(stored: QueuedEscalation) -> str:
+    """The timestamp of an escalation. If that is missing, malformed or in the future, the time when it was
+    ingested."""
     written = parse_time(stored.written_at)
-    known = written is not None and written <= stored.ingested_at
-    return stored.written_at if known and stored.written_at else iso(stored.ingested_at)
+    if stored.written_at is None or written is None or written > stored.ingested_at:
+        return iso(stored.ingested_at)
+    return stored.written_at
 
 
 def lagging_peer(peer: str, since: float, known: Destination | None) -> JsonObject:
@@ -6603,6 +6606,12 @@ class Shared:
             self.queue.changed.notify_all()
 
 
+def open_words(waiting: int, dead: int) -> str:
+    """`2 waiting deliveries and 1 dead letter`; empty if there is neither."""
+    found = ((waiting, "waiting delivery"), (dead, "dead letter"))
+    return " and ".join(plural(count, noun) for count, noun in found if count)
+
+
 # How many bytes at the end of a telemetry file are read to find what a killed pass has appended, and to count
 # failures.
 RECENT_BYTES = 1 << 20
@@ -6653,6 +6662,7 @@ class Loop:
             return number, past.cursor, None
 
     def _hold(self, number: int) -> None:
+        # The other lock is beside the state file: a pass with another state file does not meet that one.
         if not self.shared.dry_run and not self.queue.hold_loop(number):
             raise LoopHeldError(self.job.loop_id)
 
@@ -6773,10 +6783,8 @@ class Loop:
             if sink_id not in config.sinks:
                 waited = queue.skip_waiting(self.id, sink_id, "sink_removed")
                 dead = queue.skip_dead(self.id, sink_id, "sink_removed")
-                found = [plural(waited, "waiting delivery")] if waited else []
-                found += [plural(dead, "dead letter")] if dead else []
-                if found:
-                    message = f"sink {sink_id} was removed with {' and '.join(found)}"
+                if words := open_words(waited, dead):
+                    message = f"sink {sink_id} was removed with {words}"
                     self.write_event("skipped", "sink_removed", sink_id, waited + dead, message)
         for sink_id, count in (+dropped).items():
             message = f"{plural(count, 'delivery')} waited for {sink_id}, to which no route leads any more"
@@ -6796,16 +6804,12 @@ class Loop:
             if config_changed or sink.type in CLUSTER_TYPES:
                 peers = self.shared.peers[sink.id]
                 for found in self.queue.waiting_for_others(self.id, sink.id, peers):
-                    self._move_to_peers(found, peers)
+                    lead = self.queue.replace_peer(found, peers)
+                    if lead is not None and lead.status != "waiting":
+                        self.note_end(lead, leads=True)
                     moved = True
         if moved:
             self.queue.note_all_settled(self.id, time.time())
-
-    def _move_to_peers(self, found: QueuedDelivery, peers: Sequence[str]) -> None:
-        """Let a delivery go to the peers of today in place of one that is gone."""
-        lead = self.queue.replace_peer(found, peers)
-        if lead is not None and lead.status != "waiting":
-            self.note_end(lead, leads=True)
 
     # -- rows
 
@@ -6903,7 +6907,7 @@ class Loop:
     def report(self, *, at_end: bool) -> None:
         """Write the rows of new escalations in the order of ingestion. At the end of the pass all are
         written. Before that, it ends at the first one that waits."""
-        limit = ROWS_AT_ONCE if at_end else 1  # mostly the first one waits
+        limit = ROWS_AT_ONCE if at_end else 1  # usually the first one still waits
         while True:
             with self.queue.transaction():
                 found = self.queue.unreported(self.id, limit)
@@ -6980,7 +6984,7 @@ class Loop:
                 append_rows(path, data)
 
     def _recover_rows(self) -> None:
-        """Append the rows that a killed pass has left in the outbox, but those that the files have."""
+        """Append the rows that a killed pass left in the outbox, except those that are in the files."""
         while rows := self.queue.outbox(self.id):
             missing = list(rows)
             for file, path in (("attempts", self.job.attempts_file), ("telemetry", self.job.telemetry_file)):
@@ -7081,13 +7085,12 @@ class PastRun(NamedTuple):
     dead: int
     first_lines: dict[str, int]
     # Reason code, count and time of losses that the queue had on record.
-    losses: Sequence[tuple[str, int, float]] = ()
+    losses: Sequence[tuple[str, int, float]]
 
     @property
     def lost(self) -> str:
         """What was in the queue and reached nobody, in words; empty if nothing was."""
-        found = ((self.waiting, "waiting delivery"), (self.dead, "dead letter"))
-        return " and ".join(plural(count, noun) for count, noun in found if count)
+        return open_words(self.waiting, self.dead)
 
 
 def read_past(job: Job) -> PastRun:
@@ -8095,7 +8098,7 @@ class QueueHolder:
                         os.unlink(f"{self.path}.lock")
                     raise foreign_file(self.path) from None
                 if found is not None:
-                    keep_aside(self.path, identity_of(found))
+                    Queue.keep_aside(self.path, identity_of(found))
                 self._queue = Queue.open(self.path)
             if is_elsewhere(self._job):
                 with self._queue.transaction():
@@ -8125,7 +8128,7 @@ class QueueHolder:
             self._queue = None
             with contextlib.suppress(DispatchError):
                 damaged.close()
-            keep_aside(self.path, damaged.identity)
+            Queue.keep_aside(self.path, damaged.identity)
 
 
 def is_elsewhere(job: Job) -> bool:
@@ -8134,8 +8137,8 @@ def is_elsewhere(job: Job) -> bool:
 
 
 def check_owner(queue: Queue, job: Job) -> None:
-    """Keep two repos out of one queue: their loops may have the same names. A repo that is not there any
-    more, because it was moved, has no say. Raises StateError."""
+    """Raises StateError if a queue belongs to another repo: loops of two repos may have the same names. An
+    owner that is gone, because its repo was moved, does not count."""
     repo, owner = os.path.realpath(job.repo), queue.owner()
     if owner not in (None, repo) and os.path.isdir(os.path.join(owner, MANAGER_FOLDER)):
         raise StateError(
@@ -8225,15 +8228,8 @@ def run_pass(
 def is_there(job: Job) -> bool:
     """Tell whether there is any sign that a loop has ever written something. No file is made for one that has
     not. If that cannot be seen, say yes: a pass then reports what is wrong."""
-    for path in (job.escalations_file, os.path.dirname(job.state_file)):
-        try:
-            os.lstat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError:
-            return True
-        return True
-    return False
+    places = (job.escalations_file, os.path.dirname(job.state_file))
+    return any(may_be_there(path, follow_symlinks=False) for path in places)
 
 
 def load_known_config(job: Job, environ: Mapping[str, str]) -> Config:
@@ -8844,7 +8840,7 @@ pretty_option = click.option("--pretty", is_flag=True, help="Print indented JSON
 
 
 class Positive(click.IntRange):
-    """A number from 1 on. One that is too large for the queue counts as the largest that is not."""
+    """A number of at least 1. The largest number that SQLite knows stands for all larger ones."""
 
     def __init__(self) -> None:
         super().__init__(min=1)
@@ -9048,13 +9044,7 @@ def find_loops(repo: str) -> tuple[list[str], dict[str, StorageError]]:
 def is_loop(folder: str) -> bool:
     """Tell whether a folder has escalations or a state file. If it cannot be read, say yes: a pass then
     reports what is wrong with it."""
-    for name in (SOURCE_FILE, STATE_FILE):
-        try:
-            os.stat(os.path.join(folder, name))
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError:
-            return True
+    if any(may_be_there(os.path.join(folder, name)) for name in (SOURCE_FILE, STATE_FILE)):
         return True
     # The source was rotated, and the state is gone: something may still wait, or be unread.
     return any(neighbours(os.path.join(folder, SOURCE_FILE)).values())
