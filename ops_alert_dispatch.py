@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from http.client import HTTPResponse
     from ssl import SSLContext
 
+    from click.shell_completion import CompletionItem
     from urllib3 import HTTPConnectionPool
     from urllib3.connection import HTTPConnection
 
@@ -8576,8 +8577,63 @@ COMMAND_ORDER = [
 ]
 
 
-class Commands(click.Group):
+# Click's own --help, --version and paths look up translations, although there are none: these do not, as that
+# takes a twentieth of an idle pass.
+
+
+def printing_option(*names: str, help: str, text: Callable[[click.Context], str]) -> click.Option:  # noqa: A002
+    """An option that prints a text and exits."""
+
+    def show(ctx: click.Context, _: click.Parameter, given: bool) -> None:
+        if given and not ctx.resilient_parsing:
+            click.echo(text(ctx), color=ctx.color)
+            ctx.exit()
+
+    return click.Option(names, is_flag=True, is_eager=True, expose_value=False, help=help, callback=show)
+
+
+HELP_OPTION = printing_option("--help", "-h", help="Show this message and exit.", text=click.Context.get_help)
+VERSION_OPTION = printing_option(
+    "--version", help="Show the version and exit.", text=lambda _: f"{PROGRAM}, version {__version__}"
+)
+
+
+class FilePath(click.types.StringParamType):
+    """The path of a file, which need not exist."""
+
+    name = "path"
+    completion = "file"
+
+    def shell_complete(
+        self, _ctx: click.Context, _param: click.Parameter, incomplete: str
+    ) -> "list[CompletionItem]":
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type=self.completion)]
+
+
+class FolderPath(FilePath):
+    """The path of a folder that exists."""
+
+    name = "directory"
+    completion = "dir"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not os.path.isdir(value):
+            fault = "is a file" if os.path.lexists(value) else "does not exist"
+            self.fail(f"folder {printable(value)!r} {fault}", param, ctx)
+        return value
+
+
+class Command(click.Command):
+    def get_help_option(self, _: click.Context) -> click.Option:
+        return HELP_OPTION
+
+
+class Commands(Command, click.Group):
     """The command group. Options without a command mean `dispatch`: this is how the host calls it."""
+
+    command_class = Command
 
     def list_commands(self, _: click.Context) -> list[str]:
         return COMMAND_ORDER
@@ -8747,13 +8803,9 @@ def config_path(repo: str, config_file: str | None) -> str:
     return absolute(config_file or os.path.join(repo, DEFAULT_CONFIG))
 
 
-# Click looks up a translation for each type that is made. These are made once.
-FOLDER_TYPE = click.Path(exists=True, file_okay=False)
-FILE_TYPE = click.Path()
-
 repo_option = click.option(
     "--repo",
-    type=FOLDER_TYPE,
+    type=FolderPath(),
     envvar=REPO_ENV,
     show_envvar=True,
     default=".",
@@ -8775,7 +8827,7 @@ config_option = click.option(
     "config_file",
     envvar=CONFIG_ENV,
     show_envvar=True,
-    type=FILE_TYPE,
+    type=FilePath(),
     show_default=DEFAULT_CONFIG,
     help="The sinks and routes.",
 )
@@ -8783,21 +8835,21 @@ file_option_list = (
     config_option,
     click.option(
         "--escalations-file",
-        type=FILE_TYPE,
+        type=FilePath(),
         show_default=f"{SOURCE_FILE} in the loop's folder",
         help="The source: one JSON object a line.",
     ),
     click.option(
         "--dispatch-state-file",
         "state_file",
-        type=FILE_TYPE,
+        type=FilePath(),
         show_default=f"{STATE_FILE} in the loop's folder",
         help="The summary of the last pass.",
     ),
     click.option(
         "--dispatch-telemetry-file",
         "telemetry_file",
-        type=FILE_TYPE,
+        type=FilePath(),
         show_default="telemetry/alerts.jsonl in the loop's folder",
         help="What became of each escalation; a file beside it has every attempt.",
     ),
@@ -8805,7 +8857,7 @@ file_option_list = (
         "--queue-file",
         envvar=QUEUE_ENV,
         show_envvar=True,
-        type=FILE_TYPE,
+        type=FilePath(),
         show_default=f"{QUEUE_FILE} of the repo",
         help="The queue of all loops of the repo.",
     ),
@@ -8861,9 +8913,9 @@ format_option = click.option(
 @click.group(
     cls=Commands,
     context_settings=CONTEXT,
+    params=[VERSION_OPTION],
     epilog=examples("init", "test", "dispatch --loop night-build", "status") + FILES_HELP + EXIT_CODES_HELP,
 )
-@click.version_option(__version__, prog_name=PROGRAM)
 def cli() -> None:
     """Deliver the escalations of a Superloop ops manager to the people who must see them.
 
@@ -9523,7 +9575,7 @@ def grouped_table(
     "config_file",
     envvar=CONFIG_ENV,
     show_envvar=True,
-    type=FILE_TYPE,
+    type=FilePath(),
     show_default=DEFAULT_CONFIG,
     help="The sinks and routes.",
 )
@@ -10512,7 +10564,7 @@ def metric_label(key: str, value: str) -> str:
     return f'{key}="{escaped}"'
 
 
-class StatusCommand(click.Command):
+class StatusCommand(Command):
     """With `--check`, an error ends with UNKNOWN. Its usual exit code could mean CRITICAL to a monitor."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -130,6 +130,15 @@ def test_a_slip_of_the_pen_is_a_usage_error(tmp_path: Path, arguments: list[str]
     assert "--help" in done.stderr
 
 
+def test_a_repo_that_is_no_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    gone = program(tmp_path, "status", "--repo", "gone")
+    file = program(tmp_path, "status", OPS_MANAGER_REPO="file")
+    assert (gone.exit_code, file.exit_code) == (2, 2)
+    assert "'--repo' (env var: 'OPS_MANAGER_REPO'): folder 'gone' does not exist" in gone.stderr
+    assert "'--repo' (env var: 'OPS_MANAGER_REPO'): folder 'file' is a file" in file.stderr
+
+
 def test_an_error_before_anything_is_sent_leaves_no_empty_progress_bar(repo: Repo) -> None:
     repo.append(health_critical())
     repo.write_config("{")

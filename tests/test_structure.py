@@ -131,7 +131,7 @@ def uses_in(tree: ast.AST) -> Counter[str]:
 
 def is_called_by_a_library(node: ast.stmt) -> bool:
     parts = node.decorator_list if isinstance(node, ast.FunctionDef) else getattr(node, "bases", [])
-    return any(re.match(r"(cli|click|io)\.", ast.unparse(part)) for part in parts)
+    return any(re.match(r"(cli|click|io)\.|Command$", ast.unparse(part)) for part in parts)
 
 
 def test_nothing_is_defined_and_never_used() -> None:

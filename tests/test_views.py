@@ -589,14 +589,24 @@ def test_a_shell_completes_loops_sinks_and_codes(
     repo: Repo, words: list[str], completions: list[str]
 ) -> None:
     repo.append(health_critical())
-    line = [words[0], "--repo", str(repo.root), *words[1:]]
+    said = complete(repo, words[0], "--repo", str(repo.root), *words[1:])
+    assert sorted(said) == sorted(f"plain,{word}" for word in completions)
+
+
+@pytest.mark.parametrize(
+    ("option", "kind"), [("--repo", "dir"), ("--alert-config-file", "file"), ("--queue-file", "file")]
+)
+def test_a_shell_completes_paths(repo: Repo, option: str, kind: str) -> None:
+    assert complete(repo, "dispatch", option, "some") == [f"{kind},some"]
+
+
+def complete(repo: Repo, *words: str) -> list[str]:
     env = {
         "_OPS_ALERT_DISPATCH_COMPLETE": "bash_complete",
-        "COMP_WORDS": shlex.join(["ops-alert-dispatch", *line]),
-        "COMP_CWORD": str(len(line)),
+        "COMP_WORDS": shlex.join(["ops-alert-dispatch", *words]),
+        "COMP_CWORD": str(len(words)),
     }
-    said = repo.run(env=env).stdout.split()
-    assert sorted(said) == sorted(f"plain,{word}" for word in completions)
+    return repo.run(env=env).stdout.split()
 
 
 # --- The last day, and how far a pass is
