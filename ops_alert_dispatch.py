@@ -54,6 +54,7 @@ except ImportError:
     from hashlib import blake2b
 
 if TYPE_CHECKING:
+    import sqlite3
     from http.client import HTTPResponse
     from ssl import SSLContext
 
@@ -3079,6 +3080,8 @@ QUEUE_WAIT_SECONDS = 30.0
 WAL_BYTES = 16 << 20
 # How many rows are moved from the outbox into the files at a time.
 OUTBOX_ROWS = 1000
+# How many escalations, which may be large, are read at a time for a list.
+READ_AT_ONCE = 100
 # In the lock file, byte 0 locks transactions, the byte at a destination's number locks its requests, and the
 # byte at this plus a loop's number locks the loop.
 LOOP_BYTES = 1 << 40
@@ -3396,7 +3399,8 @@ class Queue:
                 descriptor = open_own(path, os.O_RDWR)
                 queue.identity = identity_of(os.fstat(descriptor))
                 os.close(descriptor)
-                queue._connect(f"file:{quote_path(path)}")
+                queue._connect()
+                queue._set_up()
         return queue
 
     @classmethod
@@ -3406,8 +3410,6 @@ class Queue:
 
         Raises StateError, DamagedQueueError, StorageError.
         """
-        import sqlite3
-
         queue = cls(path)
         queue._read_only = True
         with queue._closed_if_it_fails("read"):
@@ -3417,12 +3419,8 @@ class Queue:
                 queue._lock_file = os.open(f"{path}.lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
                 queue._take(fcntl.LOCK_SH)
             # A log that a kill has left must be read; without one, SQLite would make files to share.
-            mode = "mode=ro" if has_log(path) else "immutable=1"
-            with queue.errors():
-                queue._db = sqlite3.connect(
-                    f"file:{quote_path(path)}?{mode}", uri=True, isolation_level=None, check_same_thread=False
-                )
-                queue._check_version()
+            queue._connect("?mode=ro" if has_log(path) else "?immutable=1")
+            queue._check_version()
         return queue
 
     @classmethod
@@ -3452,44 +3450,50 @@ class Queue:
             self.close()
             raise
 
-    def _connect(self, uri: str) -> None:
+    def _connect(self, options: str = "") -> None:
+        """`options`: the end of SQLite's URI for the file."""
         import sqlite3
 
-        with self.errors():
+        with self._errors():
             self._db = sqlite3.connect(
-                uri, uri=True, isolation_level=None, check_same_thread=False, timeout=QUEUE_WAIT_SECONDS
+                f"file:{quote_path(self.path)}{options}",
+                uri=True,
+                isolation_level=None,
+                check_same_thread=False,
+                timeout=QUEUE_WAIT_SECONDS,
             )
-            version = self._check_version()
-            if not version:
-                if self._db.execute("SELECT 1 FROM sqlite_schema").fetchone():
-                    raise foreign_file(self.path)
-                self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            [mode] = self._db.execute("PRAGMA journal_mode = WAL").fetchone()
-            if mode == "wal":
-                # A kill loses nothing. A power cut may take the last transactions, with the cursor.
-                self._db.execute("PRAGMA synchronous = NORMAL")
-                self._db.execute("PRAGMA wal_autocheckpoint = 0")
-            else:  # a network file system
-                self._db.execute("PRAGMA journal_mode = DELETE")
-                self._db.execute("PRAGMA synchronous = FULL")
-            if not version:
-                salt = os.urandom(16).hex()
+
+    def _set_up(self) -> None:
+        version = self._check_version()
+        if not version:
+            if self.execute("SELECT 1 FROM sqlite_schema"):
+                raise foreign_file(self.path)
+            self.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        if self.execute("PRAGMA journal_mode = WAL") == [("wal",)]:
+            # A kill loses nothing. A power cut may take the last transactions, with the cursor.
+            self.execute("PRAGMA synchronous = NORMAL")
+            self.execute("PRAGMA wal_autocheckpoint = 0")
+        else:  # a network file system
+            self.execute("PRAGMA journal_mode = DELETE")
+            self.execute("PRAGMA synchronous = FULL")
+        if not version:
+            salt = os.urandom(16).hex()
+            with self._errors():
                 self._db.executescript(
-                    f"BEGIN IMMEDIATE; {QUEUE_SCHEMA}"
-                    "INSERT INTO meta VALUES ('salt', "
-                    f"'{salt}'); PRAGMA user_version = {QUEUE_VERSION}; COMMIT;"
+                    f"BEGIN IMMEDIATE; {QUEUE_SCHEMA} INSERT INTO meta VALUES ('salt', '{salt}'); "
+                    f"PRAGMA user_version = {QUEUE_VERSION}; COMMIT;"
                 )
 
     def _check_version(self) -> int:
-        version: int = self._db.execute("PRAGMA user_version").fetchone()[0]
+        version: int = self.first("PRAGMA user_version")[0]
         if version > QUEUE_VERSION:
             raise StateError(
                 f"the queue {self.path} was written by a newer version (version {version}); it is left as it "
                 "is",
                 [f"run that version of {PROGRAM} again, or a later one"],
             )
-        if version:
-            self._db.execute("SELECT count(*) FROM meta").fetchone()
+        if version:  # whether the rest of the file can be read
+            self.execute("SELECT count(*) FROM meta")
         return version
 
     def close(self) -> None:
@@ -3499,7 +3503,7 @@ class Queue:
             if database is not None and self._read_only:
                 database.close()
             elif database is not None:
-                with self._locked(), self.errors():
+                with self._locked(), self._errors():
                     try:
                         # Without it, the next one would copy it: not a loss.
                         with contextlib.suppress(Exception):
@@ -3518,19 +3522,25 @@ class Queue:
         self.close()
 
     @contextlib.contextmanager
-    def errors(self) -> Iterator[None]:
-        """Put errors of SQLite into words. It hides the system's reason, which is looked for here."""
+    def _errors(self) -> Iterator[None]:
         import sqlite3
 
         try:
             yield
         except sqlite3.Error as error:
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or "no such" in str(error):
-                raise DamagedQueueError(
-                    f"the queue {self.path} is damaged ({error})",
-                    [f"the next pass keeps it aside as {self.path}.damaged-… and starts a new one"],
-                ) from None
+            raise self._in_words(error) from None
+
+    def _in_words(self, error: "sqlite3.Error") -> StorageError:
+        """What went wrong. SQLite hides the system's reason, which is looked for here."""
+        import sqlite3
+
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or "no such" in str(error):
+            return DamagedQueueError(
+                f"the queue {self.path} is damaged ({error})",
+                [f"the next pass keeps it aside as {self.path}.damaged-… and starts a new one"],
+            )
+        try:
             if code in (
                 sqlite3.SQLITE_FULL,
                 sqlite3.SQLITE_IOERR,
@@ -3539,13 +3549,14 @@ class Queue:
             ):
                 check_room(os.path.dirname(self.path), self.path, f"{self.path}-wal")
                 check_size_limit(self.path)
-            if code == sqlite3.SQLITE_READONLY:
-                denied = OSError(errno.EACCES, os.strerror(errno.EACCES))
-                raise storage_error("write", self.path, denied) from None
-            raise StorageError(
-                f"the queue {self.path} cannot be used: {error}",
-                ["check the file, its folder and the disk; the next pass goes on where this one stopped"],
-            ) from None
+        except StorageError as reason:
+            return reason
+        if code == sqlite3.SQLITE_READONLY:
+            return storage_error("write", self.path, OSError(errno.EACCES, os.strerror(errno.EACCES)))
+        return StorageError(
+            f"the queue {self.path} cannot be used: {error}",
+            ["check the file, its folder and the disk; the next pass goes on where this one stopped"],
+        )
 
     # -- locks and transactions
 
@@ -3595,19 +3606,17 @@ class Queue:
         return Transaction(self)
 
     def begin(self) -> None:
-        with self.errors():
-            self._db.execute("BEGIN IMMEDIATE")
+        self.execute("BEGIN IMMEDIATE")
         self.depth = 1
 
     def end(self, *, commit: bool) -> None:
         self.depth = 0
         if commit:
-            with self.errors():
-                try:
-                    self._db.execute("COMMIT")
-                except BaseException:
-                    self._roll_back()
-                    raise
+            try:
+                self.execute("COMMIT")
+            except BaseException:
+                self._roll_back()
+                raise
         else:
             self._roll_back()
 
@@ -3619,32 +3628,50 @@ class Queue:
         """Copy the write-ahead log into the database if it has grown large. Raises StorageError."""
         found = stat_of(f"{self.path}-wal")
         if found is not None and found.st_size > WAL_BYTES:
-            with self._locked(), self.errors():
-                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            with self._locked():
+                self.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
-    def execute(self, sql: str, *parameters: object) -> Any:
-        """Run a statement; inside of `transaction` if it writes."""
+    def execute(self, sql: str, *parameters: object) -> list[Any]:
+        """Run a statement, inside of `transaction` if it writes, and return all its rows.
+
+        Raises DamagedQueueError, StorageError.
+        """
+        import sqlite3
+
         try:
-            return self._db.execute(sql, parameters)
+            rows: list[Any] = self._db.execute(sql, parameters).fetchall()
+            return rows
         except UnicodeEncodeError:  # a lone surrogate, which JSON can hold and SQLite cannot
-            return self._db.execute(sql, cast("list[object]", strict_value(parameters)))
+            return self.execute(sql, *cast("list[object]", strict_value(parameters)))
+        except sqlite3.Error as error:
+            raise self._in_words(error) from None
+
+    def first(self, sql: str, *parameters: object) -> Any:
+        """The first row of a statement; None if it has none. Raises as `execute`."""
+        rows = self.execute(sql, *parameters)
+        return rows[0] if rows else None
+
+    def execute_many(self, sql: str, rows: Iterable[Sequence[object]]) -> None:
+        """Run a statement with each of these rows, inside of `transaction`. Raises as `execute`."""
+        with self._errors():
+            self._db.executemany(sql, rows)
 
     def copy_to(self, path: str) -> None:
         """Write a copy of the database into a new file. Raises StorageError."""
         import sqlite3
 
-        with self.errors(), contextlib.closing(sqlite3.connect(path)) as copy:
+        with self._errors(), contextlib.closing(sqlite3.connect(path)) as copy:
             self._db.backup(copy)
 
     @functools.cached_property
     def salt(self) -> bytes:
         """A random value in all digests of secrets: without the queue, nobody can guess a secret from one."""
-        [value] = self.execute("SELECT value FROM meta WHERE key = 'salt'").fetchone()
+        [value] = self.first("SELECT value FROM meta WHERE key = 'salt'")
         return bytes.fromhex(value)
 
     def owner(self) -> str | None:
         """The repo whose queue this is, if that was noted."""
-        row = self.execute("SELECT value FROM meta WHERE key = 'repo'").fetchone()
+        row = self.first("SELECT value FROM meta WHERE key = 'repo'")
         return row and str(row[0])
 
     def set_owner(self, repo: str) -> None:
@@ -3655,7 +3682,7 @@ class Queue:
     def find_loop(self, loop_id: str) -> tuple[int, Cursor, JsonObject | None] | None:
         """A loop's number, its cursor, and the routes under which its deliveries wait; None for a new
         loop."""
-        row = self.execute("SELECT id, cursor, rules FROM loops WHERE loop_id = ?", loop_id).fetchone()
+        row = self.first("SELECT id, cursor, rules FROM loops WHERE loop_id = ?", loop_id)
         if row is None:
             return None
         return row[0], Cursor.from_json(json.loads(row[1])), row[2] and json.loads(row[2])
@@ -3663,8 +3690,8 @@ class Queue:
     def add_loop(self, loop_id: str, cursor: Cursor) -> int:
         """Add a loop; returns its number."""
         text = encode_json(cursor.to_json()).decode()
-        added = self.execute("INSERT INTO loops (loop_id, cursor) VALUES (?, ?)", loop_id, text)
-        return int(added.lastrowid)
+        self.execute("INSERT INTO loops (loop_id, cursor) VALUES (?, ?)", loop_id, text)
+        return int(self.first("SELECT last_insert_rowid()")[0])
 
     def save_cursor(self, loop: int, cursor: Cursor) -> None:
         self.execute("UPDATE loops SET cursor = ? WHERE id = ?", encode_json(cursor.to_json()).decode(), loop)
@@ -3674,22 +3701,23 @@ class Queue:
 
     def next_id(self) -> int:
         """The number that the next escalation gets: they grow with the order of ingestion."""
-        [last] = self.execute("SELECT max(id) FROM escalations").fetchone()
+        [last] = self.first("SELECT max(id) FROM escalations")
         return (last or 0) + 1
 
     def add_escalations(self, rows: Sequence[QueuedEscalation]) -> None:
         marks = ", ".join("?" * len(QueuedEscalation._fields))
         insert = f"INSERT INTO escalations VALUES ({marks})"
         try:
-            self._db.executemany(insert, rows)
+            self.execute_many(insert, rows)
         except UnicodeEncodeError:  # see `execute`; the rows before it are stored
-            self._db.executemany(insert.replace("INSERT", "INSERT OR IGNORE"), map(strict_value, rows))
+            strict = cast("list[QueuedEscalation]", strict_value(rows))
+            self.execute_many(insert.replace("INSERT", "INSERT OR IGNORE"), strict)
 
     # -- what waits
 
     def add_deliveries(self, rows: Iterable[tuple[int, str, str, int, int, int, float]]) -> None:
         """Add deliveries that wait: escalation, sink, peer, loop, severity, lead, since when."""
-        self._db.executemany(
+        self.execute_many(
             "INSERT INTO deliveries (escalation, sink, peer, loop, severity, lead, waiting_since, status) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, 'waiting')",
             rows,
@@ -3700,12 +3728,12 @@ class Queue:
     ) -> None:
         """Let escalations wait for a sink to which a route leads now, but for those that it has had."""
         now = time.time()
-        self._db.executemany(
+        self.execute_many(
             "DELETE FROM deliveries WHERE escalation = ? AND sink = ? AND status = 'skipped' "
             "AND reason_code = 'route_changed'",
             ((escalation, sink) for escalation in escalations),
         )
-        self._db.executemany(
+        self.execute_many(
             "INSERT OR IGNORE INTO deliveries (escalation, sink, peer, loop, severity, lead, waiting_since, "
             "status) VALUES (?1, ?2, ?3, ?4, ?5, NOT EXISTS (SELECT 1 FROM deliveries WHERE escalation = ?1 "
             "AND sink = ?2 AND lead), ?6, 'waiting')",
@@ -3732,7 +3760,7 @@ class Queue:
                 continue
             for low, high in ((after, sys.maxsize >> 1), (-1, after)):
                 at = low
-                while row := self.execute(query, sink, peer, severity, at, high, now, latest).fetchone():
+                while row := self.first(query, sink, peer, severity, at, high, now, latest):
                     at = row[0]
                     if at in loops:
                         yield severity, at
@@ -3773,7 +3801,7 @@ class Queue:
             "SELECT DISTINCT e.category, e.severity FROM deliveries d INDEXED BY waiting "
             "JOIN escalations e ON e.id = d.escalation WHERE d.status = 'waiting' AND d.lead AND d.loop = ?",
             loop,
-        ).fetchall()
+        )
         return kinds
 
     def waiting_of_kind(self, loop: int, kind: tuple[str, str | None]) -> list[int]:
@@ -3794,7 +3822,7 @@ class Queue:
             f"AND d.loop = ? AND d.peer NOT IN ({marks})",
             *(sink, loop, *peers),
         )
-        return [queued_delivery(row) for row in rows.fetchall()]
+        return [queued_delivery(row) for row in rows]
 
     def skip_waiting(
         self, loop: int, sink: str, reason_code: str, kind: tuple[str, str | None] | None = None
@@ -3812,13 +3840,12 @@ class Queue:
 
     def skip_dead(self, loop: int, sink: str, reason_code: str) -> int:
         """Dismiss a loop's dead letters of a sink. Returns how many."""
-        return int(
-            self.execute(
-                "UPDATE deliveries SET status = 'skipped', reason_code = ? WHERE status = 'dead' "
-                "AND loop = ? AND sink = ?",
-                *(reason_code, loop, sink),
-            ).rowcount
+        self.execute(
+            "UPDATE deliveries SET status = 'skipped', reason_code = ? WHERE status = 'dead' AND loop = ? "
+            "AND sink = ?",
+            *(reason_code, loop, sink),
         )
+        return int(self.first("SELECT changes()")[0])
 
     def set_severity(self, loop: int, kind: tuple[str, str | None], severity: int) -> None:
         """Give the waiting deliveries of a kind this severity."""
@@ -3854,8 +3881,7 @@ class Queue:
             f"AND severity = ? AND loop IN ({', '.join('?' * len(loops))}) LIMIT 1"
         )
         return bool(loops) and any(
-            self.execute(query, sink, peer, severity, *loops).fetchone()
-            for severity in range(len(SEVERITIES))
+            self.first(query, sink, peer, severity, *loops) for severity in range(len(SEVERITIES))
         )
 
     def waiting_in(self, loop: int) -> set[tuple[int, str]]:
@@ -3881,7 +3907,7 @@ class Queue:
     def oldest_waiting(self, loop: int, sink: str) -> QueuedEscalation | None:
         """The oldest escalation of a loop that waits for a sink."""
         oldest = None
-        peers = self.execute("SELECT DISTINCT peer FROM destinations WHERE sink = ?", sink).fetchall()
+        peers = self.execute("SELECT DISTINCT peer FROM destinations WHERE sink = ?", sink)
         for peer in {"", *(peer for [peer] in peers)}:
             for severity in range(len(SEVERITIES)):
                 for [found] in self.execute(
@@ -3911,21 +3937,21 @@ class Queue:
         return [QueuedEscalation(*row) for row in rows]
 
     def escalation(self, number: int) -> QueuedEscalation:
-        row = self.execute(f"SELECT {ESCALATION_COLUMNS} FROM escalations e WHERE id = ?", number).fetchone()
+        row = self.first(f"SELECT {ESCALATION_COLUMNS} FROM escalations e WHERE id = ?", number)
         return QueuedEscalation(*row)
 
     # -- what becomes of a delivery
 
     def mark_in_flight(self, deliveries: Iterable[QueuedDelivery]) -> None:
         """Note that requests with these deliveries are about to be sent."""
-        self._db.executemany(
+        self.execute_many(
             "UPDATE deliveries SET in_flight = 1 WHERE escalation = ? AND sink = ? AND peer = ?",
             (delivery.key for delivery in deliveries),
         )
 
     def clear_in_flight(self, deliveries: Iterable[QueuedDelivery]) -> None:
         """Note that these were not sent after all."""
-        self._db.executemany(
+        self.execute_many(
             "UPDATE deliveries SET in_flight = 0 WHERE escalation = ? AND sink = ? AND peer = ?",
             (delivery.key for delivery in deliveries),
         )
@@ -4045,8 +4071,8 @@ class Queue:
                 gone.append((stored.id,))
             else:
                 kept.append((stored.settled_at or now if settled else None, stored.id))
-        self._db.executemany("UPDATE escalations SET reported = 1, settled_at = ? WHERE id = ?", kept)
-        self._db.executemany("DELETE FROM escalations WHERE id = ?", gone)
+        self.execute_many("UPDATE escalations SET reported = 1, settled_at = ? WHERE id = ?", kept)
+        self.execute_many("DELETE FROM escalations WHERE id = ?", gone)
 
     def unreported(self, loop: int, limit: int) -> list[QueuedEscalation]:
         """Escalations whose row is still to be written, the oldest first."""
@@ -4085,10 +4111,10 @@ class Queue:
         )
 
     def destination(self, sink: str, peer: str, digest: str) -> Destination:
-        row = self.execute(
+        row = self.first(
             f"SELECT {DESTINATION_COLUMNS} FROM destinations WHERE sink = ? AND peer = ? AND digest = ?",
             *(sink, peer, digest),
-        ).fetchone()
+        )
         return Destination(*row)
 
     def destinations_of(self, sink: str) -> dict[str, Destination]:
@@ -4111,7 +4137,7 @@ class Queue:
 
     def paced_until(self, digest: str) -> float:
         """Until when the requests to a destination are paid for, by all sinks that point at it: see Pace."""
-        row = self.execute("SELECT max(paced_until) FROM destinations WHERE digest = ?", digest).fetchone()
+        row = self.first("SELECT max(paced_until) FROM destinations WHERE digest = ?", digest)
         return float(row[0] or 0.0)
 
     def spend_rate(self, digest: str, until: float) -> None:
@@ -4185,11 +4211,11 @@ class Queue:
     def last_sent(self, delivery: QueuedDelivery, subject: str) -> tuple[str, int, str | None] | None:
         """When the record was written that a sink was sent last of a subject, the repeats held back since,
         and when the first of those was written."""
-        row: tuple[str, int, str | None] | None = self.execute(
+        row: tuple[str, int, str | None] | None = self.first(
             "SELECT written_at, repeats, since FROM last_sent WHERE loop = ? AND sink = ? AND peer = ? "
             "AND subject = ?",
             *(delivery.loop, delivery.sink, delivery.peer, subject),
-        ).fetchone()
+        )
         return row
 
     def note_sent(self, delivery: QueuedDelivery, subject: str, written_at: str) -> None:
@@ -4244,13 +4270,13 @@ class Queue:
 
     def add_tallies(self, loop: int, sinks: Iterable[str]) -> None:
         """Begin to count a loop's deliveries to these sinks, as far as they are new."""
-        self._db.executemany(
+        self.execute_many(
             "INSERT OR IGNORE INTO tallies (loop, sink) VALUES (?, ?)", ((loop, sink) for sink in sinks)
         )
 
     def count_waiting(self, loop: int, sink: str) -> int:
         """How many of a loop's deliveries wait for a sink."""
-        row = self.execute("SELECT waiting FROM tallies WHERE loop = ? AND sink = ?", loop, sink).fetchone()
+        row = self.first("SELECT waiting FROM tallies WHERE loop = ? AND sink = ?", loop, sink)
         return row[0] if row else 0
 
     def losses(self, loop: int, now: float) -> list[tuple[str, int, float]]:
@@ -4259,7 +4285,7 @@ class Queue:
             "SELECT reason_code, count, last_at FROM losses WHERE loop = ? AND acknowledged_at IS NULL "
             "AND last_at > ? ORDER BY last_at",
             *(loop, now - LOSS_SHOWN),
-        ).fetchall()
+        )
         return rows
 
     def hours(self, loop: int, now: float) -> dict[str, dict[int, tuple[int, int]]]:
@@ -4283,13 +4309,13 @@ class Queue:
     def stuck_at(self, loop: int, sink: str, attempts: int) -> tuple[str, int] | None:
         """Segment and line of the first record that a sink has answered with an error at least this often.
         Every such delivery has a `not_before`, which keeps the query short."""
-        row: tuple[str, int] | None = self.execute(
+        row: tuple[str, int] | None = self.first(
             "SELECT e.segment, e.line FROM deliveries d INDEXED BY waiting "
             "JOIN escalations e ON e.id = d.escalation WHERE d.status = 'waiting' AND d.sink = ? "
             "AND d.loop = ? AND d.not_before > 0 AND d.attempts >= ? "
             "AND (d.http_status >= 500 OR d.fault = 'timeout') ORDER BY d.escalation LIMIT 1",
             *(sink, loop, attempts),
-        ).fetchone()
+        )
         return row
 
     # -- what operators name
@@ -4343,14 +4369,17 @@ class Queue:
     def _last_first(
         self, loop_id: str | None, condition: str, *values: object
     ) -> Iterator[tuple[str, QueuedEscalation, list[QueuedDelivery]]]:
-        rows = self.execute(
+        query = (
             f"SELECT l.loop_id, {ESCALATION_COLUMNS} FROM escalations e JOIN loops l ON l.id = e.loop "
-            f"WHERE e.unusable IS NULL AND (?1 IS NULL OR l.loop_id = ?1) AND {condition} ORDER BY e.id DESC",
-            *(loop_id, *values),
+            f"WHERE e.unusable IS NULL AND (?1 IS NULL OR l.loop_id = ?1) AND {condition} "
+            f"AND e.id < ?{len(values) + 2} ORDER BY e.id DESC LIMIT {READ_AT_ONCE}"
         )
-        for name, *row in rows:
-            stored = QueuedEscalation(*row)
-            yield name, stored, self.deliveries_of(stored)
+        before = sys.maxsize
+        while rows := self.execute(query, loop_id, *values, before):
+            for name, *row in rows:
+                stored = QueuedEscalation(*row)
+                before = stored.id
+                yield name, stored, self.deliveries_of(stored)
 
     def kept_ids(self) -> set[str]:
         """The ids of all escalations that are in the queue."""
@@ -4359,7 +4388,7 @@ class Queue:
 
     def failing_sinks(self) -> set[str]:
         """The sinks whose destinations, as they were used last, all fail."""
-        rows = self.execute("SELECT DISTINCT sink FROM destinations").fetchall()
+        rows = self.execute("SELECT DISTINCT sink FROM destinations")
         return {
             sink
             for [sink] in rows
@@ -4368,11 +4397,11 @@ class Queue:
 
     def lead(self, escalation: int, sink: str) -> QueuedDelivery | None:
         """The delivery of an escalation that leads for a sink."""
-        row = self.execute(
+        row = self.first(
             f"SELECT {DELIVERY_COLUMNS}, {ESCALATION_COLUMNS} FROM deliveries d JOIN escalations e "
             "ON e.id = d.escalation WHERE d.escalation = ? AND d.sink = ? AND d.lead",
             *(escalation, sink),
-        ).fetchone()
+        )
         return queued_delivery(row) if row else None
 
     def requeue(
@@ -4420,7 +4449,7 @@ class Queue:
         """The rows of a loop that are on their way: number, file, row."""
         found: list[tuple[int, str, bytes]] = self.execute(
             "SELECT id, file, row FROM outbox WHERE loop = ? ORDER BY id LIMIT ?", loop, limit
-        ).fetchall()
+        )
         return found
 
     def clear_outbox(self, loop: int, up_to: int) -> None:
@@ -4431,29 +4460,29 @@ class Queue:
         not those with a dead letter, unless there are too many. Returns their pages to the file system."""
         while more():
             with self.transaction():
-                [ids] = self.execute("SELECT max(id) - min(id) FROM escalations").fetchone()
+                [ids] = self.first("SELECT max(id) - min(id) FROM escalations")
                 too_many = 0
                 if (ids or 0) > RETENTION_COUNT:  # else it need not be counted
                     count = "SELECT count(*) FROM escalations WHERE settled_at IS NOT NULL"
-                    too_many = min(max(0, self.execute(count).fetchone()[0] - RETENTION_COUNT), 1000)
+                    too_many = min(max(0, self.first(count)[0] - RETENTION_COUNT), 1000)
                 old = self.execute(
                     "SELECT id FROM escalations e INDEXED BY settled WHERE settled_at < ? AND reported "
                     "AND NOT EXISTS (SELECT 1 FROM deliveries WHERE escalation = e.id AND status = 'dead') "
                     "LIMIT 1000",
                     now - RETENTION_SECONDS,
-                ).fetchall()
+                )
                 if not old and too_many:
                     old = self.execute(
                         "SELECT id FROM escalations INDEXED BY settled WHERE settled_at IS NOT NULL "
                         "AND reported ORDER BY settled_at LIMIT ?",
                         too_many,
-                    ).fetchall()
+                    )
                 if not old:
                     break
-                self._db.executemany("DELETE FROM deliveries WHERE escalation = ?", old)
-                self._db.executemany("DELETE FROM escalations WHERE id = ?", old)
+                self.execute_many("DELETE FROM deliveries WHERE escalation = ?", old)
+                self.execute_many("DELETE FROM escalations WHERE id = ?", old)
             self.tidy()
-        with self._locked(), self.errors():
+        with self._locked():
             self.execute("DELETE FROM hours WHERE hour < ?", int(now // 3600) - 24)
             # No window is longer than the retention.
             self.execute(
@@ -4466,8 +4495,7 @@ class Queue:
                 "WHERE sink = old.sink AND peer = old.peer AND used_at > old.used_at)",
                 now - RETENTION_SECONDS,
             )
-            # `execute` would stop after one page.
-            self._db.executescript("PRAGMA incremental_vacuum")
+            self.execute("PRAGMA incremental_vacuum")
 
 
 def check_size_limit(path: str) -> None:
@@ -4514,9 +4542,6 @@ class Transaction:
                 queue.end(commit=error is None)
             finally:
                 queue.unlock()
-            if error is not None:
-                with queue.errors():
-                    raise error
         finally:
             queue.changed.release()
 
@@ -7412,9 +7437,8 @@ class Sender:
 
     def _run(self) -> None:
         try:
-            with self.queue.errors():
-                while not self.ended and self._serve():
-                    pass
+            while not self.ended and self._serve():
+                pass
         except DispatchError as error:
             self.shared.fail(error)
         except Exception as error:  # noqa: BLE001 - the main thread must learn of it
@@ -7942,7 +7966,7 @@ class Pass:
     def _show_progress(self) -> None:
         if self._progress is None:
             return
-        with self._shared.queue.changed, self._shared.queue.errors():
+        with self._shared.queue.changed:
             counts = [loop.count_deliveries() for loop in self._shared.loops.values()]
         done = sum(ended for ended, _ in counts)
         self._progress(done, done + sum(waiting for _, waiting in counts), self._shared.clock.left)
@@ -7952,8 +7976,7 @@ class Pass:
         if loop.error is not None:
             return None
         try:
-            with self._shared.queue.errors():
-                return step()
+            return step()
         except DamagedQueueError:
             raise
         except DispatchError as error:
@@ -8156,9 +8179,8 @@ def open_to_read(job: Job) -> Queue | None:
     queue = Queue.open_to_read(job.queue_file)
     if queue is not None:
         try:
-            with queue.errors():
-                if is_elsewhere(job):
-                    check_owner(queue, job)
+            if is_elsewhere(job):
+                check_owner(queue, job)
         except BaseException:
             queue.close()
             raise
@@ -8196,10 +8218,9 @@ def run_on_queue(
     with contextlib.ExitStack() as open_loops:
         for job in jobs:
             try:
-                with queue.errors():
-                    loop = Loop(shared, job)
-                    open_loops.callback(loop.close)
-                    loop.begin()
+                loop = Loop(shared, job)
+                open_loops.callback(loop.close)
+                loop.begin()
                 loops.append(loop)
             except DamagedQueueError:
                 raise
@@ -8209,8 +8230,7 @@ def run_on_queue(
                 outcomes[job.loop_id] = error
             except Exception as error:  # noqa: BLE001 - the other loops go on
                 outcomes[job.loop_id] = program_fault(error)
-        with queue.errors():
-            return outcomes | Pass(shared, progress).run(loops)
+        return outcomes | Pass(shared, progress).run(loops)
 
 
 def run_pass(
@@ -8360,7 +8380,7 @@ def plan_loops(jobs: Sequence[Job], environ: Mapping[str, str], *, show_payload:
         try:
             queue = open_to_read(jobs[0])
             if queue is not None:
-                with queue, queue.errors():
+                with queue:
                     queue.copy_to(copy)
         except DamagedQueueError:  # a pass starts a new one
             copy = os.path.join(folder, "new.db")
@@ -9853,7 +9873,7 @@ def read_figures(job: Job, config: Config | None, now: float) -> LoopFigures:
     try:
         queue = open_to_read(job)
         if queue is not None:
-            with queue, queue.errors():
+            with queue:
                 if found := queue.find_loop(job.loop_id):
                     loop, cursor, _ = found
                     return figures_of(queue, loop, cursor, config.sinks if config else (), now)
@@ -10848,7 +10868,7 @@ def read_log(jobs: Sequence[Job], loop_id: str | None, wanted: Filter, count: in
     kept: set[str] = set()
     queue = open_to_read(jobs[0]) if jobs else None
     if queue is not None:
-        with queue, queue.errors():
+        with queue:
             failing, kept = queue.failing_sinks(), queue.kept_ids()
             found = queue.latest(loop_id, wanted.category, wanted.since)
             listed = (entry_of_queue(*item, failing) for item in found)
@@ -11026,7 +11046,7 @@ def find_in_queue(job: Job, loop_id: str | None, prefix: str) -> dict[str, OnRec
     found: dict[str, OnRecord] = {}
     queue = open_to_read(job)
     if queue is not None:
-        with queue, queue.errors():
+        with queue:
             failing = queue.failing_sinks()
             items = queue.with_id_prefix(loop_id, prefix)
             for loop, stored, deliveries in itertools.islice(items, LISTED):
@@ -11422,7 +11442,7 @@ def find_selected(job: Job, config: Config, selection: Selection) -> Found:
     cursor = None
     queue = open_to_read(job)
     if queue is not None:
-        with queue, queue.errors():
+        with queue:
             if found := queue.find_loop(job.loop_id):
                 loop, cursor, _ = found
                 known = find_named(queue, loop, cursor, selection)
@@ -11559,7 +11579,7 @@ def whole_id(job: Job, prefix: str) -> str:
     queue = open_to_read(job)
     if queue is None:
         return prefix
-    with queue, queue.errors():
+    with queue:
         found = {stored.escalation_id for _, stored, _ in queue.with_id_prefix(job.loop_id, prefix)}
     if len(found) > 1 and prefix not in found:
         raise ambiguous(prefix, found, "--id")
@@ -11600,7 +11620,7 @@ def operator_pass(
     """
     with operator_lock(job), contextlib.closing(QueueHolder(job)) as queues:
         shared = Shared(queues.get(), config, Clock(job.time_budget, stop), woken=woken)
-        with shared.queue.errors(), contextlib.closing(Loop(shared, job)) as loop:
+        with contextlib.closing(Loop(shared, job)) as loop:
             loop.begin()
             yield shared, loop
 
