@@ -3,7 +3,8 @@
 #
 #   bats tests/ops-manager-alert-sinks.bats
 #
-# It runs with the interpreter in PYTHON, else the checkout's .venv, else python3.
+# It runs with the interpreter in PYTHON, else the checkout's .venv, else python3. A command in DISPATCHER runs
+# the program in its stead, but for the tests of how it is installed.
 
 # jq's variables are not the shell's; each test is a subshell; `run` sets stderr.
 # shellcheck disable=SC2016,SC2030,SC2031,SC2154
@@ -40,7 +41,8 @@ setup() {
     unset "$name"
   done
   # As a module: Python keeps the bytecode of one, and not of a file that it is given to run.
-  printf '#!/bin/sh\nPYTHONPATH="%s" exec "%s" -m ops_alert_dispatch "$@"\n' "$ROOT" "$PYTHON" >dispatcher
+  printf '#!/bin/sh\nPYTHONPATH="%s" exec %s "$@"\n' "$ROOT" "${DISPATCHER:-"\"$PYTHON\" -m ops_alert_dispatch"}" \
+    >dispatcher
   chmod +x dispatcher
   export OPS_MANAGER_ALERT_DISPATCH_SCRIPT="$WORK/dispatcher"
   export HOOK_TOKEN="tok-5b1f0c9d7e" PAGER_KEY="R0UT1NGKEY4c8e21"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from tools import needs_tool
+from zygote import for_a_shell
 
 BATS_FILE = Path(__file__).with_name("ops-manager-alert-sinks.bats")
 NAMES = re.findall(r'^@test "(.+)" \{$', BATS_FILE.read_text(encoding="utf-8"), re.MULTILINE)
@@ -44,7 +45,7 @@ def test_shell(name: str) -> None:
     run = uuid.uuid4().hex
     # Nothing of the tester's own settings for Python, such as that no bytecode is to be kept.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    environment |= {"PYTHON": sys.executable, MARK: run}
+    environment |= {"PYTHON": sys.executable, "DISPATCHER": for_a_shell(), MARK: run}
     process = subprocess.Popen(
         [bats, "--tap", "--filter", f"^{re.escape(name)}$", BATS_FILE],
         env=environment,

@@ -596,7 +596,7 @@ configs = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(configs, categories, st.none() | severities)
 def test_any_valid_config_routes_as_the_contract_says(
     config: Config, category: str, severity: str | None
@@ -621,7 +621,7 @@ def places(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int
     return [place for key, child in children for place in [(*path, key), *places(child, (*path, key))]]
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(st.sampled_from(places(sink_config())), json_values)
 def test_whatever_stands_in_a_config_it_is_valid_or_its_faults_are_told(
     place: tuple[str | int, ...], value: Any

@@ -16,6 +16,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -533,7 +534,7 @@ def test_whatever_happens_each_delivery_is_made_given_up_or_waits_and_none_is_re
             run_state_machine_as_test(
                 machine,
                 settings=settings(
-                    max_examples=12,
+                    max_examples=8,
                     stateful_step_count=20,
                     derandomize=True,
                     database=None,
@@ -584,6 +585,9 @@ def test_retry_after_of_any_kind_is_no_error_and_never_more_than_an_hour(text: s
     assert wait is None or 0 <= wait <= program.RETRY_AFTER_MAX
 
 
+REASONS = {"blank_line", "invalid_escalation_json", "missing_escalation_category"}
+
+
 @PURE
 @given(st.binary(max_size=200) | JSON.map(program.encode_json))
 @example(b"\xef\xbb\xbf{}")
@@ -597,6 +601,8 @@ def test_any_line_is_escalations_or_unusable_and_always_the_same(text: bytes) ->
     again = program.parse_line(text + b" \0\r", len(text) + 3, "loop")
     assert [found.id for found in again] == [found.id for found in first]
     for found in first:
+        assert re.fullmatch(r"esc_[0-9a-f]{32}", found.id)
+        assert isinstance(found, program.Escalation) or found.reason_code in REASONS
         assert isinstance(found, program.Escalation) == (
             isinstance(found.body, dict) and program.as_text(found.body.get("category")) is not None
         )

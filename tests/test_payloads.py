@@ -397,13 +397,6 @@ def test_retry_after_counts_where_the_sink_is_not_well(kind: str) -> None:
         assert verdict.retry_after == 17
 
 
-@settings(max_examples=150)
-@given(st.text(max_size=40))
-def test_no_retry_after_breaks_a_pass(value: str) -> None:
-    seconds = ops_alert_dispatch.parse_retry_after(value, NOW.timestamp())
-    assert seconds is None or 0 <= seconds <= 3600
-
-
 # --- Any record at all
 
 json_values = st.recursive(
@@ -423,7 +416,7 @@ records = st.builds(
 )
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(records)
 def test_any_record_with_a_category_becomes_a_valid_request_for_every_sink(record: dict[str, Any]) -> None:
     requests = {kind: build(kind, json.dumps(record).encode()) for kind in ADAPTERS}
@@ -445,18 +438,6 @@ def test_every_type_of_sink_is_sent_the_id_by_which_a_repeat_is_known(kind: str)
     line = json.dumps(health_critical()).encode()
     request = build(kind, line)
     assert parse(line).id in f"{request.headers} {request.body.decode()}"
-
-
-@settings(max_examples=150)
-@given(st.binary(max_size=80) | json_values.map(lambda value: json.dumps(value).encode()))
-def test_any_line_is_an_escalation_or_has_a_reason_not_to_be_one(line: bytes) -> None:
-    parsed = parse(line.replace(b"\n", b""))
-
-    assert re.fullmatch(r"esc_[0-9a-f]{32}", parsed.id)
-    if isinstance(parsed, ops_alert_dispatch.Unusable):
-        assert parsed.reason_code in {"blank_line", "invalid_escalation_json", "missing_escalation_category"}
-    else:
-        assert parsed.category
 
 
 def parse(line: bytes) -> ops_alert_dispatch.Escalation | ops_alert_dispatch.Unusable:

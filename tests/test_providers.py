@@ -182,7 +182,7 @@ ORDINARY = delivery_of(health_critical(), "critical")
 held_backs = st.none() | st.builds(HeldBack, st.integers(1, 10**9), hostile_text)
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(hostile_records, st.sampled_from(program.SEVERITIES), held_backs)
 def test_no_record_breaks_a_slack_message_or_makes_anything_in_it_active(
     record: dict[str, Any], severity: str, held_back: HeldBack | None

@@ -15,6 +15,7 @@ from conftest import MODULE_FILE, Repo, Run, make_repo, time_passes
 from escalations import MARK, batch, divergence_detected, health_degraded
 from loopback import Answer, SinkServer, accepted, error, ok
 from tools import needs_tool
+from zygote import for_a_shell
 
 import ops_alert_dispatch
 
@@ -105,7 +106,7 @@ def host(tmp_path: Path, server: SinkServer) -> Repo:
     programs = tmp_path / "bin"
     programs.mkdir()
     program = programs / PROGRAM
-    program.write_text("#!/bin/sh\nexec " + " ".join(f'"{word}"' for word in made.command) + ' "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {for_a_shell()} "$@"\n')
     program.chmod(0o755)
     made.env = {
         "PATH": f"{programs}:{made.env['PATH']}",

@@ -122,22 +122,23 @@ def hook_only(**settings: Any) -> dict[str, Any]:
         ("https://sünk.example.org/", "another character"),
     ],
 )
-@pytest.mark.parametrize("name", ["ALERT_HOOK_URL", "ALERT_CHAT_URL", "ALERT_PAGER_URL"])
 def test_a_url_is_https_to_a_host_or_a_fault_that_does_not_show_it(
-    tmp_path: Path, url: str, word: str | None, name: str
+    tmp_path: Path, url: str, word: str | None
 ) -> None:
     config = sink_config()
     del config["sinks"][HOOK]["authTokenEnv"]
-    faults = config_faults(config, tmp_path, **{name: url})
+    names = ["ALERT_HOOK_URL", "ALERT_CHAT_URL", "ALERT_PAGER_URL"]
+    faults = config_faults(config, tmp_path, **dict.fromkeys(names, url))
 
     if word is None:
         assert faults == []
         return
-    (fault,) = faults
-    assert name in fault
-    assert word in fault
-    assert "example.org" not in fault
-    assert "passwd" not in fault
+    assert len(faults) == len(names)
+    for name in names:
+        (fault,) = (told for told in faults if name in told)
+        assert word in fault
+        assert "example.org" not in fault
+        assert "passwd" not in fault
 
 
 @pytest.mark.parametrize("sink", [HOOK, CHAT, PAGER])
@@ -592,7 +593,7 @@ def test_a_fault_of_the_program_itself_is_told_without_its_words(repo: Repo, tmp
 
 
 def test_an_answer_is_read_for_64_kb_and_never_unpacked(repo: Repo, server: SinkServer) -> None:
-    packed = gzip.compress(b"\0" * 50_000_000, 1, mtime=0)
+    packed = gzip.compress(b"\0" * 25_000_000, 1, mtime=0)
     server.answer(PATHS[HOOK], huge(400, 300_000_000))
     server.answer(PATHS[CHAT], Answer(400, packed[:100_000], {"Content-Encoding": "gzip"}))
     server.answer(PATHS[PAGER], Answer(503, b"\x1b]0;owned\x07\x9b2J\xe2\x80\xae\r\nOK\0"))
@@ -795,7 +796,7 @@ def test_a_dry_run_and_a_status_cannot_be_forged_by_a_record(repo: Repo, server:
 
 def test_a_config_beyond_its_bounds_is_told_in_time_and_in_few_words(tmp_path: Path) -> None:
     config = sink_config()
-    many = {f"key{index}": 1 for index in range(30_000)}
+    many = {f"key{index}": 1 for index in range(10_000)}
     nested: Any = 1
     for _ in range(101):
         nested = [nested]
@@ -855,7 +856,7 @@ def test_no_pattern_of_the_schema_or_of_the_program_can_be_made_slow() -> None:
     began = time.process_time()
     for ask in asked:
         for character in "aA0 -.%&#\\:@;/\x1b":
-            text = character * 200_000
+            text = character * 100_000
             for hard in (text, text + "\n", "a" + text + "\0", "\0" + text):
                 ask(hard)
     # Milliseconds where it takes time that grows with the length; hours where with its square.

@@ -11,6 +11,7 @@ Not for tests of the start itself: what is imported when, with which interpreter
 
 from __future__ import annotations
 
+import ast
 import atexit
 import base64
 import contextlib
@@ -22,8 +23,11 @@ import json
 import os
 import pickle
 import platform
+import shlex
+import shutil
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import tempfile
@@ -41,8 +45,6 @@ STREAMS = 3
 # From <linux/sched.h> and <asm/unistd.h>: the second number is that of all newer architectures.
 CLONE_PARENT = 0x8000
 CLONE = 56 if platform.machine() == "x86_64" else 220
-# Python 3.11 specializes the code of a function when it is called for the eighth time.
-ROUNDS = 10
 
 
 # --- In the zygote
@@ -196,8 +198,42 @@ class Forked(subprocess.Popen[str]):
         self._close_pipe_fds(*(order[name] for name in ends))  # type: ignore[attr-defined]
 
 
+class Door(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    """Where `forked.py` asks for runs."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+
+class DoorKeeper(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        connection: socket.socket = self.request
+        _, streams, _, _ = socket.recv_fds(connection, 1, STREAMS)
+        with connection.makefile() as text:
+            arguments, env, cwd = ast.literal_eval(text.read())
+        prepare = base64.b64encode(pickle.dumps(int)).decode()
+        pid = zygote().fork({"arguments": arguments, "env": env, "cwd": cwd, "prepare": prepare}, streams)
+        for stream in streams:
+            os.close(stream)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        connection.sendall(bytes([code if code >= 0 else 128 - code]))
+
+
+@functools.cache
+def for_a_shell() -> str:
+    """The program as a command of a shell, for tests whose subject is not its start."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    address = str(Path(folder, "door"))
+    door = Door(address, DoorKeeper)
+    threading.Thread(target=door.serve_forever, daemon=True).start()
+    atexit.register(door.server_close)
+    atexit.register(door.shutdown)
+    return shlex.join([sys.executable, "-I", "-S", str(ROOT / "tests" / "forked.py"), address])
+
+
 def warm_up(program: ModuleType) -> None:
-    """Do often enough what runs do: import, compile patterns, and have Python specialize its code.
+    """Do once what runs do again and again: import, compile patterns.
 
     No run does again what was done here, and the memory that it writes to stays shared with all of them.
     """
@@ -213,7 +249,7 @@ def warm_up(program: ModuleType) -> None:
         source.parent.mkdir(parents=True)
         source.write_text(line(health_critical()))
         dry_run = ["dispatch", "--loop", "loop", "--dry-run", "--show-payload", "--format"]
-        for command in (["config"], ["status"], ["log"], [*dry_run, "text"], [*dry_run, "json"]) * ROUNDS:
+        for command in (["config"], ["status"], ["log"], [*dry_run, "text"], [*dry_run, "json"]):
             program.cli([*command, "--repo", folder], standalone_mode=False)
     with contextlib.suppress(program.NoAnswerError):
         program.Client("http://127.0.0.1:9/", 1.0).send(program.HttpRequest({}, b""))
