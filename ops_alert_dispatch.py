@@ -945,22 +945,13 @@ def variables_of(settings: JsonObject) -> dict[str, str]:
     }
 
 
-class Variable(NamedTuple):
-    """A variable that a sink of a config names: `key` is the key of `variables_of`, `settings` the sink's
-    object."""
-
-    name: str
-    key: str
-    sink_id: str
-    settings: JsonObject
-
-
-def variables_in(document: JsonObject) -> Iterator[Variable]:
-    """The variables that the sinks of a config name, valid or not."""
+def variables_in(document: JsonObject) -> Iterator[tuple[str, str, str, JsonObject]]:
+    """The variables that the sinks of a config name, valid or not: each with its key of `variables_of`, the
+    id of the sink, and the sink's object."""
     for sink_id, sink in mapping(document.get("sinks")).items():
         settings = mapping(sink)
         for key, name in variables_of(settings).items():
-            yield Variable(name, key, sink_id, settings)
+            yield name, key, sink_id, settings
 
 
 def kind_of_variable(key: str) -> VariableKind:
@@ -1110,7 +1101,7 @@ def read_secret_files(
     """
     found: dict[str, str] = {}
     unreadable: dict[str, str] = {}
-    for name in {variable.name for variable in variables_in(document)}:
+    for name in {name for name, *_ in variables_in(document)}:
         path = environ.get(f"{name}_FILE")
         if not path or environ.get(name):
             continue
@@ -2639,19 +2630,14 @@ class Resolution(NamedTuple):
     dispatchable: tuple[Sink, ...]
 
 
-class HeldBack(NamedTuple):
-    """Repeats that a sink was not sent: how many, and when the first was written."""
-
-    repeats: int
-    since: str
-
-
 class Delivery(NamedTuple):
-    """One escalation for one sink, as an adapter needs it. `held_back`: the repeats before it."""
+    """One escalation for one sink, as an adapter needs it. `repeats`: how many were held back before it;
+    `repeats_since`: when the first of these was written."""
 
     escalation: Escalation
     resolution: Resolution
-    held_back: HeldBack | None = None
+    repeats: int = 0
+    repeats_since: str = ""
 
 
 class Router:
@@ -3337,8 +3323,8 @@ class QueuedEscalation(NamedTuple):
 
 
 class Named(NamedTuple):
-    """A delivery that an operator may name, without its record; `line` counts from 1. Without `sink` and
-    `status`: an escalation that goes to no sink."""
+    """A delivery that an operator may name, without its record; `line` counts from 1. `sink` and `status` are
+    empty if the escalation has no delivery. `escalation` is 0 if the queue does not have it."""
 
     escalation: int
     escalation_id: str
@@ -3348,11 +3334,19 @@ class Named(NamedTuple):
     category: str
     severity: str | None
     written_at: str | None
-    sink: str | None = None
-    status: str | None = None
+    sink: str = ""
+    status: str = ""
+
+    @property
+    def key(self) -> tuple[str, int, str, str]:
+        """What tells it from others. The id does not suffice: equal lines have the same."""
+        return self.segment, self.offset, self.escalation_id, self.sink
 
 
-NAMED_COLUMNS = "e.id, e.escalation_id, e.segment, e.offset, e.line, e.category, e.severity, e.written_at"
+NAMED_COLUMNS = (
+    "e.id, e.escalation_id, e.segment, e.offset, e.line, e.category, e.severity, e.written_at, "
+    "coalesce(d.sink, ''), coalesce(d.status, '')"
+)
 ESCALATION_COLUMNS = ", ".join(f"e.{name}" for name in QueuedEscalation._fields)
 DELIVERY_COLUMNS = ", ".join(f"d.{name}" for name in QueuedDelivery._fields[:-1])
 DESTINATION_COLUMNS = ", ".join(Destination._fields)
@@ -4345,9 +4339,8 @@ class Queue:
         """The escalations of a loop for which a condition holds, one for each of their sinks. In the
         condition `e` is the escalation, `d` the delivery that leads for its sink."""
         rows = self.execute(
-            f"SELECT {NAMED_COLUMNS}, d.sink, d.status FROM escalations e LEFT JOIN deliveries d "
-            "ON d.escalation = e.id AND d.lead WHERE e.loop = ? AND e.unusable IS NULL "
-            f"AND {condition} ORDER BY e.id",
+            f"SELECT {NAMED_COLUMNS} FROM escalations e LEFT JOIN deliveries d ON d.escalation = e.id "
+            f"AND d.lead WHERE e.loop = ? AND e.unusable IS NULL AND {condition} ORDER BY e.id",
             *(loop, *values),
         )
         return [Named(*row) for row in rows]
@@ -4867,18 +4860,17 @@ def signature(key: bytes, signed: bytes) -> str:
 
 def held_back_fields(delivery: Delivery) -> JsonObject:
     """The number of repeats that were held back, and since when; empty if there are none."""
-    held_back = delivery.held_back
-    if held_back is None:
+    if not delivery.repeats:
         return {}
-    return {"heldBackCount": held_back.repeats, "heldBackSince": shown(held_back.since)}
+    return {"heldBackCount": delivery.repeats, "heldBackSince": shown(delivery.repeats_since)}
 
 
 def held_back_text(delivery: Delivery) -> str:
     """`and 14 repeats held back since 2026-03-01T12:00:00Z`; empty if there are none."""
-    held_back = delivery.held_back
-    if held_back is None:
+    if not delivery.repeats:
         return ""
-    return f"and {plural(held_back.repeats, 'repeat')} held back since {shown(held_back.since, 40) or '?'}"
+    since = shown(delivery.repeats_since, 40) or "?"
+    return f"and {plural(delivery.repeats, 'repeat')} held back since {since}"
 
 
 SEVERITY_EMOJI = {"info": "\N{INFORMATION SOURCE}\ufe0f", "warning": "⚠️", "critical": "🚨"}
@@ -4892,7 +4884,7 @@ def headline(delivery: Delivery, limit: int) -> str:
     escalation = delivery.escalation
     what = ", ".join(reason_codes(escalation)) or explain(escalation)[0]
     where = f"{shown(escalation.category, 100)} on {shown(escalation.loop_id, 100)}"
-    tail = f" ({held_back_text(delivery)})" if delivery.held_back else ""
+    tail = f" ({held_back_text(delivery)})" if delivery.repeats else ""
     return cut(f"[{delivery.resolution.event_severity}] {where}: {what}", limit - len(tail)) + tail
 
 
@@ -5062,7 +5054,7 @@ def slack_message(delivery: Delivery, origin: Origin) -> JsonObject:
         slack_section(bullets(explain(escalation), SLACK_SECTION, slack_escape)),
         slack_context(facts_of(delivery, origin)),
     ]
-    if delivery.held_back:
+    if delivery.repeats:
         blocks.insert(2, slack_section(slack_escape(held_back_text(delivery), SLACK_SECTION)))
     return {
         "text": slack_escape(f"{SEVERITY_EMOJI[severity]} {headline(delivery, SLACK_HEADLINE)}", SLACK_TEXT),
@@ -5107,7 +5099,7 @@ def slack_digest_line(delivery: Delivery, *, name_loop: bool) -> str:
         shown(escalation.timestamp, 40),
         "; ".join(explain(escalation)),
     ]
-    tail = f" · {held_back_text(delivery)}" if delivery.held_back else ""
+    tail = f" · {held_back_text(delivery)}" if delivery.repeats else ""
     tail = slack_escape(tail, SLACK_DIGEST_LINE // 2)
     return slack_escape(" · ".join(filter(None, parts)), SLACK_DIGEST_LINE - len(tail)) + tail
 
@@ -6291,8 +6283,8 @@ def attempt_row(
         row["message"] = verdict.message
     if verdict.outcome not in STATUS_OF_OUTCOME:
         row["escalationTimestamp"] = stored.written_at
-    if delivery and delivery.held_back and verdict.outcome == "delivered":
-        row["heldBack"] = {"repeats": delivery.held_back.repeats, "since": delivery.held_back.since}
+    if delivery and delivery.repeats and verdict.outcome == "delivered":
+        row["heldBack"] = {"repeats": delivery.repeats, "since": delivery.repeats_since}
     if found.by_operator:
         row["byOperator"] = True
     if stored.reported:
@@ -6659,6 +6651,8 @@ class Loop:
         self.error: DispatchError | None = None
         self._written = 0
         self._flushed = False
+        # The queue has not known it until now.
+        self.is_new = False
         self.id, cursor, self._rules = self._find(job)
         shared.loops[self.id] = self
         self._before = self.queue.tallies(self.id)
@@ -6674,6 +6668,7 @@ class Loop:
             if found is not None:
                 self._hold(found[0])
                 return found
+            self.is_new = True
             past = read_past(job)
             number = self.queue.add_loop(job.loop_id, past.cursor)
             self._hold(number)
@@ -7142,10 +7137,9 @@ def read_past(job: Job) -> PastRun:
     losses: list[tuple[str, int, float]] = []
     # A state that an operator wrote, to begin at some line, holds no more than that.
     if not document or "updatedAt" in document:
-        rows = read_past_rows(job, cursor)
-        losses = rows.losses
-        cursor = after_row(job, cursor, rows.last, damaged=damaged)
-        for (_, sink), (line, given_up) in rows.left.items():
+        last, left, losses = read_past_rows(job, cursor)
+        cursor = after_row(job, cursor, last, damaged=damaged)
+        for (_, sink), (line, given_up) in left.items():
             dead += given_up
             waiting += not given_up
             if not given_up:
@@ -7153,22 +7147,16 @@ def read_past(job: Job) -> PastRun:
     return PastRun(cursor, waiting, dead, first, losses)
 
 
-class PastRows(NamedTuple):
-    """What a loop's telemetry says of earlier passes.
+def read_past_rows(
+    job: Job, cursor: Cursor
+) -> tuple[JsonObject | None, dict[tuple[str, str], tuple[int, bool]], list[tuple[str, int, float]]]:
+    """Read what a loop's telemetry says of earlier passes. Behind the cursor of the last summary there are
+    rows if a pass was killed before it wrote its own.
 
-    `last`: the last row of an escalation. `left`: what was not delivered of the escalations behind a cursor,
-    by escalation and sink: the line, and whether it is a dead letter. `losses`: those of the last day, each
-    with reason code, count and time.
+    Returns the last row of an escalation; what was not delivered of the escalations behind the cursor, by
+    escalation and sink: the line, and whether it is a dead letter; and the losses of the last day: reason
+    code, count and time. Raises StorageError.
     """
-
-    last: JsonObject | None
-    left: dict[tuple[str, str], tuple[int, bool]]
-    losses: list[tuple[str, int, float]]
-
-
-def read_past_rows(job: Job, cursor: Cursor) -> PastRows:
-    """Read a loop's telemetry. Behind the cursor of the last summary there are rows if a pass was killed
-    before it wrote its own. Raises StorageError."""
     last: JsonObject | None = None
     left: dict[tuple[str, str], tuple[int, bool]] = {}
     losses: list[tuple[str, int, float]] = []
@@ -7193,7 +7181,7 @@ def read_past_rows(job: Job, cursor: Cursor) -> PastRows:
                 left[key] = row["position"]["line"], entry.get("deadLetter") is True
                 if entry["status"] in ("success", "skipped"):
                     del left[key]
-    return PastRows(last, left, losses)
+    return last, left, losses
 
 
 def record_end(row: JsonObject) -> tuple[int, int]:
@@ -7367,11 +7355,8 @@ class Pace:
         return max(min(paid_until, now + self._credit), now) + self._interval
 
 
-class Batch(NamedTuple):
-    """Deliveries that go out as one request, the oldest first, as the queue and as the adapter know them."""
-
-    queued: list[QueuedDelivery]
-    deliveries: list[Delivery]
+# Deliveries that go out as one request, the oldest first, as the queue and as the adapter know them.
+Batch = list[tuple[QueuedDelivery, Delivery]]
 
 
 class Retry(NamedTuple):
@@ -7462,7 +7447,7 @@ class Sender:
                 clock.cut_short = True
                 return False
             step = self._record_and_choose(None)
-            while isinstance(step, Batch):
+            while isinstance(step, list):
                 step = self._record_and_choose(self._send(step))
         if step is not None:
             return clock.pause(step)
@@ -7485,7 +7470,7 @@ class Sender:
             if self.shared.error is not None:
                 self.resting = True
             step = None if self.resting or self.ended else self._next(destination)
-            if not isinstance(step, Batch):
+            if not isinstance(step, list):
                 self._write_counts()
             return step
 
@@ -7529,7 +7514,7 @@ class Sender:
             if wait > 0:
                 return wait if self.has_work() else None
         batch = self._gather(now, failing=destination.consecutive_failures > 0)
-        if not isinstance(batch, Batch):
+        if not isinstance(batch, list):
             return batch
         if self._pace:
             self.queue.spend_rate(self.digest, self._pace.spend(paid_until, now))
@@ -7543,15 +7528,14 @@ class Sender:
         """What goes out with the next request; 0.0 if something was settled and the next one is to be looked
         for, None if nothing waits."""
         if self._prefetched and now < self._prefetched_until and self.shared.active:
-            item, delivery = self._prefetched.popleft()
-            self._batch = Batch([item], [delivery])
+            self._batch = [self._prefetched.popleft()]
             return self._batch
         self._put_back()
         size = self.adapter.batch_size(self.sink)
         # One by one and of one loop: only a worse severity could come in between.
         prefetch = size == 1 and len(self.shared.active) == 1 and not self.shared.config.repeat_window
         most = PREFETCH_COUNT if prefetch else size
-        found: list[tuple[QueuedDelivery, Delivery]] = []
+        found: Batch = []
         ended = 0
         if self._set_aside and failing:
             # A record that was tried less often shows whether the fault is in the record or in the sink.
@@ -7565,16 +7549,13 @@ class Sender:
             self._prefetched.extend(found[1:])
             self._prefetched_until = now + PREFETCH_SECONDS
             del found[1:]
-        found.sort(key=lambda pair: pair[0].escalation)
-        self._batch = Batch([item for item, _ in found], [delivery for _, delivery in found])
+        self._batch = sorted(found, key=lambda pair: pair[0].escalation)
         return self._batch
 
-    def _choose(
-        self, most: int, now: float, *, below_limit: bool = False
-    ) -> tuple[list[tuple[QueuedDelivery, Delivery]], int]:
+    def _choose(self, most: int, now: float, *, below_limit: bool = False) -> tuple[Batch, int]:
         """Choose up to `most` deliveries, and settle those that need no request; returns how many these were
         as well. `below_limit`: only what was tried less than SAME_RECORD_ATTEMPTS times."""
-        found: list[tuple[QueuedDelivery, Delivery]] = []
+        found: Batch = []
         ended = 0
         # By loop and subject, when what was chosen of it was written; None: a repeat was left behind.
         subjects: dict[tuple[int, str], float | None] = {}
@@ -7590,7 +7571,7 @@ class Sender:
                 if abs(written_at - before) < self.shared.config.repeat_window:
                     subjects[item.loop, subject] = None  # it is a repeat if the sink takes the other one
                     continue
-                delivery, verdict = delivery._replace(held_back=None), None
+                delivery, verdict = delivery._replace(repeats=0), None
             if verdict is not None:
                 self._settle_unsent(item, delivery, verdict)
                 ended += 1
@@ -7621,7 +7602,7 @@ class Sender:
         """A delivery as the adapter knows it; its subject, if repeats are held back; and a verdict, if it
         needs no request."""
         escalation, resolution = self.shared.parse(item.stored), self.shared.resolve(item.stored)
-        delivery = Delivery(escalation, resolution, None)
+        delivery = Delivery(escalation, resolution)
         policy = self.shared.config.policy
         if not item.lead and not item.by_operator:
             written = max(parse_time(item.stored.written_at) or 0.0, item.waiting_since)
@@ -7648,7 +7629,7 @@ class Sender:
                     REPEATED._replace(message=f"a repeat of what this sink was sent of {last[0]}"),
                 )
             if last[2] is not None:
-                delivery = delivery._replace(held_back=HeldBack(last[1], last[2]))
+                delivery = delivery._replace(repeats=last[1], repeats_since=last[2])
         return delivery, subject, None
 
     def _settle_unsent(self, item: QueuedDelivery, delivery: Delivery | None, verdict: Verdict) -> None:
@@ -7666,7 +7647,7 @@ class Sender:
 
     def _send(self, batch: Batch) -> Verdict:
         """Send one request with these deliveries, and judge what comes back."""
-        job = self.shared.loops[batch.queued[0].loop].job
+        job = self.shared.loops[batch[0][0].loop].job
         origin = Origin(job.repo, job.trace_id, time.time(), clock_correction(self._clock_offset))
         if self.shared.dry_run:
             return self._pretend(batch, origin)
@@ -7682,7 +7663,7 @@ class Sender:
     def _pretend(self, batch: Batch, origin: Origin) -> Verdict:
         """Take a request in place of its destination, in a dry run."""
         if self.shared.show_payload:
-            for item, delivery in zip(batch.queued, batch.deliveries, strict=True):
+            for item, delivery in batch:
                 self.shared.requests[item.escalation, item.sink, item.peer] = self.adapter.build(
                     self.sink, [delivery], origin
                 )
@@ -7691,7 +7672,8 @@ class Sender:
     def _attempt(self, batch: Batch, origin: Origin) -> Verdict:
         self._started = 0.0
         # Before the deadline is set: on a busy machine, this takes longer than many requests.
-        request = build_request(self.adapter, self.sink, batch.deliveries, origin)
+        deliveries = [delivery for _, delivery in batch]
+        request = build_request(self.adapter, self.sink, deliveries, origin)
         if isinstance(request, Verdict):
             return request
         if self._client is None:
@@ -7726,7 +7708,7 @@ class Sender:
         now = time.time()
         if self.peer:
             # Another peer may have taken the lead meanwhile, and the escalation's row may be written.
-            batch = batch._replace(queued=[self.queue.reread(item) for item in batch.queued])
+            batch = [(self.queue.reread(item), delivery) for item, delivery in batch]
         if verdict.outcome != "delivered":
             self._put_back()
         verdict = self._verdict_for(batch, verdict)
@@ -7736,7 +7718,7 @@ class Sender:
         else:
             self._note_answer(destination, verdict, now)
         self._write_attempts(batch, verdict, retry, now)
-        for item, delivery in zip(batch.queued, batch.deliveries, strict=True):
+        for item, delivery in batch:
             self._counted[item.loop, verdict.outcome] += 1
             if retry is not None:
                 not_before = now + retry.wait if retry.alone else 0.0
@@ -7753,11 +7735,11 @@ class Sender:
     def _verdict_for(self, batch: Batch, verdict: Verdict) -> Verdict:
         """What a verdict on a request means for its deliveries. If several were refused together, each is
         tried alone. A record on which this program has failed too often is given up."""
-        together = len(batch.queued) > 1
+        together = len(batch) > 1
         if verdict.outcome == "dead_letter" and together:
             return verdict._replace(outcome="retry")
         ours = verdict.outcome == "retry" and verdict.fault == "adapter_fault"
-        if ours and not together and batch.queued[0].attempts + 1 >= SAME_RECORD_ATTEMPTS:
+        if ours and not together and batch[0][0].attempts + 1 >= SAME_RECORD_ATTEMPTS:
             return verdict._replace(outcome="dead_letter")
         return verdict
 
@@ -7772,11 +7754,11 @@ class Sender:
     def _write_attempts(self, batch: Batch, verdict: Verdict, retry: Retry | None, now: float) -> None:
         seconds = time.monotonic() - self._started if self._started else 0.0
         rows: dict[int, list[JsonObject]] = {}
-        for index, (item, delivery) in enumerate(zip(batch.queued, batch.deliveries, strict=True)):
+        for index, (item, delivery) in enumerate(batch):
             loop = self.shared.loops[item.loop]
             row = attempt_row(loop.job, self.sink, item, delivery, verdict, item.attempts + 1, seconds)
-            if len(batch.queued) > 1:
-                row |= {"batchSize": len(batch.queued), "batchIndex": index}
+            if len(batch) > 1:
+                row |= {"batchSize": len(batch), "batchIndex": index}
             if retry is not None:
                 row["nextAttemptAt"] = iso_milliseconds(now + retry.wait)
                 if not retry.quick:
@@ -7806,9 +7788,9 @@ class Sender:
             self._note_answer(destination, verdict, now)
             return Retry(0.0, quick=True, alone=True)
         self._failures_in_row += 1
-        attempts = max(item.attempts for item in batch.queued) + 1
+        attempts = max(item.attempts for item, _ in batch) + 1
         if attempts >= SAME_RECORD_ATTEMPTS or verdict.fault == "adapter_fault":
-            self._set_aside |= {item.escalation for item in batch.queued}
+            self._set_aside |= {item.escalation for item, _ in batch}
             return self._postpone_suspect(batch, attempts, destination, verdict, now)
         quick = self._quick_wait(verdict)
         if quick is not None:
@@ -7823,7 +7805,7 @@ class Sender:
         self, batch: Batch, attempts: int, destination: Destination, verdict: Verdict, now: float
     ) -> Retry:
         """Decide when to try deliveries again whose records may be at fault, and not the sink."""
-        first = min((item.first_failed_at or now for item in batch.queued), default=now)
+        first = min((item.first_failed_at or now for item, _ in batch), default=now)
         well = not destination.consecutive_failures and (destination.last_success_at or 0.0) > first
         # A sink that says how long to wait, or that is misconfigured, does not mean the record.
         may_be_record = verdict.outcome == "retry" and verdict.retry_after is None
@@ -11391,27 +11373,16 @@ class Selection(NamedTuple):
     sink_id: str | None = None
 
 
-class Selected(NamedTuple):
-    """A delivery that an operator names. `named.escalation`: 0 if the queue does not have the record."""
-
-    named: Named
-    sink: Sink
-    dead_letter: bool
-
-    @property
-    def key(self) -> tuple[str, int, str, str]:
-        """What tells the delivery from others. The id does not suffice: equal lines have the same."""
-        return (self.named.segment, self.named.offset, self.named.escalation_id, self.sink.id)
-
-    def to_json(self) -> JsonObject:
-        return {
-            "escalationId": self.named.escalation_id,
-            "escalationCategory": self.named.category,
-            "escalationTimestamp": self.named.written_at,
-            "sinkId": self.sink.id,
-            "sinkType": self.sink.type,
-            "deadLetter": self.dead_letter,
-        }
+def named_json(item: Named, config: Config) -> JsonObject:
+    """A delivery that an operator named, in JSON."""
+    return {
+        "escalationId": item.escalation_id,
+        "escalationCategory": item.category,
+        "escalationTimestamp": item.written_at,
+        "sinkId": item.sink,
+        "sinkType": config.sinks[item.sink].type,
+        "deadLetter": item.status == "dead",
+    }
 
 
 @contextlib.contextmanager
@@ -11425,41 +11396,37 @@ def operator_lock(job: Job) -> Iterator[None]:
         yield
 
 
-class Found(NamedTuple):
-    """What an operator named. `in_queue`: the queue knows the loop. `has_run`: a pass has read its source."""
-
-    deliveries: list[Selected]
-    in_queue: bool
-    has_run: bool
-
-
-def find_selected(job: Job, config: Config, selection: Selection) -> Found:
+def find_selected(job: Job, config: Config, selection: Selection) -> list[Named]:
     """Find the deliveries that an operator names. Changes nothing.
 
-    Raises BadParameter if there is no such escalation or line, StateError or StorageError.
+    Raises BadParameter if there is no such escalation or line, StateError if there is no such loop, if a pass
+    holds it, or if none has run for it but has to; StorageError.
     """
-    known: list[Named] = []
-    cursor = None
-    queue = open_to_read(job)
-    if queue is not None:
-        with queue:
-            if found := queue.find_loop(job.loop_id):
-                loop, cursor, _ = found
-                known = find_named(queue, loop, cursor, selection)
-    in_queue = cursor is not None
-    # The queue is closed: passes over other loops go on while the source is read.
-    cursor = cursor or read_past(job).cursor
-    with contextlib.closing(Source(job.escalations_file, cursor)) as source:
-        if selection.waiting_to is not None and not in_queue:
-            new = read_new(job, source)
-            known = [name_of(stored) for stored in new if stored.line <= selection.waiting_to]
-        elif selection.lines is not None:
-            check_lines(job, source, selection.lines[0])
-            known += [name_of(stored) for stored in read_unknown(job, source, selection.lines, known)]
+    with operator_lock(job):
+        known: list[Named] = []
+        cursor = None
+        queue = open_to_read(job)
+        if queue is not None:
+            with queue:
+                if found := queue.find_loop(job.loop_id):
+                    loop, cursor, _ = found
+                    known = find_named(queue, loop, cursor, selection)
+        in_queue = cursor is not None
+        # The queue is closed: passes over other loops go on while the source is read.
+        cursor = cursor or read_past(job).cursor
+        if selection.waiting_to is None and not (in_queue or cursor.number or cursor.line):
+            first = f"run `{command_line('dispatch', job)}` first"
+            raise StateError(f"no pass has run for loop {job.loop_id} yet", [first])
+        with contextlib.closing(Source(job.escalations_file, cursor)) as source:
+            if selection.waiting_to is not None and not in_queue:
+                new = read_new(job, source)
+                known = [name_of(stored) for stored in new if stored.line <= selection.waiting_to]
+            elif selection.lines is not None:
+                check_lines(job, source, selection.lines[0])
+                known += [name_of(stored) for stored in read_unknown(job, source, selection.lines, known)]
     if selection.escalation is not None and not known:
         explain_unknown(job, selection.escalation)
-    has_run = in_queue or bool(cursor.number or cursor.line)
-    return Found(select(known, Router(config), selection), in_queue, has_run)
+    return select(known, Router(config), selection)
 
 
 def find_named(queue: Queue, loop: int, cursor: Cursor, selection: Selection) -> list[Named]:
@@ -11524,26 +11491,24 @@ def name_of(stored: QueuedEscalation) -> Named:
     )
 
 
-def select(known: Sequence[Named], router: Router, selection: Selection) -> list[Selected]:
+def select(known: Sequence[Named], router: Router, selection: Selection) -> list[Named]:
     """The deliveries of these escalations that an operator names."""
-    chosen: dict[object, Selected] = {}
-    for _, group in itertools.groupby(
-        known, key=lambda named: (named.escalation, named.offset, named.escalation_id)
-    ):
+    chosen: dict[object, Named] = {}
+    for _, group in itertools.groupby(known, key=lambda named: (named.escalation, named.key[:3])):
         rows = list(group)
-        status_of = {named.sink: named.status for named in rows if named.sink is not None}
+        status_of = {named.sink: named.status for named in rows if named.sink}
         for sink in select_sinks(rows[0], status_of, router, selection):
-            found = Selected(rows[0], sink, status_of.get(sink.id) == "dead")
+            found = rows[0]._replace(sink=sink, status=status_of.get(sink, ""))
             # Equal lines have one id. Whoever names it means one of them, a dead letter if there is one.
-            key = found.key if selection.escalation is None else sink.id
-            if found.dead_letter or key not in chosen:
+            key = found.key if selection.escalation is None else sink
+            if found.status == "dead" or key not in chosen:
                 chosen[key] = found
     return list(chosen.values())
 
 
 def select_sinks(
-    named: Named, status_of: Mapping[str, str | None], router: Router, selection: Selection
-) -> list[Sink]:
+    named: Named, status_of: Mapping[str, str], router: Router, selection: Selection
+) -> list[str]:
     """The sinks of an escalation that an operator names. `status_of`: its deliveries, by sink."""
     skipping = selection.waiting_to is not None
     sink_ids = dict.fromkeys(status_of)
@@ -11556,7 +11521,7 @@ def select_sinks(
         routed = resolution.reached if to_disabled else resolution.dispatchable
         sink_ids |= dict.fromkeys(sink.id for sink in routed)
     return [
-        router.config.sinks[sink_id]
+        sink_id
         for sink_id in sink_ids
         if sink_id in router.config.sinks
         and selection.sink_id in (None, sink_id)
@@ -11626,7 +11591,7 @@ def operator_pass(
 
 
 def redeliver_selected(
-    job: Job, config: Config, selection: Selection, shown: Sequence[Selected], stop: threading.Event
+    job: Job, config: Config, selection: Selection, shown: Sequence[Named], stop: threading.Event
 ) -> list[JsonObject]:
     """Queue the deliveries again that an operator was shown, and run a pass. Returns what came of each.
 
@@ -11634,24 +11599,24 @@ def redeliver_selected(
     DispatchError.
     """
     keys = {item.key for item in shown}
-    with operator_pass(job, config, stop, {item.sink.id for item in shown}) as (shared, loop):
+    with operator_pass(job, config, stop, {item.sink for item in shown}) as (shared, loop):
         queue = shared.queue
         with queue.transaction():
             add_unknown(queue, loop, selection, {key[:3] for key in keys})
             known = find_named(queue, loop.id, loop.source.cursor, selection)
             chosen = [item for item in select(known, shared.router, selection) if item.key in keys]
             for item in chosen:
-                resolution = shared.router.resolve(item.named.category, item.named.severity)
+                resolution = shared.router.resolve(item.category, item.severity)
                 severity = SEVERITIES.index(resolution.event_severity)
-                peers = shared.peers[item.sink.id]
-                queue.requeue(item.named.escalation, item.sink.id, peers, loop.id, severity, time.time())
-            for sink_id in {item.sink.id for item in chosen}:
+                peers = shared.peers[item.sink]
+                queue.requeue(item.escalation, item.sink, peers, loop.id, severity, time.time())
+            for sink_id in {item.sink for item in chosen}:
                 queue.try_sink_at_once(sink_id)
             expect_work(job, len(chosen))
         outcome = Pass(shared).run([loop])[job.loop_id]
         if isinstance(outcome, DispatchError):
             raise outcome
-        return [{**item.to_json(), **redelivery_outcome(shared, job, item)} for item in chosen]
+        return [{**named_json(item, config), **redelivery_outcome(shared, job, item)} for item in chosen]
 
 
 def add_unknown(queue: Queue, loop: Loop, selection: Selection, places: Collection[object]) -> None:
@@ -11669,9 +11634,9 @@ def add_unknown(queue: Queue, loop: Loop, selection: Selection, places: Collecti
     queue.add_escalations([stored._replace(id=next(numbers), loop=loop.id) for stored in fresh])
 
 
-def redelivery_outcome(shared: Shared, job: Job, item: Selected) -> JsonObject:
+def redelivery_outcome(shared: Shared, job: Job, item: Named) -> JsonObject:
     """What came of a redelivery, in JSON."""
-    found = shared.queue.lead(item.named.escalation, item.sink.id)
+    found = shared.queue.lead(item.escalation, item.sink)
     if found is None:
         return {"status": "waiting"}
     result = why_json(found)
@@ -11689,23 +11654,21 @@ def redelivery_outcome(shared: Shared, job: Job, item: Selected) -> JsonObject:
         if known is None or not known.consecutive_failures:
             return {"status": "waiting", **result}
         result = why_json(known)
-    commands = {**commands_for(job), "test": test_command(job.repo, job.config_file, item.sink.id)}
-    result["advice"] = advise(result["faultCode"], item.sink, commands)
-    return {"status": "failed", **result, "willRetry": found.status == "waiting" and item.sink.enabled}
+    commands = {**commands_for(job), "test": test_command(job.repo, job.config_file, item.sink)}
+    sink = shared.config.sinks[item.sink]
+    result["advice"] = advise(result["faultCode"], sink, commands)
+    return {"status": "failed", **result, "willRetry": found.status == "waiting" and sink.enabled}
 
 
 def skip_deliveries(
-    job: Job, config: Config, selection: Selection, shown: Sequence[Selected], *, ingest: bool
-) -> tuple[list[Selected], str]:
+    job: Job, config: Config, selection: Selection, shown: Sequence[Named]
+) -> tuple[list[Named], str]:
     """Give up the deliveries that an operator was shown, and write that into the telemetry. Returns those
-    that were still there, and the segment of the source's current file.
-
-    `ingest`: read the source first, because no pass has. Raises DispatchError.
-    """
+    that were still there, and the segment of the source's current file. Raises DispatchError."""
     keys = {item.key for item in shown}
     with operator_pass(job, config, threading.Event()) as (shared, loop):
         queue = shared.queue
-        while ingest and loop.ingest():
+        while loop.is_new and loop.ingest():
             queue.tidy()
         known = find_named(queue, loop.id, loop.source.cursor, selection)
         chosen = [item for item in select(known, shared.router, selection) if item.key in keys]
@@ -11715,19 +11678,21 @@ def skip_deliveries(
                     give_up(queue, loop, item)
             loop.flush_rows()
         with queue.transaction():
-            for sink_id in {item.sink.id for item in chosen}:
+            for sink_id in {item.sink for item in chosen}:
                 queue.forget_failures(sink_id)
         loop.write_last_rows()
         save_summary(job, loop)
         return chosen, loop.source.cursor.segment
 
 
-def give_up(queue: Queue, loop: Loop, item: Selected) -> None:
+def give_up(queue: Queue, loop: Loop, item: Named) -> None:
     """Give up a delivery, if it is still there."""
-    found = queue.lead(item.named.escalation, item.sink.id)
+    found = queue.lead(item.escalation, item.sink)
     if found is not None:
         found = found._replace(by_operator=True)
-        loop.write_attempts([attempt_row(loop.job, item.sink, found, None, GIVEN_UP, 0, 0.0)])
+        loop.write_attempts(
+            [attempt_row(loop.job, loop.shared.config.sinks[item.sink], found, None, GIVEN_UP, 0, 0.0)]
+        )
         leads = queue.settle(found, "skipped", GIVEN_UP, found.attempts)
         loop.note_end(found, leads=leads)
 
@@ -11766,24 +11731,24 @@ def confirm(question: str, what: str, *, err: bool) -> None:
         raise
 
 
-def listing(deliveries: Sequence[Selected]) -> str:
+def listing(deliveries: Sequence[Named]) -> str:
     """Deliveries as a table, for the question whether to change them; of many, a row for those alike."""
     now = time.time()
     if len(deliveries) <= LISTED:
         rows = (
             (
-                item.named.line,
-                how_long(item.named.written_at, now),
-                item.named.category,
-                short_id(item.named.escalation_id),
-                item.sink.id,
+                item.line,
+                how_long(item.written_at, now),
+                item.category,
+                short_id(item.escalation_id),
+                item.sink,
             )
             for item in deliveries
         )
         return table(("LINE", "TIME", "CATEGORY", "ID", "SINK"), rows)
     groups: dict[tuple[object, ...], list[str | None]] = {}
     for item in deliveries:
-        groups.setdefault((item.named.category, item.sink.id), []).append(item.named.written_at)
+        groups.setdefault((item.category, item.sink), []).append(item.written_at)
     return grouped_table(("CATEGORY", "SINK"), groups, now)
 
 
@@ -11839,9 +11804,9 @@ def redeliver(
     as_json = wants_json(form, pretty)
     loaded = load_config(job.config_file, os.environ)
     check_sink(loaded, sink_id)
-    found = find_redeliveries(job, loaded, selection)
-    shown = leave_out_disabled(found, sink_id)
-    check_credentials(loaded, {item.sink.id: item.sink for item in shown}.values())
+    found = find_selected(job, loaded, selection)
+    shown = leave_out_disabled(found, loaded, sink_id)
+    check_credentials(loaded, [loaded.sinks[name] for name in {item.sink for item in shown}])
     results: list[JsonObject] = []
     if shown:
         if not yes:
@@ -11862,25 +11827,13 @@ def redeliver(
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
 
 
-def find_redeliveries(job: Job, config: Config, selection: Selection) -> list[Selected]:
-    """The deliveries that `redeliver` is asked for. Raises StateError if no pass has run, else as
-    `find_selected` and `operator_lock`."""
-    with operator_lock(job):
-        found = find_selected(job, config, selection)
-    if not found.has_run:
-        first = f"run `{command_line('dispatch', job)}` first"
-        raise StateError(f"no pass has run for loop {job.loop_id} yet", [first])
-    return found.deliveries
-
-
-def leave_out_disabled(deliveries: Sequence[Selected], sink_id: str | None) -> list[Selected]:
+def leave_out_disabled(deliveries: Sequence[Named], config: Config, sink_id: str | None) -> list[Named]:
     """Leave out deliveries to disabled sinks other than the one that was named, and say so."""
-    disabled = dict.fromkeys(
-        item.sink.id for item in deliveries if not item.sink.enabled and item.sink.id != sink_id
-    )
+    names = dict.fromkeys(item.sink for item in deliveries)
+    disabled = [name for name in names if not config.sinks[name].enabled and name != sink_id]
     for name in disabled:
         click.echo(f"note: nothing is sent to {name}, which is disabled: --sink {name} does", err=True)
-    return [item for item in deliveries if item.sink.id not in disabled]
+    return [item for item in deliveries if item.sink not in disabled]
 
 
 def redelivery_summary(loop_id: str, results: Sequence[JsonObject]) -> JsonObject:
@@ -11958,17 +11911,15 @@ def skip(
     selection = Selection(dead_letters, None if dead_letters else to_line or sys.maxsize, sink_id=sink_id)
     loaded = load_config(job.config_file, os.environ)
     check_sink(loaded, sink_id)
-    with operator_lock(job):
-        found = find_selected(job, loaded, selection)
-    shown = found.deliveries
-    skipped: list[Selected] = []
+    shown = find_selected(job, loaded, selection)
+    skipped: list[Named] = []
     segment = ""
     if shown:
         if not yes:
             confirm(f"Give up {plural(len(shown), noun)}?", listing(shown), err=as_json)
-        skipped, segment = skip_deliveries(job, loaded, selection, shown, ingest=not found.in_queue)
+        skipped, segment = skip_deliveries(job, loaded, selection, shown)
     if as_json:
-        print_json(skip_summary(loop_id, skipped), pretty)
+        print_json(skip_summary(loop_id, skipped, loaded), pretty)
     elif skipped:
         again = how_to_send_after_all(job, skipped, segment)
         click.echo(f"{plural(len(skipped), noun)} {done}. {again}")
@@ -11978,7 +11929,7 @@ def skip(
         click.echo("There is no dead letter." if dead_letters else "Nothing waits there.")
 
 
-def skip_summary(loop_id: str, skipped: Sequence[Selected]) -> JsonObject:
+def skip_summary(loop_id: str, skipped: Sequence[Named], config: Config) -> JsonObject:
     """What was given up, in the words of a pass."""
     return {
         "schemaVersion": SCHEMA_VERSION,
@@ -11986,21 +11937,22 @@ def skip_summary(loop_id: str, skipped: Sequence[Selected]) -> JsonObject:
         "status": "success" if skipped else "nothing_to_do",
         "skippedCount": len(skipped),
         "deliveries": [
-            {**item.to_json(), "status": "skipped", "reasonCode": SKIPPED_BY_OPERATOR} for item in skipped
+            {**named_json(item, config), "status": "skipped", "reasonCode": SKIPPED_BY_OPERATOR}
+            for item in skipped
         ],
     }
 
 
-def how_to_send_after_all(job: Job, skipped: Sequence[Selected], segment: str) -> str:
+def how_to_send_after_all(job: Job, skipped: Sequence[Named], segment: str) -> str:
     """Say which command sends what was skipped. Commands can only name lines of the file with `segment`."""
-    ids = {item.named.escalation_id for item in skipped}
-    lines = [item.named.line for item in skipped]
-    sinks = {item.sink.id for item in skipped}
+    ids = {item.escalation_id for item in skipped}
+    lines = [item.line for item in skipped]
+    sinks = {item.sink for item in skipped}
     options = ["--sink", *sinks] if len(sinks) == 1 else []
     if len(ids) == 1:
         return f"To send it after all: `{command_line('redeliver', job, '--id', *ids, *options)}`"
     in_range = len(set(lines)) == max(lines) - min(lines) + 1
-    if in_range and not any(item.dead_letter or item.named.segment != segment for item in skipped):
+    if in_range and not any(item.status == "dead" or item.segment != segment for item in skipped):
         options += ["--from-line", str(min(lines)), "--to-line", str(max(lines))]
         return f"To send them after all: `{command_line('redeliver', job, *options)}`"
     listed = command_line("log", job, "--status", "skipped", "-n", str(len(ids)), *options)
