@@ -34,7 +34,6 @@ import itertools
 import json
 import os
 import re
-import signal
 import stat
 import sys
 import threading
@@ -79,6 +78,9 @@ EXIT_USAGE = 2
 EXIT_CONFIG = 3
 EXIT_STATE = 4
 EXIT_STORAGE = 5
+# As shells report a process that SIGINT or SIGPIPE has ended.
+EXIT_INTERRUPTED = 130
+EXIT_READER_LEFT = 141
 
 EXIT_CODES_HELP = """
 \b
@@ -1024,7 +1026,7 @@ def json_path(parts: Iterable[str | int]) -> str:
             path += f"[{part}]"
         elif len(part) > LONG_KEY:
             path += f"[a key of {len(part)} characters]"
-        elif re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", part):
+        elif part.isascii() and part.isidentifier():
             path += f".{part}"
         else:
             path += f"[{json.dumps(printable(part), ensure_ascii=False)[1:-1]!r}]"
@@ -1542,9 +1544,9 @@ def check_url(value: str, settings: JsonObject) -> str | None:
         return "is not an https:// URL; set it to https://… (http://… if the receiver is on this machine)"
     if settings.get("type") in CLUSTER_TYPES and url["beyond_path"]:
         return "is a URL with a # or ?, which cannot be right here; set it to https://HOST/…"
-    if re.fullmatch(r"(.*@)?(:.*)?", url["authority"]):
+    if not url["authority"].rpartition("@")[2].partition(":")[0]:
         return "is a URL without a host; set it to https://HOST/…"
-    if re.search("%(?![0-9A-Fa-f]{2})", value):
+    if "%" in value and re.search("%(?![0-9A-Fa-f]{2})", value):
         return "holds a % that begins no escape; write that character as %25"
     authority = re.fullmatch(AUTHORITY, url["authority"])
     if authority is None or not 0 < int(authority["port"] or 1) < 1 << 16 or not is_host(authority["host"]):
@@ -1579,9 +1581,9 @@ def is_host(host: str) -> bool:
 def is_loopback(host: str | None) -> bool:
     """Tell whether the host of a URL is this machine: 127.0.0.0/8, ::1, localhost."""
     name = (host or "").strip("[]").lower()
-    numbers = name.split(".")
-    if len(numbers) == 4 and all(re.fullmatch("0|[1-9][0-9]{0,2}", number) for number in numbers):
-        return numbers[0] == "127" and all(int(number) < 256 for number in numbers)
+    first, *others = name.split(".")
+    if first == "127" and len(others) == 3:
+        return {*others} <= {str(byte) for byte in range(256)}
     return name in ("localhost", "::1", "0:0:0:0:0:0:0:1")
 
 
@@ -6511,8 +6513,9 @@ def locked_summary(job: Job) -> JsonObject:
 class Clock:
     """The time budget of a pass, and whether somebody asked it to end. Monotonic seconds."""
 
-    def __init__(self, budget: float, stop: threading.Event) -> None:
-        self.stop = stop
+    def __init__(self, budget: float, stop: threading.Event | None = None) -> None:
+        """`stop`: that of another clock, to end with it."""
+        self.stop = stop or threading.Event()
         # The budget ended while there was still something to send.
         self.cut_short = False
         self._deadline = time.monotonic() + budget
@@ -6528,6 +6531,27 @@ class Clock:
             self.cut_short = True
             return False
         return True
+
+    @contextlib.contextmanager
+    def ends_on_signals(self) -> Iterator[None]:
+        """Let SIGTERM, SIGINT and SIGHUP stop a pass as its time budget would. A second one kills the
+        process."""
+        import signal
+
+        def end(signum: int, _: object) -> None:
+            self.stop.set()
+            signal.signal(signum, signal.SIG_DFL)
+
+        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        before = {signum: signal.getsignal(signum) for signum in signals}
+        for signum, handler in before.items():
+            if handler is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(signum, end)
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
 
 
 # How many parsed records are kept in memory, and the largest of them in bytes.
@@ -8016,10 +8040,7 @@ def loops_at_once() -> int:
 
 
 def run_loops(
-    jobs: Sequence[Job],
-    environ: Mapping[str, str],
-    stop: threading.Event | None = None,
-    progress: Progress | None = None,
+    jobs: Sequence[Job], environ: Mapping[str, str], progress: Progress | None = None
 ) -> dict[str, Result]:
     """Run one pass over each of these loops of a repo: with one config, one queue, one budget.
 
@@ -8029,7 +8050,6 @@ def run_loops(
     outcomes: dict[str, Result] = {}
     if not jobs:
         return outcomes
-    stop = stop or threading.Event()
     # A single loop is worth a wait. With many, the others come first.
     wait = LOCK_WAIT_SECONDS / len(jobs)
     try:
@@ -8038,7 +8058,7 @@ def run_loops(
         for job in jobs:
             note_invalid_config(job, error, wait)
         raise
-    clock = Clock(jobs[0].time_budget, stop)
+    clock = Clock(jobs[0].time_budget)
     at_once = loops_at_once() if len(jobs) > 1 else 1
     with contextlib.ExitStack() as everything:
         queues = everything.enter_context(contextlib.closing(QueueHolder(jobs[0])))
@@ -8065,9 +8085,9 @@ def run_loops(
             if busy and (len(busy) == at_once or index == len(jobs) - 1):
                 # These loops get their part of the time that is left; the others get the rest.
                 share = begun / (len(jobs) - index - 1 + begun)
-                outcomes |= run_busy_loops(
-                    queues, config, [job for job, _ in busy], Clock(clock.left * share, stop), progress
-                )
+                part = Clock(clock.left * share, clock.stop)
+                with part.ends_on_signals():
+                    outcomes |= run_busy_loops(queues, config, [job for job, _ in busy], part, progress)
                 for _, held in busy:
                     held.close()
                 busy, begun = [], 0
@@ -8215,14 +8235,9 @@ def run_on_queue(
         return outcomes | Pass(shared, progress).run(loops)
 
 
-def run_pass(
-    job: Job,
-    environ: Mapping[str, str],
-    stop: threading.Event | None = None,
-    progress: Progress | None = None,
-) -> JsonObject:
+def run_pass(job: Job, environ: Mapping[str, str]) -> JsonObject:
     """Run one pass over one loop. Returns the summary. Raises ConfigError, StateError or StorageError."""
-    outcome = run_loops([job], environ, stop, progress)[job.loop_id]
+    outcome = run_loops([job], environ)[job.loop_id]
     if isinstance(outcome, DispatchError):
         raise outcome
     return outcome
@@ -8393,7 +8408,7 @@ def plan_pass(queue: Queue, job: Job, config: Config, *, show_payload: bool) -> 
 
     Raises StateError or StorageError.
     """
-    shared = Shared(queue, config, Clock(MAX_TIME_BUDGET, threading.Event()), dry_run=True)
+    shared = Shared(queue, config, Clock(MAX_TIME_BUDGET), dry_run=True)
     shared.show_payload = show_payload
     notes = config_warnings(config)
     with contextlib.closing(Loop(shared, job)) as loop:
@@ -9011,8 +9026,8 @@ def dispatch(
     if dry_run:
         outcomes = plan_loops(jobs, os.environ, show_payload=show_payload)
     else:
-        with orderly_end() as stop, progress_bar() as progress:
-            outcomes = run_loops(jobs, os.environ, stop, progress)
+        with progress_bar() as progress:
+            outcomes = run_loops(jobs, os.environ, progress)
     if all_loops:
         outcomes |= unusable
         summary = summarise_loops(absolute(paths.repo), outcomes, dry_run=dry_run)
@@ -9320,26 +9335,6 @@ def make_jobs(
         except click.UsageError as error:
             errors[name] = StorageError(error.format_message())
     return jobs, errors
-
-
-@contextlib.contextmanager
-def orderly_end() -> Iterator[threading.Event]:
-    """Let SIGTERM, SIGINT and SIGHUP stop a pass as its time budget would. A second one kills the process."""
-    stop = threading.Event()
-
-    def end(signum: int, _: object) -> None:
-        stop.set()
-        signal.signal(signum, signal.SIG_DFL)
-
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    for signum, handler in before.items():
-        if handler is not signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(signum, end)
-    try:
-        yield stop
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 @contextlib.contextmanager
@@ -11576,22 +11571,20 @@ def explain_unknown(job: Job, escalation: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def operator_pass(
-    job: Job, config: Config, stop: threading.Event, woken: Collection[str] = ()
-) -> Iterator[tuple[Shared, Loop]]:
+def operator_pass(job: Job, config: Config, woken: Collection[str] = ()) -> Iterator[tuple[Shared, Loop]]:
     """Begin a pass over one loop for a command that changes what waits, and hold the loop's lock meanwhile.
 
     `woken`: disabled sinks that may be sent to. Raises DispatchError.
     """
     with operator_lock(job), contextlib.closing(QueueHolder(job)) as queues:
-        shared = Shared(queues.get(), config, Clock(job.time_budget, stop), woken=woken)
+        shared = Shared(queues.get(), config, Clock(job.time_budget), woken=woken)
         with contextlib.closing(Loop(shared, job)) as loop:
             loop.begin()
             yield shared, loop
 
 
 def redeliver_selected(
-    job: Job, config: Config, selection: Selection, shown: Sequence[Named], stop: threading.Event
+    job: Job, config: Config, selection: Selection, shown: Sequence[Named]
 ) -> list[JsonObject]:
     """Queue the deliveries again that an operator was shown, and run a pass. Returns what came of each.
 
@@ -11599,7 +11592,8 @@ def redeliver_selected(
     DispatchError.
     """
     keys = {item.key for item in shown}
-    with operator_pass(job, config, stop, {item.sink for item in shown}) as (shared, loop):
+    woken = {item.sink for item in shown}
+    with operator_pass(job, config, woken) as (shared, loop), shared.clock.ends_on_signals():
         queue = shared.queue
         with queue.transaction():
             add_unknown(queue, loop, selection, {key[:3] for key in keys})
@@ -11666,7 +11660,7 @@ def skip_deliveries(
     """Give up the deliveries that an operator was shown, and write that into the telemetry. Returns those
     that were still there, and the segment of the source's current file. Raises DispatchError."""
     keys = {item.key for item in shown}
-    with operator_pass(job, config, threading.Event()) as (shared, loop):
+    with operator_pass(job, config) as (shared, loop):
         queue = shared.queue
         while loop.is_new and loop.ingest():
             queue.tidy()
@@ -11811,8 +11805,7 @@ def redeliver(
     if shown:
         if not yes:
             confirm(f"Send {plural(len(shown), 'delivery')}?", listing(shown), err=as_json)
-        with orderly_end() as stop:
-            results = redeliver_selected(job, loaded, selection, shown, stop)
+        results = redeliver_selected(job, loaded, selection, shown)
     summary = redelivery_summary(loop_id, results)
     if as_json:
         print_json(summary, pretty)
@@ -12356,13 +12349,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_STORAGE
     except (click.Abort, KeyboardInterrupt):
         complain("aborted")
-        return 128 + signal.SIGINT
+        return EXIT_INTERRUPTED
     except OSError as error:
         complain(f"error: cannot write the output: {error.strerror}")
         return EXIT_STORAGE
     except SystemExit as end:
         # Click exits like this if the reader of our output has left, as `head` does. End as SIGPIPE would.
-        return 128 + signal.SIGPIPE if end.code else 0
+        return EXIT_READER_LEFT if end.code else 0
     except Exception as error:  # noqa: BLE001 - no traceback helps an operator
         complain(f"error: {program_fault(error)}")
         return EXIT_STORAGE

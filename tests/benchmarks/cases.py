@@ -51,7 +51,7 @@ import ops_alert_dispatch as program
 job = program.usual_job(*sys.argv[1:])
 config = program.load_config(job.config_file, os.environ)
 with program.Queue.open(job.queue_file) as queue:
-    shared = program.Shared(queue, config, program.Clock(3600, threading.Event()))
+    shared = program.Shared(queue, config, program.Clock(3600))
     loop = program.Loop(shared, job)
     loop.begin()
     started = time.perf_counter()
