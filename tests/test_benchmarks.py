@@ -15,13 +15,13 @@ from escalations import health_critical
 RUN = Path(__file__).resolve().parent / "benchmarks" / "run.py"
 
 
-# One of each kind: they share hosts, receiver and measuring.
-@pytest.mark.parametrize("case", ["idle", "storm", "critical", "memory"])
-def test_a_benchmark_works_and_finds_every_delivery_made(case: str, tmp_path: Path) -> None:
+def test_the_benchmarks_work_and_find_every_delivery_made(tmp_path: Path) -> None:
+    # One of each kind: they share hosts, receiver and measuring.
+    cases = ("idle", "storm", "memory")
     written = tmp_path / "result.json"
 
     done = subprocess.run(
-        [sys.executable, str(RUN), case, "--smoke", "--json", str(written)],
+        [sys.executable, str(RUN), *cases, "--smoke", "--json", str(written)],
         capture_output=True,
         encoding="utf-8",
         check=False,
@@ -29,7 +29,7 @@ def test_a_benchmark_works_and_finds_every_delivery_made(case: str, tmp_path: Pa
 
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(written.read_text(encoding="utf-8"))["rows"]
-    assert rows
+    assert len(rows) >= len(cases)
     # Of so small sizes a difference may be less than the noise.
     assert all(row["case"] in done.stdout and math.isfinite(row["ratio"]) for row in rows)
 

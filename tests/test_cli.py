@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -157,16 +156,6 @@ def test_version_is_told(tmp_path: Path) -> None:
 # --- Every way to start it
 
 
-def test_the_file_alone_can_be_executed(repo: Repo) -> None:
-    repo.append(health_critical())
-    # `env python3` must find this interpreter.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    repo.command = [str(MODULE_FILE)]
-
-    assert os.access(MODULE_FILE, os.X_OK)
-    assert repo.run(*repo.target, env={"PATH": path}).json["dispatchedCount"] == 1
-
-
 def test_the_file_copied_beside_its_schema_runs_through_a_link(repo: Repo, tmp_path: Path) -> None:
     """As an operator puts it on a host: two files somewhere, a link in the path."""
     folder = tmp_path / "opt"
@@ -191,14 +180,6 @@ def test_a_missing_schema_is_told_and_nothing_is_consumed(repo: Repo, tmp_path: 
     assert "alert-sinks.schema.json" in run.stderr
     assert "Traceback" not in run.stderr
     assert repo.telemetry() == []
-
-
-def test_it_runs_as_a_module(repo: Repo) -> None:
-    repo.append(health_critical())
-    repo.command = [sys.executable, "-m", "ops_alert_dispatch"]
-
-    run = repo.run(*repo.target, env={"PYTHONPATH": str(ROOT)})
-    assert run.json["dispatchedCount"] == 1
 
 
 def test_the_inline_metadata_asks_for_what_the_package_asks_for() -> None:

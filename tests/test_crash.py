@@ -59,7 +59,7 @@ def end_of(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sinks", "loops", "kills", "seed", "quiet"),
-    [(3, 3, 15, 11, False), (3, 2, 12, 13, True)],
+    [(3, 3, 10, 11, False), (3, 2, 8, 2, True)],
 )
 def test_what_is_killed_at_random_moments_loses_nothing_and_repeats_only_what_was_in_flight(
     tmp_path: Path, sinks: int, loops: int, kills: int, seed: int, quiet: bool

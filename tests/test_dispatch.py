@@ -155,9 +155,8 @@ def test_an_unknown_category_goes_to_the_default_sinks(repo: Repo, server: SinkS
     assert [request.path for request in server.requests] == [PATHS[HOOK]]
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
+def test_no_odd_or_missing_field_silences_an_escalation(repo: Repo, server: SinkServer) -> None:
+    odd: list[tuple[str, Any]] = [
         ("timestamp", None),
         ("timestamp", "yesterday"),
         ("timestamp", 12),
@@ -172,27 +171,22 @@ def test_an_unknown_category_goes_to_the_default_sinks(repo: Repo, server: SinkS
         ("severity", 5),
         ("severity", "catastrophic"),
         ("category", 42),
-    ],
-)
-def test_an_odd_field_never_silences_an_escalation(
-    repo: Repo, server: SinkServer, field: str, value: Any
-) -> None:
-    repo.write_config(sink_config(everywhere=True))
-    repo.append(health_degraded(**{field: value}))
+    ]
+    records = {f"{field}: {value}": health_degraded(**{field: value}) for field, value in odd}
+    for field in ("timestamp", "loopId", "traceId", "transport", "reasons", "reasonCodes"):
+        records[f"no {field}"] = {
+            key: value for key, value in health_degraded(serial=1).items() if key != field
+        }
+    config = sink_config(everywhere=True)
+    config["sinks"][CHAT]["maxPerMessage"] = 1
+    repo.write_config(config)
+    repo.append(*records.values())
 
-    assert counts(repo.dispatch().json) == (1, 1, 0, 0)
-    assert sorted(request.path for request in server.requests) == sorted(PATHS.values())
-
-
-@pytest.mark.parametrize("field", ["timestamp", "loopId", "traceId", "transport", "reasons", "reasonCodes"])
-def test_a_missing_field_never_silences_an_escalation(repo: Repo, server: SinkServer, field: str) -> None:
-    repo.write_config(sink_config(everywhere=True))
-    record = health_degraded()
-    del record[field]
-    repo.append(record)
-
-    assert counts(repo.dispatch().json) == (1, 1, 0, 0)
-    assert sorted(request.path for request in server.requests) == sorted(PATHS.values())
+    assert counts(repo.dispatch().json) == (len(records), len(records), 0, 0)
+    ids = [row["escalationId"] for row in repo.telemetry()]
+    named = dict(zip(ids, records, strict=True))
+    for path in PATHS.values():
+        assert sorted(named[escalation_id(request)] for request in server.received(path)) == sorted(records)
 
 
 def test_what_waited_for_a_sink_that_was_down_arrives_when_it_is_back(repo: Repo, server: SinkServer) -> None:
@@ -491,29 +485,30 @@ def test_a_disabled_sink_does_not_keep_an_escalation_from_the_others(repo: Repo,
     assert sorted(sink["id"] for sink in repo.telemetry()[0]["sinks"]) == sorted([HOOK, PAGER])
 
 
-@pytest.mark.parametrize("bad", ["{broken", "[1, 2]", '"text"', "12", "null", '{"category": "x"', "{}}"])
-def test_a_bad_line_is_on_record_as_it_was_and_what_follows_goes_on(
-    repo: Repo, server: SinkServer, bad: str
-) -> None:
-    repo.append(health_degraded(), f"{bad}\n", health_degraded())
+def test_a_bad_line_is_on_record_as_it_was_and_what_follows_goes_on(repo: Repo, server: SinkServer) -> None:
+    bad = ["{broken", "[1, 2]", '"text"', "12", "null", '{"category": "x"', "{}}"]
+    repo.append(health_degraded(serial=-1))
+    for serial, text in enumerate(bad):
+        repo.append(f"{text}\n", health_degraded(serial=serial))
     summary = repo.dispatch("--trace-id", "pass-4").json
 
     assert summary["status"] == "partial"
-    assert counts(summary) == (3, 2, 0, 1)
+    assert counts(summary) == (15, 8, 0, 7)
     assert summary["failureReasonCodes"] == ["invalid_escalation_json"]
-    assert len(server.requests) == 2
-    row = repo.telemetry()[1]
-    assert set(row) >= ROW_FIELDS
-    assert (row["status"], row["reasonCode"]) == ("failed", "invalid_escalation_json")
-    assert row["rawLine"] == bad
-    assert "escalation" not in row
-    assert row["escalationTraceId"] == row["traceId"] == "pass-4"
-    assert (row["sinks"], row["sinkCount"], row["dispatchedSinkCount"], row["failedSinkCount"]) == (
-        [],
-        0,
-        0,
-        0,
-    )
+    rows = repo.telemetry()
+    assert [row["status"] for row in rows] == ["dispatched", *["failed", "dispatched"] * 7]
+    for text, row in zip(bad, rows[1::2], strict=True):
+        assert set(row) >= ROW_FIELDS
+        assert row["reasonCode"] == "invalid_escalation_json"
+        assert row["rawLine"] == text
+        assert "escalation" not in row
+        assert row["escalationTraceId"] == row["traceId"] == "pass-4"
+        assert (row["sinks"], row["sinkCount"], row["dispatchedSinkCount"], row["failedSinkCount"]) == (
+            [],
+            0,
+            0,
+            0,
+        )
 
 
 @pytest.mark.parametrize(
@@ -858,21 +853,16 @@ def test_a_config_that_is_not_there_is_named(repo: Repo) -> None:
     assert str(repo.config_file) in run.stderr
 
 
-@pytest.mark.parametrize("value", [None, ""])
-@pytest.mark.parametrize("name", ["ALERT_HOOK_URL", "ALERT_HOOK_TOKEN", "ALERT_CHAT_URL", "ALERT_PAGER_KEY"])
-def test_an_unset_secret_of_an_enabled_sink_holds_everything_back(
-    repo: Repo, server: SinkServer, name: str, value: str | None
-) -> None:
+def test_an_unset_secret_of_an_enabled_sink_holds_everything_back(repo: Repo, server: SinkServer) -> None:
     repo.append(*batch(5))
-    kept = dict(repo.env)
-    del repo.env[name]
-    if value is not None:
-        repo.env[name] = value
-    run = repo.dispatch()
-
-    assert (run.exit_code, run.stdout) == (3, "")
-    assert name in run.stderr
-    assert not [secret for secret in SECRETS if secret in run.stderr]
+    kept = repo.env
+    for name in ("ALERT_HOOK_URL", "ALERT_HOOK_TOKEN", "ALERT_CHAT_URL", "ALERT_PAGER_KEY"):
+        unset = {key: value for key, value in kept.items() if key != name}
+        for repo.env in (unset, {**unset, name: ""}):
+            run = repo.dispatch()
+            assert (run.exit_code, run.stdout) == (3, "")
+            assert name in run.stderr
+            assert not [secret for secret in SECRETS if secret in run.stderr]
     assert server.requests == []
     assert repo.telemetry() == []
 

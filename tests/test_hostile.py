@@ -77,7 +77,7 @@ def test_a_device_or_a_pipe_in_place_of_a_file_is_refused_and_left_as_it_is(
     assert pipe.is_fifo()
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "</dev/null >&- 2>&-"])
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "</dev/null >&- 2>&-"])
 def test_a_closed_stream_keeps_no_alert_back(repo: Repo, server: SinkServer, closed: str) -> None:
     repo.append(health_critical())
     done = subprocess.run(

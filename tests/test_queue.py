@@ -163,17 +163,19 @@ def test_the_rate_of_a_destination_holds_over_the_passes_of_all_loops(repo: Repo
         check_promise(loop)
 
 
-def test_forty_passes_that_start_at_once_deliver_each_escalation_once(repo: Repo, server: SinkServer) -> None:
+def test_twenty_passes_that_start_at_once_deliver_each_escalation_once(
+    repo: Repo, server: SinkServer
+) -> None:
     repo.write_config(only(HOOK))
-    loops = loops_of(repo, 40)
+    loops = loops_of(repo, 20)
     for number, loop in enumerate(loops):
         loop.append(*(health_degraded(number=100 * number + index) for index in range(5)))
     runs = all_at_once(loops)
 
-    assert [(run.exit_code, run.stderr) for run in runs] == [(0, "")] * 40
-    assert [run.json["waitingCount"] for run in runs] == [0] * 40
+    assert [(run.exit_code, run.stderr) for run in runs] == [(0, "")] * 20
+    assert [run.json["waitingCount"] for run in runs] == [0] * 20
     assert sorted(numbers(server)) == sorted(
-        100 * number + index for number in range(40) for index in range(5)
+        100 * number + index for number in range(20) for index in range(5)
     )
     for loop in loops:
         check_promise(loop)
@@ -187,14 +189,14 @@ DOWN = {"hangs": hang(), "fails": error(503), "refuses": error(401)}
 
 @pytest.mark.parametrize("how", DOWN)
 @pytest.mark.parametrize("together", [False, True], ids=["one after the other", "at once"])
-def test_that_a_destination_is_down_is_found_out_once_for_the_passes_of_twelve_loops(
+def test_that_a_destination_is_down_is_found_out_once_for_the_passes_of_six_loops(
     repo: Repo, server: SinkServer, how: str, together: bool
 ) -> None:
-    config = only(HOOK, timeoutSeconds=1)
+    config = only(HOOK, timeoutSeconds=2)
     config["delivery"] = {"maxAttemptsPerPass": 1, "backoffSeconds": {"initial": 600, "max": 600}}
     repo.write_config(config)
     server.answer(PATHS[HOOK], DOWN[how])
-    loops = loops_of(repo, 12)
+    loops = loops_of(repo, 6)
     for loop in loops:
         loop.append(*batch(3))
     started = time.monotonic()
@@ -207,8 +209,8 @@ def test_that_a_destination_is_down_is_found_out_once_for_the_passes_of_twelve_l
         runs += [loop.dispatch() for loop in loops[1:]]
 
     assert time.monotonic() - started < 12
-    assert [run.json["waitingCount"] for run in runs] == [3] * 12
-    assert [run.json["failedCount"] for run in runs] == [3] * 12
+    assert [run.json["waitingCount"] for run in runs] == [3] * 6
+    assert [run.json["failedCount"] for run in runs] == [3] * 6
     # One more, where jitter has made the wait a moment.
     assert len(server.received(PATHS[HOOK])) <= (2 if together else 1)
     for loop in loops:

@@ -127,6 +127,17 @@ def lose_power() -> None:
         raise OSError(ctypes.get_errno(), "cannot lose power")
 
 
+def break_the_webhook() -> None:
+    """Have the adapter for webhooks fail at every answer."""
+    import ops_alert_dispatch as program
+
+    class Broken(program.WebhookAdapter):
+        def judge(self, answer: program.Answer, now: float) -> program.Verdict:
+            raise OverflowError("the words of a secret")
+
+    program.ADAPTERS["webhook"] = Broken()
+
+
 # --- Where the tests run
 
 
@@ -237,6 +248,9 @@ def warm_up(program: ModuleType) -> None:
 
     No run does again what was done here, and the memory that it writes to stays shared with all of them.
     """
+    import gzip  # noqa: F401
+    import resource  # noqa: F401
+
     import jsonschema  # noqa: F401
     import requests  # noqa: F401
 
