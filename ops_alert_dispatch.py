@@ -2888,7 +2888,7 @@ CODES: dict[str, Code] = {
         "fix what `{config}` names; the next pass sends everything",
     ),
     "alert_dispatch_failed": Code(
-        "Reconcile's own row: the program ended with an error, which is in the row's message.",
+        "The pass ended with an error, which is in the message of the state file, or of reconcile's row.",
         "Run `{dispatch}`: it shows the error again.",
         "do what the error says; the next pass goes on where the last one stopped",
     ),
@@ -8088,7 +8088,10 @@ def run_loops(
                 part = Clock(clock.left * share, clock.stop)
                 with part.ends_on_signals():
                     outcomes |= run_busy_loops(queues, config, [job for job, _ in busy], part, progress)
-                for _, held in busy:
+                for done, held in busy:
+                    outcome = outcomes[done.loop_id]
+                    if isinstance(outcome, DispatchError):
+                        note_failed_pass(done, outcome)
                     held.close()
                 busy, begun = [], 0
     return outcomes
@@ -8285,13 +8288,13 @@ def idle_summary(
         last_status = document["status"]
     except MALFORMED:
         return None
-    usable = same and queues.closed_cleanly and not os.path.islink(job.state_file)
+    worked = "failedSince" not in document
+    usable = same and worked and queues.closed_cleanly and not os.path.islink(job.state_file)
     status = idle_status(job, cursor) if usable else None
     if status is None:
         return None
     sinks = unsent(mapping(document.get("sinks")))
     summary = {**document, **empty_summary(job, status), **kept, "sinks": sinks}
-    summary.pop("message", None)
     old = abs(time.time() - updated_at) > IDLE_SUMMARY_SECONDS
     if always or old or last_status != status:
         replace_file(job.state_file, encode_json(summary) + b"\n", durable=False)
@@ -8336,22 +8339,46 @@ def note_invalid_config(job: Job, error: ConfigError, wait: float) -> None:
         with contextlib.closing(Source(job.escalations_file, cursor)) as source:
             cursor = source.cursor if not cursor.number else cursor
             offset, unread = source.lines_read, source.count_unread()
-        document = {**empty_summary(job, "config_invalid"), **document}
         document |= {
-            **dict.fromkeys(COUNT_KEYS, 0),
-            "updatedAt": iso(time.time()),
-            "traceId": job.trace_id,
-            "status": "config_invalid",
-            "failureReasonCodes": ["config_invalid"],
-            "message": cut("; ".join(error.faults), 2000),
             "escalationsLineOffset": offset,
             "escalationsLineCount": offset + unread,
             "unreadCount": unread,
-            "stoppedBy": None,
-            "stateVersion": STATE_VERSION,
             "cursor": cursor.to_json(),
         }
-        replace_file(job.state_file, encode_json(document) + b"\n", durable=False)
+        write_failed_pass(job, document, "config_invalid", "config_invalid", error.faults)
+
+
+def note_failed_pass(job: Job, error: DispatchError) -> None:
+    """Say in the state, which the status script reads, that a pass ended with an error. The loop's lock is
+    held. Nothing is written if the file cannot be written: the error itself is shown in any case."""
+    with contextlib.suppress(ValueError, StateError, StorageError):
+        document = read_state_document(job.state_file) or {}
+        write_failed_pass(job, document, "error", "alert_dispatch_failed", (error.headline, *error.faults))
+
+
+def write_failed_pass(
+    job: Job, document: JsonObject, status: str, reason_code: str, words: Sequence[str]
+) -> None:
+    """Write the summary of a pass that could not do its work. `document`: what is known from earlier passes.
+    Raises StorageError."""
+    check_room(
+        os.path.dirname(job.state_file)
+    )  # on a full disk, the old summary is better than half a new one
+    now = iso(time.time())
+    summary = {
+        **empty_summary(job, status),
+        **document,
+        **dict.fromkeys(COUNT_KEYS, 0),
+        "updatedAt": now,
+        "traceId": job.trace_id,
+        "status": status,
+        "failureReasonCodes": [reason_code],
+        "message": cut("; ".join(words), 2000),
+        "failedSince": document.get("failedSince") or now,
+        "stoppedBy": None,
+        "stateVersion": STATE_VERSION,
+    }
+    replace_file(job.state_file, encode_json(summary) + b"\n", durable=False)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -9749,8 +9776,8 @@ Exit codes with --check:
   0  OK
   1  WARNING: something waits or was lost, a sink fails, no sink is enabled,
      or there are dead letters
-  2  CRITICAL: the config is invalid; or a sink has failed, or no pass has run
-     though something waits, for longer than --critical-after
+  2  CRITICAL: the config is invalid; or for longer than --critical-after, a sink
+     has failed, or something waits and no pass has run or worked
   3  UNKNOWN: no pass has run, the files cannot be read, or the command line
      is wrong
 """
@@ -10148,6 +10175,7 @@ def find_troubles(facts: LoopFacts, sinks: Sequence[JsonObject]) -> Iterator[Fin
         yield found
         return
     active = [sink for sink in sinks if sink["health"] != "disabled"]
+    yield from find_broken_pass(facts, active)
     yield from find_silence(facts, sinks)
     yield from find_failing(facts, active)
     yield from find_waiting(facts, active)
@@ -10159,7 +10187,6 @@ def find_troubles(facts: LoopFacts, sinks: Sequence[JsonObject]) -> Iterator[Fin
         yield Finding("warning", words, 'set "enabled": true on a sink in the config')
     yield from find_lost(facts)
     yield from find_unfinished(facts)
-    yield from find_broken_pass(facts)
 
 
 def find_obstacle(facts: LoopFacts) -> Finding | None:
@@ -10342,14 +10369,25 @@ def find_unfinished(facts: LoopFacts) -> Iterator[Finding]:
         yield Finding("warning", words, advice)
 
 
-def find_broken_pass(facts: LoopFacts) -> Iterator[Finding]:
-    """Report that the last pass ended with an error. Only the row that reconcile writes then says so."""
-    last, document = facts.last, facts.document or {}
-    if last is not None and last.get("status") == "failed_command":
+def find_broken_pass(facts: LoopFacts, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
+    """Report that the last pass ended with an error: its summary says so, or the row that reconcile writes if
+    there is no summary of it."""
+    last, document = facts.last or {}, facts.document or {}
+    words, since, said = "the last pass ended", None, None
+    if document.get("status") == "error":
+        said, since = document.get("message"), parse_time(document.get("failedSince"))
+        if since is not None and document["failedSince"] != document.get("updatedAt"):
+            words = f"every pass since {document['failedSince']} ended"
+    elif last.get("status") == "failed_command":
         ended, worked = parse_time(last.get("timestamp")), parse_time(document.get("updatedAt"))
         if ended is not None and (worked is None or ended >= worked):
-            said = cut(printable(str(last.get("message"))), 200)
-            yield Finding("warning", f"the last pass ended with an error: {said}", "do what the error says")
+            said = last.get("message")
+    if said is not None:
+        waits = bool(facts.unread.lines) or any(sink["lagCount"] for sink in sinks)
+        long = since is not None and facts.now - since > facts.critical_after
+        words = f"{words} with an error: {cut(printable(str(said)), 300)}"
+        advice = f"do what the error says; `{facts.commands['dispatch']}` tries again"
+        yield Finding("critical" if waits and long else "warning", words, advice)
 
 
 def last_row(path: str) -> JsonObject | None:
@@ -10609,7 +10647,7 @@ def unknown_to_a_monitor(*, check: bool) -> Iterator[None]:
     type=click.FloatRange(min=0),
     default=900.0,
     metavar="SECONDS",
-    help="CRITICAL if a sink has failed for longer, or if something waits and no pass has run for longer.",
+    help="CRITICAL if for longer a sink has failed, or something waits and no pass has run or worked.",
 )
 @file_options
 @click.option(
@@ -11694,7 +11732,7 @@ def give_up(queue: Queue, loop: Loop, item: Named) -> None:
 # The fields of a summary that say what the last pass did, and not how things are now.
 LAST_PASS = (
     *("updatedAt", "traceId", "status", *COUNT_KEYS, "failureReasonCodes", "message"),
-    *("lateDispatchedCount", "lateFailedCount", "stoppedBy"),
+    *("failedSince", "lateDispatchedCount", "lateFailedCount", "stoppedBy"),
 )
 
 

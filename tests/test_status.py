@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Repo, time_passes
+from conftest import Repo, edit_queue, time_passes
 from escalations import (
     CHAT,
     HOOK,
@@ -473,6 +473,32 @@ def test_a_pass_that_ended_with_an_error_is_told_of_until_one_ends_well(repo: Re
     state = repo.state()
     state["updatedAt"] = "2099-01-01T00:00:00Z"
     repo.state_file.write_text(json.dumps(state))
+    assert look(repo)["health"] == "ok"
+
+
+def test_passes_that_fail_are_reported_although_nobody_writes_a_row_about_them(repo: Repo) -> None:
+    repo.append(health_critical())
+    repo.dispatch()
+    repo.append(health_critical())
+    edit_queue(repo, "PRAGMA user_version = 99")
+    failed = repo.dispatch()
+    assert failed.exit_code == 4
+    said = failed.stderr.splitlines()[0].removeprefix("error: ")
+    state = repo.state()
+    assert (state["status"], state["failureReasonCodes"]) == ("error", ["alert_dispatch_failed"])
+    assert said in state["message"]
+    edit_queue(repo, f"PRAGMA user_version = {ops_alert_dispatch.QUEUE_VERSION}")
+    found = look(repo)
+    assert found["health"] == "warning"
+    assert f"the last pass ended with an error: {said}" in found["verdict"]
+    # Somebody who looks hours later, while timers went on to start passes.
+    state["failedSince"] = ops_alert_dispatch.iso(time.time() - 3 * 3600)
+    repo.state_file.write_text(json.dumps(state))
+    found = look(repo)
+    assert found["health"] == "critical"
+    assert f"every pass since {state['failedSince']} ended with an error" in found["verdict"]
+    assert repo.dispatch().json["dispatchedCount"] == 1
+    assert "failedSince" not in repo.state()
     assert look(repo)["health"] == "ok"
 
 
