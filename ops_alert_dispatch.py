@@ -9776,8 +9776,8 @@ Exit codes with --check:
   0  OK
   1  WARNING: something waits or was lost, a sink fails, no sink is enabled,
      or there are dead letters
-  2  CRITICAL: the config is invalid; or for longer than --critical-after, a sink
-     has failed, or something waits and no pass has run or worked
+  2  CRITICAL: the config is invalid; or for longer than --critical-after a
+     sink has failed, or something waits and no pass has run or worked
   3  UNKNOWN: no pass has run, the files cannot be read, or the command line
      is wrong
 """
@@ -10345,9 +10345,8 @@ def find_lost(facts: LoopFacts) -> Iterator[Finding]:
         # The row that reports a lost queue says which lines were lost with it.
         messages = (row.get("message") for row in reversed(facts.rows) if row.get("reasonCode") == code)
         said = f"{next(messages, '')}; " if code == "queue_lost" else ""
-        words, noun = LOSSES.get(code, ("{} of the source sent to nobody", "line"))
-        words = f"{words.format(plural(count, noun))} ({code}, last {iso(at)})"
-        yield Finding("warning", words, said + words_of(CODES[code].fix, facts.commands))
+        advice = said + words_of(CODES[code].fix, facts.commands)
+        yield Finding("warning", loss_words(code, count, at), advice)
 
 
 # By reason code: a loss in words, and the noun that is counted. Every other loss is one of lines.
@@ -10357,6 +10356,12 @@ LOSSES = {
     "sink_removed": ("{} given up with a sink that was removed", "delivery"),
     "no_dispatchable_sinks": ("{} reached nobody: no sink enabled", "escalation"),
 }
+
+
+def loss_words(code: str, count: int, at: float) -> str:
+    """`2 lines of the source sent to nobody (invalid_escalation_json, last 2026-03-01T12:00:00Z)`."""
+    words, noun = LOSSES.get(code, ("{} of the source sent to nobody", "line"))
+    return f"{words.format(plural(count, noun))} ({code}, last {iso(at)})"
 
 
 def find_unfinished(facts: LoopFacts) -> Iterator[Finding]:
@@ -10679,9 +10684,9 @@ def status(
     jobs, errors = make_jobs(paths, loop_id)
     for job in map(where_it_worked, jobs):
         try:
-            if ack:
-                acknowledge_losses(job)
-            statuses.append(loop_status(job, critical_after))
+            acknowledged = acknowledge_losses(job) if ack else []
+            found = loop_status(job, critical_after)
+            statuses.append({**found, "notes": [*acknowledged, *found["notes"]]})
         except DispatchError as error:  # the other loops are shown all the same
             errors[job.loop_id] = error
     if check:
@@ -10721,12 +10726,19 @@ def line_for_a_monitor(
     return worst, printable(f"ALERT DISPATCH {worst.upper()}: {said}")
 
 
-def acknowledge_losses(job: Job) -> None:
-    """Note that an operator has seen the losses of a loop. Raises StateError or StorageError."""
-    if os.path.exists(job.queue_file):
-        with Queue.open(job.queue_file) as queue, queue.transaction():
-            if found := queue.find_loop(job.loop_id):
-                queue.acknowledge(found[0], time.time())
+def acknowledge_losses(job: Job) -> list[str]:
+    """Note that an operator has seen the losses of a loop. Returns what they are, in words. Raises StateError
+    or StorageError."""
+    if not os.path.exists(job.queue_file):
+        return []
+    now = time.time()
+    with Queue.open(job.queue_file) as queue, queue.transaction():
+        found = queue.find_loop(job.loop_id)
+        if found is None:
+            return []
+        losses = queue.losses(found[0], now)
+        queue.acknowledge(found[0], now)
+    return [f"acknowledged: {loss_words(*loss)}" for loss in losses]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -11235,11 +11247,16 @@ GIVEN_UP = Verdict("skipped", SKIPPED_BY_OPERATOR, message="given up by an opera
 OPERATOR_WAIT = 10.0
 
 
-def check_credentials(config: Config, sinks: Iterable[Sink]) -> None:
-    """Raises ConfigError if the secrets of these sinks, enabled or not, are unusable."""
+def check_credentials(sinks: Sequence[Sink]) -> None:
+    """Raises ConfigError if a secret of these sinks, enabled or not, is unset or unusable."""
+    faults = [
+        f"{json_path(['sinks', sink.id])}: {name} is unset or empty; set it here (export {name}=…)"
+        for sink in sinks
+        for name in ADAPTERS[sink.type].missing_secrets(sink)
+    ]
     document = {"sinks": {sink.id: {**sink.settings, "enabled": True} for sink in sinks}}
-    if faults := check_secrets(document, *read_secret_files(document, os.environ)):
-        raise config_error(config.path, faults)
+    if faults := faults or check_secrets(document, *read_secret_files(document, os.environ)):
+        raise ConfigError("nothing was sent: a secret is missing or cannot be used", faults)
 
 
 def attempt_once(
@@ -11358,7 +11375,7 @@ def send_test(
     for sink_id in sink_ids:
         check_sink(loaded, sink_id)
     chosen = [sink for sink in loaded.sinks.values() if (sink.id in sink_ids if sink_ids else sink.enabled)]
-    check_credentials(loaded, chosen)
+    check_credentials(chosen)
     if not chosen:
         tried = test_command(repo, config_file, next(iter(loaded.sinks)))
         raise ConfigError(
@@ -11838,7 +11855,7 @@ def redeliver(
     check_sink(loaded, sink_id)
     found = find_selected(job, loaded, selection)
     shown = leave_out_disabled(found, loaded, sink_id)
-    check_credentials(loaded, [loaded.sinks[name] for name in {item.sink for item in shown}])
+    check_credentials([loaded.sinks[name] for name in {item.sink for item in shown}])
     results: list[JsonObject] = []
     if shown:
         if not yes:

@@ -474,7 +474,9 @@ def test_a_disabled_sink_can_be_tested_before_it_is_switched_on(repo: Repo, serv
     assert "[critical]" in server.requests[0].json["text"]
     run = repo.run("test", "--sink", CHAT, env={"ALERT_CHAT_URL": ""})
     assert (run.exit_code, run.stdout) == (3, "")
-    assert "ALERT_CHAT_URL" in run.stderr
+    assert "nothing was sent" in run.stderr
+    assert "ALERT_CHAT_URL is unset or empty" in run.stderr
+    assert "enabled" not in run.stderr
 
 
 def test_one_failing_sink_does_not_hide_the_others(repo: Repo, server: SinkServer) -> None:

@@ -451,7 +451,9 @@ def test_a_loss_that_was_acknowledged_leaves_status_and_stays_in_the_log(repo: R
     assert before["health"] == "warning"
     [advice] = before["advice"]
     [ack] = re.findall(r"`(ops-alert-dispatch status [^`]*--ack)`", advice)
-    assert repo.run(*shlex.split(ack)[1:]).json["health"] == "ok"
+    acknowledged = repo.run(*shlex.split(ack)[1:]).json
+    assert acknowledged["health"] == "ok"
+    assert acknowledged["notes"][0].startswith("acknowledged: 1 line of the source sent to nobody")
     assert check(repo)[0] == 0
     assert repo.run("log", *repo.target, "--status", "failed").json["escalations"]
     # What comes later is a loss of its own.
