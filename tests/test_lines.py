@@ -133,19 +133,21 @@ MEGABYTE = 1 << 20
 
 
 @pytest.mark.parametrize(
-    ("line", "tries"),
+    ("head", "part", "times", "tail", "tries"),
     [
-        (b"{" * (8 * MEGABYTE), 0),
-        (b'{"' * MEGABYTE, 20_000),
-        (b'{"a":' * (6 * MEGABYTE), 10),
-        (b'{"a":' * 900 + b'"' + b"x" * (30 * MEGABYTE), 10),
-        (b'{"a":1}' * 160_000 + b"x", 140_000),
-        (b"{ " * (4 * MEGABYTE) + b'"', 2),
-        (b'\\"{"a' * MEGABYTE, 30_000),
+        (b"", b"{", 8 * MEGABYTE, b"", 0),
+        (b"", b'{"', MEGABYTE, b"", 20_000),
+        (b"", b'{"a":', 6 * MEGABYTE, b"", 10),
+        (b'{"a":' * 900 + b'"', b"x", 30 * MEGABYTE, b"", 10),
+        (b"", b'{"a":1}', 160_000, b"x", 140_000),
+        (b"", b"{ ", 4 * MEGABYTE, b'"', 2),
+        (b"", b'\\"{"a', MEGABYTE, b"", 30_000),
     ],
 )
-def test_a_hostile_line_costs_no_more_tries_than_a_pass_can_bear(line: bytes, tries: int) -> None:
-    (found,), tried = tries_of(line)
+def test_a_hostile_line_costs_no_more_tries_than_a_pass_can_bear(
+    head: bytes, part: bytes, times: int, tail: bytes, tries: int
+) -> None:
+    (found,), tried = tries_of(head + part * times + tail)
 
     assert isinstance(found, Unusable)
     assert tried <= tries + 1

@@ -534,7 +534,7 @@ def test_whatever_happens_each_delivery_is_made_given_up_or_waits_and_none_is_re
             run_state_machine_as_test(
                 machine,
                 settings=settings(
-                    max_examples=8,
+                    max_examples=6,
                     stateful_step_count=20,
                     derandomize=True,
                     database=None,

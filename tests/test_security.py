@@ -713,22 +713,24 @@ def test_a_config_that_everybody_may_write_is_refused(repo: Repo, server: SinkSe
 # --- Records
 
 
-HOSTILE: dict[str, tuple[bytes, bool]] = {
-    "deep": (b'{"category":"a","x":' + b"[" * 100_000 + b"]" * 100_000 + b"}", False),
-    "just too deep": (b'{"category":"a","x":' + b"[" * 100 + b"]" * 100 + b"}", False),
-    "just not too deep": (b'{"category":"a","x":' + b"[" * 99 + b"]" * 99 + b"}", True),
-    "2 MB": (b'{"category":"a","x":"' + b"y" * 2_000_000 + b'"}', True),
-    "a hundred thousand keys": (
-        b'{"category":"many",' + b",".join(b'"%d":1' % i for i in range(100_000)) + b"}",
-        True,
-    ),
-    "duplicate keys": (b'{"category":"a","category":"b","x":1,"x":2}', True),
-    "NaN": (b'{"category":"a","x":NaN,"y":[-Infinity,1e999]}', True),
-    "huge integer": (b'{"category":"a","x":' + b"9" * 100_000 + b',"y":-' + b"8" * 4000 + b"}", True),
-    "lone surrogates": (b'{"category":"a\\ud800","\\udfff":"\\ud83d\\ud83d"}', True),
-    "homoglyph": ('{"category":"he\u0430lth_critical","x":"\u202etxt"}'.encode(), True),
-    "bad UTF-8": (b'{"category":"a","x":"\xff\xc3\x28\xed\xa0\x80"}', True),
-}
+def hostile_records() -> dict[str, tuple[bytes, bool]]:
+    """Lines, and whether they are delivered."""
+    return {
+        "deep": (b'{"category":"a","x":' + b"[" * 100_000 + b"]" * 100_000 + b"}", False),
+        "just too deep": (b'{"category":"a","x":' + b"[" * 100 + b"]" * 100 + b"}", False),
+        "just not too deep": (b'{"category":"a","x":' + b"[" * 99 + b"]" * 99 + b"}", True),
+        "2 MB": (b'{"category":"a","x":"' + b"y" * 2_000_000 + b'"}', True),
+        "a hundred thousand keys": (
+            b'{"category":"many",' + b",".join(b'"%d":1' % i for i in range(100_000)) + b"}",
+            True,
+        ),
+        "duplicate keys": (b'{"category":"a","category":"b","x":1,"x":2}', True),
+        "NaN": (b'{"category":"a","x":NaN,"y":[-Infinity,1e999]}', True),
+        "huge integer": (b'{"category":"a","x":' + b"9" * 100_000 + b',"y":-' + b"8" * 4000 + b"}", True),
+        "lone surrogates": (b'{"category":"a\\ud800","\\udfff":"\\ud83d\\ud83d"}', True),
+        "homoglyph": ('{"category":"he\u0430lth_critical","x":"\u202etxt"}'.encode(), True),
+        "bad UTF-8": (b'{"category":"a","x":"\xff\xc3\x28\xed\xa0\x80"}', True),
+    }
 
 
 @pytest.mark.slow
@@ -742,7 +744,8 @@ def test_a_hostile_record_is_delivered_as_valid_json_or_its_row_says_why_not(
     # Once is enough of what takes seconds.
     config["routing"]["routes"] = [{"category": "many", "sinks": [HOOK]}]
     repo.write_config(config)
-    repo.append(*(line + b"\n" for line, _ in HOSTILE.values()), health_critical())
+    hostile = hostile_records()
+    repo.append(*(line + b"\n" for line, _ in hostile.values()), health_critical())
     run = subprocess.run(
         ["bash", "-c", 'ulimit -v 3000000; exec "$@"', "bash", *repo.command, "dispatch", *repo.target],
         env=repo.env,
@@ -754,11 +757,11 @@ def test_a_hostile_record_is_delivered_as_valid_json_or_its_row_says_why_not(
 
     assert run.returncode == 0, run.stderr
     rows = repo.telemetry()
-    for (name, (_, delivered)), row in zip(HOSTILE.items(), rows, strict=False):
+    for (name, (_, delivered)), row in zip(hostile.items(), rows, strict=False):
         assert row["status"] == ("dispatched" if delivered else "failed"), (name, row["reasonCode"])
         assert delivered or row["message"] == "nested more than 100 deep"
     assert rows[-1]["escalationCategory"] == "health_critical"
-    good = sum(delivered for _, delivered in HOSTILE.values()) + 1
+    good = sum(delivered for _, delivered in hostile.values()) + 1
     for path in PATHS.values():
         received = server.received(path)
         assert len(received) == good - (path != PATHS[HOOK])

@@ -17,7 +17,6 @@ from conftest import MODULE_FILE
 import ops_alert_dispatch as program
 
 SOURCE = MODULE_FILE.read_text(encoding="utf-8")
-TREE = ast.parse(SOURCE)
 Definition = ast.FunctionDef | ast.ClassDef
 
 
@@ -26,6 +25,11 @@ class Section(NamedTuple):
 
     line: int
     title: str
+
+
+@cache
+def tree() -> ast.Module:
+    return ast.parse(SOURCE)
 
 
 @cache
@@ -47,7 +51,10 @@ def names_of(node: ast.stmt) -> list[str]:
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
-DEFINED = {name: node.lineno for node in TREE.body for name in names_of(node)}
+@cache
+def defined() -> dict[str, int]:
+    """The lines of what is defined at the top level."""
+    return {name: node.lineno for node in tree().body for name in names_of(node)}
 
 
 def globals_of(scope: symtable.SymbolTable) -> Iterator[str]:
@@ -61,7 +68,7 @@ def globals_of(scope: symtable.SymbolTable) -> Iterator[str]:
 
 def quoted_in_annotations() -> Iterator[tuple[int, str]]:
     """Names in annotations in quotes, which Python does not look up: a line and a name each."""
-    for node in ast.walk(TREE):
+    for node in ast.walk(tree()):
         for annotation in (getattr(node, "annotation", None), getattr(node, "returns", None)):
             for part in ast.walk(annotation) if annotation else ():
                 if isinstance(part, ast.Constant) and isinstance(part.value, str):
@@ -73,9 +80,9 @@ def test_no_section_uses_a_later_one() -> None:
     scopes = symtable.symtable(SOURCE, str(MODULE_FILE), "exec").get_children()
     used = {(scope.get_lineno(), name) for scope in scopes for name in globals_of(scope)}
     ahead = [
-        f"line {line}: {name} is defined in line {DEFINED[name]}"
+        f"line {line}: {name} is defined in line {defined()[name]}"
         for line, name in used.union(quoted_in_annotations())
-        if name in DEFINED and section_of(DEFINED[name]) > section_of(line)
+        if name in defined() and section_of(defined()[name]) > section_of(line)
     ]
     assert not ahead, "\n".join(sorted(ahead))
 
@@ -89,7 +96,7 @@ def test_each_section_begins_with_what_it_knows_and_never_does() -> None:
 def test_a_private_name_is_used_where_it_is_defined() -> None:
     owners: dict[str, set[str]] = {}
     used: list[tuple[str, str, int]] = []
-    for top in TREE.body:
+    for top in tree().body:
         owner = top.name if isinstance(top, Definition) else ""
         for node in ast.walk(top):
             if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
@@ -105,13 +112,13 @@ def test_a_private_name_is_used_where_it_is_defined() -> None:
     ]
     # What is private at the top level belongs to its section.
     strange += [
-        f"line {node.lineno}: {node.id} is defined in line {DEFINED[node.id]}, in another section"
-        for node in ast.walk(TREE)
+        f"line {node.lineno}: {node.id} is defined in line {defined()[node.id]}, in another section"
+        for node in ast.walk(tree())
         if isinstance(node, ast.Name)
-        and node.id in DEFINED
+        and node.id in defined()
         and node.id.startswith("_")
         and not node.id.endswith("__")
-        and section_of(node.lineno) != section_of(DEFINED[node.id])
+        and section_of(node.lineno) != section_of(defined()[node.id])
     ]
     assert not strange, "\n".join(strange)
 
@@ -135,18 +142,18 @@ def is_called_by_a_library(node: ast.stmt) -> bool:
 
 
 def test_nothing_is_defined_and_never_used() -> None:
-    uses = uses_in(TREE)
+    uses = uses_in(tree())
     # Annotations in quotes.
     quoted = Counter(
         word
-        for node in ast.walk(TREE)
+        for node in ast.walk(tree())
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 100
         for word in re.findall(r"\w+", node.value)
     )
     # A function that only calls itself is not used.
     defined = [
         (item, name)
-        for top in TREE.body
+        for top in tree().body
         if not is_called_by_a_library(top)
         for item in (top, *methods_of(top))
         for name in names_of(item)
@@ -172,5 +179,5 @@ def test_every_key_of_the_schema_is_read() -> None:
 
     named = set(keys(json.loads(Path(program.SCHEMA_FILE).read_text(encoding="utf-8"))))
     assert len(named) > 30
-    words = {node.value for node in ast.walk(TREE) if isinstance(node, ast.Constant)}
+    words = {node.value for node in ast.walk(tree()) if isinstance(node, ast.Constant)}
     assert not named - words
