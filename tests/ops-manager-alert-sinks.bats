@@ -29,6 +29,7 @@ setup() {
   STATE="$FOLDER/alert-dispatch-state.json"
   TELEMETRY="$FOLDER/telemetry/alerts.jsonl"
   CONFIG="$REPO/config/ops-manager-alert-sinks.v1.json"
+  ABOUT_STATE=(--arg loop "$LOOP" --arg source "$ESCALATIONS" --arg telemetry "$TELEMETRY")
   # An hour ago: an old record might be given up.
   START=$(($(date +%s) - 3600))
   SINK_PIDS=()
@@ -78,14 +79,14 @@ use_port() {
   export PAGER_URL="http://127.0.0.1:$1/pager"
 }
 
-# received LOG PATH: the bodies that arrived there, as one JSON array.
+# received LOG PATH [jq filter]: the bodies that arrived there, as one JSON array, or what the filter makes of it.
 received() {
   [[ -f "$1.jsonl" ]] || : >"$1.jsonl"
-  jq -cs --arg path "$2" '[.[] | select(.path | startswith($path)) | .json]' "$1.jsonl"
+  jq -cs --arg path "$2" '[.[] | select(.path | startswith($path)) | .json] | '"${3:-.}" "$1.jsonl"
 }
 
 received_count() {
-  received "$1" "$2" | jq length
+  received "$1" "$2" length
 }
 
 # --- the host's files --------------------------------------------------------------------------------------
@@ -200,25 +201,20 @@ last_row() {
 # The pass went well as reconcile sees it: exit 0, one JSON object on one line, which is the state's.
 check_pass() {
   if ! check pass.json '.dispatchExitCode == 0 and (.dispatch | type) == "object" and .dispatch == $state[0]
-    and (.dispatch | '"${1:-true}"')' --slurpfile state "$STATE"; then
+    and (.dispatch | '"${1:-true}"' and '"$STATE_FIELDS"')' --slurpfile state "$STATE" "${ABOUT_STATE[@]}"; then
     # What a dispatcher that failed said is in the row that reconcile has then written.
     tail -n 1 "$TELEMETRY" >&2
     return 1
   fi
-  check_state_fields
 }
 
 # Every field of the state that the contract names, with its type.
-check_state_fields() {
-  check "$STATE" '
-    .schemaVersion == "v1" and .loopId == $loop and (.traceId | type == "string" and length > 0)
-    and .escalationsFile == $source and .dispatchTelemetryFile == $telemetry
-    and (.updatedAt | fromdateiso8601 | type) == "number" and (.status | type) == "string"
-    and ([.processedCount, .dispatchedCount, .skippedCount, .failedCount, .escalationsLineOffset,
-          .escalationsLineCount] | all(type == "number" and . >= 0))
-    and (.failureReasonCodes | type == "array" and . == unique)
-    ' --arg loop "$LOOP" --arg source "$ESCALATIONS" --arg telemetry "$TELEMETRY"
-}
+STATE_FIELDS='.schemaVersion == "v1" and .loopId == $loop and (.traceId | type == "string" and length > 0)
+  and .escalationsFile == $source and .dispatchTelemetryFile == $telemetry
+  and (.updatedAt | fromdateiso8601 | type) == "number" and (.status | type) == "string"
+  and ([.processedCount, .dispatchedCount, .skippedCount, .failedCount, .escalationsLineOffset,
+        .escalationsLineCount] | all(type == "number" and . >= 0))
+  and (.failureReasonCodes | type == "array" and . == unique)'
 
 # Every field of a row about a record that was routed. A field that would be null is left out.
 check_row_fields() {
@@ -365,9 +361,8 @@ check_no_secrets() {
   check pass.json '.dispatchExitCode == 3 and .dispatch == null'
   last_row '.status == "failed_command" and .reasonCode == "alert_dispatch_failed" and .traceId == "wrong-config"
     and (.message | test("routes\\[0\\]") and test("pagr") and test("timeoutSecond") and test("timeoutSeconds"))'
-  check_state_fields
-  check "$STATE" '.status == "config_invalid" and .escalationsLineOffset == 0 and .processedCount == 0
-    and .failureReasonCodes == ["config_invalid"]'
+  check "$STATE" "$STATE_FIELDS"' and .status == "config_invalid" and .escalationsLineOffset == 0 and .processedCount == 0
+    and .failureReasonCodes == ["config_invalid"]' "${ABOUT_STATE[@]}"
   status_script | check - '.alerts.dispatch.status == "config_invalid"
     and .alerts.lastDelivery.status == "failed_command"'
   [[ "$(received_count sinks /)" -eq 0 ]]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import Repo, Run
 from escalations import CHAT, HOOK, MAKERS, PAGER, ROUTED, SECRET_ENV, SECRETS, SINK_TYPES, sink_config
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import ops_alert_dispatch
@@ -596,7 +596,6 @@ configs = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60)
 @given(configs, categories, st.none() | severities)
 def test_any_valid_config_routes_as_the_contract_says(
     config: Config, category: str, severity: str | None
@@ -621,7 +620,6 @@ def places(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int
     return [place for key, child in children for place in [(*path, key), *places(child, (*path, key))]]
 
 
-@settings(max_examples=60)
 @given(st.sampled_from(places(sink_config())), json_values)
 def test_whatever_stands_in_a_config_it_is_valid_or_its_faults_are_told(
     place: tuple[str | int, ...], value: Any

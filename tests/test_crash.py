@@ -112,8 +112,9 @@ def by_rename_and_gzip(file: Path) -> None:
     compress(Path(f"{file}.1"))
 
 
-@pytest.mark.parametrize("before", [0, 6])
-@pytest.mark.parametrize("rotate", [by_rename, by_rename_twice, by_copy])
+@pytest.mark.parametrize(
+    ("rotate", "before"), [(by_rename, 0), (by_rename, 6), (by_rename_twice, 6), (by_copy, 0)]
+)
 def test_a_telemetry_that_is_rotated_under_a_killed_pass_repeats_only_what_was_in_flight(
     repo: Repo, server: SinkServer, rotate: Callable[[Path], None], before: int
 ) -> None:
@@ -152,8 +153,10 @@ def put_back(repo: Repo, file: str, rows: list[bytes]) -> None:
         )
 
 
-@pytest.mark.parametrize("rotate", [None, by_rename, by_rename_twice, by_copy, by_rename_and_gzip])
-@pytest.mark.parametrize("torn", [0, 40])
+@pytest.mark.parametrize(
+    ("rotate", "torn"),
+    [(None, 0), (None, 40), (by_rename, 0), (by_rename_twice, 40), (by_copy, 40), (by_rename_and_gzip, 40)],
+)
 def test_rows_that_a_kill_has_left_on_their_way_are_written_once(
     repo: Repo, torn: int, rotate: Callable[[Path], None] | None
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import Repo
 from escalations import HOOK, PATHS
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from loopback import SinkServer
 
@@ -183,7 +183,6 @@ whole_records = st.builds(
 )
 
 
-@settings(max_examples=60)
 @given(
     st.lists(whole_records, min_size=1, max_size=4), st.binary(max_size=20).filter(lambda b: b"{" not in b)
 )
@@ -193,7 +192,6 @@ def test_every_whole_record_of_a_line_is_found(records: list[bytes], debris: byt
     assert [item.raw for item in found if isinstance(item, Escalation)] == records
 
 
-@settings(max_examples=60)
 @given(whole_records, st.integers(0, 100), whole_records)
 def test_a_torn_record_costs_nothing_of_the_one_behind_it(torn: bytes, at: int, whole: bytes) -> None:
     found = parse(torn[: at % len(torn)] + whole)
@@ -201,7 +199,6 @@ def test_a_torn_record_costs_nothing_of_the_one_behind_it(torn: bytes, at: int, 
     assert whole in [item.raw for item in found if isinstance(item, Escalation)]
 
 
-@settings(max_examples=120)
 @given(
     st.lists(
         st.sampled_from([*(bytes([c]) for c in b'{}[]":,\\ \0\x1e1a\xff'), GOOD, b'{"category":"a"}'])

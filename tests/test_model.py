@@ -550,7 +550,7 @@ def test_whatever_happens_each_delivery_is_made_given_up_or_waits_and_none_is_re
 
 # --- Pure functions
 
-PURE = settings(max_examples=60, derandomize=True, database=None, deadline=None)
+PURE = settings(max_examples=40, derandomize=True, database=None, deadline=None)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=10),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(st.characters()), inner, max_size=4),

@@ -28,7 +28,7 @@ from escalations import (
     sink_config,
     timestamp,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from loopback import Received, SinkServer
 
@@ -416,7 +416,6 @@ records = st.builds(
 )
 
 
-@settings(max_examples=50)
 @given(records)
 def test_any_record_with_a_category_becomes_a_valid_request_for_every_sink(record: dict[str, Any]) -> None:
     requests = {kind: build(kind, json.dumps(record).encode()) for kind in ADAPTERS}

@@ -184,7 +184,6 @@ held_backs = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60)
 @given(hostile_records, st.sampled_from(program.SEVERITIES), held_backs)
 def test_no_record_breaks_a_slack_message_or_makes_anything_in_it_active(
     record: dict[str, Any], severity: str, held_back: dict[str, Any]
@@ -201,7 +200,6 @@ def test_slacks_own_client_knows_every_part_of_a_message_that_it_can_send() -> N
     assert set(message) - known == {"mrkdwn", "parse", "link_names"}
 
 
-@settings(max_examples=150)
 @given(st.lists(st.sampled_from(SCRAPS), max_size=30).map("".join), st.integers(1, 60))
 @example("&" * 9, 8)
 def test_a_cut_splits_no_entity(text: str, limit: int) -> None:
@@ -414,7 +412,6 @@ def test_pagerdutys_own_client_sends_the_same_event() -> None:
     assert request.json == event
 
 
-@settings(max_examples=80)
 @given(
     hostile_records, st.sampled_from(program.SEVERITIES), held_backs, st.sampled_from(["event", "condition"])
 )

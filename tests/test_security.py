@@ -33,7 +33,7 @@ from escalations import (
     sink_env,
 )
 from fuzz import CORPUS, TARGETS, harmless, seeds
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from leaks import leaked
 from loopback import HOST, TLS_PEM, Answer, SinkServer, closed_port, echo, error, huge
@@ -957,7 +957,6 @@ def changed(draw: st.DrawFn, target: str) -> bytes:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@settings(max_examples=60)
 @given(data=st.data())
 def test_whatever_stands_where_others_write_no_promise_breaks(target: str, data: st.DataObject) -> None:
     TARGETS[target](data.draw(st.binary(max_size=200) | changed(target)))
