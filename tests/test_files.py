@@ -609,45 +609,31 @@ def test_a_shell_state_that_is_ahead_of_its_source_begins_at_the_new_file(
     every_sink_got(server, "one", "two")
 
 
-def damage(text: str) -> dict[str, bytes]:
-    """What may stand in place of a state."""
-    document = json.loads(text)
-
-    def read_up_to(offset: float) -> bytes:
-        return json.dumps({**document, "cursor": {**document["cursor"], "offset": offset}}).encode()
-
-    return {
-        "empty": b"",
-        "cut_off": text.encode()[: len(text) // 2],
-        "zeroes": b"\0" * len(text),
-        "not_json": b"state: ok\n",
-        "another_kind_of_json": b"[1, 2, 3]\n",
-        "of_another_program": b'{"version": 3, "cursor": "abc"}\n',
-        "of_another_loop": json.dumps({**document, "loopId": "another-loop"}).encode(),
-        "nested_without_end": b"[" * 100_000,
-        "larger_than_any": text.encode() + b" " * MAX_STATE_BYTES,
-        "sinks_of_the_wrong_kind": json.dumps({**document, "sinks": [1]}).encode(),
-        "a_place_that_is_none": read_up_to(float("inf")),
-        "a_place_before_the_beginning": read_up_to(-5),
-    }
+def changed(text: str, **fields: Any) -> bytes:
+    return json.dumps({**json.loads(text), **fields}).encode()
 
 
-DAMAGES = [
-    "empty",
-    "cut_off",
-    "zeroes",
-    "not_json",
-    "another_kind_of_json",
-    "of_another_program",
-    "of_another_loop",
-    "nested_without_end",
-    "larger_than_any",
-    "sinks_of_the_wrong_kind",
-    "a_place_that_is_none",
-    "a_place_before_the_beginning",
-]
+def read_up_to(text: str, offset: float) -> bytes:
+    return changed(text, cursor={**json.loads(text)["cursor"], "offset": offset})
+
+
+# What may stand in place of a state.
+DAMAGES: dict[str, Callable[[str], bytes]] = {
+    "empty": lambda _: b"",
+    "cut_off": lambda text: text.encode()[: len(text) // 2],
+    "zeroes": lambda text: b"\0" * len(text),
+    "not_json": lambda _: b"state: ok\n",
+    "another_kind_of_json": lambda _: b"[1, 2, 3]\n",
+    "of_another_program": lambda _: b'{"version": 3, "cursor": "abc"}\n',
+    "of_another_loop": lambda text: changed(text, loopId="another-loop"),
+    "nested_without_end": lambda _: b"[" * 100_000,
+    "larger_than_any": lambda text: text.encode() + b" " * MAX_STATE_BYTES,
+    "sinks_of_the_wrong_kind": lambda text: changed(text, sinks=[1]),
+    "a_place_that_is_none": lambda text: read_up_to(text, float("inf")),
+    "a_place_before_the_beginning": lambda text: read_up_to(text, -5),
+}
 # JSON of this program and this loop: there is nothing to keep.
-READABLE = DAMAGES[-3:]
+READABLE = [*DAMAGES][-3:]
 
 
 @pytest.mark.parametrize("how", DAMAGES)
@@ -659,7 +645,7 @@ def test_a_damaged_state_is_kept_aside_and_costs_neither_a_repeat_nor_a_gap(
     server.script("/chat", ok(), error(422))
     repo.append(record("one"), record("two"), record("three"))
     before = repo.dispatch().json
-    damaged = damage(repo.state_file.read_text())[how]
+    damaged = DAMAGES[how](repo.state_file.read_text())
     repo.state_file.write_bytes(damaged)
     repo.append(record("four"))
     server.answer("/hook", ok())

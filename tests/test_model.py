@@ -14,6 +14,7 @@ it lies anywhere in its work and the same example gives much the same run.
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import re
@@ -25,8 +26,8 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, redirect_stdout
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -34,13 +35,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import make_repo, make_server, read_rows
+from conftest import make_repo, read_rows
 from escalations import CHAT, HOOK, PAGER, PATHS, escalation_ids, health_critical, line, sink_config
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from loopback import Answer, SinkServer, accepted, error, hang_up, ok
 from promise import check_promise
+from zygote import warm_up
 
 pytestmark = pytest.mark.slow
 
@@ -53,9 +55,9 @@ except ModuleNotFoundError:  # run as a script, which has only this folder on it
 
 def serve() -> None:
     """Run each pass that is asked for on standard input in a forked process, and say what came of it."""
-    import jsonschema  # noqa: F401
-    import requests  # noqa: F401
-
+    # What it prints is no answer.
+    with redirect_stdout(io.StringIO()):
+        warm_up(program)
     for request in sys.stdin:
         asked = json.loads(request)
         reader, writer = os.pipe()
@@ -523,29 +525,32 @@ class Loops(Model):
     names = ("east", "north", "west")
 
 
+@pytest.fixture(scope="module")
+def passes() -> Iterator[PassServer]:
+    one = PassServer()
+    yield one
+    one.close()
+
+
 @pytest.mark.parametrize("machine", [Model, Loops])
 def test_whatever_happens_each_delivery_is_made_given_up_or_waits_and_none_is_repeated(
-    machine: type[Model],
+    passes: PassServer, server: SinkServer, machine: type[Model]
 ) -> None:
-    machine.passes = PassServer()
-    try:
-        with make_server() as server:
-            machine.server = server
-            run_state_machine_as_test(
-                machine,
-                settings=settings(
-                    max_examples=6,
-                    stateful_step_count=20,
-                    derandomize=True,
-                    database=None,
-                    deadline=None,
-                    # A kill is not the same twice, which shrinking could not bear.
-                    phases=(Phase.explicit, Phase.generate),
-                    suppress_health_check=list(HealthCheck),
-                ),
-            )
-    finally:
-        machine.passes.close()
+    machine.passes = passes
+    machine.server = server
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=6,
+            stateful_step_count=20,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            # A kill is not the same twice, which shrinking could not bear.
+            phases=(Phase.explicit, Phase.generate),
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
 
 
 # --- Pure functions
