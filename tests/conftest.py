@@ -60,6 +60,10 @@ def pytest_xdist_auto_num_workers() -> int:
     return max(4, len(os.sched_getaffinity(0)))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run of the program left behind."""

@@ -838,6 +838,7 @@ def test_the_example_config_works_and_pages_for_what_is_critical(
     assert routed.stdout.strip() == receiver
 
 
+@pytest.mark.first
 def test_the_example_config_tells_people_what_they_need_to_know(tmp_path: Path, server: SinkServer) -> None:
     """The providers are on loopback, and half a minute is five seconds; all else is as it stands."""
     (example,) = re.findall(r"^```yaml\n(route:\n.*?)^```$", README, re.MULTILINE | re.DOTALL)

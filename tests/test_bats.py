@@ -10,6 +10,7 @@ import sys
 import uuid
 from pathlib import Path
 
+import pytest
 from tools import needs_tool
 from zygote import for_a_shell
 
@@ -31,6 +32,7 @@ def processes_of(run: str) -> list[int]:
     return found
 
 
+@pytest.mark.first
 def test_the_shell_tests_pass_and_leave_nothing_running() -> None:
     bats = needs_tool("bats")
     needs_tool("jq")

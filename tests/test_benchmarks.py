@@ -15,6 +15,7 @@ from escalations import health_critical
 RUN = Path(__file__).resolve().parent / "benchmarks" / "run.py"
 
 
+@pytest.mark.first
 def test_the_benchmarks_work_and_find_every_delivery_made(tmp_path: Path) -> None:
     # One of each kind: they share hosts, receiver and measuring.
     cases = ("idle", "storm", "memory")

@@ -86,6 +86,7 @@ def full_backlog(port: int) -> Iterator[None]:
         yield
 
 
+@pytest.mark.first
 def test_a_dead_first_address_costs_no_answer(repo: Repo, server: SinkServer, dispatch_with: Any) -> None:
     """The sink would get the same alert on every pass, and the next one never."""
     repo.write_config(only_the_webhook(allowInsecureHttp=True))
@@ -128,6 +129,7 @@ def nameservers() -> Iterator[str]:
             thread.join()
 
 
+@pytest.mark.first
 def test_a_silent_first_nameserver_costs_no_answer(
     repo: Repo, server: SinkServer, dispatch_with: Any
 ) -> None:

@@ -150,6 +150,7 @@ UNREACHABLE = {
 }
 
 
+@pytest.mark.first
 @pytest.mark.parametrize("fault", UNREACHABLE)
 def test_while_a_sink_cannot_be_reached_the_others_get_all_and_it_gets_all_later(
     repo: Repo, server: SinkServer, fault: str

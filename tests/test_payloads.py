@@ -312,23 +312,6 @@ def test_pagerduty_gets_no_timestamp_that_it_would_refuse(repo: Repo, server: Si
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
-@pytest.mark.parametrize(
-    ("statuses", "outcome"),
-    [
-        ([200, 201, 202, 204], "delivered"),
-        ([408, 425, 429, 500, 502, 503, 504, 507, 599], "retry"),
-        ([301, 302, 303, 307, 308, 401, 403, 404, 405, 410], "misconfigured"),
-        ([400, 413, 422], "dead_letter"),
-    ],
-)
-def test_a_status_decides_what_becomes_of_a_delivery(kind: str, statuses: list[int], outcome: str) -> None:
-    for status in statuses:
-        verdict = ADAPTERS[kind].judge(Answer(status, {}, b'"words"'), NOW.timestamp())
-        assert (verdict.outcome, verdict.http_status) == (outcome, status)
-        assert verdict.reason_code == (None if outcome == "delivered" else "http_error")
-
-
 @pytest.mark.parametrize(
     ("kind", "status", "body", "outcome"),
     [
@@ -388,13 +371,6 @@ def test_the_words_of_a_provider_decide_where_its_status_does_not(
 )
 def test_retry_after_is_believed_for_an_hour_at_most(value: str | None, seconds: float | None) -> None:
     assert ops_alert_dispatch.parse_retry_after(value, NOW.timestamp()) == seconds
-
-
-@pytest.mark.parametrize("kind", ADAPTERS)
-def test_retry_after_counts_where_the_sink_is_not_well(kind: str) -> None:
-    for status in (429, 503):
-        verdict = ADAPTERS[kind].judge(Answer(status, {"retry-after": "17"}, b""), NOW.timestamp())
-        assert verdict.retry_after == 17
 
 
 # --- Any record at all

@@ -488,6 +488,7 @@ def test_a_proxys_password_beyond_ascii_is_sent_as_utf_8(
     assert [request.headers["proxy-authorization"] for request in server.requests] == [expected] * 3
 
 
+@pytest.mark.first
 def test_a_tls_port_that_says_nothing_is_given_up_before_the_attempts_end() -> None:
     with silent_port() as port:
         began = time.monotonic()

@@ -29,20 +29,21 @@ def judged(kind: str, status: int, body: str = "", **headers: str) -> Verdict:
     ("status", "outcome", "fault"),
     [
         *((status, "delivered", None) for status in (200, 201, 202, 204)),
-        *((status, "misconfigured", "redirect") for status in (301, 302, 307, 308)),
+        *((status, "misconfigured", "redirect") for status in (301, 302, 303, 307, 308)),
         *((status, "dead_letter", "record_refused") for status in (400, 413, 422)),
         *((status, "misconfigured", "unauthorized") for status in (401, 403)),
         *((status, "misconfigured", "not_found") for status in (404, 405, 410)),
         *((status, "misconfigured", "rejected") for status in (402, 406, 411, 415, 431, 451)),
         (407, "misconfigured", "proxy_login"),
         (429, "retry", "rate_limited"),
-        *((status, "retry", "server_error") for status in (408, 425, 500, 502, 503, 504, 529)),
+        *((status, "retry", "server_error") for status in (408, 425, 500, 502, 503, 504, 507, 529, 599)),
     ],
 )
 def test_every_status_has_one_meaning(status: int, outcome: str, fault: str | None) -> None:
-    for kind in ("webhook", "slack", "pagerduty_events"):
-        verdict = judged(kind, status)
+    for kind in ADAPTERS:
+        verdict = judged(kind, status, '"words"')
         assert (verdict.outcome, verdict.fault, verdict.http_status) == (outcome, fault, status), kind
+        assert verdict.reason_code == (None if outcome == "delivered" else "http_error")
 
 
 @pytest.mark.parametrize(
@@ -134,11 +135,11 @@ def test_a_providers_own_words_say_whose_fault_it_is(
 
 
 @pytest.mark.parametrize("status", [400, 403, 413, 422, 429, 503])
-@pytest.mark.parametrize("kind", ["webhook", "slack", "pagerduty_events", "alertmanager"])
-def test_an_answer_that_says_when_to_come_back_gives_nothing_up(kind: str, status: int) -> None:
-    verdict = judged(kind, status, '"later"', Retry_After="120")
-    assert (verdict.outcome, verdict.retry_after) == ("retry", 120.0)
-    assert verdict.fault == ("server_error" if status == 503 else "rate_limited")
+def test_an_answer_that_says_when_to_come_back_gives_nothing_up(status: int) -> None:
+    for kind in ADAPTERS:
+        verdict = judged(kind, status, '"later"', Retry_After="120")
+        assert (verdict.outcome, verdict.retry_after) == ("retry", 120.0), kind
+        assert verdict.fault == ("server_error" if status == 503 else "rate_limited")
 
 
 @pytest.mark.parametrize(

@@ -528,6 +528,7 @@ def test_the_repo_is_that_of_the_current_folder_or_of_the_environment(repo: Repo
         assert repo.run(*command).exit_code == 0, command
 
 
+@pytest.mark.first
 def test_an_exit_code_says_what_the_help_says(repo: Repo) -> None:
     assert repo.run("init").exit_code == 5
     repo.append(health_critical())
