@@ -7947,7 +7947,7 @@ class Pass:
         while reading:
             loop = reading.popleft()
             may_be_more = self._guarded(loop, loop.ingest)
-            if may_be_more and (shared.clock.left > ingest_until or shared.dry_run):
+            if may_be_more and shared.clock.left > ingest_until:
                 reading.append(loop)
             self._start_senders()
             self._look_after_senders()
@@ -8408,10 +8408,12 @@ def plan_loops(jobs: Sequence[Job], environ: Mapping[str, str], *, show_payload:
                     queue.copy_to(copy)
         except DamagedQueueError:  # a pass starts a new one
             copy = os.path.join(folder, "new.db")
+        clock = Clock(jobs[0].time_budget)
         with Queue.open(copy) as queue:
-            for job in jobs:
+            for index, job in enumerate(jobs):
+                part = Clock(clock.left / (len(jobs) - index))
                 try:
-                    plans[job.loop_id] = plan_pass(queue, job, config, show_payload=show_payload)
+                    plans[job.loop_id] = plan_pass(queue, job, config, part, show_payload=show_payload)
                 except DispatchError as error:
                     plans[job.loop_id] = error
     return plans
@@ -8430,12 +8432,12 @@ DRY_RUN_SINK_FIELDS = (
 )
 
 
-def plan_pass(queue: Queue, job: Job, config: Config, *, show_payload: bool) -> JsonObject:
+def plan_pass(queue: Queue, job: Job, config: Config, clock: Clock, *, show_payload: bool) -> JsonObject:
     """The summary of a pass on a copy of the queue, and where each escalation that is new or waits would go.
 
     Raises StateError or StorageError.
     """
-    shared = Shared(queue, config, Clock(MAX_TIME_BUDGET), dry_run=True)
+    shared = Shared(queue, config, clock, dry_run=True)
     shared.show_payload = show_payload
     notes = config_warnings(config)
     with contextlib.closing(Loop(shared, job)) as loop:
@@ -8490,9 +8492,11 @@ def plan_escalations(
     """
     plans = []
     first = min([first_new, *(number for number, _ in waited)])
-    for stored in shared.queue.escalations_from(loop.id, first):
+    found = shared.queue.escalations_from(loop.id, first)
+    deliveries = shared.queue.deliveries_of_all(found)
+    for stored in found:
         is_new = stored.id >= first_new
-        plan = plan_escalation(shared, stored, None if is_new else waited)
+        plan = plan_escalation(shared, stored, deliveries[stored.id], None if is_new else waited)
         if is_new or plan["sinks"]:
             plans.append(plan)
     for _, _, text in shared.queue.outbox(loop.id, limit=-1):
@@ -8506,18 +8510,21 @@ def plan_escalations(
 
 
 def plan_escalation(
-    shared: Shared, stored: QueuedEscalation, waited: Collection[tuple[int, str]] | None
+    shared: Shared,
+    stored: QueuedEscalation,
+    deliveries: Iterable[QueuedDelivery],
+    waited: Collection[tuple[int, str]] | None,
 ) -> JsonObject:
     """The plan of one escalation. `waited`: what waited before the pass; None if the escalation is new."""
     resolution, escalation = shared.resolve(stored), shared.parse(stored)
-    deliveries = {
+    leads = {
         found.sink: found
-        for found in shared.queue.deliveries_of(stored)
+        for found in deliveries
         if found.lead and (waited is None or (stored.id, found.sink) in waited)
     }
     sinks: list[JsonObject] = []
     for sink in resolution.selected:
-        if found := deliveries.get(sink.id):
+        if found := leads.get(sink.id):
             entry = plan_delivery(shared, sink, found)
         elif waited is None:
             entry = {"decision": "skip", "why": why_not(sink, resolution)}
@@ -8560,12 +8567,10 @@ def decide_delivery(shared: Shared, sink: Sink, found: QueuedDelivery) -> JsonOb
     if not sink.enabled:
         return {"decision": "keep", "why": "the sink is disabled; it waits until the sink is enabled"}
     known = shared.known_destination(sink.id, found.peer)
-    until = iso(known.next_attempt_at) if known else "?"
-    return {
-        "decision": "wait",
-        "why": f"the sink failed ({known.reason_code if known else '?'}); next attempt at {until}",
-        "reasonCode": known.reason_code if known else None,
-    }
+    if known is None or not known.consecutive_failures:
+        return {"decision": "wait", "why": "the time budget ends before its turn", "reasonCode": None}
+    why = f"the sink failed ({known.reason_code}); next attempt at {iso(known.next_attempt_at)}"
+    return {"decision": "wait", "why": why, "reasonCode": known.reason_code}
 
 
 def why_not(sink: Sink, resolution: Resolution) -> str | None:

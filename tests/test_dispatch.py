@@ -1024,6 +1024,19 @@ def test_the_payload_that_a_dry_run_shows_is_the_one_that_is_sent(repo: Repo, se
     assert shown == sent
 
 
+def test_a_dry_run_of_a_backlog_ends_with_its_time_budget_and_says_what_is_left(
+    repo: Repo, server: SinkServer
+) -> None:
+    line = json.dumps(health_critical()) + "\n"
+    repo.append(line * 5000)
+    found = repo.dispatch("--dry-run", "--time-budget", "0.01").json
+    assert (found["stoppedBy"], found["unreadCount"]) == ("time_budget", 4000)
+    assert len(found["escalations"]) == 1000
+    [waiting] = {(sink["decision"], sink["why"]) for sink in found["escalations"][-1]["sinks"]}
+    assert waiting == ("wait", "the time budget ends before its turn")
+    assert server.requests == []
+
+
 def test_a_dry_run_with_a_bad_config_says_so_and_touches_nothing(repo: Repo) -> None:
     repo.append(health_critical())
     repo.write_config("{}")
