@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -58,6 +59,24 @@ RUN_TIMEOUT = 90.0
 def pytest_xdist_auto_num_workers() -> int:
     """Four on two cores: half of the time a test waits, for a timeout or for an answer that is late."""
     return max(4, len(os.sched_getaffinity(0)))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """In a fresh checkout, share the work of compiling the tests: else each worker would compile them all.
+
+    Each begins with others, and finds compiled what the workers before it had begun with.
+    """
+    folder = Path(__file__).parent
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None or [Path(argument).resolve() for argument in session.config.args] != [folder.resolve()]:
+        return
+    names = sorted(path.stem for path in folder.glob("test_*.py"))
+    begin = int(worker.removeprefix("gw")) * len(names) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    for name in names[begin:] + names[:begin]:
+        if not any(folder.glob(f"__pycache__/{name}.*-pytest-*.pyc")):
+            # If it cannot be imported, pytest will say so.
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
