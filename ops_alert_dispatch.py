@@ -8104,16 +8104,9 @@ class QueueHolder:
         self.path = job.queue_file
         self._job = job
         self._queue: Queue | None = None
-
-    @functools.cached_property
-    def closed_cleanly(self) -> bool:
-        """Tell whether the queue was closed cleanly before this run, which may have opened it since. Then the
-        summaries say whether anything waits in it."""
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                return file.read(len(QUEUE_HEAD)) == QUEUE_HEAD and not has_log(self.path)
-        except OSError:
-            return False
+        # Before this run. Then the summaries say whether anything waits in it. Found out here, because this
+        # closes a descriptor of the file, which drops the locks of a connection that is open.
+        self.was_closed_cleanly = was_closed_cleanly(self.path)
 
     def get(self) -> Queue:
         if self._queue is None:
@@ -8158,6 +8151,16 @@ class QueueHolder:
             with contextlib.suppress(DispatchError):
                 damaged.close()
             Queue.keep_aside(self.path, damaged.identity)
+
+
+def was_closed_cleanly(path: str) -> bool:
+    """Tell whether a queue is there, and no pass has it open or was killed with it. This process must not
+    have it open."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read(len(QUEUE_HEAD)) == QUEUE_HEAD and not has_log(path)
+    except OSError:
+        return False
 
 
 def is_elsewhere(job: Job) -> bool:
@@ -8289,7 +8292,7 @@ def idle_summary(
     except MALFORMED:
         return None
     worked = "failedSince" not in document
-    usable = same and worked and queues.closed_cleanly and not os.path.islink(job.state_file)
+    usable = same and worked and queues.was_closed_cleanly and not os.path.islink(job.state_file)
     status = idle_status(job, cursor) if usable else None
     if status is None:
         return None

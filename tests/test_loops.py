@@ -429,6 +429,36 @@ def test_a_low_limit_of_open_files_costs_no_loop_its_alerts(
     assert Counter(arrived(server)) == Counter((loop.loop, 0) for loop in loops)
 
 
+def test_a_pass_that_ends_beside_a_long_run_costs_nothing_that_the_run_has_recorded(
+    repo: Repo, server: SinkServer
+) -> None:
+    """The run looks at an idle loop after it has opened the queue."""
+    repo.write_config(everywhere(HOOK))
+    first, second, idle, late = loops_of(repo, "first", "second", "idle", "late")
+    for loop in (idle, late):
+        fill([loop])
+        loop.dispatch()
+    os.utime(late.state_file, (2**32, 2**32))  # it comes last
+    fill([first, second])
+    late.append(*(health_critical(loopId="late", number=number) for number in range(1, 31)))
+    server.answer(PATHS[HOOK], ok().after(0.1))
+    limited = replace(repo, command=["sh", "-c", 'ulimit -n 80; exec "$@"', "sh", *repo.command])
+    run = limited.start("dispatch", "--repo", str(repo.root), "--all-loops")
+    server.wait_for(4 + 5)
+    first.append(health_critical(loopId="first", number=1))
+    assert first.dispatch().json["status"] == "success"
+    server.wait_for(len(server.requests) + 8)
+    run.kill()
+    run.communicate()
+    server.answer(PATHS[HOOK], ok())
+    dispatch_all(repo)
+
+    # Only the request that was on its way is sent again.
+    assert sum(count - 1 for count in Counter(arrived(server)).values()) <= 1
+    assert [number for number in range(31) if ("late", number) not in arrived(server)] == []
+    check_promise(late)
+
+
 def test_loops_that_fail_leave_no_file_open_for_those_that_come_after(repo: Repo, server: SinkServer) -> None:
     repo.write_config(everywhere(HOOK))
     loops = loops_of(repo, "east", "north", "west")
