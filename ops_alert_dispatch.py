@@ -3683,6 +3683,13 @@ class Queue:
             return None
         return row[0], Cursor.from_json(json.loads(row[1])), row[2] and json.loads(row[2])
 
+    def unfinished_loops(self) -> list[str]:
+        """The loops of which something waits or is dead."""
+        rows = self.execute(
+            "SELECT DISTINCT loop_id FROM loops JOIN tallies ON loop = id WHERE waiting > 0 OR dead > 0"
+        )
+        return [row[0] for row in rows]
+
     def add_loop(self, loop_id: str, cursor: Cursor) -> int:
         """Add a loop; returns its number."""
         text = encode_json(cursor.to_json()).decode()
@@ -8045,7 +8052,7 @@ def run_loops(
     """Run one pass over each of these loops of a repo: with one config, one queue, one budget.
 
     Returns for each loop id the summary, which is what the state file holds, or what stopped that loop.
-    Raises ConfigError.
+    Raises ConfigError; StateError or StorageError if it cannot be told whether a loop is one.
     """
     outcomes: dict[str, Result] = {}
     if not jobs:
@@ -8058,6 +8065,8 @@ def run_loops(
         for job in jobs:
             note_invalid_config(job, error, wait)
         raise
+    # Asked before the queue is open to write: to read it besides would drop that connection's locks.
+    unknown = {job.loop_id for job in jobs if not is_there(job)}
     clock = Clock(jobs[0].time_budget)
     at_once = loops_at_once() if len(jobs) > 1 else 1
     with contextlib.ExitStack() as everything:
@@ -8068,7 +8077,7 @@ def run_loops(
             begun += 1
             files = everything.enter_context(contextlib.ExitStack())
             try:
-                if not is_there(job):
+                if job.loop_id in unknown:
                     outcomes[job.loop_id] = empty_summary(job, "no_source")
                 elif not files.enter_context(loop_lock(job.lock_file, wait)):
                     outcomes[job.loop_id] = locked_summary(job)
@@ -8250,10 +8259,25 @@ def run_pass(job: Job, environ: Mapping[str, str]) -> JsonObject:
 
 
 def is_there(job: Job) -> bool:
-    """Tell whether there is any sign that a loop has ever written something. No file is made for one that has
-    not. If that cannot be seen, say yes: a pass then reports what is wrong."""
+    """Tell whether a loop has files or, if they were removed, something of it waits in the queue or is dead.
+    No file is made for any other. If the files cannot be seen, say yes: a pass then reports what is wrong.
+
+    Raises StateError or StorageError if the queue cannot be read.
+    """
     places = (job.escalations_file, os.path.dirname(job.state_file))
-    return any(may_be_there(path, follow_symlinks=False) for path in places)
+    if any(may_be_there(path, follow_symlinks=False) for path in places):
+        return True
+    return job.loop_id in unfinished_loops(job)
+
+
+def unfinished_loops(job: Job) -> list[str]:
+    """The loops of a job's repo of which something waits in the queue or is dead. This process must not have
+    the queue open to write, or would lose its locks. Raises StateError or StorageError."""
+    queue = open_to_read(job)
+    if queue is None:
+        return []
+    with queue:
+        return queue.unfinished_loops()
 
 
 def load_known_config(job: Job, environ: Mapping[str, str]) -> Config:
@@ -8327,13 +8351,9 @@ def note_invalid_config(job: Job, error: ConfigError, wait: float) -> None:
     Nothing is written if the file cannot be written, or if another pass works on for `wait` seconds: the
     error itself is shown in any case.
     """
-    if not is_there(job):
-        return
-    with (
-        contextlib.suppress(*MALFORMED, StateError, StorageError),
-        loop_lock(job.lock_file, wait) as held,
-    ):
-        if not held:
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(contextlib.suppress(*MALFORMED, StateError, StorageError))
+        if not is_there(job) or not opened.enter_context(loop_lock(job.lock_file, wait)):
             return
         document = read_state_document(job.state_file) or {}
         # The file may be rotated before the config is valid: a new loop starts from here.
@@ -8834,7 +8854,7 @@ CONTEXT = {"help_option_names": ["--help", "-h"], "show_default": True}
 def complete_loop(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
     names: list[str] = []
     with contextlib.suppress(DispatchError, click.UsageError):
-        names = find_loops(absolute(ctx.params.get("repo") or "."))[0]
+        names = find_loops(usual_job(ctx.params.get("repo") or ".", ""))[0]
     return [name for name in names if name.startswith(incomplete)]
 
 
@@ -9112,18 +9132,18 @@ def has_failed(summary: JsonObject) -> bool:
     )
 
 
-def find_loops(repo: str) -> tuple[list[str], dict[str, StorageError]]:
-    """The loops of a repo; and an error for each folder that has escalations, but no name for a loop.
+def find_loops(job: Job) -> tuple[list[str], dict[str, StorageError]]:
+    """The loops of a job's repo; and an error for each folder that has escalations, but no name for a loop.
 
-    Several links to one folder are one loop. Raises StorageError.
+    Several links to one folder are one loop. A loop whose files were removed counts as long as something of
+    it waits or is dead. Raises StorageError; StateError if there are no other loops, which would raise it.
     """
-    folder = os.path.join(repo, MANAGER_FOLDER)
+    folder = os.path.join(job.repo, MANAGER_FOLDER)
+    found: list[os.DirEntry[str]] = []
     try:
-        with os.scandir(folder) as entries:
+        with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
             # `fleet` is a folder of the host, not a loop.
             found = [entry for entry in entries if entry.name != "fleet" and is_loop(entry.path)]
-    except FileNotFoundError:
-        return [], {}
     except OSError as error:
         raise storage_error("read", folder, error) from None
     root = os.path.realpath(folder)
@@ -9136,6 +9156,12 @@ def find_loops(repo: str) -> tuple[list[str], dict[str, StorageError]]:
             linked = entry.is_symlink()
             place = os.path.realpath(entry.path) if linked else os.path.join(root, entry.name)
             loops.setdefault(place, entry.name)
+    try:
+        for name in unfinished_loops(job):
+            loops.setdefault(os.path.realpath(os.path.join(root, name)), name)
+    except DispatchError:
+        if not loops:
+            raise
     misnamed = {}
     for name, fault in faults.items():
         path = os.path.join(folder, name)
@@ -9171,12 +9197,15 @@ def nearest_first(word: str, names: Iterable[str]) -> list[str]:
 
 
 def no_such_loop(job: Job) -> str | None:
-    """Say that a loop has no files, and which loops have, the nearest name first. None if it has some."""
+    """Say that there is no such loop, and which loops there are, the nearest name first. None if there is.
+
+    Raises StateError or StorageError: see `is_there`.
+    """
     if is_there(job):
         return None
     names: list[str] = []
-    with contextlib.suppress(StorageError):
-        names = nearest_first(job.loop_id, find_loops(job.repo)[0])
+    with contextlib.suppress(StateError, StorageError):
+        names = nearest_first(job.loop_id, find_loops(job)[0])
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     there = (
         f"loops: {', '.join(names[:LISTED])}{more}" if names else "no loop of this repo has escalations yet"
@@ -9352,16 +9381,16 @@ def make_jobs(
 ) -> tuple[list[Job], dict[str, DispatchError]]:
     """The job of one loop or, if none is named, of each loop; and the errors of those that cannot be served.
 
-    Raises UsageError; StateError or StorageError if a loop is named; StorageError if the repo cannot be read.
+    Raises UsageError; StateError or StorageError if a loop is named, or if the loops cannot be found.
     """
     if loop_id is not None:
         return [make_job(paths, loop_id, trace_id)], {}
     if paths.escalations_file or paths.state_file or paths.telemetry_file:
         raise click.UsageError("a loop's own files go with --loop ID: name none for all loops")
-    names, misnamed = find_loops(absolute(paths.repo))
+    alike = name_files(usual_job(paths.repo, "", trace_id), paths)
+    names, misnamed = find_loops(alike)
     jobs: list[Job] = []
     errors: dict[str, DispatchError] = dict(misnamed)
-    alike = name_files(usual_job(paths.repo, "", trace_id), paths)
     for name in names:
         try:
             jobs.append(checked(alike._replace(**files_of_loop(alike.repo, name)), paths))

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -681,6 +682,89 @@ def test_a_loop_is_served_although_its_source_was_rotated_and_its_state_is_gone(
     summary = dispatch_all(repo, "--now").json
 
     assert (summary["loopCount"], len(server.received(PATHS[HOOK]))) == (1, 1)
+
+
+@pytest.mark.parametrize("which", ["--all-loops", "--loop"])
+@pytest.mark.parametrize("left", ["no folder", "an empty folder"])
+def test_what_waits_of_a_loop_whose_files_were_removed_still_arrives(
+    repo: Repo, server: SinkServer, which: str, left: str
+) -> None:
+    config = everywhere(HOOK)
+    repo.write_config(config)
+    gone, other = loops_of(repo, "gone", "other")
+    fill([other])
+    other.dispatch()
+    server.answer(PATHS[HOOK], error(503))
+    fill([gone], 2)
+    gone.dispatch()
+    shutil.rmtree(gone.folder)
+    if left == "an empty folder":
+        gone.folder.mkdir()
+    server.answer(PATHS[HOOK], ok())
+    server.forget()
+    end_waits(config, repo)
+
+    seen = {loop["loopId"]: loop for loop in repo.run("status").json["loops"]}
+    assert [sink["waitingCount"] for sink in seen["gone"]["sinks"]] == [2]
+    check = repo.run("status", "--check", "--critical-after", "0")
+    assert (check.exit_code, "gone: " in check.stdout) == (2, True)
+    planned = {loop["loopId"]: loop for loop in dispatch_all(repo, "--dry-run").json["loops"]}
+    assert len(planned["gone"]["escalations"]) == 2
+    summary = dispatch_all(repo).json if which == "--all-loops" else gone.dispatch().json
+
+    assert (summary["lateDispatchedCount"], summary["waitingCount"]) == (2, 0)
+    assert sorted(arrived(server)) == [("gone", 0), ("gone", 1)]
+    assert [row["sinks"][0]["status"] for row in gone.telemetry()] == ["success"] * 2
+
+
+def test_dead_letters_of_a_loop_whose_folder_was_removed_can_be_sent_again(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.write_config(everywhere(HOOK))
+    server.answer(PATHS[HOOK], error(400))
+    fill([repo])
+    repo.dispatch()
+    shutil.rmtree(repo.folder)
+    server.answer(PATHS[HOOK], ok())
+    server.forget()
+
+    [seen] = repo.run("status").json["loops"]
+    assert (seen["health"], "1 dead letter" in seen["verdict"]) == ("warning", True)
+    repo.run("redeliver", *repo.target, "--dead-letters", "--yes")
+    assert arrived(server) == [(repo.loop, 0)]
+
+
+def test_a_loop_whose_folder_was_removed_is_forgotten_once_nothing_of_it_waits(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.write_config(everywhere(HOOK))
+    gone, other = loops_of(repo, "gone", "other")
+    fill([gone, other])
+    dispatch_all(repo)
+    shutil.rmtree(gone.folder)
+
+    assert [loop["loopId"] for loop in dispatch_all(repo).json["loops"]] == ["other"]
+    assert [loop["loopId"] for loop in repo.run("status").json["loops"]] == ["other"]
+    for name in ("gone", "never-seen"):
+        loop = replace(repo, loop=name)
+        summary = loop.dispatch().json
+        assert (summary["status"], "loops: other" in summary["message"]) == ("no_source", True)
+        assert not loop.folder.exists()
+
+
+def test_a_config_that_is_invalid_is_noted_for_a_loop_whose_folder_was_removed(
+    repo: Repo, server: SinkServer
+) -> None:
+    """Else its alerts would wait, and no monitor would know of it."""
+    repo.write_config(everywhere(HOOK))
+    server.answer(PATHS[HOOK], error(503))
+    fill([repo])
+    repo.dispatch()
+    shutil.rmtree(repo.folder)
+    repo.write_config("{}")
+
+    assert dispatch_all(repo).exit_code == 3
+    assert repo.state()["status"] == "config_invalid"
 
 
 def test_a_loop_that_links_lead_to_is_served_once(repo: Repo, server: SinkServer, tmp_path: Path) -> None:
