@@ -2022,10 +2022,10 @@ class Source:
         file = self._current
         if file is None:
             return 0
-        same = bool(self.cursor.fingerprint) and file.holds(self.cursor)
-        at, count = self.cursor.offset if same else 0, 0
-        stop = file.end_of_lines()
+        count = 0
         try:
+            same = bool(self.cursor.fingerprint) and file.holds(self.cursor)
+            at, stop = self.cursor.offset if same else 0, file.end_of_lines()
             while at < stop and (data := file.read(min(1 << 20, stop - at), at)):
                 count += data.count(b"\n")
                 at += len(data)
@@ -6687,7 +6687,11 @@ class Loop:
         self.id, cursor, self._rules = self._find(job)
         shared.loops[self.id] = self
         self._before = self.queue.tallies(self.id)
-        self.source = Source(job.escalations_file, cursor)
+        try:
+            self.source = Source(job.escalations_file, cursor)
+        except BaseException:  # nobody gets this loop, to close it
+            self._let_go()
+            raise
         self.chunks = self.source.chunks(job.max_escalations)
         self.has_read_all = False
 
@@ -7123,6 +7127,9 @@ class Loop:
 
     def close(self) -> None:
         self.source.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
         if not self.shared.dry_run:
             self.queue.release_loop(self.id)
 
@@ -8119,7 +8126,10 @@ class QueueHolder:
 
     def get(self) -> Queue:
         if self._queue is None:
-            found = stat_of(self.path)
+            try:
+                found = stat_of(self.path)
+            except OSError as error:
+                raise storage_error("open", self.path, error) from None
             was_used = os.path.lexists(f"{self.path}.lock")
             try:
                 self._queue = Queue.open(self.path)
@@ -8467,9 +8477,8 @@ def plan_pass(queue: Queue, job: Job, config: Config, clock: Clock, *, show_payl
         first_new = queue.next_id()
         waited = queue.waiting_in(loop.id)
         loop.begin()
-        changes = [
-            row["message"] for _, _, text in queue.outbox(loop.id) if "message" in (row := json.loads(text))
-        ]
+        written = (json.loads(text) for _, _, text in queue.outbox(loop.id, limit=-1))
+        changes = [row["message"] for row in written if "message" in row]
         waited |= queue.waiting_in(loop.id)
         outcome = Pass(shared).run([loop])[job.loop_id]
         if isinstance(outcome, DispatchError):
@@ -10738,10 +10747,10 @@ def status(
         click.echo(prometheus_text(statuses, list(errors)))
     elif wants_json(form, pretty):
         print_json(statuses[0] if loop_id else {"loops": statuses}, pretty)
-    elif statuses or errors:
+    elif statuses:
         statuses.sort(key=lambda known: HEALTH_ORDER.index(known["health"]), reverse=True)
         click.echo("\n\n".join(map(status_text, statuses)))
-    else:
+    elif not errors:
         click.echo(no_loops(absolute(paths.repo)))
     # The metrics say which loops could not be read. If the command failed, a collector might drop them all.
     if errors and form != "prometheus":
@@ -10770,6 +10779,8 @@ def acknowledge_losses(job: Job) -> list[str]:
         return []
     now = time.time()
     with Queue.open(job.queue_file) as queue, queue.transaction():
+        if is_elsewhere(job):
+            check_owner(queue, job)
         found = queue.find_loop(job.loop_id)
         if found is None:
             return []

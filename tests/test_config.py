@@ -12,9 +12,21 @@ from typing import Any
 
 import pytest
 from conftest import Repo, Run
-from escalations import CHAT, HOOK, MAKERS, PAGER, ROUTED, SECRET_ENV, SECRETS, SINK_TYPES, sink_config
+from escalations import (
+    CHAT,
+    HOOK,
+    MAKERS,
+    PAGER,
+    ROUTED,
+    SECRET_ENV,
+    SECRETS,
+    SINK_TYPES,
+    health_critical,
+    sink_config,
+)
 from hypothesis import given
 from hypothesis import strategies as st
+from zygote import lose_the_source
 
 import ops_alert_dispatch
 
@@ -335,6 +347,14 @@ def test_a_fault_is_told_with_its_path(change: Callable[[Config], None], path: s
     assert faults[0].startswith("$")
     assert path in faults[0]
     assert word in faults[0]
+
+
+def test_the_faults_of_a_config_are_shown_although_the_source_cannot_be_read_any_more(repo: Repo) -> None:
+    repo.append(health_critical())
+    repo.write_config("{}")
+    run = replace(repo, prepare=lose_the_source).dispatch()
+
+    assert (run.exit_code, "schemaVersion" in run.stderr) == (3, True)
 
 
 def test_all_faults_are_told_at_once_sorted_by_path(repo: Repo) -> None:

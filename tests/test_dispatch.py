@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Repo
+from conftest import Repo, edit_queue
 from escalations import (
     CHAT,
     HOOK,
@@ -933,6 +933,24 @@ def test_a_dry_run_sends_nothing_and_touches_nothing(repo: Repo, server: SinkSer
     assert repo.snapshot() == before
     assert server.requests == []
     assert counts(repo.dispatch().json) == (3, 3, 0, 0)
+
+
+def test_a_dry_run_says_what_a_new_config_changes_however_many_rows_a_killed_pass_has_left(
+    repo: Repo, server: SinkServer
+) -> None:
+    server.answer("/", error(503))
+    repo.append(health_critical())
+    repo.dispatch()
+    count = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000)"
+    edit_queue(repo, f"INSERT INTO outbox (loop, file, row) {count} SELECT 1, 'attempts', '{{}}' FROM n")
+    config = sink_config()
+    del config["sinks"][CHAT]
+    for route in config["routing"]["routes"]:
+        route["sinks"] = [HOOK]
+    repo.write_config(config)
+
+    notes = repo.dispatch("--dry-run").json["notes"]
+    assert any(CHAT in note for note in notes), notes
 
 
 def test_a_dry_run_says_where_each_goes_and_why_not_elsewhere(repo: Repo, server: SinkServer) -> None:

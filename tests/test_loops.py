@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from conftest import Repo, Run, time_passes
 from escalations import HOOK, PAGER, PATHS, SINK_TYPES, escalation_id, health_critical, sink_config
-from loopback import Answer, Received, SinkServer, accepted, error, hang_up, ok, rate_limited
+from loopback import Answer, Received, SinkServer, accepted, error, hang, hang_up, ok, rate_limited
 from promise import check_promise
 from zygote import lose_power
 
@@ -307,6 +307,15 @@ def test_a_loop_that_is_broken_is_told_and_the_others_are_served(
     assert [len(loop.get("escalations", ())) for loop in json.loads(planned.stdout)["loops"]][::2] == [1, 1]
 
 
+def test_a_status_of_loops_that_cannot_be_read_prints_nothing_but_what_is_wrong(repo: Repo) -> None:
+    fill([repo])
+    source_folder(repo)
+    run = repo.run("status", "--format", "text")
+
+    assert (run.exit_code, run.stdout) == (5, "")
+    assert run.stderr.startswith(f"error: loop {repo.loop}: ")
+
+
 @pytest.mark.parametrize("command", [["dispatch", "--all-loops"], ["status"]])
 def test_what_is_wrong_with_a_loop_is_said_before_how_the_others_are(
     repo: Repo, three: list[Repo], command: list[str]
@@ -339,6 +348,25 @@ def test_a_loop_that_may_not_be_read_is_told_and_the_others_are_served(
     assert "Permission denied" in run.stderr
     assert "give this user access" in run.stderr
     assert arrived(server) == [("a", 0), ("c", 0)]
+
+
+def test_a_loop_that_cannot_be_read_is_not_said_to_be_locked_while_others_are_served(
+    repo: Repo, server: SinkServer, three: list[Repo]
+) -> None:
+    server.answer(PATHS[HOOK], hang())
+    three[1].source.chmod(0)
+    weak = replace(repo, prepare=lose_power)
+    process = weak.start("dispatch", "--repo", str(repo.root), "--all-loops")
+    try:
+        server.wait_for(1, PATHS[HOOK])
+        elsewhere = str(repo.root / "another.json")
+        run = replace(weak, loop="b").dispatch("--dispatch-state-file", elsewhere)
+    finally:
+        process.kill()
+        process.communicate()
+
+    assert (run.exit_code, run.stdout) == (5, "")
+    assert "Permission denied" in run.stderr
 
 
 @pytest.mark.parametrize("command", ["dispatch", "skip"])

@@ -321,6 +321,41 @@ def test_two_repos_do_not_share_a_queue_in_which_their_loops_would_be_one(
     assert server.requests == []
 
 
+def test_a_loss_cannot_be_acknowledged_from_another_repo_before_its_own_people_have_seen_it(
+    repo: Repo, server: SinkServer, tmp_path: Path
+) -> None:
+    repo.write_config(only(HOOK))
+    repo.env["OPS_MANAGER_ALERT_QUEUE_FILE"] = str(tmp_path / "shared.db")
+    repo.append(health_critical())
+    server.answer(PATHS[HOOK], error(400))
+    assert repo.dispatch().json["deadLetterCount"] == 1
+    config = only(HOOK)
+    config["sinks"]["renamed"] = config["sinks"].pop(HOOK)
+    config["routing"]["defaultSinks"] = ["renamed"]
+    repo.write_config(config)
+    repo.dispatch()
+    other = Repo(tmp_path / "other", repo.env)
+    other.root.mkdir()
+    assert other.run("status", *other.target, "--ack").exit_code == 4
+
+    verdict = repo.run("status", *repo.target).json["verdict"]
+    assert "sink_removed" in verdict
+
+
+@pytest.mark.parametrize("name", ["queue.db", "n" * 300])
+def test_a_queue_that_cannot_be_looked_at_is_named_and_not_taken_for_an_output_that_fails(
+    repo: Repo, tmp_path: Path, name: str
+) -> None:
+    queue = tmp_path / name
+    if name == "queue.db":
+        queue.symlink_to(queue)
+    repo.append(health_critical())
+    run = repo.dispatch("--queue-file", str(queue))
+
+    assert run.exit_code == 5
+    assert run.stderr.startswith(f"error: cannot open {queue}: ")
+
+
 @pytest.mark.parametrize("change", ["url", "secret"])
 def test_a_changed_url_or_secret_is_tried_at_once(repo: Repo, server: SinkServer, change: str) -> None:
     repo.write_config(only(HOOK, delivery={"backoffSeconds": {"initial": 900, "max": 900}}))

@@ -16,6 +16,7 @@ import atexit
 import base64
 import contextlib
 import ctypes
+import errno
 import functools
 import gc
 import inspect
@@ -37,6 +38,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 from escalations import health_critical, line, sink_config, sink_env
 
@@ -136,6 +138,14 @@ def break_the_webhook() -> None:
             raise OverflowError("the words of a secret")
 
     program.ADAPTERS["webhook"] = Broken()
+
+
+def lose_the_source() -> None:
+    """Have the source open and be found, and then fail at being read, as on a file server that is gone."""
+    import ops_alert_dispatch as program
+
+    gone = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    mock.patch.object(program.LogFile, "end_of_lines", side_effect=gone).start()
 
 
 # --- Where the tests run
