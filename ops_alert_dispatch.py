@@ -3816,16 +3816,16 @@ class Queue:
         )
         return [number for [number] in rows]
 
-    def waiting_for_others(self, loop: int, sink: str, peers: Collection[str]) -> list[QueuedDelivery]:
-        """What waits of a loop for peers of a sink other than these."""
-        marks = ", ".join("?" * len(peers))
-        rows = self.execute(
-            f"SELECT {DELIVERY_COLUMNS}, {ESCALATION_COLUMNS} FROM deliveries d INDEXED BY waiting "
-            "JOIN escalations e ON e.id = d.escalation WHERE d.status = 'waiting' AND d.sink = ? "
-            f"AND d.loop = ? AND d.peer NOT IN ({marks})",
-            *(sink, loop, *peers),
+    def waiting_peers(self, sink: str) -> Iterator[str]:
+        """The peers of a sink for which something waits, of any loop."""
+        query = (
+            "SELECT peer FROM deliveries INDEXED BY waiting WHERE status = 'waiting' AND sink = ? "
+            "AND peer >= ? ORDER BY peer LIMIT 1"
         )
-        return [queued_delivery(row) for row in rows]
+        at = ""
+        while row := self.first(query, sink, at):
+            yield row[0]
+            at = row[0] + "\0"
 
     def skip_waiting(
         self, loop: int, sink: str, reason_code: str, kind: tuple[str, str | None] | None = None
@@ -4000,31 +4000,51 @@ class Queue:
         self._set_status(delivery, status, verdict, attempts)
         return lead
 
-    def replace_peer(self, delivery: QueuedDelivery, peers: Sequence[str]) -> QueuedDelivery | None:
-        """Replace a delivery to a peer that is gone by deliveries to those of `peers` that have none.
+    def replace_peer(
+        self, loop: int, sink: str, peer: str, peers: Sequence[str], limit: int
+    ) -> list[int] | None:
+        """Replace what waits of a loop for a peer that is gone by deliveries to those of `peers` that have
+        none: the worst severity first, `limit` deliveries at most. None if nothing waits for it.
 
-        If that leaves the sink without a lead, another delivery takes it, and is returned: one that is
-        delivered, or else one that waits. If none is, but a peer has refused, the sink has, and that one is
-        dead.
+        If that leaves the sink without a lead, another delivery takes it: one that is delivered, or else one
+        that waits. If none is, but a peer has refused, the sink has, and that one is dead. Returns the
+        escalations whose new lead has ended.
         """
-        others = [other for other in self._other_peers(delivery) if other.peer in peers]
-        self.execute("DELETE FROM deliveries WHERE escalation = ? AND sink = ? AND peer = ?", *delivery.key)
-        had = {other.peer for other in others}
-        missing = [peer for peer in peers if peer not in had]
-        self.add_deliveries(
-            (*delivery[:2], peer, *delivery[3:5], int(delivery.lead and place == 0), delivery.waiting_since)
-            for place, peer in enumerate(missing)
+        query = (
+            "SELECT escalation, lead FROM deliveries INDEXED BY waiting WHERE status = 'waiting' "
+            "AND sink = ? AND peer = ? AND severity = ? AND loop = ? ORDER BY escalation LIMIT ?"
         )
-        if not delivery.lead or missing:
+        found: list[tuple[int, int]] = []
+        for severity in range(len(SEVERITIES) - 1, -1, -1):
+            found += self.execute(query, sink, peer, severity, loop, limit - len(found))
+        if not found:
             return None
-        best = min(others, key=lambda d: (d.status != "delivered", d.status != "waiting", d.fault is None))
-        self._pass_lead(best)
-        if best.status != "skipped" or best.fault is None:
-            return best
-        self.execute(
-            "UPDATE deliveries SET status = 'dead' WHERE escalation = ? AND sink = ? AND peer = ?", *best.key
+        self.execute_many(
+            "INSERT OR IGNORE INTO deliveries (escalation, sink, peer, loop, severity, lead, waiting_since, "
+            "status) SELECT escalation, sink, ?, loop, severity, 0, waiting_since, 'waiting' "
+            "FROM deliveries WHERE escalation = ? AND sink = ? AND peer = ?",
+            ((new, escalation, sink, peer) for escalation, _ in found for new in peers),
         )
-        return best._replace(status="dead")
+        self.execute_many(
+            "DELETE FROM deliveries WHERE escalation = ? AND sink = ? AND peer = ?",
+            ((escalation, sink, peer) for escalation, _ in found),
+        )
+        self.note_settled((escalation for escalation, lead in found if not lead), time.time())
+        had_lead = [escalation for escalation, lead in found if lead]
+        names = ", ".join(f"?{number}" for number in range(3, 3 + len(peers)))
+        self.execute_many(
+            "UPDATE deliveries SET lead = 1, status = iif(status = 'skipped' AND fault IS NOT NULL, 'dead', "
+            "status) WHERE escalation = ?1 AND sink = ?2 AND peer = (SELECT peer FROM deliveries "
+            f"WHERE escalation = ?1 AND sink = ?2 AND peer IN ({names}) "
+            "ORDER BY status <> 'delivered', status <> 'waiting', fault IS NULL LIMIT 1)",
+            ((escalation, sink, *peers) for escalation in had_lead),
+        )
+        ended = self.execute(
+            "SELECT escalation FROM deliveries WHERE sink = ? AND lead AND status <> 'waiting' "
+            f"AND escalation IN ({', '.join('?' * len(had_lead))})",
+            *(sink, *had_lead),
+        )
+        return [escalation for [escalation] in ended]
 
     def _other_peers(self, delivery: QueuedDelivery) -> list[QueuedDelivery]:
         """The deliveries of the same escalation to the other peers of the same sink."""
@@ -4048,12 +4068,12 @@ class Queue:
             *delivery.key,
         )
 
-    def note_settled(self, stored: QueuedEscalation, now: float) -> None:
-        """Note when the last delivery of an escalation has ended, if none waits."""
-        self.execute(
+    def note_settled(self, escalations: Iterable[int], now: float) -> None:
+        """Note when the last delivery of each of these escalations has ended, if none waits."""
+        self.execute_many(
             "UPDATE escalations SET settled_at = ?1 WHERE id = ?2 AND NOT EXISTS (SELECT 1 FROM deliveries "
             "WHERE escalation = ?2 AND status = 'waiting')",
-            *(now, stored.id),
+            ((now, escalation) for escalation in escalations),
         )
 
     def note_all_settled(self, loop: int, now: float) -> None:
@@ -6516,6 +6536,10 @@ def locked_summary(job: Job) -> JsonObject:
 # Knows the files of one loop, whose lock is held, and its part of the queue. Sends nothing. Keeps nothing
 # that is not in the queue: if a pass is killed, the next one goes on from the last transaction.
 
+# New lines are read for this part of the time budget, and a backlog is moved to other peers for as long at
+# most: the rest is for sending, and for rows.
+READING_SHARE = 0.3
+
 
 class Clock:
     """The time budget of a pass, and whether somebody asked it to end. Monotonic seconds."""
@@ -6668,6 +6692,10 @@ RECENT_BYTES = 1 << 20
 ROW_INTERVAL = 0.25
 # How many rows are made in one transaction.
 ROWS_AT_ONCE = 500
+# How many deliveries are moved from a peer that is gone in one transaction, and for how many seconds other
+# processes can lock the queue before the next one: they try more often than that.
+MOVED_AT_ONCE = 1000
+OTHERS_TURN = 0.005
 
 
 class Loop:
@@ -6732,9 +6760,10 @@ class Loop:
             if self.source.loss is None:  # else `ingest` saves it, with the report
                 self.queue.save_cursor(self.id, self.source.cursor)
             self.queue.add_tallies(self.id, self.shared.config.sinks)
+        self._align_peers()
+        with self.queue.transaction():
             rules = self.shared.config.rules()
             changed = self._rules != rules
-            self._align_peers(config_changed=changed)
             if changed and self._rules is not None:
                 self._apply_routes(self._rules)
             if changed:
@@ -6852,20 +6881,32 @@ class Loop:
             self.write_event("skipped", "route_changed", sink_id, None, message, rerouted=count)
         queue.note_all_settled(self.id, time.time())
 
-    def _align_peers(self, *, config_changed: bool) -> None:
-        """Bring what waits for a cluster in line with its peers, which the environment names. After a change
-        of the config a sink may no longer be a cluster: then its one peer has no name."""
-        moved = False
+    def _align_peers(self) -> None:
+        """Bring what waits for a cluster in line with its peers, which the environment names. A sink that is
+        no cluster any more has one peer, without a name. If there is much, some is left for the next pass:
+        until it is moved, it waits."""
+        clock = self.shared.clock
+        until = clock.left * (1 - READING_SHARE)
         for sink in self.shared.sinks:
-            if config_changed or sink.type in CLUSTER_TYPES:
-                peers = self.shared.peers[sink.id]
-                for found in self.queue.waiting_for_others(self.id, sink.id, peers):
-                    lead = self.queue.replace_peer(found, peers)
-                    if lead is not None and lead.status != "waiting":
-                        self.note_end(lead, leads=True)
-                    moved = True
-        if moved:
-            self.queue.note_all_settled(self.id, time.time())
+            peers = self.shared.peers[sink.id]
+            with self.queue.changed:
+                gone = [peer for peer in self.queue.waiting_peers(sink.id) if peer not in peers]
+            for peer in gone:
+                while self._move_some(sink.id, peer, peers):
+                    self.queue.tidy()
+                    if clock.left <= until or clock.stop.wait(OTHERS_TURN):
+                        clock.cut_short = True
+                        return
+
+    def _move_some(self, sink_id: str, peer: str, peers: Sequence[str]) -> bool:
+        """Move some of what waits for a peer that is gone, in one transaction; tells whether there may be
+        more."""
+        with self.queue.transaction():
+            ended = self.queue.replace_peer(self.id, sink_id, peer, peers, MOVED_AT_ONCE)
+            for escalation in ended or ():
+                if lead := self.queue.lead(escalation, sink_id):
+                    self.note_end(lead, leads=True)
+        return ended is not None
 
     # -- rows
 
@@ -6911,7 +6952,7 @@ class Loop:
         stored = found.stored
         if not stored.reported:
             return
-        self.queue.note_settled(stored, time.time())
+        self.queue.note_settled([stored.id], time.time())
         if leads:
             entry = self._entry(self.queue.reread(found), {})
             self.counts.add_late(entry)
@@ -7908,8 +7949,6 @@ def jitter(longest: float) -> float:
 # Opens the queue, takes one loop or many from begin to finish, and gives up requests that hang. Finds out
 # which loops are idle, and does nothing else for them.
 
-# New lines are read for this part of the time budget: the rest is for sending, and for rows.
-INGEST_SHARE = 0.3
 # How many loops with work are open at a time, and the files that each needs: lock, source, rotated files.
 LOOPS_AT_ONCE = 64
 FILES_OF_A_LOOP = 8
@@ -7956,7 +7995,7 @@ class Pass:
     def _ingest(self, loops: Sequence[Loop]) -> None:
         """Ingest what is new, a chunk of one loop after the other. Sending starts with the first chunk."""
         shared = self._shared
-        ingest_until = shared.clock.left * (1 - INGEST_SHARE)
+        ingest_until = shared.clock.left * (1 - READING_SHARE)
         reading = deque(loops)
         while reading:
             loop = reading.popleft()

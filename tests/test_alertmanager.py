@@ -7,7 +7,8 @@ import json
 import re
 import subprocess
 import time
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from conftest import MODULE_FILE, Repo, clean_env, queue_rows, time_passes
 from escalations import LOOP, MAKERS, Record, health_critical, health_degraded, timestamp
 from loopback import HOST, TLS_PEM, Answer, SinkServer, accepted, error, hang, ok
 from tools import needs_tool
+from zygote import move_one_and_die, move_one_and_stop
 
 import ops_alert_dispatch as program
 
@@ -653,6 +655,52 @@ def test_an_alert_that_the_last_peer_has_refused_is_a_dead_letter_once_the_other
 
     assert (summary["waitingCount"], summary["deadLetterCount"]) == (0, 1)
     assert pair.telemetry()[-1]["sinks"][0]["deadLetter"] is True
+
+
+@pytest.mark.parametrize("end", [move_one_and_stop, move_one_and_die])
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_pass_that_ends_while_a_backlog_moves_to_another_peer_neither_loses_nor_repeats_any_of_it(
+    pair: Repo, peers: tuple[SinkServer, SinkServer], end: Callable[[], None], refused: bool
+) -> None:
+    down, other = peers
+    down.answer(ALERTS, error(503))
+    other.answer(ALERTS, error(400, '"bad label"') if refused else ok())
+    pair.env["ALERT_FLEET_URLS"] = f"{down.url},{other.url}" if refused else down.url
+    names = ["0", "1", "2"]
+    pair.append(*map(alert, names))
+    assert pair.dispatch().json["waitingCount"] == 3
+    pair.env["ALERT_FLEET_URLS"] = other.url
+    replace(pair, prepare=end).dispatch()
+    gone = queue_rows(pair, "SELECT count(*) FROM deliveries WHERE peer = ?", down.url[7:])
+    assert gone == [(2,)]
+    pair.dispatch("--now")
+
+    late = [row["sinks"][0]["status"] for row in pair.telemetry() if "late" in row]
+    assert late == (["failed"] * 3 if refused else ["success"] * 3)
+    state = pair.state()
+    assert (state["waitingCount"], state["deadLetterCount"]) == (0, 3 if refused else 0)
+    if not refused:
+        assert sorted(told(other)) == names
+
+
+def test_a_backlog_that_moves_to_another_peer_is_not_held_in_memory(
+    pair: Repo, peers: tuple[SinkServer, SinkServer]
+) -> None:
+    down, other = peers
+    pair.env["ALERT_FLEET_URLS"] = down.url
+    down.answer(ALERTS, error(503))
+    pair.append(*({**alert(str(number)), "note": "n" * (1 << 20)} for number in range(30)))
+    assert pair.dispatch().json["waitingCount"] == 30
+    job = program.make_job(program.Paths(str(pair.root)), LOOP)._replace(time_budget=0)
+    tracemalloc.start()
+    try:
+        program.run_loops([job], {**pair.env, "ALERT_FLEET_URLS": other.url})
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert queue_rows(pair, "SELECT peer, count(*) FROM deliveries") == [(other.url[7:], 30)]
+    assert most < 10 << 20
 
 
 def test_a_route_that_comes_back_when_the_peer_is_another_one_delivers_what_waits(

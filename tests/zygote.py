@@ -148,6 +148,22 @@ def lose_the_source() -> None:
     mock.patch.object(program.LogFile, "end_of_lines", side_effect=gone).start()
 
 
+def move_one_and_stop() -> None:
+    """Have a pass move what waits for a peer that is gone one by one, and stop after the first one."""
+    import ops_alert_dispatch as program
+
+    program.MOVED_AT_ONCE = 1
+    program.READING_SHARE = 0.0
+
+
+def move_one_and_die() -> None:
+    """Have a pass move what waits for a peer that is gone one by one, and be killed after the first one."""
+    import ops_alert_dispatch as program
+
+    move_one_and_stop()
+    program.Queue.tidy = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,method-assign]
+
+
 # --- Where the tests run
 
 
