@@ -49,8 +49,13 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MODULE_FILE = Path(__file__).resolve().parent.parent / "ops_alert_dispatch.py"
+# As `-m` does, but always with the file of this checkout, whatever is installed; and, as that, compiled once.
+RUN_MODULE = (
+    f"import runpy, sys; sys.path.insert(0, {str(MODULE_FILE.parent)!r}); "
+    f"runpy.run_module({MODULE_FILE.stem!r}, run_name='__main__', alter_sys=True)"
+)
 # The very object: a test that sets the same as a command of its own has it executed.
-COMMAND = [sys.executable, "-m", MODULE_FILE.stem]
+COMMAND = [sys.executable, "-c", RUN_MODULE]
 AT_THE_START = re.compile("PYTHON|LD_|LC_")
 # Far beyond what any run needs: it is there so that a program that hangs fails its test and not the suite.
 RUN_TIMEOUT = 90.0

@@ -7,12 +7,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Repo
+from conftest import COMMAND, Repo
 from escalations import CHAT, HOOK, HOOK_TOKEN, MARK, PATHS, health_critical, sink_config, sink_env
 from leaks import leaked
 from loopback import SinkServer, echo
@@ -331,7 +330,7 @@ def test_a_config_on_a_read_only_mount_is_taken_whatever_its_mode_says(tmp_path:
         or subprocess.run([*inner, "true"], check=False, capture_output=True).returncode
     ):
         pytest.skip("this machine lets nobody mount")
-    config = [sys.executable, "-m", "ops_alert_dispatch", "config", "--config-file", str(path)]
+    config = [*COMMAND, "config", "--config-file", str(path)]
     where = {
         "cwd": Path(program.__file__).parent,
         "env": {**os.environ, **sink_env("https://sink.example.org")},

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zygote
 from conftest import COMMAND, Repo
 from escalations import HOOK, PATHS, health_critical, sink_config
 from loopback import Answer, SinkServer
@@ -105,6 +109,26 @@ def test_a_forked_run_has_no_variable_but_its_own(repo: Repo) -> None:
     repo.write_config(config)
 
     assert "are unset: LANG\n" in repo.run("config").stderr
+
+
+def test_no_test_passes_because_of_a_program_that_is_installed_from_elsewhere(
+    executed: Repo, tmp_path: Path
+) -> None:
+    (tmp_path / "ops_alert_dispatch.py").write_text("print('another one')")
+    started = executed.run("--version", env={"PYTHONPATH": str(tmp_path)})
+    ours, theirs = socket.socketpair()
+    ours.close()
+    with theirs:
+        forking = subprocess.run(
+            [sys.executable, zygote.__file__, "0"],
+            stdin=theirs.fileno(),
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            check=True,
+        )
+
+    assert "another one" not in started.stdout + forking.stdout
 
 
 def test_a_zygote_ends_with_the_process_that_started_it() -> None:

@@ -38,7 +38,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 from escalations import health_critical, line, sink_config, sink_env
 
@@ -142,6 +141,8 @@ def break_the_webhook() -> None:
 
 def lose_the_source() -> None:
     """Have the source open and be found, and then fail at being read, as on a file server that is gone."""
+    from unittest import mock  # imports asyncio
+
     import ops_alert_dispatch as program
 
     gone = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
@@ -299,6 +300,7 @@ def warm_up(program: ModuleType) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.insert(1, str(ROOT))  # before what is installed, which may be another checkout's
     import ops_alert_dispatch
 
     warm_up(ops_alert_dispatch)
