@@ -8687,7 +8687,6 @@ def show_request(url: str, request: HttpRequest, redactor: Redactor) -> JsonObje
 LISTED = 20
 REPO_ENV = "OPS_MANAGER_REPO"
 
-Format = Literal["auto", "text", "json"]
 MAX_LOOP_ID_BYTES = 200
 
 # In the order in which an operator needs them.
@@ -8798,22 +8797,6 @@ def loop_id_fault(loop_id: str) -> str | None:
 def is_terminal(stream: TextIO | None) -> bool:
     """Tell whether a stream is a terminal. None is a closed stream."""
     return stream is not None and stream.isatty()
-
-
-def wants_json(form: str, pretty: bool) -> bool:
-    return form == "json" or pretty or (form == "auto" and not is_terminal(sys.stdout))
-
-
-def print_json(document: JsonObject, pretty: bool) -> None:
-    """Print a JSON object, indented or on one line."""
-    if pretty:
-        text = json.dumps(strict_value(document), indent=2, ensure_ascii=False, allow_nan=False)
-    else:
-        text = encode_json(document).decode()
-    # JSON escapes only the first 32 control characters. A terminal may act on the others, too.
-    if not text.isascii() or "\x7f" in text:
-        text = spell_out(text, f"[{FORGING}]")
-    click.echo(text)
 
 
 class Styled(str):
@@ -9008,9 +8991,6 @@ def file_options(command: Callable[..., None]) -> Callable[..., None]:
     return with_paths
 
 
-pretty_option = click.option("--pretty", is_flag=True, help="Print indented JSON.")
-
-
 class Positive(click.IntRange):
     """A number of at least 1. The largest number that SQLite knows stands for all larger ones."""
 
@@ -9021,13 +9001,46 @@ class Positive(click.IntRange):
         return min(int(super().convert(value, param, ctx)), sys.maxsize)
 
 
-format_option = click.option(
-    "--format",
-    "form",
-    type=click.Choice(["auto", "text", "json"]),
-    default="auto",
-    help="text for people, json for scripts; auto: text on a terminal, else JSON on one line.",
-)
+class Output:
+    """How a command prints: `--format` and `--pretty`."""
+
+    def __init__(self, form: str, pretty: bool) -> None:
+        self.form = form
+        self.pretty = pretty
+        self.is_json = form == "json" or pretty or (form == "auto" and not is_terminal(sys.stdout))
+
+    def show(self, document: JsonObject, text: Callable[[], str]) -> None:
+        """Print a document for scripts, or a text for people."""
+        if self.is_json:
+            self.print_json(document)
+        else:
+            click.echo(text())
+
+    def print_json(self, document: JsonObject) -> None:
+        """Print a JSON object, indented or on one line."""
+        if self.pretty:
+            text = json.dumps(strict_value(document), indent=2, ensure_ascii=False, allow_nan=False)
+        else:
+            text = encode_json(document).decode()
+        # JSON escapes only the first 32 control characters. A terminal may act on the others, too.
+        if not text.isascii() or "\x7f" in text:
+            text = spell_out(text, f"[{FORGING}]")
+        click.echo(text)
+
+
+def output_options(
+    command: Callable[..., None], also: Sequence[str] = (), about: str = ""
+) -> Callable[..., None]:
+    """Add --format, with more formats if there are any, and --pretty to a command, which gets an `output`."""
+
+    @functools.wraps(command)
+    def with_output(form: str, pretty: bool, **options: Any) -> None:
+        command(output=Output(form, pretty), **options)
+
+    words = f"text for people, json for scripts{about}; auto: text on a terminal, else JSON on one line."
+    click.option("--pretty", is_flag=True, help="Print indented JSON.")(with_output)
+    formats = click.Choice(["auto", "text", "json", *also])
+    return click.option("--format", "form", type=formats, default="auto", help=words)(with_output)
 
 
 @click.group(
@@ -9090,8 +9103,7 @@ def cli() -> None:
 )
 @click.option("--show-payload", is_flag=True, help="With --dry-run: show the requests, secrets masked.")
 @file_options
-@format_option
-@pretty_option
+@output_options
 def dispatch(
     paths: Paths,
     loop_id: str | None,
@@ -9103,8 +9115,7 @@ def dispatch(
     strict: bool,
     dry_run: bool,
     show_payload: bool,
-    form: Format,
-    pretty: bool,
+    output: Output,
 ) -> None:
     """Deliver what is new, and what waits.
 
@@ -9139,10 +9150,7 @@ def dispatch(
     errors = {name: error for name, error in outcomes.items() if isinstance(error, DispatchError)}
     for name, error in errors.items():
         click.echo(f"error: loop {printable(name)}: {error}", err=True)
-    if wants_json(form, pretty):
-        print_json(summary, pretty)
-    else:
-        click.echo(dispatch_text(summary))
+    output.show(summary, lambda: dispatch_text(summary))
     if errors:
         raise click.exceptions.Exit(max(error.exit_code for error in errors.values()))
     if strict and not dry_run and has_failed(summary):
@@ -9694,8 +9702,7 @@ def grouped_table(
     "--list-sinks", is_flag=True, help="Print a line for each sink: id, type, enabled, tab-separated."
 )
 @click.option("--no-env-check", is_flag=True, help="Do not ask whether the secrets are set.")
-@format_option
-@pretty_option
+@output_options
 def config(
     repo: str,
     config_file: str | None,
@@ -9703,8 +9710,7 @@ def config(
     severity: str | None,
     list_sinks: bool,
     no_env_check: bool,
-    form: Format,
-    pretty: bool,
+    output: Output,
 ) -> None:
     """Validate the config, and show where alerts go.
 
@@ -9714,7 +9720,7 @@ def config(
         raise click.UsageError("--severity requires --category")
     if list_sinks and category is not None:
         raise click.UsageError("--list-sinks does not go with --category")
-    if list_sinks and form == "json":
+    if list_sinks and output.form == "json":
         raise click.UsageError("--list-sinks prints plain lines: it does not go with --format json")
     level = None if severity is None else read_severity(severity)
     if category is not None and not category.strip():
@@ -9726,14 +9732,9 @@ def config(
             click.echo(f"{sink.id}\t{sink.type}\t{json.dumps(sink.enabled)}")
     elif category is not None:
         resolution = Router(loaded).resolve(category.strip(), level)
-        if wants_json(form, pretty):
-            print_json(resolution_document(loaded, resolution), pretty)
-        else:
-            click.echo(resolution_text(resolution))
-    elif wants_json(form, pretty):
-        print_json(config_document(loaded), pretty)
+        output.show(resolution_document(loaded, resolution), lambda: resolution_text(resolution))
     else:
-        click.echo(config_text(loaded))
+        output.show(config_document(loaded), lambda: config_text(loaded))
 
 
 def read_severity(word: str) -> str:
@@ -10740,23 +10741,14 @@ def unknown_to_a_monitor(*, check: bool) -> Iterator[None]:
     help="CRITICAL if for longer a sink has failed, or something waits and no pass has run or worked.",
 )
 @file_options
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["auto", "text", "json", "prometheus"]),
-    default="auto",
-    help="text for people, json for scripts, prometheus for a textfile collector; auto: text on a terminal, "
-    "else JSON on one line.",
-)
-@pretty_option
+@functools.partial(output_options, also=["prometheus"], about=", prometheus for a textfile collector")
 def status(
     paths: Paths,
     loop_id: str | None,
     check: bool,
     ack: bool,
     critical_after: float,
-    form: str,
-    pretty: bool,
+    output: Output,
 ) -> None:
     """Say whether all is well, what is stuck, why, and what to do.
 
@@ -10782,17 +10774,17 @@ def status(
         raise errors[loop_id]
     for name, problem in errors.items():
         click.echo(f"error: loop {name}: {problem}", err=True)
-    if form == "prometheus":
+    if output.form == "prometheus":
         click.echo(prometheus_text(statuses, list(errors)))
-    elif wants_json(form, pretty):
-        print_json(statuses[0] if loop_id else {"loops": statuses}, pretty)
+    elif output.is_json:
+        output.print_json(statuses[0] if loop_id else {"loops": statuses})
     elif statuses:
         statuses.sort(key=lambda known: HEALTH_ORDER.index(known["health"]), reverse=True)
         click.echo("\n\n".join(map(status_text, statuses)))
     elif not errors:
         click.echo(no_loops(absolute(paths.repo)))
     # The metrics say which loops could not be read. If the command failed, a collector might drop them all.
-    if errors and form != "prometheus":
+    if errors and output.form != "prometheus":
         raise click.exceptions.Exit(max(error.exit_code for error in errors.values()))
 
 
@@ -11079,8 +11071,7 @@ def read_since(_: click.Context, param: click.Parameter, value: str | None) -> f
 )
 @click.option("-n", "count", type=Positive(), default=20, metavar="N", help="List at most N.")
 @file_options
-@format_option
-@pretty_option
+@output_options
 def log(
     paths: Paths,
     loop_id: str | None,
@@ -11089,8 +11080,7 @@ def log(
     category: str | None,
     since: float,
     count: int,
-    form: Format,
-    pretty: bool,
+    output: Output,
 ) -> None:
     """List what happened lately, the newest last.
 
@@ -11104,11 +11094,9 @@ def log(
         with contextlib.suppress(ConfigError):  # no config can say whether the sink exists
             path = config_path(paths.repo, paths.config_file)
             check_sink(load_config(path, {}, check_env=False), sink_id)
-    if wants_json(form, pretty):
-        print_json({"schemaVersion": SCHEMA_VERSION, "escalations": entries}, pretty)
-    else:
-        several = len({entry["loopId"] for entry in entries}) > 1
-        click.echo(log_text(entries, time.time(), several=several))
+    several = len({entry["loopId"] for entry in entries}) > 1
+    document = {"schemaVersion": SCHEMA_VERSION, "escalations": entries}
+    output.show(document, lambda: log_text(entries, time.time(), several=several))
 
 
 def check_loop(job: Job) -> None:
@@ -11295,14 +11283,12 @@ def attempt_text(attempt: JsonObject, now: float) -> str:
 @repo_option
 @loop_option(show_default="all loops")
 @file_options
-@format_option
-@pretty_option
+@output_options
 def show(
     escalation: str,
     paths: Paths,
     loop_id: str | None,
-    form: Format,
-    pretty: bool,
+    output: Output,
 ) -> None:
     """Show one escalation with all its attempts.
 
@@ -11316,10 +11302,7 @@ def show(
     owner = found.entry["loopId"]
     job = by_loop.get(owner) or make_job(paths, owner)
     document = describe_escalation(job, found)
-    if wants_json(form, pretty):
-        print_json(document, pretty)
-    else:
-        click.echo(escalation_text(document, time.time()))
+    output.show(document, lambda: escalation_text(document, time.time()))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -11440,15 +11423,13 @@ def make_test_alert(severity: str, trace_id: str) -> Escalation:
     help="Only this sink, enabled or not. Repeatable.",
 )
 @click.option("--severity", default="info", metavar="LEVEL", help="The severity of the test alert.")
-@format_option
-@pretty_option
+@output_options
 def send_test(
     repo: str,
     config_file: str | None,
     sink_ids: tuple[str, ...],
     severity: str,
-    form: Format,
-    pretty: bool,
+    output: Output,
 ) -> None:
     """Send a marked test alert to each enabled sink.
 
@@ -11469,17 +11450,16 @@ def send_test(
             f"no sink is enabled in {config_file}",
             [f'set "enabled": true on a sink, or test one that is disabled: `{tried}`'],
         )
-    as_json = wants_json(form, pretty)
     results = []
     for result in send_test_alerts(loaded, chosen, repo, level):
         results.append(result)
-        if not as_json:
+        if not output.is_json:
             name = f"{result['id']} ({result['peer']})" if "peer" in result else result["id"]
             click.echo(outcome_text(name, result))
     hints = quoted_secrets(chosen)
-    if as_json:
+    if output.is_json:
         warnings = {"warnings": hints} if hints else {}
-        print_json({"schemaVersion": SCHEMA_VERSION, "sinks": results, **warnings}, pretty)
+        output.print_json({"schemaVersion": SCHEMA_VERSION, "sinks": results, **warnings})
     else:
         click.echo("".join(f"warning: {printable(hint)}\n" for hint in hints), nl=False)
     if any(result["status"] == "failed" for result in results):
@@ -11904,8 +11884,7 @@ def listing(deliveries: Sequence[Named]) -> str:
 @sink_option(help="To this sink only.")
 @yes_option
 @file_options
-@format_option
-@pretty_option
+@output_options
 def redeliver(
     paths: Paths,
     loop_id: str,
@@ -11915,8 +11894,7 @@ def redeliver(
     to_line: int | None,
     sink_id: str | None,
     yes: bool,
-    form: Format,
-    pretty: bool,
+    output: Output,
 ) -> None:
     """Send again what was given up, skipped or delivered.
 
@@ -11937,7 +11915,6 @@ def redeliver(
         lines=None if from_line is None else (from_line, to_line or sys.maxsize),
         sink_id=sink_id,
     )
-    as_json = wants_json(form, pretty)
     loaded = load_config(job.config_file, os.environ)
     check_sink(loaded, sink_id)
     found = find_selected(job, loaded, selection)
@@ -11946,11 +11923,11 @@ def redeliver(
     results: list[JsonObject] = []
     if shown:
         if not yes:
-            confirm(f"Send {plural(len(shown), 'delivery')}?", listing(shown), err=as_json)
+            confirm(f"Send {plural(len(shown), 'delivery')}?", listing(shown), err=output.is_json)
         results = redeliver_selected(job, loaded, selection, shown)
     summary = redelivery_summary(loop_id, results)
-    if as_json:
-        print_json(summary, pretty)
+    if output.is_json:
+        output.print_json(summary)
     elif results:
         click.echo(redelivery_text(summary))
     elif dead_letters and not found:
@@ -12019,8 +11996,7 @@ def redelivery_text(summary: JsonObject) -> str:
 )
 @yes_option
 @file_options
-@format_option
-@pretty_option
+@output_options
 def skip(
     paths: Paths,
     loop_id: str,
@@ -12028,8 +12004,7 @@ def skip(
     to_line: int | None,
     dead_letters: bool,
     yes: bool,
-    form: Format,
-    pretty: bool,
+    output: Output,
 ) -> None:
     """Give up what waits for a sink, or its dead letters.
 
@@ -12041,7 +12016,6 @@ def skip(
     if sink_id is None and not dead_letters:
         raise click.UsageError("say which: --sink ID, or --dead-letters")
     job = make_job(paths, loop_id)
-    as_json = wants_json(form, pretty)
     noun, done = ("dead letter", "dismissed") if dead_letters else ("delivery", "skipped")
     selection = Selection(dead_letters, None if dead_letters else to_line or sys.maxsize, sink_id=sink_id)
     loaded = load_config(job.config_file, os.environ)
@@ -12051,10 +12025,10 @@ def skip(
     segment = ""
     if shown:
         if not yes:
-            confirm(f"Give up {plural(len(shown), noun)}?", listing(shown), err=as_json)
+            confirm(f"Give up {plural(len(shown), noun)}?", listing(shown), err=output.is_json)
         skipped, segment = skip_deliveries(job, loaded, selection, shown)
-    if as_json:
-        print_json(skip_summary(loop_id, skipped, loaded), pretty)
+    if output.is_json:
+        output.print_json(skip_summary(loop_id, skipped, loaded))
     elif skipped:
         again = how_to_send_after_all(job, skipped, segment)
         click.echo(f"{plural(len(skipped), noun)} {done}. {again}")
@@ -12148,9 +12122,8 @@ def initial_config() -> JsonObject:
 
 @cli.command(epilog=examples("init", "init --repo /srv/shop"))
 @repo_option
-@format_option
-@pretty_option
-def init(repo: str, form: Format, pretty: bool) -> None:
+@output_options
+def init(repo: str, output: Output) -> None:
     """Write a config with three sinks, disabled.
 
     Says what to set next. Never overwrites.
@@ -12172,8 +12145,8 @@ def init(repo: str, form: Format, pretty: bool) -> None:
         }
         for sink_id, sink in document["sinks"].items()
     ]
-    if wants_json(form, pretty):
-        print_json({"schemaVersion": SCHEMA_VERSION, "configFile": path, "sinks": sinks}, pretty)
+    if output.is_json:
+        output.print_json({"schemaVersion": SCHEMA_VERSION, "configFile": path, "sinks": sinks})
         return
     click.echo(printable(f"Wrote {path}. It holds no secret; only you can read it (mode 0600)."))
     click.echo("Next, for each sink that you want:")
@@ -12286,9 +12259,8 @@ def demo_config() -> JsonObject:
 
 @cli.command("explain", epilog=examples("explain", "explain unauthorized"))
 @click.argument("code", required=False, shell_complete=complete_code)
-@format_option
-@pretty_option
-def explain_codes(code: str | None, form: Format, pretty: bool) -> None:
+@output_options
+def explain_codes(code: str | None, output: Output) -> None:
     """Explain a reason code or a fault code.
 
     Says what it means, how to see it and how to fix it. Without a code: lists all of them.
@@ -12297,8 +12269,8 @@ def explain_codes(code: str | None, form: Format, pretty: bool) -> None:
         near = suggest(code, sorted(CODES))
         raise click.BadParameter(f"there is no code {printable(code)!r}; {near}", param_hint="CODE")
     described = [describe_code(name) for name in (CODES if code is None else [code])]
-    if wants_json(form, pretty):
-        print_json(described[0] if code else {"schemaVersion": SCHEMA_VERSION, "codes": described}, pretty)
+    if output.is_json:
+        output.print_json(described[0] if code else {"schemaVersion": SCHEMA_VERSION, "codes": described})
     elif code is None:
         rows = ((found["code"], found["kind"], found["meaning"]) for found in described)
         click.echo(table(("CODE", "KIND", "MEANING"), rows))
@@ -12350,7 +12322,7 @@ def demo(form: str) -> None:
         }
         found = run_demo(repo, environ, received)
     if form == "json":
-        print_json(found, pretty=False)
+        Output(form, pretty=False).print_json(found)
     else:
         click.echo(demo_text(found, received))
     if found["status"] == "failed":
