@@ -3355,12 +3355,6 @@ DESTINATION_COLUMNS = ", ".join(Destination._fields)
 OF_KIND = "SELECT id FROM escalations WHERE loop = ? AND category = ? AND severity IS ?"
 
 
-def queued_delivery(row: Sequence[Any]) -> QueuedDelivery:
-    """A delivery from a row of DELIVERY_COLUMNS and ESCALATION_COLUMNS."""
-    count = len(QueuedDelivery._fields) - 1
-    return QueuedDelivery._make([*row[:count], QueuedEscalation(*row[count:])])
-
-
 class Queue:
     """A connection to the queue.
 
@@ -3788,14 +3782,12 @@ class Queue:
         """
         only = "AND d.by_operator " if by_operator else ""
         only += f"AND d.attempts < {SAME_RECORD_ATTEMPTS} " if below_limit else ""
-        rows = self.execute(
-            f"SELECT {DELIVERY_COLUMNS}, {ESCALATION_COLUMNS} FROM deliveries d INDEXED BY waiting "
-            "JOIN escalations e ON e.id = d.escalation WHERE d.status = 'waiting' AND d.sink = ? "
-            "AND d.peer = ? AND d.severity = ? AND d.loop = ? AND d.not_before NOT BETWEEN ? AND ? "
-            f"{only}ORDER BY d.escalation LIMIT ?",
+        return self._deliveries(
+            "INDEXED BY waiting",
+            "d.status = 'waiting' AND d.sink = ? AND d.peer = ? AND d.severity = ? AND d.loop = ? "
+            f"AND d.not_before NOT BETWEEN ? AND ? {only}ORDER BY d.escalation LIMIT ?",
             *(sink, peer, severity, loop, now, latest, limit),
         )
-        return [queued_delivery(row) for row in rows]
 
     def waiting_kinds(self, loop: int) -> list[tuple[str, str | None]]:
         """The categories and severities, as their records give them, of a loop's waiting deliveries: a route
@@ -3815,6 +3807,16 @@ class Queue:
             *(loop, loop, *kind),
         )
         return [number for [number] in rows]
+
+    def _deliveries(self, index: str, condition: str, *values: object) -> list[QueuedDelivery]:
+        """The deliveries `d`, with their escalations `e`, for which a condition holds."""
+        rows = self.execute(
+            f"SELECT {DELIVERY_COLUMNS}, {ESCALATION_COLUMNS} FROM deliveries d {index} "
+            f"JOIN escalations e ON e.id = d.escalation WHERE {condition}",
+            *values,
+        )
+        count = len(QueuedDelivery._fields) - 1
+        return [QueuedDelivery._make([*row[:count], QueuedEscalation(*row[count:])]) for row in rows]
 
     def waiting_peers(self, sink: str) -> Iterator[str]:
         """The peers of a sink for which something waits, of any loop."""
@@ -3860,8 +3862,7 @@ class Queue:
 
     def deliveries_of(self, stored: QueuedEscalation) -> list[QueuedDelivery]:
         """The deliveries of an escalation."""
-        rows = self.execute(f"SELECT {DELIVERY_COLUMNS} FROM deliveries d WHERE escalation = ?", stored.id)
-        return [QueuedDelivery._make([*row, stored]) for row in rows]
+        return self.deliveries_of_all([stored])[stored.id]
 
     def deliveries_of_all(self, found: Sequence[QueuedEscalation]) -> dict[int, list[QueuedDelivery]]:
         """The deliveries of these escalations, by their number."""
@@ -3920,43 +3921,28 @@ class Queue:
                     *(sink, peer, severity, loop),
                 ):
                     oldest = found if oldest is None else min(oldest, found)
-        return None if oldest is None else self.escalation(oldest)
+        return None if oldest is None else self._escalations("WHERE id = ?", oldest)[0]
 
     def reread(self, delivery: QueuedDelivery) -> QueuedDelivery:
         """A delivery as it is now."""
-        [found] = [
-            found
-            for found in self.deliveries_of(self.escalation(delivery.escalation))
-            if found.key == delivery.key
-        ]
+        [found] = self._deliveries("", "d.escalation = ? AND d.sink = ? AND d.peer = ?", *delivery.key)
         return found
 
     def escalations_from(self, loop: int, first: int) -> list[QueuedEscalation]:
         """The escalations of a loop from this number on, in the order of ingestion."""
-        rows = self.execute(
-            f"SELECT {ESCALATION_COLUMNS} FROM escalations e WHERE loop = ? AND id >= ? ORDER BY id",
-            *(loop, first),
-        )
-        return [QueuedEscalation(*row) for row in rows]
+        return self._escalations("WHERE loop = ? AND id >= ? ORDER BY id", loop, first)
 
-    def escalation(self, number: int) -> QueuedEscalation:
-        row = self.first(f"SELECT {ESCALATION_COLUMNS} FROM escalations e WHERE id = ?", number)
-        return QueuedEscalation(*row)
+    def _escalations(self, condition: str, *values: object) -> list[QueuedEscalation]:
+        rows = self.execute(f"SELECT {ESCALATION_COLUMNS} FROM escalations e {condition}", *values)
+        return [QueuedEscalation(*row) for row in rows]
 
     # -- what becomes of a delivery
 
-    def mark_in_flight(self, deliveries: Iterable[QueuedDelivery]) -> None:
-        """Note that requests with these deliveries are about to be sent."""
+    def set_in_flight(self, deliveries: Iterable[QueuedDelivery], *, in_flight: bool) -> None:
+        """Note that requests with these deliveries are about to be sent, or were not sent after all."""
         self.execute_many(
-            "UPDATE deliveries SET in_flight = 1 WHERE escalation = ? AND sink = ? AND peer = ?",
-            (delivery.key for delivery in deliveries),
-        )
-
-    def clear_in_flight(self, deliveries: Iterable[QueuedDelivery]) -> None:
-        """Note that these were not sent after all."""
-        self.execute_many(
-            "UPDATE deliveries SET in_flight = 0 WHERE escalation = ? AND sink = ? AND peer = ?",
-            (delivery.key for delivery in deliveries),
+            "UPDATE deliveries SET in_flight = ? WHERE escalation = ? AND sink = ? AND peer = ?",
+            ((in_flight, *delivery.key) for delivery in deliveries),
         )
 
     def note_attempt(
@@ -4099,13 +4085,8 @@ class Queue:
 
     def unreported(self, loop: int, limit: int) -> list[QueuedEscalation]:
         """Escalations whose row is still to be written, the oldest first."""
-        rows = self.execute(
-            f"SELECT {ESCALATION_COLUMNS} FROM escalations e INDEXED BY unreported WHERE loop = ? "
-            "AND reported = 0 "
-            "ORDER BY id LIMIT ?",
-            *(loop, limit),
-        )
-        return [QueuedEscalation(*row) for row in rows]
+        condition = "INDEXED BY unreported WHERE loop = ? AND reported = 0 ORDER BY id LIMIT ?"
+        return self._escalations(condition, loop, limit)
 
     # -- destinations
 
@@ -4419,17 +4400,13 @@ class Queue:
 
     def lead(self, escalation: int, sink: str) -> QueuedDelivery | None:
         """The delivery of an escalation that leads for a sink."""
-        row = self.first(
-            f"SELECT {DELIVERY_COLUMNS}, {ESCALATION_COLUMNS} FROM deliveries d JOIN escalations e "
-            "ON e.id = d.escalation WHERE d.escalation = ? AND d.sink = ? AND d.lead",
-            *(escalation, sink),
-        )
-        return queued_delivery(row) if row else None
+        found = self._deliveries("", "d.escalation = ? AND d.sink = ? AND d.lead", escalation, sink)
+        return found[0] if found else None
 
     def requeue(
         self, escalation: int, sink: str, peers: Sequence[str], loop: int, severity: int, now: float
     ) -> None:
-        """Let an escalation wait for each peer of a sink, because an operator asked for it."""
+        """Let an escalation wait for each peer of a sink, which is tried now: an operator asked for it."""
         found = self.execute(
             "SELECT peer FROM deliveries WHERE escalation = ? AND sink = ?", escalation, sink
         )
@@ -4446,9 +4423,6 @@ class Queue:
             *(severity, now, escalation, sink),
         )
         self.execute("UPDATE escalations SET settled_at = NULL WHERE id = ?", escalation)
-
-    def try_sink_at_once(self, sink: str) -> None:
-        """Let a sink be tried now, although it should wait after a failure."""
         self.execute("UPDATE destinations SET next_attempt_at = 0 WHERE sink = ?", sink)
 
     def forget_failures(self, sink: str) -> None:
@@ -7623,7 +7597,7 @@ class Sender:
             found, ended = self._choose(most, now)
         if not found:
             return 0.0 if ended else None
-        self.queue.mark_in_flight(item for item, _ in found)
+        self.queue.set_in_flight((item for item, _ in found), in_flight=True)
         if prefetch:
             self._prefetched.extend(found[1:])
             self._prefetched_until = now + PREFETCH_SECONDS
@@ -7686,8 +7660,8 @@ class Sender:
         if not item.lead and not item.by_operator:
             written = max(parse_time(item.stored.written_at) or 0.0, item.waiting_since)
             catch_up = written + self.adapter.seconds_to_catch_up(self.sink)
-            lead = [d for d in self.queue.deliveries_of(item.stored) if d.sink == item.sink and d.lead]
-            if now >= catch_up and any(d.status != "waiting" for d in lead):
+            lead = self.queue.lead(item.escalation, item.sink)
+            if now >= catch_up and lead is not None and lead.status != "waiting":
                 return delivery, None, MISSED
         if now - item.waiting_since > policy.give_up_after and not item.in_flight:
             return delivery, None, EXPIRED
@@ -7848,7 +7822,7 @@ class Sender:
 
     def _put_back(self) -> None:
         """Give back what was fetched and not sent, so that the next choice is made anew."""
-        self.queue.clear_in_flight(item for item, _ in self._prefetched)
+        self.queue.set_in_flight((item for item, _ in self._prefetched), in_flight=False)
         self._prefetched.clear()
 
     def _write_counts(self) -> None:
@@ -11726,8 +11700,6 @@ def redeliver_selected(
                 severity = SEVERITIES.index(resolution.event_severity)
                 peers = shared.peers[item.sink]
                 queue.requeue(item.escalation, item.sink, peers, loop.id, severity, time.time())
-            for sink_id in {item.sink for item in chosen}:
-                queue.try_sink_at_once(sink_id)
             expect_work(job, len(chosen))
         outcome = Pass(shared).run([loop])[job.loop_id]
         if isinstance(outcome, DispatchError):
