@@ -1659,6 +1659,9 @@ TAIL_BYTES = 256
 ROTATED_TAIL_GRACE = 10.0
 # Seconds. A file system's clock may lag behind ours by this.
 COARSE_SECONDS = 1.0
+# Seconds. A clock may have been set back by this: a file that is older than it should be is new if its first
+# line is.
+CLOCK_STEP_SECONDS = 3600.0
 # How many finished files to remember, so that touching one does not resend it.
 FINISHED_MAX = 64
 # How often files that are rotated meanwhile are looked at again.
@@ -1797,9 +1800,10 @@ class LogFile:
                 yield stream
         except Exception as error:
             # gzip, bz2 and lzma raise different errors for a file that is incomplete or damaged.
-            raise OSError(errno.EIO, "cannot be unpacked") from error
+            raise OSError(errno.EIO, "cannot be unpacked", self.path) from error
 
-    def _readable(self) -> int:
+    def unpack(self) -> int:
+        """The descriptor of what the file holds: of a copy, if it is compressed. Raises OSError."""
         if self._plain is None:
             import shutil
             import tempfile
@@ -1813,12 +1817,19 @@ class LogFile:
 
     def read(self, size: int, offset: int) -> bytes:
         """At most `size` bytes from an offset on. Raises OSError."""
-        return os.pread(self._readable(), size, offset)
+        return os.pread(self.unpack(), size, offset)
 
     @property
     def size(self) -> int:
         """Its size in bytes, unpacked. Raises OSError."""
-        return os.fstat(self._readable()).st_size
+        return os.fstat(self.unpack()).st_size
+
+    def after_hole(self, offset: int) -> int:
+        """The end of a hole that begins at an offset; the offset itself if there is none. Raises OSError."""
+        descriptor = self.unpack()
+        with contextlib.suppress(OSError):  # there is no data after it, or the file system has no holes
+            return os.lseek(descriptor, offset, os.SEEK_DATA)
+        return offset
 
     def fingerprint(self) -> str:
         """A hash of its first line that is not blank, which never changes; empty until that line is complete.
@@ -1826,7 +1837,7 @@ class LogFile:
         Raises OSError.
         """
         if self._plain is not None:
-            return first_line_hash(self.read)
+            return first_line_hash(self.read, self.after_hole(0))
         with self._unpack() as stream:  # which reads only as much of it as is needed
 
             def read(size: int, offset: int) -> bytes:
@@ -1861,16 +1872,17 @@ class LogFile:
         return 0
 
 
-def first_line_hash(read: Callable[[int, int], bytes]) -> str:
+def first_line_hash(read: Callable[[int, int], bytes], begin: int = 0) -> str:
     """A hash of a file's first line that is not blank, or of its first HEAD_BYTES; empty while the file has
-    neither. `read` gives at most `size` bytes from an offset on."""
-    offset = 0
-    while head := read(HEAD_BYTES, offset):
+    neither. `read` gives at most `size` bytes from an offset on; only blank bytes are before `begin`."""
+    offset, size = begin, HEAD_BYTES
+    while head := read(size, offset):
         if text := head.lstrip(BLANK + b"\n"):
             head = read(HEAD_BYTES, offset + len(head) - len(text))
             first, newline, _ = head.partition(b"\n")
             return short_hash(first) if newline or len(head) == HEAD_BYTES else ""
         offset += len(head)
+        size = READ_CHUNK
     return ""
 
 
@@ -1901,6 +1913,34 @@ def read_lines(read: Callable[[int, int], bytes], start: int, stop: int, before:
                 pieces, size, begin = [], 0, at
     if begin < stop:
         yield Line(b"".join(pieces), size, begin, stop, before + 1)
+
+
+def after_line(file: LogFile, number: int, cursor: Cursor | None = None) -> Line | None:
+    """The complete line `number` of a file, read from a cursor on; None if the file has fewer. The shell
+    dispatcher may have counted a last line without a line feed, which it could not send: then the line before
+    that. Raises OSError."""
+    begin, before = (cursor.offset, cursor.line) if cursor else (0, 0)
+    stop = file.end_of_lines()
+    line = None
+    for line in read_lines(file.read, begin, stop, before):
+        if line.number == number:
+            return line
+    return line if line and line.number == number - 1 and stop < file.size else None
+
+
+def moved_on(path: str, cursor: Cursor, number: int) -> Cursor:
+    """A cursor after line `number` of the file at `path`, if that is the cursor's file and has that line.
+    Otherwise the same cursor. Raises StorageError."""
+    try:
+        with contextlib.closing(LogFile(path)) as file:
+            if file.holds(cursor) and (line := after_line(file, number, cursor)):
+                tail = file.tail_before(line.end)
+                return cursor._replace(offset=line.end, line=line.number, tail=tail)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise storage_error("read", path, error) from None
+    return cursor
 
 
 class Neighbour(NamedTuple):
@@ -2015,22 +2055,28 @@ class Source:
                 self.close()
                 self._find()
             except OSError as error:
-                raise storage_error("read", self.path, error) from None
+                raise storage_error("read", error.filename or self.path, error) from None
 
     def count_unread(self) -> int:
-        """Count the complete lines of the current file after the cursor. Raises StorageError."""
-        file = self._current
-        if file is None:
-            return 0
-        count = 0
+        """Count the complete lines after the cursor, in rotated files too. Raises StorageError."""
+        places = [file.identity for file in self._files]
+        first = places.index(self.cursor.identity) if self.cursor.identity in places else 0
+        return sum(map(self._count_unread_in, self._files[first:]))
+
+    def count_lines(self) -> int:
+        """Count the complete lines of the current file. Raises StorageError."""
+        return self.lines_read + (self._count_unread_in(self._current) if self._current else 0)
+
+    def _count_unread_in(self, file: LogFile) -> int:
         try:
             same = bool(self.cursor.fingerprint) and file.holds(self.cursor)
-            at, stop = self.cursor.offset if same else 0, file.end_of_lines()
+            at, count = self.cursor.offset if same else 0, 0
+            stop = file.end_of_lines()
             while at < stop and (data := file.read(min(1 << 20, stop - at), at)):
                 count += data.count(b"\n")
                 at += len(data)
         except OSError as error:
-            raise storage_error("read", self.path, error) from None
+            raise storage_error("read", file.path, error) from None
         return count
 
     def read_again(self, first: int, last: int | None) -> Iterator[Line]:
@@ -2081,26 +2127,41 @@ class Source:
     def _enter(self, file: LogFile, fingerprint: str) -> Cursor:
         """The cursor at the start of the next file."""
         before = self.cursor
-        finished = (*before.finished, before.fingerprint) if before.fingerprint else before.finished
+        finished = [*before.finished, before.fingerprint] if before.number else self._history(file)
         return Cursor(
             number=before.number + 1,
             fingerprint=fingerprint,
             device=file.identity[0],
             inode=file.identity[1],
             tail=short_hash(b""),
-            finished=finished[-FINISHED_MAX:],
+            finished=tuple(filter(None, finished))[-FINISHED_MAX:],
             seen_at=before.seen_at,
         )
 
+    def _history(self, first: LogFile) -> list[str]:
+        """The fingerprints of the files that were rotated before the first one that is read: they are not
+        new, whatever happens to them. Raises OSError."""
+        reading = {first.identity, *(file.identity for file in self._files)}
+        rotated = (file for file in self._look_around() if file.key)
+        earlier = list(itertools.takewhile(lambda file: file.identity not in reading, rotated))
+        return [self._fingerprint_of(file) or "" for file in earlier[-FINISHED_MAX:]]
+
+    def _fingerprint_of(self, file: Neighbour) -> str | None:
+        """The fingerprint of a neighbour; None if it cannot be read, or is another file by now."""
+        with contextlib.suppress(OSError), contextlib.closing(LogFile(file.path)) as opened:
+            if opened.identity == file.identity:
+                return opened.fingerprint()
+        return None
+
     def _read_file(self, file: LogFile, cursor: Cursor) -> Iterator[Chunk]:
-        stop = file.end_of_lines()
+        stop, size_now = file.end_of_lines(), file.size
         rotated = file is not self._current
-        if rotated and stop < file.size and abs(time.time() - file.written_at) >= ROTATED_TAIL_GRACE:
-            stop = file.size  # its writer is gone: its last line is complete without a line feed
+        if rotated and stop < size_now and abs(time.time() - file.written_at) >= ROTATED_TAIL_GRACE:
+            stop = size_now  # its writer is gone: its last line is complete without a line feed
         stop_tail = file.tail_before(stop)
         lines: list[Line] = []
         size = 0
-        stream = read_lines(file.read, cursor.offset, stop, cursor.line)
+        stream = read_lines(file.read, file.after_hole(cursor.offset), stop, cursor.line)
         while True:
             line = next(stream, None)
             if line is not None:
@@ -2117,13 +2178,14 @@ class Source:
                         offset=last.end,
                         line=last.number,
                         tail=file.tail_before(last.end),
-                        rotated=rotated and last.end == stop,
+                        rotated=rotated and last.end == size_now,
                     )
                     yield Chunk(lines, cursor)
                 lines, size = [], 0
             if line is None:
                 # A file that was read to its end may have moved since the cursor was written.
-                place = cursor.moved_to(file.identity)._replace(rotated=rotated and cursor.offset == stop)
+                at_end = rotated and cursor.offset == size_now
+                place = cursor.moved_to(file.identity)._replace(rotated=at_end)
                 if place != self.cursor:
                     yield Chunk([], place)
                 return
@@ -2142,7 +2204,7 @@ class Source:
                         raise
         except OSError as error:
             self.close()
-            raise storage_error("read", self.path, error) from None
+            raise storage_error("read", error.filename or self.path, error) from None
         first = next(iter(self._files), None)
         if not self.cursor.number and first is not None and (fingerprint := first.fingerprint()):
             # Then it is found again after a rotation, even if nothing was read of it.
@@ -2154,17 +2216,17 @@ class Source:
 
         Raises OSError, of it SourceChangedError if a rotation is going on.
         """
-        cursor = self.cursor
+        loss = self.loss  # of an earlier look in this pass, not yet on record
         self._current = current = self._open_file(self.path)
         self._began_with = current.fingerprint() if current else ""
         self.present = current is not None
         self._files = [current] if current else []
+        if self.cursor.line and not self.cursor.number:
+            self.cursor = self._after_lines()
+        cursor = self.cursor
         if cursor.number:
             if current and current.identity == cursor.identity and current.holds(cursor):
                 return
-        elif cursor.line and current:
-            self.cursor = self._skip_lines(current)
-            return
         elif not cursor.seen_at:
             return
         files = self._look_around()
@@ -2175,12 +2237,11 @@ class Source:
                 return
             newer, unread = self._rotated_since(found, files)
             older = [found, *newer]
-            if unread and current:
-                names = ", ".join(map(printable, unread))
-                self.loss = f"the source was rotated, and what {names} may hold of it was not read"
+            if not current:
+                unread = []
         else:
-            older = self._written_since(files)
-            if cursor.number and (current or older):
+            older, unread = self._written_since(files)
+            if cursor.number and (current or older or unread):
                 if not cursor.rotated:
                     same_file = current is not None and current.identity == cursor.identity
                     change = "truncated" if same_file else "replaced" if current else "removed"
@@ -2190,25 +2251,34 @@ class Source:
                     )
                 # Its number is used up, and a new file may have its inode.
                 self.cursor = cursor.moved_to((0, 0))._replace(rotated=True)
+        if unread and self.loss is None:
+            names = ", ".join(printable(os.path.basename(file.path)) for file in unread)
+            self.loss = f"the source was rotated, and what {names} may hold of it was not read"
+            # So that it is not reported again.
+            finished = (*self.cursor.finished, *filter(None, map(self._fingerprint_of, unread)))
+            self.cursor = self.cursor._replace(finished=finished[-FINISHED_MAX:])
         self._files = older + self._files
 
         def rotated(files: Iterable[Neighbour]) -> list[tuple[str, tuple[int, int]]]:
             return [(file.path, file.identity) for file in files if file.key]
 
         if rotated(self._look_around()) != rotated(files):
-            self.loss = None
+            self.loss = loss
             self.cursor = cursor
             raise SourceChangedError
 
-    def _skip_lines(self, file: LogFile) -> Cursor:
+    def _after_lines(self) -> Cursor:
         """The cursor after as many lines as the shell dispatcher has read. It counted lines of a file that
-        may have been rotated since: a file with fewer lines is a new one."""
+        may have been rotated since: then that is the youngest with so many lines. If there is none, all of
+        the current file is new."""
         cursor = self.cursor
-        for line in read_lines(file.read, 0, file.end_of_lines()):
-            if line.number == cursor.line:
+        rotated = [file for file in self._look_around() if file.key]
+        older = (self._open_file(file.path, file.identity) for file in reversed(rotated))
+        for file in (self._current, *older):
+            if file is not None and (end := after_line(file, cursor.line)):
                 start = self._enter(file, file.fingerprint())
-                return start._replace(offset=line.end, line=line.number, tail=file.tail_before(line.end))
-        return Cursor(seen_at=cursor.seen_at)
+                return start._replace(offset=end.end, line=end.number, tail=file.tail_before(end.end))
+        return Cursor(seen_at=cursor.seen_at) if self._current else cursor
 
     def _find_cursor(self, files: Sequence[Neighbour]) -> LogFile | None:
         """The file that holds the cursor, under any name: the very file, if it was renamed; else the current
@@ -2241,43 +2311,64 @@ class Source:
                 return opened
         return None
 
-    def _written_since(self, files: Sequence[Neighbour]) -> list[LogFile]:
-        """The rotated files that no pass has read, oldest first, if the file of the cursor cannot be found,
-        or there was none: they were written since a pass looked, and are not copies of a file that was
+    def _written_since(self, files: Sequence[Neighbour]) -> tuple[list[LogFile], list[Neighbour]]:
+        """What to do if the file of the cursor cannot be found, or there was none: the rotated files that no
+        pass has read, oldest first; and those that may have been part of the source, but cannot be read or
+        have no rotation's name. They were written since a pass looked, and are not copies of a file that was
         read."""
-        known = {*self.cursor.finished, self.cursor.fingerprint}
+        known = {*self.cursor.finished, self.cursor.fingerprint} - {""}
+        looked_at = min(self.cursor.seen_at, time.time())  # it is in the future if the clock was ahead
         unseen: list[LogFile] = []
+        unread: list[Neighbour] = []
         for file in files:
-            if not file.key or not file.size or file.written <= self.cursor.seen_at - COARSE_SECONDS:
+            clock_step = CLOCK_STEP_SECONDS if file.key else COARSE_SECONDS
+            if not file.size or file.written <= looked_at - clock_step:
                 continue
-            opened = self._open_file(file.path, file.identity)
-            with contextlib.suppress(OSError):
-                if opened is not None and opened.fingerprint() not in known:
-                    unseen.append(opened)
-        return unseen
+            fingerprint = self._fingerprint_of(file)
+            if fingerprint in known:
+                continue
+            opened = self._open_whole(file) if file.key else None
+            if opened is not None:
+                unseen.append(opened)
+            elif file.written > looked_at - COARSE_SECONDS:
+                unread.append(file)
+        return unseen, unread
 
-    def _rotated_since(self, newest: LogFile, files: Sequence[Neighbour]) -> tuple[list[LogFile], list[str]]:
-        """The files that were rotated after `newest`, the file of the cursor, oldest first; and the names of
-        younger neighbours that no rotation scheme explains.
+    def _rotated_since(
+        self, newest: LogFile, files: Sequence[Neighbour]
+    ) -> tuple[list[LogFile], list[Neighbour]]:
+        """The files that were rotated after `newest`, the file of the cursor, oldest first; and the younger
+        neighbours that cannot be read, or that no rotation scheme explains.
 
         `.1` is newer than `.2`, and a later date is newer. Where numbers go up with time instead, an older
-        file has the smaller number: so the time of the last write must agree.
+        file has the smaller number: so the time of the last write must agree, unless the clock may have been
+        set back and the file is not known.
         """
         last = next((file for file in files if file.identity == newest.identity), None)
+        known = {*self.cursor.finished, self.cursor.fingerprint}
         newer: list[LogFile] = []
-        unread: list[str] = []
+        unread: list[Neighbour] = []
         for file in files:
             if last is None or not file.size or file.identity == newest.identity:
                 continue
             follows = file.key is not None and last.key is not None and file.key > last.key
             is_numbered = file.key is not None and file.key[0] > 0
-            if follows and (file.written >= last.written or not is_numbered):
-                if opened := self._open_file(file.path, file.identity):
+            in_order = file.written >= last.written or not is_numbered
+            if follows and (
+                in_order
+                or (
+                    file.written >= last.written - CLOCK_STEP_SECONDS
+                    and self._fingerprint_of(file) not in known
+                )
+            ):
+                if opened := self._open_whole(file):
                     newer.append(opened)
+                else:
+                    unread.append(file)
             elif file.path.startswith(f"{last.path}."):  # the same file while it is being compressed
                 continue
             elif file.written > last.written or (file.key is None and file.written == last.written):
-                unread.append(os.path.basename(file.path))
+                unread.append(file)
         return newer, unread
 
     def _look_around(self) -> list[Neighbour]:
@@ -2297,6 +2388,20 @@ class Source:
             seen.add(identity_of(found))
             files.append(Neighbour(path, key, identity_of(found), found.st_size, found.st_mtime))
         return files
+
+    def _open_whole(self, file: Neighbour) -> LogFile | None:
+        """Open a rotated file and unpack it; None if that fails. Raises OSError if it may only be incomplete
+        yet."""
+        opened = self._open_file(file.path, file.identity)
+        if opened is None:
+            return None
+        try:
+            opened.unpack()
+            return opened
+        except OSError:
+            if time.time() - file.written < ROTATED_TAIL_GRACE:
+                raise
+            return None
 
     def _open_file(self, path: str, identity: tuple[int, int] | None = None) -> LogFile | None:
         """Open a file of the source; None if it is not there, cannot be read, or is another file by now."""
@@ -2480,11 +2585,17 @@ def salvage(line: bytes, loop_id: str) -> list[Escalation | Unusable]:
             wasted += len(text)
             at = start + 1
         else:
-            with contextlib.suppress(TooDeepError):
-                record = parse_record(line[start:at], loop_id) if value.get("category") is not None else None
-                if isinstance(record, Escalation):
-                    found.append(record._replace(raw_line=raw_line))
-                    wasted -= SALVAGE_COST
+            if value.get("category") is None:
+                continue
+            try:
+                record = parse_record(line[start:at], loop_id)
+            except TooDeepError as error:
+                why = str(error)
+                found.append(Unusable.from_line(line[start:at], loop_id, "invalid_escalation_json", why))
+                continue
+            if isinstance(record, Escalation):
+                found.append(record._replace(raw_line=raw_line))
+                wasted -= SALVAGE_COST
     return found
 
 
@@ -6703,8 +6814,9 @@ class Loop:
         with self.queue.transaction():
             found = self.queue.find_loop(job.loop_id)
             if found is not None:
-                self._hold(found[0])
-                return found
+                number, cursor, rules = found
+                self._hold(number)
+                return number, after_shell(job, cursor), rules
             self.is_new = True
             past = read_past(job)
             number = self.queue.add_loop(job.loop_id, past.cursor)
@@ -7115,7 +7227,7 @@ class Loop:
             "failedCount": counts.failed,
             "failureReasonCodes": sorted(counts.reason_codes),
             "escalationsLineOffset": self.source.lines_read,
-            "escalationsLineCount": self.source.lines_read + unread,
+            "escalationsLineCount": self.source.count_lines(),
             "unreadCount": unread,
             "stoppedBy": stopped,
             "lateDispatchedCount": counts.late_dispatched,
@@ -7147,6 +7259,22 @@ class Loop:
     def _let_go(self) -> None:
         if not self.shared.dry_run:
             self.queue.release_loop(self.id)
+
+
+def after_shell(job: Job, cursor: Cursor) -> Cursor:
+    """The cursor after the lines that the shell dispatcher has read, if it was run again after our last pass:
+    then the state is newer than the cursor, and is none of ours. Raises StateError, StorageError."""
+    document = read_summary(job)
+    lines = count_in(document, "escalationsLineOffset")
+    state = stat_of(job.state_file)
+    if (
+        state is None
+        or state.st_mtime <= cursor.seen_at
+        or "stateVersion" in document
+        or lines <= cursor.line
+    ):
+        return cursor
+    return moved_on(job.escalations_file, cursor, lines) if cursor.number else Cursor(line=lines)
 
 
 class PastRun(NamedTuple):
@@ -8384,13 +8512,12 @@ def note_invalid_config(job: Job, error: ConfigError, wait: float) -> None:
         cursor = Cursor.from_json(known) if known else read_past(job).cursor
         with contextlib.closing(Source(job.escalations_file, cursor)) as source:
             cursor = source.cursor if not cursor.number else cursor
-            offset, unread = source.lines_read, source.count_unread()
-        document |= {
-            "escalationsLineOffset": offset,
-            "escalationsLineCount": offset + unread,
-            "unreadCount": unread,
-            "cursor": cursor.to_json(),
-        }
+            document |= {
+                "escalationsLineOffset": source.lines_read,
+                "escalationsLineCount": source.count_lines(),
+                "unreadCount": source.count_unread(),
+                "cursor": cursor.to_json(),
+            }
         write_failed_pass(job, document, "config_invalid", "config_invalid", error.faults)
 
 
@@ -11623,7 +11750,7 @@ def select_sinks(
 
 def check_lines(job: Job, source: Source, first: int) -> None:
     """Raises BadParameter if the source has no line `first`."""
-    count = source.lines_read + source.count_unread()
+    count = source.count_lines()
     if count < first:
         said = f"{first} is beyond the end: {job.escalations_file} has {plural(count, 'line')}"
         raise click.BadParameter(said, param_hint="--from-line")

@@ -175,6 +175,130 @@ def test_a_rotation_that_nobody_can_follow_is_on_record(repo: Repo, server: Sink
     assert sum(row.get("reasonCode") == "source_replaced" for row in repo.telemetry()) == 1
 
 
+def lost(repo: Repo) -> list[str]:
+    """What the rows say that may have been lost with the source."""
+    return [row["message"] for row in repo.telemetry() if row.get("reasonCode") == "source_replaced"]
+
+
+def make_older(path: Path, seconds: float) -> None:
+    before = path.stat().st_mtime - seconds
+    os.utime(path, (before, before))
+
+
+def test_a_file_without_a_rotations_name_that_no_pass_has_read_is_reported(
+    repo: Repo, server: SinkServer
+) -> None:
+    old = repo.folder / "escalations.jsonl.old"
+    repo.append(record("one"))
+    repo.dispatch()
+    repo.source.rename(old)
+    repo.dispatch()
+    repo.append(record("two"))
+    repo.source.rename(old)
+    for _ in range(2):
+        repo.dispatch()
+    repo.append(record("three"))
+    repo.dispatch()
+    every_sink_got(server, "one", "three")
+    [told] = lost(repo)
+    assert "escalations.jsonl.old" in told
+
+
+def test_a_rotated_file_whose_last_line_was_never_read_is_missed_if_it_goes(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.append(record("one"))
+    repo.dispatch()
+    repo.append(line(record("two"))[:20])
+    rotated = rotate(repo)
+    repo.dispatch()
+    rotated.unlink()
+    repo.append(record("three"))
+    repo.dispatch()
+    every_sink_got(server, "one", "three")
+    assert len(lost(repo)) == 1
+
+
+def test_rotations_are_followed_although_the_clock_was_set_back(repo: Repo, server: SinkServer) -> None:
+    repo.append(record("one"))
+    repo.dispatch()
+    repo.append(record("two"))
+    rotate(repo)
+    repo.append(record("three"))
+    make_older(rotate(repo), 60)
+    repo.append(record("four"))
+    repo.dispatch()
+    every_sink_got(server, "one", "two", "three", "four")
+    assert not lost(repo)
+
+
+def test_a_pass_with_a_clock_that_was_ahead_hides_no_later_rotation(repo: Repo, server: SinkServer) -> None:
+    repo.append(record("one"))
+    repo.dispatch()
+    rotate(repo)
+    repo.dispatch()
+    edit_queue(repo, "UPDATE loops SET cursor = json_set(cursor, '$.seen_at', 4e9)")
+    repo.append(record("two"))
+    repo.source.rename(repo.source.with_name("escalations.jsonl.1"))
+    repo.append(record("three"))
+    repo.dispatch()
+    every_sink_got(server, "one", "two", "three")
+
+
+def test_what_was_rotated_before_the_first_pass_is_never_sent(repo: Repo, server: SinkServer) -> None:
+    repo.append(record("old"))
+    rotate(repo)
+    repo.append(record("one"))
+    repo.dispatch()
+    repo.source.unlink()
+    repo.append(record("two"))
+    repo.dispatch()
+    every_sink_got(server, "one", "two")
+    assert len(lost(repo)) == 1
+
+
+def test_a_damaged_rotated_file_is_reported_and_what_follows_goes_out(repo: Repo, server: SinkServer) -> None:
+    repo.append(record("one"))
+    repo.dispatch()
+    repo.append(record("two"))
+    rotate(repo)
+    repo.append(record("three"))
+    plain = rotate(repo)
+    packed = plain.with_name(plain.name + ".gz")
+    packed.write_bytes(gzip.compress(plain.read_bytes())[:-9])
+    plain.unlink()
+    repo.append(record("four"))
+    # Somebody may be about to finish it.
+    failed = repo.dispatch()
+    assert (failed.exit_code, f"{packed}: cannot be unpacked" in failed.stderr) == (5, True)
+    for file in (packed, packed.with_name("escalations.jsonl.2")):
+        make_older(file, 60)
+    repo.dispatch()
+    every_sink_got(server, "one", "two", "four")
+    [told] = lost(repo)
+    assert packed.name in told
+
+
+def test_a_record_that_is_too_deep_is_on_record_although_it_shares_its_line_with_a_good_one(
+    repo: Repo, server: SinkServer
+) -> None:
+    deep = '{"category": "deep", "x": ' + "[" * 200 + "]" * 200 + "}"
+    repo.append(json.dumps(record("good")) + deep + "\n")
+    repo.dispatch()
+    every_sink_got(server, "good")
+    assert {row.get("reasonCode") for row in repo.telemetry()} == {None, "invalid_escalation_json"}
+
+
+def test_a_backlog_in_rotated_files_is_counted(repo: Repo, server: SinkServer) -> None:
+    repo.append(record("one"))
+    repo.dispatch()
+    repo.append(*(record(str(number)) for number in range(5)))
+    rotate(repo)
+    repo.append(record("last"))
+    summary = repo.dispatch("--max-escalations", "2").json
+    assert (summary["unreadCount"], summary["escalationsLineCount"]) == (4, 1)
+
+
 def test_an_operators_command_does_not_hide_a_rotation_that_nobody_can_follow(
     repo: Repo, server: SinkServer
 ) -> None:
@@ -587,6 +711,58 @@ def test_a_shell_state_whose_source_is_gone_for_now_is_kept(repo: Repo, server: 
     repo.append(record("one"), record("two"), record("three"))
     repo.dispatch()
     every_sink_got(server, "three")
+
+
+def test_what_the_shell_dispatcher_sent_meanwhile_is_not_sent_again(repo: Repo, server: SinkServer) -> None:
+    repo.append(record("one"))
+    repo.dispatch()
+    repo.append(record("two"), record("three"))
+    repo.state_file.write_text(json.dumps(shell_state(repo, 2)))
+    assert repo.dispatch().json["escalationsLineOffset"] == 3
+    every_sink_got(server, "one", "three")
+    check_promise(repo)
+    # A state that was left behind by then says nothing about a new file.
+    repo.state_file.write_text(json.dumps(shell_state(repo, 2)))
+    make_older(repo.state_file, 60)
+    rotate(repo)
+    repo.append(record("four"), record("five"), record("six"))
+    repo.dispatch()
+    every_sink_got(server, "one", "three", "four", "five", "six")
+
+
+def test_a_first_pass_over_an_empty_source_does_not_cost_what_the_shell_dispatcher_sent_since(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.append("")
+    repo.dispatch()
+    repo.append(record("one"), record("two"))
+    repo.state_file.write_text(json.dumps(shell_state(repo, 1)))
+    repo.dispatch()
+    every_sink_got(server, "two")
+
+
+def test_a_half_written_line_that_the_shell_dispatcher_counted_sends_nothing_again(
+    repo: Repo, server: SinkServer
+) -> None:
+    whole = line(record("three"))
+    repo.append(record("one"), record("two"), whole[:30])
+    repo.state_file.write_text(json.dumps(shell_state(repo, 3)))
+    repo.dispatch()
+    assert server.requests == []
+    repo.append(whole[30:])
+    repo.dispatch()
+    every_sink_got(server, "three")
+
+
+def test_what_the_shell_dispatcher_left_unread_in_a_rotated_file_goes_out(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.append(record("one"), record("two"), record("three"))
+    repo.state_file.write_text(json.dumps(shell_state(repo, 2)))
+    rotate(repo)
+    repo.append(record("four"))
+    repo.dispatch()
+    every_sink_got(server, "three", "four")
 
 
 def test_a_shell_state_survives_an_invalid_config(repo: Repo, server: SinkServer) -> None:
