@@ -9026,7 +9026,8 @@ loop_option = functools.partial(
     help="The loop.",
 )
 sink_option = functools.partial(click.option, "--sink", "sink_id", metavar="ID", shell_complete=complete_sink)
-config_option = click.option(
+config_option = functools.partial(
+    click.option,
     "--alert-config-file",
     "config_file",
     envvar=CONFIG_ENV,
@@ -9036,7 +9037,7 @@ config_option = click.option(
     help="The sinks and routes.",
 )
 file_option_list = (
-    config_option,
+    config_option(),
     click.option(
         "--escalations-file",
         type=FilePath(),
@@ -9231,8 +9232,7 @@ def dispatch(
         )
     if (loop_id is None) is not all_loops:
         raise click.UsageError("say which: --loop ID, or --all-loops")
-    trace = printable(trace_id) if trace_id else new_trace_id()
-    found, unusable = make_jobs(paths, loop_id, trace)
+    found, misnamed = make_jobs(paths, loop_id, trace_id and printable(trace_id))
     # The loops that were served longest ago come first. Otherwise the last ones might never be served.
     jobs = [
         job._replace(max_escalations=max_escalations, time_budget=time_budget, now=at_once)
@@ -9244,7 +9244,7 @@ def dispatch(
         with progress_bar() as progress:
             outcomes = run_loops(jobs, os.environ, progress)
     if all_loops:
-        outcomes |= unusable
+        outcomes |= misnamed
         summary = summarise_loops(absolute(paths.repo), outcomes, dry_run=dry_run)
     else:
         summary = summary_of_one(jobs[0], outcomes[jobs[0].loop_id])
@@ -9727,32 +9727,22 @@ def request_lines(escalations: Iterable[JsonObject], loop: str) -> Iterator[str]
 
 
 def plan_table(plans: Sequence[JsonObject], now: float, *, several: bool) -> str:
-    """A table of the escalations in plans; of many, a row for those that are alike."""
-    first = 0 if several else 1  # leaves out the loop
-    found = [
+    """A table of the escalations in plans. `several`: name the loops."""
+    rows = [
         (
             plan["loopId"],
             item["line"],
             item.get("timestamp"),
             item.get("eventSeverity"),
             item.get("category") or item["decision"],
-            item["escalationId"],
+            short_id(item["escalationId"]),
             plan_cell(item),
-        )
+        )[0 if several else 1 :]
         for plan in plans
         for item in plan["escalations"]
     ]
-    if len(found) <= LISTED:
-        headings = ("LOOP", "LINE", "TIME", "SEVERITY", "CATEGORY", "ID", "SINKS")
-        rows = [
-            (loop, line, how_long(at, now), severity, category, short_id(identity), cell)[first:]
-            for loop, line, at, severity, category, identity, cell in found
-        ]
-        return table(headings[first:], rows, ("ID", "TIME"))
-    groups: dict[tuple[object, ...], list[str | None]] = {}
-    for loop, _, at, severity, category, _, cell in found:
-        groups.setdefault((loop, severity, category, cell)[first:], []).append(at)
-    return grouped_table(("LOOP", "SEVERITY", "CATEGORY", "SINKS")[first:], groups, now)
+    headings = ("LOOP", "LINE", "TIME", "SEVERITY", "CATEGORY", "ID", "SINKS")[0 if several else 1 :]
+    return long_table(headings, rows, now, ("ID", "TIME"))
 
 
 def plan_cell(item: JsonObject) -> str:
@@ -9768,35 +9758,31 @@ def plan_cell(item: JsonObject) -> str:
     return sinks_words(words, named=True)
 
 
-def grouped_table(
-    headings: Sequence[str], groups: Mapping[tuple[object, ...], Sequence[str | None]], now: float
+def long_table(
+    headings: Sequence[str], found: Sequence[Sequence[Any]], now: float, drop: Collection[str] = ()
 ) -> str:
-    """A table in which things with the same cells share a row, with their number, oldest and newest.
-
-    `groups`: by cells, the times of the things that have them. The last cell has the reasons.
-    """
+    """A table of things that have a TIME. Of many, those that differ only in LINE, TIME and ID share a row,
+    with their number, oldest and newest. The last cell has the reasons."""
+    at = headings.index("TIME")
+    if len(found) <= LISTED:
+        return table(headings, ([*row[:at], how_long(row[at], now), *row[at + 1 :]] for row in found), drop)
+    shared = [place for place, heading in enumerate(headings) if heading not in ("LINE", "TIME", "ID")]
+    groups: dict[tuple[object, ...], list[str | None]] = {}
+    for row in found:
+        groups.setdefault(tuple(row[place] for place in shared), []).append(row[at])
     rows = []
-    for cells, found in sorted(groups.items(), key=lambda group: -len(group[1])):
-        times = sorted(filter(None, found), key=by_time)
+    for cells, moments in sorted(groups.items(), key=lambda group: -len(group[1])):
+        times = sorted(filter(None, moments), key=by_time)
         ages = [how_long(moment, now) for moment in (times[:1] + times[-1:])] or [None, None]
-        rows.append((*cells[:-1], len(found), *ages, cells[-1]))
+        rows.append((*cells[:-1], len(moments), *ages, cells[-1]))
     more = f"\n… and {plural(len(rows) - LISTED, 'other group')}" if len(rows) > LISTED else ""
-    headings = (*headings[:-1], "COUNT", "OLDEST", "NEWEST", headings[-1])
-    return table(headings, rows[:LISTED], ("NEWEST", "OLDEST")) + more
+    *first, last = (headings[place] for place in shared)
+    return table((*first, "COUNT", "OLDEST", "NEWEST", last), rows[:LISTED], ("NEWEST", "OLDEST")) + more
 
 
 @cli.command(epilog=examples("config", "config --category health_critical", "config --list-sinks"))
 @repo_option
-@click.option(
-    "--alert-config-file",
-    "--config-file",
-    "config_file",
-    envvar=CONFIG_ENV,
-    show_envvar=True,
-    type=FilePath(),
-    show_default=DEFAULT_CONFIG,
-    help="The sinks and routes.",
-)
+@config_option("--config-file")
 @click.option("--category", metavar="NAME", help="Show where an escalation of this category goes.")
 @click.option("--severity", metavar="LEVEL", help="With --category: the record's own severity.")
 @click.option(
@@ -11514,7 +11500,7 @@ def make_test_alert(severity: str, trace_id: str) -> Escalation:
 
 @cli.command("test", epilog=examples("test", "test --sink slack-default --severity critical"))
 @repo_option
-@config_option
+@config_option()
 @click.option(
     "--sink",
     "sink_ids",
@@ -11947,24 +11933,12 @@ def confirm(question: str, what: str, *, err: bool) -> None:
 
 
 def listing(deliveries: Sequence[Named]) -> str:
-    """Deliveries as a table, for the question whether to change them; of many, a row for those alike."""
-    now = time.time()
-    if len(deliveries) <= LISTED:
-        rows = (
-            (
-                item.line,
-                how_long(item.written_at, now),
-                item.category,
-                short_id(item.escalation_id),
-                item.sink,
-            )
-            for item in deliveries
-        )
-        return table(("LINE", "TIME", "CATEGORY", "ID", "SINK"), rows)
-    groups: dict[tuple[object, ...], list[str | None]] = {}
-    for item in deliveries:
-        groups.setdefault((item.category, item.sink), []).append(item.written_at)
-    return grouped_table(("CATEGORY", "SINK"), groups, now)
+    """Deliveries as a table, for the question whether to change them."""
+    rows = [
+        (item.line, item.written_at, item.category, short_id(item.escalation_id), item.sink)
+        for item in deliveries
+    ]
+    return long_table(("LINE", "TIME", "CATEGORY", "ID", "SINK"), rows, time.time())
 
 
 @cli.command(
