@@ -847,8 +847,8 @@ DEFAULT_CONFIG = "config/ops-manager-alert-sinks.v1.json"
 CONFIG_ENV = "OPS_MANAGER_ALERT_SINKS_FILE"
 TRACE_ENV = "OPS_MANAGER_TRACE_ID"
 MAX_CONFIG_BYTES = 1 << 20
-# A file with more faults is no config, or a hostile one: the rest is not listed.
-MAX_FAULTS = 100
+# Of more faults the rest is not listed: reconcile keeps the last 40 lines of the output.
+MAX_FAULTS = 35
 # A suggestion is looked for among this many known words.
 MAX_KNOWN = 60
 # Only the length of a longer key is shown.
@@ -3179,7 +3179,7 @@ QUEUE_WAIT_SECONDS = 30.0
 WAL_BYTES = 16 << 20
 # How many rows are moved from the outbox into the files at a time.
 OUTBOX_ROWS = 1000
-# How many escalations, which may be large, are read at a time for a list.
+# How many escalations, which may be large, are read at a time for a list: no pass writes meanwhile.
 READ_AT_ONCE = 100
 # In the lock file, byte 0 locks transactions, the byte at a destination's number locks its requests, and the
 # byte at this plus a loop's number locks the loop.
@@ -4467,33 +4467,31 @@ class Queue:
         return [Named(*row) for row in rows]
 
     def latest(
-        self, loop_id: str | None, category: str | None, since: float
-    ) -> Iterator[tuple[str, QueuedEscalation, list[QueuedDelivery]]]:
-        """The escalations that were ingested since a time, of one loop or all, of one category or all, the
-        last one first: loop id, escalation, deliveries."""
-        condition = "(?2 IS NULL OR e.category = ?2) AND e.ingested_at >= ?3"
-        return self._last_first(loop_id, condition, category, since)
+        self, loop_id: str | None, category: str | None, since: float, before: int
+    ) -> list[tuple[str, QueuedEscalation, list[QueuedDelivery]]]:
+        """The last READ_AT_ONCE escalations before number `before` that were ingested since a time, of one
+        loop or all, of one category or all, the last one first: loop id, escalation, deliveries."""
+        condition = "(?2 IS NULL OR e.category = ?2) AND e.ingested_at >= ?3 AND e.id < ?4"
+        return self._last_first(loop_id, condition, category, since, before)
 
     def with_id_prefix(
         self, loop_id: str | None, prefix: str
-    ) -> Iterator[tuple[str, QueuedEscalation, list[QueuedDelivery]]]:
-        """The escalations of one loop or all whose id begins like this, the last one first."""
+    ) -> list[tuple[str, QueuedEscalation, list[QueuedDelivery]]]:
+        """The last READ_AT_ONCE escalations of one loop or all whose id begins like this, as `latest` gives
+        them."""
         return self._last_first(loop_id, "substr(e.escalation_id, 1, ?2) = ?3", len(prefix), prefix)
 
     def _last_first(
         self, loop_id: str | None, condition: str, *values: object
-    ) -> Iterator[tuple[str, QueuedEscalation, list[QueuedDelivery]]]:
-        query = (
+    ) -> list[tuple[str, QueuedEscalation, list[QueuedDelivery]]]:
+        rows = self.execute(
             f"SELECT l.loop_id, {ESCALATION_COLUMNS} FROM escalations e JOIN loops l ON l.id = e.loop "
             f"WHERE e.unusable IS NULL AND (?1 IS NULL OR l.loop_id = ?1) AND {condition} "
-            f"AND e.id < ?{len(values) + 2} ORDER BY e.id DESC LIMIT {READ_AT_ONCE}"
+            f"ORDER BY e.id DESC LIMIT {READ_AT_ONCE}",
+            *(loop_id, *values),
         )
-        before = sys.maxsize
-        while rows := self.execute(query, loop_id, *values, before):
-            for name, *row in rows:
-                stored = QueuedEscalation(*row)
-                before = stored.id
-                yield name, stored, self.deliveries_of(stored)
+        found = [(name, QueuedEscalation(*row)) for name, *row in rows]
+        return [(name, stored, self.deliveries_of(stored)) for name, stored in found]
 
     def kept_ids(self) -> set[str]:
         """The ids of all escalations that are in the queue."""
@@ -8819,10 +8817,13 @@ VERSION_OPTION = printing_option(
 
 
 class FilePath(click.types.StringParamType):
-    """The path of a file, which need not exist."""
+    """The path of a file, which need not exist. An empty one counts as not given."""
 
     name = "path"
     completion = "file"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(value, param, ctx) or None
 
     def shell_complete(
         self, _ctx: click.Context, _param: click.Parameter, incomplete: str
@@ -8838,7 +8839,7 @@ class FolderPath(FilePath):
     name = "directory"
     completion = "dir"
 
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not os.path.isdir(value):
             fault = "is a file" if os.path.lexists(value) else "does not exist"
             self.fail(f"folder {printable(value)!r} {fault}", param, ctx)
@@ -11055,6 +11056,21 @@ def with_reasons(job: Job, entries: Sequence[JsonObject]) -> list[JsonObject]:
     ]
 
 
+def entries_of_queue(job: Job, loop_id: str | None, wanted: Filter) -> Iterator[JsonObject]:
+    """The log entries of the escalations in the queue, of one loop or all, the last one first. The queue is
+    open only for a moment at a time, as no pass can write meanwhile. Raises StateError or StorageError."""
+    before = sys.maxsize
+    while (queue := open_to_read(job)) is not None:
+        with queue:
+            failing = queue.failing_sinks()
+            items = queue.latest(loop_id, wanted.category, wanted.since, before)
+        if not items:
+            return
+        before = items[-1][1].id
+        for item in items:
+            yield entry_of_queue(*item, failing)
+
+
 def read_log(jobs: Sequence[Job], loop_id: str | None, wanted: Filter, count: int) -> list[JsonObject]:
     """The last `count` entries that match, in the order of ingestion. Raises StateError or StorageError."""
     entries: list[JsonObject] = []
@@ -11062,10 +11078,9 @@ def read_log(jobs: Sequence[Job], loop_id: str | None, wanted: Filter, count: in
     queue = open_to_read(jobs[0]) if jobs else None
     if queue is not None:
         with queue:
-            failing, kept = queue.failing_sinks(), queue.kept_ids()
-            found = queue.latest(loop_id, wanted.category, wanted.since)
-            listed = (entry_of_queue(*item, failing) for item in found)
-            entries = list(itertools.islice(filter(wanted.matches, listed), count))
+            kept = queue.kept_ids()
+        listed = entries_of_queue(jobs[0], loop_id, wanted)
+        entries = list(itertools.islice(filter(wanted.matches, listed), count))
     # The telemetry is read only as far back as an entry can be among the last `count`.
     oldest = by_time(entries[-1]["ingestedAt"]) if len(entries) == count else wanted.since
     # Oldest first: sorting then keeps the order within a second.

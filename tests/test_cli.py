@@ -138,6 +138,12 @@ def test_a_repo_that_is_no_folder_is_named(tmp_path: Path) -> None:
     assert "'--repo' (env var: 'OPS_MANAGER_REPO'): folder 'file' is a file" in file.stderr
 
 
+def test_an_empty_path_counts_as_not_given(repo: Repo) -> None:
+    repo.append(health_critical())
+    empty = ("--alert-config-file", "", "--escalations-file", "", "--queue-file", "")
+    assert repo.dispatch(*empty).json["dispatchedCount"] == 1
+
+
 def test_an_error_before_anything_is_sent_leaves_no_empty_progress_bar(repo: Repo) -> None:
     repo.append(health_critical())
     repo.write_config("{")

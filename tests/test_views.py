@@ -444,6 +444,17 @@ def test_a_pass_without_an_enabled_sink_is_not_green(repo: Repo) -> None:
 # --- Losses that were seen
 
 
+def test_a_list_that_is_read_slowly_holds_up_no_pass(repo: Repo) -> None:
+    repo.append(*batch(6))
+    repo.dispatch()
+    job = program.make_job(program.Paths(str(repo.root)), repo.loop)
+    entries = program.entries_of_queue(job, None, program.Filter(None))
+    next(entries)
+    repo.append(health_critical())
+    assert repo.dispatch().json["status"] == "success"
+    assert len(list(entries)) == 5
+
+
 def test_a_loss_that_was_acknowledged_leaves_status_and_stays_in_the_log(repo: Repo) -> None:
     repo.append("this is no record\n", health_critical())
     repo.dispatch()
