@@ -4421,15 +4421,15 @@ class Queue:
             "UPDATE losses SET acknowledged_at = ? WHERE loop = ? AND acknowledged_at IS NULL", now, loop
         )
 
-    def stuck_at(self, loop: int, sink: str, attempts: int) -> tuple[str, int] | None:
-        """Segment and line of the first record that a sink has answered with an error at least this often.
-        Every such delivery has a `not_before`, which keeps the query short."""
+    def stuck_at(self, loop: int, sink: str) -> tuple[str, int] | None:
+        """Segment and line of the first record that a sink has answered with an error SAME_RECORD_ATTEMPTS
+        times. Every such delivery has a `not_before`, which keeps the query short."""
         row: tuple[str, int] | None = self.first(
             "SELECT e.segment, e.line FROM deliveries d INDEXED BY waiting "
             "JOIN escalations e ON e.id = d.escalation WHERE d.status = 'waiting' AND d.sink = ? "
             "AND d.loop = ? AND d.not_before > 0 AND d.attempts >= ? "
             "AND (d.http_status >= 500 OR d.fault = 'timeout') ORDER BY d.escalation LIMIT 1",
-            *(sink, loop, attempts),
+            *(sink, loop, SAME_RECORD_ATTEMPTS),
         )
         return row
 
@@ -6512,67 +6512,77 @@ def empty_summary(job: Job, status: str) -> JsonObject:
         "status": status,
         **dict.fromkeys(COUNT_KEYS, 0),
         "failureReasonCodes": [],
-        "escalationsLineOffset": 0,
-        "escalationsLineCount": 0,
-        "unreadCount": 0,
+        **dict.fromkeys((*LINE_COUNTS, "unreadCount"), 0),
         "stoppedBy": None,
-        "lateDispatchedCount": 0,
-        "lateFailedCount": 0,
-        "waitingCount": 0,
-        "deadLetterCount": 0,
+        **dict.fromkeys(("lateDispatchedCount", "lateFailedCount", "waitingCount", "deadLetterCount"), 0),
     }
 
 
-def sink_figures(queue: Queue, loop: int, sinks: Mapping[str, Sink]) -> dict[str, JsonObject]:
-    """The figures of a loop's sinks, by sink id. A sink that was removed from the config has figures if it
-    still has waiting deliveries or dead letters."""
+def sink_figures(queue: Queue, loop: int, sinks: Collection[str] | None) -> dict[str, JsonObject]:
+    """The figures of a loop's sinks, by sink id. `sinks`: those of the config; None if it is not known.
+
+    A sink that was removed from the config has figures as long as something waits for it or is dead.
+    """
     figures: dict[str, JsonObject] = {}
     tallies = queue.tallies(loop)
-    for sink_id in {**sinks, **tallies}:
+    for sink_id in dict.fromkeys([*(sinks or ()), *tallies]):
         tally = tallies.get(sink_id, {})
-        if sink_id in sinks or tally.get("waiting") or tally.get("dead"):
+        if sinks is None or sink_id in sinks or tally.get("waiting") or tally.get("dead"):
             figures[sink_id] = sink_figure(queue, loop, sink_id, tally)
     return figures
+
+
+def why_json(failed: Verdict | QueuedDelivery | Destination) -> JsonObject:
+    """Why an attempt, a delivery or a destination failed, in JSON."""
+    return {
+        "httpStatus": failed.http_status,
+        "reasonCode": failed.reason_code,
+        "faultCode": failed.fault,
+        "message": failed.message,
+    }
+
+
+# What is known of a destination that no pass has used.
+NEVER_USED = Destination(0, "", 0.0, 0.0, 0, 0, None, None, None, None, None, None, None, None, -1)
 
 
 def sink_figure(queue: Queue, loop: int, sink_id: str, tally: JsonObject) -> JsonObject:
     """The figures of one sink of a loop: what is waiting, what became of the rest, and how its destinations
     are."""
     known = queue.destinations_of(sink_id)
-    waiting = tally.get("waiting", 0)
-    oldest = queue.oldest_waiting(loop, sink_id) if waiting else None
+    oldest = queue.oldest_waiting(loop, sink_id) if tally.get("waiting") else None
     # Of a cluster, its healthiest peer: it is enough if one takes alerts.
-    best = min(known.values(), key=lambda found: found.consecutive_failures, default=None)
-    failing = best is not None and best.consecutive_failures > 0
+    best = min(known.values(), key=lambda found: found.consecutive_failures, default=NEVER_USED)
+    # A sink that is no cluster is one peer, named "".
+    lagging = {} if "" in known else queue.lagging(loop, sink_id)
+    peers = [lagging_peer(peer, since, known.get(peer)) for peer, (since, _) in lagging.items()]
+    return figure_of(tally, best, oldest, peers)
+
+
+def figure_of(
+    tally: JsonObject, best: Destination, oldest: QueuedEscalation | None, lagging: list[JsonObject]
+) -> JsonObject:
+    """The figures of a sink."""
     return {
-        "waitingCount": waiting,
+        "waitingCount": tally.get("waiting", 0),
         "oldestPendingAt": date_of(oldest) if oldest else None,
         "deadLetterCount": tally.get("dead", 0),
         "deliveredCount": tally.get("delivered", 0),
         "givenUpCount": tally.get("given_up", 0),
         "skippedCount": tally.get("skipped", 0),
         "failedAttemptCount": tally.get("failed_attempts", 0),
-        "consecutiveFailures": best.consecutive_failures if best else 0,
-        "failingSince": iso(best.failing_since) if best and best.failing_since else None,
+        "consecutiveFailures": best.consecutive_failures,
+        "failingSince": iso(best.failing_since) if best.failing_since else None,
         "nextAttemptAt": iso_milliseconds(best.next_attempt_at)
-        if best and failing and best.next_attempt_at
+        if best.consecutive_failures and best.next_attempt_at
         else None,
-        "lastSuccessAt": iso(best.last_success_at) if best and best.last_success_at else None,
-        "lastFailureAt": iso(best.last_failure_at) if best and best.last_failure_at else None,
-        "reasonCode": best.reason_code if best else None,
-        "faultCode": best.fault if best else None,
-        "httpStatus": best.http_status if best else None,
-        "message": best.message if best else None,
-        "clockOffsetSeconds": best.clock_offset if best else None,
+        "lastSuccessAt": iso(best.last_success_at) if best.last_success_at else None,
+        "lastFailureAt": iso(best.last_failure_at) if best.last_failure_at else None,
+        **why_json(best),
+        "clockOffsetSeconds": best.clock_offset,
         "oldestWaitingLine": oldest.line if oldest else None,
         "oldestWaitingSegment": oldest.segment if oldest else None,
-        # A sink that is no cluster is one peer, named "".
-        "laggingPeers": []
-        if "" in known
-        else [
-            lagging_peer(peer, since, known.get(peer))
-            for peer, (since, _) in queue.lagging(loop, sink_id).items()
-        ],
+        "laggingPeers": lagging,
     }
 
 
@@ -6590,10 +6600,7 @@ def lagging_peer(peer: str, since: float, known: Destination | None) -> JsonObje
     return {
         "peer": peer,
         "since": iso(since),
-        "reasonCode": known.reason_code if known else None,
-        "faultCode": known.fault if known else None,
-        "httpStatus": known.http_status if known else None,
-        "message": known.message if known else None,
+        **why_json(known or NEVER_USED),
         "nextAttemptAt": iso_milliseconds(known.next_attempt_at) if known and known.next_attempt_at else None,
     }
 
@@ -10054,26 +10061,17 @@ def read_figures(job: Job, config: Config | None, now: float) -> LoopFigures:
             with queue:
                 if found := queue.find_loop(job.loop_id):
                     loop, cursor, _ = found
-                    return figures_of(queue, loop, cursor, config.sinks if config else (), now)
+                    sinks = sink_figures(queue, loop, config and config.sinks)
+                    stuck = {
+                        sink_id: place[1]
+                        for sink_id in sinks
+                        if (place := queue.stuck_at(loop, sink_id)) and place[0] == cursor.segment
+                    }
+                    return LoopFigures(cursor, sinks, stuck, queue.hours(loop, now), queue.losses(loop, now))
     except DamagedQueueError as error:
         damage = str(error).partition("\n")[0]
     past = read_past(job)
     return LoopFigures(past.cursor, {}, {}, {}, [], past, damage)
-
-
-def figures_of(queue: Queue, loop: int, cursor: Cursor, sink_ids: Iterable[str], now: float) -> LoopFigures:
-    """The figures of a loop that the queue knows, for these sinks and for all that ever had deliveries."""
-    tallies = queue.tallies(loop)
-    sinks = {
-        sink_id: sink_figure(queue, loop, sink_id, tallies.get(sink_id, {}))
-        for sink_id in dict.fromkeys([*sink_ids, *tallies])
-    }
-    stuck = {
-        sink_id: place[1]
-        for sink_id in sinks
-        if (place := queue.stuck_at(loop, sink_id, SAME_RECORD_ATTEMPTS)) and place[0] == cursor.segment
-    }
-    return LoopFigures(cursor, sinks, stuck, queue.hours(loop, now), queue.losses(loop, now))
 
 
 class Unread(NamedTuple):
@@ -10167,17 +10165,9 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
     Raises StateError or StorageError.
     """
     facts = read_facts(job, critical_after)
-    document, last, in_config = facts.document, facts.last, facts.config.sinks if facts.config else {}
-    figures = facts.figures.sinks
-    # A sink that was removed from the config is shown as long as something waits for it or is dead.
-    sinks = [
-        sink_status(facts, sink_id)
-        for sink_id in sorted({*figures, *in_config})
-        if facts.config is None
-        or sink_id in in_config
-        or figures[sink_id]["waitingCount"]
-        or figures[sink_id]["deadLetterCount"]
-    ]
+    document, last = facts.document, facts.last
+    in_config = facts.config.sinks if facts.config else {}
+    sinks = [sink_status(facts, sink_id) for sink_id in sorted({*facts.figures.sinks, *in_config})]
     findings = list(find_troubles(facts, sinks)) or [Finding("ok", "nothing is waiting")]
     return {
         "schemaVersion": SCHEMA_VERSION,
@@ -10253,19 +10243,10 @@ def read_unread(job: Job, cursor: Cursor, config: Config | None) -> Unread:
     return Unread(lines, oldest, by_sink)
 
 
-NO_FIGURE: JsonObject = {
-    **dict.fromkeys(("waitingCount", "deadLetterCount", "deliveredCount", "failedAttemptCount"), 0),
-    **dict.fromkeys(("givenUpCount", "skippedCount", "consecutiveFailures"), 0),
-    **dict.fromkeys(("oldestPendingAt", "lastSuccessAt", "lastFailureAt", "failingSince", "nextAttemptAt")),
-    **dict.fromkeys(("reasonCode", "faultCode", "httpStatus", "message", "clockOffsetSeconds")),
-    "laggingPeers": [],
-}
-
-
 def sink_status(facts: LoopFacts, sink_id: str) -> JsonObject:
     """The status of a sink."""
     sink = facts.config.sinks.get(sink_id) if facts.config else None
-    figure = facts.figures.sinks.get(sink_id, NO_FIGURE)
+    figure = facts.figures.sinks.get(sink_id) or figure_of({}, NEVER_USED, None, [])
     commands = {**facts.commands, "test": test_command(facts.job.repo, facts.job.config_file, sink_id)}
     unread, oldest_unread = facts.unread.by_sink.get(sink_id, (0, None))
     to_come = figure["waitingCount"] + unread
@@ -11325,16 +11306,6 @@ def delivery_states(known: OnRecord) -> dict[tuple[str, str], JsonObject]:
             **why_json(found),
         }
         for found in sorted(known.deliveries, key=lambda found: (found.sink, found.peer))
-    }
-
-
-def why_json(failed: Verdict | QueuedDelivery | Destination) -> JsonObject:
-    """Why an attempt, a delivery or a destination failed, in JSON."""
-    return {
-        "httpStatus": failed.http_status,
-        "reasonCode": failed.reason_code,
-        "faultCode": failed.fault,
-        "message": failed.message,
     }
 
 
