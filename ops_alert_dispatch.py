@@ -528,6 +528,14 @@ def may_be_there(path: str, *, follow_symlinks: bool = True) -> bool:
     return True
 
 
+def same_file(one: str, other: str) -> bool:
+    """Tell whether two paths are the same, or lead to the same file. If that cannot be seen, say no."""
+    try:
+        return one == other or os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
 def replace_file(path: str, data: bytes, *, durable: bool) -> None:
     """Replace a file in one step: a reader sees the old content or the new one. Its mode and owner are kept.
     The folder is there.
@@ -6815,26 +6823,33 @@ class Loop:
 
     def _find(self, job: Job) -> tuple[int, Cursor, JsonObject | None]:
         """The loop's number, cursor and routes. A loop that is new to the queue goes on from its summary,
-        from that of an earlier dispatcher, or from its last row."""
+        from that of an earlier dispatcher, or from its last row; so does one that another queue, which is
+        gone, has served since this one did. Raises StateError if that is still there."""
+        if fault := wrong_queue(job):
+            raise fault
+        rules = None
         with self.queue.transaction():
             found = self.queue.find_loop(job.loop_id)
             if found is not None:
-                number, cursor, rules = found
+                number, here, rules = found
                 self._hold(number)
-                return number, after_shell(job, cursor), rules
-            self.is_new = True
+                _, there = other_queue(job) or ("", here)
+                if (there.number, there.offset) <= (here.number, here.offset):
+                    return number, after_shell(job, here), rules
             past = read_past(job)
-            number = self.queue.add_loop(job.loop_id, past.cursor)
-            self._hold(number)
-            for code, count, at in past.losses:
-                self.queue.note_loss(number, code, count, at)
+            if found is None:
+                self.is_new = True
+                number = self.queue.add_loop(job.loop_id, past.cursor)
+                self._hold(number)
+                for code, count, at in past.losses:
+                    self.queue.note_loss(number, code, count, at)
             if past.lost:
                 self.id = number
                 self.write_event(
                     *("failed", "queue_lost", None, past.waiting + past.dead),
                     f"the queue with {past.lost} is gone: {what_to_do_about_lost(job, past)}",
                 )
-            return number, past.cursor, None
+            return number, past.cursor, rules
 
     def _hold(self, number: int) -> None:
         # The other lock is beside the state file: a pass with another state file does not meet that one.
@@ -7394,6 +7409,39 @@ def what_to_do_about_lost(job: Job, past: PastRun) -> str:
     if past.dead:
         advice.append(f"see the dead letters with `grep deadLetter {shell_line(job.telemetry_file)}`")
     return "; ".join(advice)
+
+
+def other_queue(job: Job) -> tuple[str, Cursor] | None:
+    """The queue that the last pass of a loop used, if it is not this one, and how far that pass has read the
+    source. Raises StateError."""
+    document = read_summary(job)
+    with contextlib.suppress(*MALFORMED):
+        queue, cursor = str(document["queueFile"]), Cursor.from_json(document["cursor"])
+        # Else it is the state of another loop, or that of the repo of which this one is a copy.
+        same_source = os.path.realpath(document["escalationsFile"]) == os.path.realpath(job.escalations_file)
+        if document["loopId"] == job.loop_id and same_source and not same_file(queue, job.queue_file):
+            return queue, cursor
+    return None
+
+
+def wrong_queue(job: Job) -> StateError | None:
+    """The error that the last pass of a loop used another queue, and that one is still there. Raises
+    StateError if the state file cannot be read."""
+    other, _ = other_queue(job) or ("", None)
+    if not other or not may_be_there(other):
+        return None
+    if os.path.lexists(job.queue_file):
+        instead = f"move {other} away: what waits in it is then reported as lost"
+    else:
+        instead = f"run `{shell_line('mv', other, job.queue_file)}` while no pass runs"
+    return StateError(
+        f"loop {job.loop_id} uses the queue {other}, not {job.queue_file}: each would send again what the "
+        "other one has sent",
+        [
+            f"name the same queue wherever a pass runs: --queue-file, or {QUEUE_ENV}",
+            f"to go on with {job.queue_file}, {instead}",
+        ],
+    )
 
 
 def is_foreign(job: Job) -> bool:
@@ -8236,6 +8284,9 @@ def run_loops(
                     outcomes[job.loop_id] = locked_summary(job)
                 elif idle := idle_summary(job, read_summary(job), config, queues, always=len(jobs) == 1):
                     outcomes[job.loop_id] = idle
+                elif fault := wrong_queue(job):  # before that queue is made
+                    note_failed_pass(job, fault)
+                    outcomes[job.loop_id] = fault
                 else:
                     busy.append((job, files.pop_all()))
             except DispatchError as error:
@@ -10131,6 +10182,8 @@ def read_facts(job: Job, critical_after: float) -> LoopFacts:
     except ValueError:
         document = None
         notes.append(f"the state file {job.state_file} is damaged: the next pass writes a new one")
+    if fault := wrong_queue(job):
+        raise fault
     config, config_valid, config_notes = read_config_if_any(job, document)
     figures = read_figures(job, config, now)
     facts = LoopFacts(
@@ -11577,12 +11630,15 @@ def named_json(item: Named, config: Config) -> JsonObject:
 
 @contextlib.contextmanager
 def operator_lock(job: Job) -> Iterator[None]:
-    """Hold the lock of a loop. Raises StateError if there is no such loop, or if a pass keeps the lock."""
+    """Hold the lock of a loop. Raises StateError if there is no such loop, if its queue is another one, or if
+    a pass keeps the lock."""
     if missing := no_such_loop(job):
         raise StateError(f"loop {job.loop_id}: {missing}")
     with loop_lock(job.lock_file, OPERATOR_WAIT) as held:
         if not held:
             raise LoopHeldError(job.loop_id)
+        if fault := wrong_queue(job):
+            raise fault
         yield
 
 

@@ -6,11 +6,13 @@ from __future__ import annotations
 import contextlib
 import gzip
 import os
+import shutil
 import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +298,104 @@ def test_a_file_of_somebody_else_is_not_made_a_queue(
 
     assert mine.read_bytes() == before
     assert server.requests == []
+
+
+@pytest.mark.parametrize("how", ["option", "variable"])
+def test_passes_that_name_two_queues_in_turn_send_nothing_twice(
+    repo: Repo, server: SinkServer, tmp_path: Path, how: str
+) -> None:
+    repo.write_config(only(HOOK))
+    other = tmp_path / "fast" / "queue.db"
+    options = ["--queue-file", str(other)] if how == "option" else []
+    env = {} if how == "option" else {"OPS_MANAGER_ALERT_QUEUE_FILE": str(other)}
+    for number in range(3):
+        repo.append(health_critical(number=number))
+        assert repo.dispatch().json["status"] == "success"
+        for command in ("dispatch", "skip"):
+            sink = ["--sink", HOOK, "--yes"] if command == "skip" else []
+            refused = repo.run(command, *repo.target, *sink, *options, env=env)
+            assert refused.exit_code == 4
+            assert f"uses the queue {repo.queue_file}, not {other}: " in refused.stderr
+            assert f"`mv {repo.queue_file} {other}`" in refused.stderr
+        planned = repo.dispatch("--dry-run", *options, env=env)
+        assert (planned.exit_code, str(other) in planned.stderr) == (4, True)
+        assert not other.exists()
+        [seen] = repo.run("status").json["loops"]
+        assert (seen["health"], "uses the queue" in seen["verdict"]) == ("warning", True)
+
+    assert numbers(server) == [0, 1, 2]
+    assert repo.dispatch().json["status"] == "no_new_escalations"
+    [seen] = repo.run("status").json["loops"]
+    assert seen["health"] == "ok"
+
+
+def test_a_queue_that_was_moved_sends_what_waits_in_it_and_loses_nothing(
+    repo: Repo, server: SinkServer, tmp_path: Path
+) -> None:
+    repo.write_config(only(HOOK))
+    repo.append(health_critical(number=0))
+    repo.dispatch()
+    server.answer(PATHS[HOOK], error(503))
+    repo.append(health_critical(number=1))
+    repo.dispatch()
+    server.answer(PATHS[HOOK], ok())
+    server.forget()
+    other = tmp_path / "queue.db"
+    repo.queue_file.rename(other)
+    repo.append(health_critical(number=2))
+    summary = repo.dispatch("--now", "--queue-file", str(other)).json
+
+    assert (summary["lateDispatchedCount"], summary["dispatchedCount"]) == (1, 1)
+    assert sorted(numbers(server)) == [1, 2]
+    assert "queue_lost" not in {row.get("reasonCode") for row in repo.telemetry()}
+
+
+def test_a_queue_that_comes_back_sends_nothing_again_that_another_one_has_sent(
+    repo: Repo, server: SinkServer, tmp_path: Path
+) -> None:
+    """What waits in the other one is lost with it, and reported."""
+    repo.write_config(only(HOOK))
+    repo.append(health_critical(number=0))
+    repo.dispatch()
+    aside, other = tmp_path / "aside.db", tmp_path / "queue.db"
+    repo.queue_file.rename(aside)
+    repo.append(health_critical(number=1))
+    repo.dispatch("--queue-file", str(other))
+    server.answer(PATHS[HOOK], error(503))
+    repo.append(health_critical(number=2))
+    repo.dispatch("--queue-file", str(other))
+    aside.rename(repo.queue_file)
+    server.answer(PATHS[HOOK], ok())
+    server.forget()
+    repo.append(health_critical(number=3))
+
+    refused = repo.dispatch("--now")
+    assert (refused.exit_code, f"move {other} away" in refused.stderr) == (4, True)
+    seen = repo.run("status", *repo.target)
+    assert (seen.exit_code, f"move {other} away" in seen.stderr) == (4, True)
+    assert numbers(server) == []
+    other.unlink()
+    repo.dispatch("--now")
+
+    assert numbers(server) == [3]
+    [lost] = [row for row in repo.telemetry() if row.get("reasonCode") == "queue_lost"]
+    assert (lost["droppedCount"], "--from-line 3" in lost["message"]) == (1, True)
+
+
+def test_a_copy_of_a_repo_and_a_link_to_one_have_no_wrong_queue(
+    repo: Repo, server: SinkServer, tmp_path: Path
+) -> None:
+    repo.write_config(only(HOOK))
+    repo.append(health_critical(number=0))
+    repo.dispatch()
+    copy, link = (replace(repo, root=tmp_path / name) for name in ("copy", "link"))
+    shutil.copytree(repo.root, copy.root)
+    link.root.symlink_to(repo.root)
+    for number, place in ((1, link), (2, copy)):
+        place.append(health_critical(number=number))
+        assert place.dispatch().json["status"] == "success"
+
+    assert numbers(server) == [0, 1, 2]
 
 
 def test_two_repos_do_not_share_a_queue_in_which_their_loops_would_be_one(
