@@ -3927,6 +3927,17 @@ class Queue:
         )
         return [number for [number] in rows]
 
+    def had_by(self, loop: int, kind: tuple[str, str | None], sinks: Collection[str]) -> set[int]:
+        """The escalations of a loop and a kind that have a delivery to one of these sinks, unless a change of
+        the config has ended it."""
+        rows = self.execute(
+            f"SELECT DISTINCT escalation FROM deliveries WHERE sink IN ({', '.join('?' * len(sinks))}) "
+            f"AND escalation IN ({OF_KIND}) "
+            "AND NOT (status = 'skipped' AND reason_code IN ('route_changed', 'sink_removed'))",
+            *(*sinks, loop, *kind),
+        )
+        return {number for [number] in rows}
+
     def _deliveries(self, index: str, condition: str, *values: object) -> list[QueuedDelivery]:
         """The deliveries `d`, with their escalations `e`, for which a condition holds."""
         rows = self.execute(
@@ -6950,19 +6961,26 @@ class Loop:
     # -- a changed config
 
     def _apply_routes(self, before: JsonObject) -> None:
-        """Bring what waits in line with a changed config. It goes to the sinks that its route names now; to
-        sinks that are new or were disabled until now only if there are no others. Deliveries to other sinks
-        are skipped. `before`: the rules until now."""
+        """Bring what waits in line with a changed config. It goes to the sinks to which its route leads now
+        and did not before; to sinks that are new or were disabled only if no other one has it. Deliveries to
+        other sinks are skipped. `before`: the rules until now."""
         config, queue = self.shared.config, self.queue
+        minimum, old_sinks = before["defaultMinSeverity"], sinks_of(before, {})
+        router = Router(config._replace(document=before, default_min_severity=minimum, sinks=old_sinks))
         added, dropped = Counter[str](), Counter[str]()
         for kind in queue.waiting_kinds(self.id):
             resolution = self.shared.router.resolve(*kind)
             severity = SEVERITIES.index(resolution.event_severity)
             escalations = queue.waiting_of_kind(self.id, kind)
-            older = [s for s in resolution.dispatchable if before["sinks"].get(s.id, {}).get("enabled")]
-            for sink in older or resolution.dispatchable:
+            led_to = {sink.id for sink in router.resolve(*kind).dispatchable}
+            older = [s for s in resolution.dispatchable if s.id in old_sinks and old_sinks[s.id].enabled]
+            moves = [(escalations, sink) for sink in older if sink.id not in led_to]
+            had = queue.had_by(self.id, kind, [sink.id for sink in resolution.dispatchable])
+            if orphans := [number for number in escalations if number not in had]:
+                moves += [(orphans, sink) for sink in older or resolution.dispatchable]
+            for numbers, sink in moves:
                 waited = queue.count_waiting(self.id, sink.id)
-                queue.reroute(escalations, sink.id, self.shared.peers[sink.id], self.id, severity)
+                queue.reroute(numbers, sink.id, self.shared.peers[sink.id], self.id, severity)
                 added[sink.id] += queue.count_waiting(self.id, sink.id) - waited
             reached = {sink.id for sink in resolution.reached}
             for sink_id in queue.tallies(self.id):

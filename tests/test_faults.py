@@ -797,6 +797,10 @@ def test_a_sink_that_is_enabled_is_not_sent_what_came_before(repo: Repo, server:
     repo.write_config(config)
     repo.append(*records("after"))
     repo.dispatch()
+    # Nor does a later change bring it.
+    config["routing"]["routes"] = [{"category": "of_another_kind", "sinks": ["down"]}]
+    repo.write_config(config)
+    repo.dispatch()
 
     assert webhook_ids(server, "later") == row_ids(repo)[1:]
     check_promise(repo)

@@ -394,8 +394,8 @@ class Model(RuleBasedStateMachine):
         assert said == self.statuses
 
     def _reroute(self, loop: str, before: dict[str, Any] | None, rules: dict[str, Any]) -> None:
-        """What waits goes to the sinks that its route names now, and no more to others. New sinks get it only
-        if there are no others."""
+        """What waits goes to the sinks that its route names now and did not before, and no more to others.
+        New sinks get it only if no other one has it."""
         self.applied[loop] = rules
         mine = [place for place in self.statuses if self.written[place[1]].loop == loop]
         waiting = {one for sink, one in mine if self.statuses[sink, one] == "waiting"}
@@ -405,8 +405,18 @@ class Model(RuleBasedStateMachine):
         for identity in waiting:
             routed = self._routed(self.written[identity].category)
             now = [sink for sink in routed if self.enabled[sink]]
-            older = [sink for sink in now if ((before or {})["sinks"].get(sink) or {}).get("enabled")]
-            for sink in older or now:
+            assert before is not None
+            on = {sink for sink, settings in before["sinks"].items() if settings["enabled"]}
+            older = [sink for sink in now if sink in on]
+            [led_to] = [
+                route["sinks"]
+                for route in before["routing"]["routes"]
+                if route["category"] == self.written[identity].category
+            ]
+            without = (None, "route_changed", "sink_removed")
+            nobody = all(self.statuses.get((sink, identity)) in without for sink in now)
+            moves = (older or now) if nobody else [sink for sink in older if sink not in led_to]
+            for sink in moves:
                 if self.statuses.get((sink, identity)) in (None, "route_changed"):
                     self.statuses[sink, identity] = "waiting"
             for sink in self.enabled:
