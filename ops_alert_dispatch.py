@@ -3471,7 +3471,6 @@ NAMED_COLUMNS = (
 ESCALATION_COLUMNS = ", ".join(f"e.{name}" for name in QueuedEscalation._fields)
 DELIVERY_COLUMNS = ", ".join(f"d.{name}" for name in QueuedDelivery._fields[:-1])
 DESTINATION_COLUMNS = ", ".join(Destination._fields)
-OF_KIND = "SELECT id FROM escalations WHERE loop = ? AND category = ? AND severity IS ?"
 
 
 class Queue:
@@ -3840,21 +3839,27 @@ class Queue:
         )
 
     def reroute(
-        self, escalations: Collection[int], sink: str, peers: Sequence[str], loop: int, severity: int
-    ) -> None:
-        """Let escalations wait for a sink to which a route leads now, but for those that it has had."""
-        now = time.time()
+        self, escalations: Sequence[tuple[int, int]], sink: str, peers: Sequence[str], loop: int
+    ) -> int:
+        """Let escalations, each with its severity, wait for a sink to which their routes lead now, but for
+        those that it has had. Returns how many did not wait for it before."""
+        before, now = self.count_waiting(loop, sink), time.time()
         self.execute_many(
             "DELETE FROM deliveries WHERE escalation = ? AND sink = ? AND status = 'skipped' "
             "AND reason_code = 'route_changed'",
-            ((escalation, sink) for escalation in escalations),
+            ((escalation, sink) for escalation, _ in escalations),
         )
         self.execute_many(
             "INSERT OR IGNORE INTO deliveries (escalation, sink, peer, loop, severity, lead, waiting_since, "
             "status) VALUES (?1, ?2, ?3, ?4, ?5, NOT EXISTS (SELECT 1 FROM deliveries WHERE escalation = ?1 "
             "AND sink = ?2 AND lead), ?6, 'waiting')",
-            ((escalation, sink, peer, loop, severity, now) for escalation in escalations for peer in peers),
+            (
+                (escalation, sink, peer, loop, severity, now)
+                for escalation, severity in escalations
+                for peer in peers
+            ),
         )
+        return self.count_waiting(loop, sink) - before
 
     def turns(
         self, sink: str, peer: str, loops: Collection[int], after: int, now: float, latest: float
@@ -3908,35 +3913,27 @@ class Queue:
             *(sink, peer, severity, loop, now, latest, limit),
         )
 
-    def waiting_kinds(self, loop: int) -> list[tuple[str, str | None]]:
-        """The categories and severities, as their records give them, of a loop's waiting deliveries: a route
-        depends on nothing else."""
-        kinds: list[tuple[str, str | None]] = self.execute(
-            "SELECT DISTINCT e.category, e.severity FROM deliveries d INDEXED BY waiting "
-            "JOIN escalations e ON e.id = d.escalation WHERE d.status = 'waiting' AND d.lead AND d.loop = ?",
-            loop,
+    def waiting_kinds(self, loop: int, after: int, limit: int) -> list[tuple[int, str, str | None]]:
+        """The first `limit` escalations of a loop after this one that wait for a sink: number, category,
+        and the severity that the record gives. A route depends on nothing else."""
+        rows: list[tuple[int, str, str | None]] = self.execute(
+            "SELECT id, category, severity FROM escalations e WHERE id > ? AND loop = ? AND EXISTS "
+            "(SELECT 1 FROM deliveries WHERE escalation = e.id AND status = 'waiting' AND lead) "
+            "ORDER BY id LIMIT ?",
+            *(after, loop, limit),
         )
-        return kinds
+        return rows
 
-    def waiting_of_kind(self, loop: int, kind: tuple[str, str | None]) -> list[int]:
-        """The escalations of a loop and a kind of which something waits."""
+    def had_by(self, escalations: Sequence[int]) -> set[tuple[int, str]]:
+        """Those of these escalations that a sink has a delivery of, unless a change of the config has ended
+        it; each with the sink."""
+        marks = ", ".join("?" * len(escalations))
         rows = self.execute(
-            "SELECT DISTINCT escalation FROM deliveries INDEXED BY waiting WHERE status = 'waiting' AND lead "
-            f"AND loop = ? AND escalation IN ({OF_KIND})",
-            *(loop, loop, *kind),
-        )
-        return [number for [number] in rows]
-
-    def had_by(self, loop: int, kind: tuple[str, str | None], sinks: Collection[str]) -> set[int]:
-        """The escalations of a loop and a kind that have a delivery to one of these sinks, unless a change of
-        the config has ended it."""
-        rows = self.execute(
-            f"SELECT DISTINCT escalation FROM deliveries WHERE sink IN ({', '.join('?' * len(sinks))}) "
-            f"AND escalation IN ({OF_KIND}) "
+            f"SELECT escalation, sink FROM deliveries WHERE escalation IN ({marks}) "
             "AND NOT (status = 'skipped' AND reason_code IN ('route_changed', 'sink_removed'))",
-            *(*sinks, loop, *kind),
+            *escalations,
         )
-        return {number for [number] in rows}
+        return set(rows)
 
     def _deliveries(self, index: str, condition: str, *values: object) -> list[QueuedDelivery]:
         """The deliveries `d`, with their escalations `e`, for which a condition holds."""
@@ -3960,17 +3957,20 @@ class Queue:
             at = row[0] + "\0"
 
     def skip_waiting(
-        self, loop: int, sink: str, reason_code: str, kind: tuple[str, str | None] | None = None
+        self, loop: int, sink: str, reason_code: str, escalations: Iterable[int] | None = None
     ) -> int:
-        """Skip a loop's waiting deliveries to a sink, all or those of one kind. Returns how many; a cluster's
-        peers count as one."""
+        """Skip a loop's waiting deliveries to a sink, all or those of these escalations. Returns how many; a
+        cluster's peers count as one."""
         before = self.count_waiting(loop, sink)
-        self.execute(
+        skip = (
             "UPDATE deliveries SET status = 'skipped', in_flight = 0, reason_code = ?, fault = NULL, "
             "http_status = NULL, message = NULL WHERE status = 'waiting' AND loop = ? AND sink = ?"
-            + (f" AND escalation IN ({OF_KIND})" if kind else ""),
-            *(reason_code, loop, sink, *([loop, *kind] if kind else [])),
         )
+        if escalations is None:
+            self.execute(skip, reason_code, loop, sink)
+        else:
+            each = ((reason_code, loop, sink, escalation) for escalation in escalations)
+            self.execute_many(f"{skip} AND escalation = ?", each)
         return before - self.count_waiting(loop, sink)
 
     def skip_dead(self, loop: int, sink: str, reason_code: str) -> int:
@@ -3982,12 +3982,12 @@ class Queue:
         )
         return int(self.first("SELECT changes()")[0])
 
-    def set_severity(self, loop: int, kind: tuple[str, str | None], severity: int) -> None:
-        """Give the waiting deliveries of a kind this severity."""
-        self.execute(
-            "UPDATE deliveries SET severity = ? WHERE status = 'waiting' AND loop = ? AND severity <> ? "
-            f"AND escalation IN ({OF_KIND})",
-            *(severity, loop, severity, loop, *kind),
+    def set_severities(self, escalations: Iterable[tuple[int, int]]) -> None:
+        """Give the waiting deliveries of each of these escalations this severity."""
+        self.execute_many(
+            "UPDATE deliveries SET severity = ?2 WHERE escalation = ?1 AND status = 'waiting' "
+            "AND severity <> ?2",
+            escalations,
         )
 
     def deliveries_of(self, stored: QueuedEscalation) -> list[QueuedDelivery]:
@@ -6801,8 +6801,8 @@ RECENT_BYTES = 1 << 20
 ROW_INTERVAL = 0.25
 # How many rows are made in one transaction.
 ROWS_AT_ONCE = 500
-# How many deliveries are moved from a peer that is gone in one transaction, and for how many seconds other
-# processes can lock the queue before the next one: they try more often than that.
+# How many deliveries are moved to other peers, or escalations to other sinks, in one transaction; and for how
+# many seconds other processes can lock the queue before the next one: they try more often than that.
 MOVED_AT_ONCE = 1000
 OTHERS_TURN = 0.005
 
@@ -6878,12 +6878,11 @@ class Loop:
                 self.queue.save_cursor(self.id, self.source.cursor)
             self.queue.add_tallies(self.id, self.shared.config.sinks)
         self._align_peers()
+        rules = self.shared.config.rules()
+        if self._rules is not None and self._rules != rules:
+            self._apply_routes(self._rules)
         with self.queue.transaction():
-            rules = self.shared.config.rules()
-            changed = self._rules != rules
-            if changed and self._rules is not None:
-                self._apply_routes(self._rules)
-            if changed:
+            if self._rules != rules:
                 self.queue.save_rules(self.id, rules)
             if job.now:
                 self.queue.try_at_once(self.id)
@@ -6963,47 +6962,75 @@ class Loop:
     def _apply_routes(self, before: JsonObject) -> None:
         """Bring what waits in line with a changed config. It goes to the sinks to which its route leads now
         and did not before; to sinks that are new or were disabled only if no other one has it. Deliveries to
-        other sinks are skipped. `before`: the rules until now."""
+        other sinks are skipped. `before`: the rules until now. A pass that is killed meanwhile leaves them in
+        the queue, and the next one begins anew: what is in line already stays as it is."""
         config, queue = self.shared.config, self.queue
         minimum, old_sinks = before["defaultMinSeverity"], sinks_of(before, {})
         router = Router(config._replace(document=before, default_min_severity=minimum, sinks=old_sinks))
-        added, dropped = Counter[str](), Counter[str]()
-        for kind in queue.waiting_kinds(self.id):
-            resolution = self.shared.router.resolve(*kind)
-            severity = SEVERITIES.index(resolution.event_severity)
-            escalations = queue.waiting_of_kind(self.id, kind)
-            led_to = {sink.id for sink in router.resolve(*kind).dispatchable}
-            older = [s for s in resolution.dispatchable if s.id in old_sinks and old_sinks[s.id].enabled]
-            moves = [(escalations, sink) for sink in older if sink.id not in led_to]
-            had = queue.had_by(self.id, kind, [sink.id for sink in resolution.dispatchable])
-            if orphans := [number for number in escalations if number not in had]:
-                moves += [(orphans, sink) for sink in older or resolution.dispatchable]
-            for numbers, sink in moves:
-                waited = queue.count_waiting(self.id, sink.id)
-                queue.reroute(numbers, sink.id, self.shared.peers[sink.id], self.id, severity)
-                added[sink.id] += queue.count_waiting(self.id, sink.id) - waited
-            reached = {sink.id for sink in resolution.reached}
+        at: int | None = 0
+        while at is not None:
+            at = self._route_some(router, at)
+            queue.tidy()
+            time.sleep(OTHERS_TURN)
+        with queue.transaction():
+            # Only now: what waited for a sink that was removed has its new sinks.
             for sink_id in queue.tallies(self.id):
-                if sink_id in config.sinks and sink_id not in reached:
-                    dropped[sink_id] += queue.skip_waiting(self.id, sink_id, "route_changed", kind)
-            queue.set_severity(self.id, kind, severity)
-        # Only now: what waited for a sink that was removed has its new sinks.
-        for sink_id in queue.tallies(self.id):
-            if sink_id not in config.sinks:
-                waited = queue.skip_waiting(self.id, sink_id, "sink_removed")
-                dead = queue.skip_dead(self.id, sink_id, "sink_removed")
-                if words := open_words(waited, dead):
-                    message = f"sink {sink_id} was removed with {words}"
-                    self.write_event("skipped", "sink_removed", sink_id, waited + dead, message)
-        for sink_id, count in (+dropped).items():
-            message = f"{plural(count, 'delivery')} waited for {sink_id}, to which no route leads any more"
-            self.write_event("skipped", "route_changed", sink_id, count, message)
-        for sink_id, count in (+added).items():
-            message = (
-                f"{plural(count, 'delivery')} waited for another sink, and a route leads to {sink_id} now"
-            )
-            self.write_event("skipped", "route_changed", sink_id, None, message, rerouted=count)
-        queue.note_all_settled(self.id, time.time())
+                if sink_id not in config.sinks:
+                    waited = queue.skip_waiting(self.id, sink_id, "sink_removed")
+                    dead = queue.skip_dead(self.id, sink_id, "sink_removed")
+                    if words := open_words(waited, dead):
+                        message = f"sink {sink_id} was removed with {words}"
+                        self.write_event("skipped", "sink_removed", sink_id, waited + dead, message)
+            queue.note_all_settled(self.id, time.time())
+
+    def _route_some(self, before: Router, after: int) -> int | None:
+        """Bring some of what waits in line with changed routes, in one transaction with the rows on it: the
+        escalations that follow number `after`. `before` has the old rules. Returns the number of the last
+        one; None if none follows."""
+        queue, sinks, old_sinks = self.queue, self.shared.config.sinks, before.config.sinks
+        # By sink: the escalations, with their severities, that go to it, and those that no longer do.
+        wanted: dict[str, list[tuple[int, int]]] = {sink_id: [] for sink_id in sinks}
+        unwanted: dict[str, list[int]] = {sink_id: [] for sink_id in sinks}
+        severities: list[tuple[int, int]] = []
+        with queue.transaction():
+            kinds = queue.waiting_kinds(self.id, after, MOVED_AT_ONCE)
+            had = queue.had_by([escalation for escalation, *_ in kinds])
+            for escalation, category, word in kinds:
+                resolution = self.shared.router.resolve(category, word)
+                severities.append((escalation, SEVERITIES.index(resolution.event_severity)))
+                led_to = {sink.id for sink in before.resolve(category, word).dispatchable}
+                older = [s for s in resolution.dispatchable if s.id in old_sinks and old_sinks[s.id].enabled]
+                moves: Sequence[Sink] = [sink for sink in older if sink.id not in led_to]
+                if not any((escalation, sink.id) in had for sink in resolution.dispatchable):
+                    moves = older or resolution.dispatchable
+                for sink in moves:
+                    wanted[sink.id].append(severities[-1])
+                for sink_id in sinks.keys() - {sink.id for sink in resolution.reached}:
+                    unwanted[sink_id].append(escalation)
+            added = {
+                sink_id: queue.reroute(found, sink_id, self.shared.peers[sink_id], self.id)
+                for sink_id, found in wanted.items()
+                if found
+            }
+            dropped = {
+                sink_id: queue.skip_waiting(self.id, sink_id, "route_changed", found)
+                for sink_id, found in unwanted.items()
+            }
+            queue.set_severities(severities)
+            for sink_id, count in dropped.items():
+                if count:
+                    message = (
+                        f"{plural(count, 'delivery')} waited for {sink_id}, to which no route leads any more"
+                    )
+                    self.write_event("skipped", "route_changed", sink_id, count, message)
+            for sink_id, count in added.items():
+                if count:
+                    message = (
+                        f"{plural(count, 'delivery')} waited for another sink, and a route leads to "
+                        f"{sink_id} now"
+                    )
+                    self.write_event("skipped", "route_changed", sink_id, None, message, rerouted=count)
+        return kinds[-1][0] if kinds else None
 
     def _align_peers(self) -> None:
         """Bring what waits for a cluster in line with its peers, which the environment names. A sink that is

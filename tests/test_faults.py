@@ -7,12 +7,13 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Repo, Run, edit_queue, time_passes
+from conftest import Repo, Run, edit_queue, queue_rows, time_passes
 from escalations import (
     CHAT,
     HOOK,
@@ -45,6 +46,7 @@ from loopback import (
 )
 from promise import SAME_RECORD_ATTEMPTS, check_promise
 from tools import needs_tool
+from zygote import move_one_and_die
 
 # For starting Python on a machine that runs many tests at once; what the issue bounds comes on top.
 START_UP = 8.0
@@ -782,6 +784,52 @@ def test_what_waits_goes_to_a_new_sink_if_its_route_names_no_other_any_more(
     repo.dispatch()
 
     assert webhook_ids(server, "new") == row_ids(repo)[1:]
+    check_promise(repo)
+
+
+def test_a_changed_route_of_a_backlog_with_thousands_of_categories_keeps_no_pass_waiting(
+    repo: Repo, server: SinkServer
+) -> None:
+    """If each category cost a look at each record, this would take minutes."""
+    config = webhooks("old", "new", backoffSeconds={"initial": 900, "max": 900})
+    config["routing"]["defaultSinks"] = ["old"]
+    repo.write_config(config)
+    repo.env.update(webhook_env(server, "old", "new"))
+    for name in ("old", "new"):
+        server.answer(f"/{name}/", error(503))
+    repo.append(*(health_critical(category=f"category {number}") for number in range(8000)))
+    assert repo.dispatch().json["waitingCount"] == 8000
+    config["routing"]["defaultSinks"] = ["new"]
+    repo.write_config(config)
+    sinks = repo.dispatch().json["sinks"]
+
+    assert (sinks["old"]["waitingCount"], sinks["new"]["waitingCount"]) == (0, 8000)
+
+
+def test_a_pass_that_is_killed_while_it_routes_a_backlog_anew_neither_loses_nor_repeats_any_of_it(
+    repo: Repo, server: SinkServer
+) -> None:
+    config = webhooks("old", "new")
+    config["routing"]["defaultSinks"] = ["old"]
+    repo.write_config(config)
+    repo.env.update(webhook_env(server, "old", "new"))
+    server.answer("/old/", error(503))
+    repo.append(*records("one", "two", "three"))
+    repo.dispatch()
+    server.answer("/old/", ok())
+    server.forget()
+    config["routing"]["defaultSinks"] = ["new"]
+    repo.write_config(config)
+    replace(repo, prepare=move_one_and_die).dispatch()
+    waiting = "SELECT count(*) FROM deliveries WHERE status = 'waiting' AND sink = ?"
+    assert [queue_rows(repo, waiting, sink) for sink in ("old", "new")] == [[(2,)], [(1,)]]
+    repo.dispatch("--now")
+
+    assert sorted(webhook_ids(server, "new")) == sorted(row_ids(repo))
+    assert webhook_ids(server, "old") == []
+    events = [row for row in repo.telemetry() if row.get("reasonCode") == "route_changed"]
+    assert sum(row.get("droppedCount", 0) for row in events) == 3
+    assert sum(row.get("reroutedCount", 0) for row in events) == 3
     check_promise(repo)
 
 

@@ -158,7 +158,7 @@ def move_one_and_stop() -> None:
 
 
 def move_one_and_die() -> None:
-    """Have a pass move what waits for a peer that is gone one by one, and be killed after the first one."""
+    """Have a pass move what waits to other peers or sinks one by one, and be killed after the first one."""
     import ops_alert_dispatch as program
 
     move_one_and_stop()
