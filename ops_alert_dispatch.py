@@ -2750,6 +2750,11 @@ class Resolution(NamedTuple):
     reached: tuple[Sink, ...]
     dispatchable: tuple[Sink, ...]
 
+    @property
+    def severity(self) -> int:
+        """The event's severity, as an index into SEVERITIES."""
+        return SEVERITIES.index(self.event_severity)
+
 
 class Delivery(NamedTuple):
     """One escalation for one sink, as an adapter needs it. `repeats`: how many were held back before it;
@@ -3441,6 +3446,25 @@ class QueuedEscalation(NamedTuple):
     def position(self) -> JsonObject:
         """Where the record stood, as rows give it: `line` counts from 1, `offset` to `end` are its bytes."""
         return {"segment": self.segment, "offset": self.offset, "end": self.end, "line": self.line}
+
+    @classmethod
+    def of(
+        cls,
+        number: int,
+        loop: int,
+        found: Escalation | Unusable,
+        segment: str,
+        line: Line,
+        now: float,
+        *,
+        waits: bool = False,
+    ) -> Self:
+        """What stands in a line, as the queue keeps it. `waits`: for a sink."""
+        place = (number, loop, found.id, segment, line.offset, line.end, line.number)
+        if isinstance(found, Unusable):
+            return cls(*place, "", None, None, now, False, now, None, b"")
+        kind = (found.category, found.severity, found.written_at)
+        return cls(*place, *kind, now, False, None if waits else now, found.raw_line, found.raw)
 
 
 class Named(NamedTuple):
@@ -5195,9 +5219,7 @@ def slack_message(delivery: Delivery, origin: Origin) -> JsonObject:
 
 def slack_digest(deliveries: Sequence[Delivery], origin: Origin) -> JsonObject:
     """Several escalations: how many of each severity and category, then a line for each, the worst first."""
-    worst_first = sorted(
-        deliveries, key=lambda delivery: SEVERITIES.index(delivery.resolution.event_severity), reverse=True
-    )
+    worst_first = sorted(deliveries, key=lambda delivery: delivery.resolution.severity, reverse=True)
     worst = worst_first[0]
     severities = count_words(delivery.resolution.event_severity for delivery in worst_first)
     categories = count_words(shown(delivery.escalation.category, 60) for delivery in worst_first)
@@ -6922,30 +6944,19 @@ class Loop:
         deliveries: list[tuple[int, str, str, int, int, int, float]] = []
         for line in chunk.lines:
             for found in parse_line(line.text, line.size, self.job.loop_id):
-                place = (number, self.id, found.id, segment, line.offset, line.end, line.number)
+                place = (number, self.id, found, segment, line, now)
                 number += 1
                 if isinstance(found, Unusable):
-                    unusable = QueuedEscalation(*place, "", None, None, now, False, now, None, b"")
+                    unusable = QueuedEscalation.of(*place)
                     row = unusable_row(self.job, found, unusable.position)
                     kept.append(unusable._replace(unusable=encode_json(row)))
                     continue
                 resolution = self.shared.router.resolve(found.category, found.severity)
-                severity = SEVERITIES.index(resolution.event_severity)
-                stored = QueuedEscalation(
-                    *place,
-                    category=found.category,
-                    severity=found.severity,
-                    written_at=found.written_at,
-                    ingested_at=now,
-                    reported=False,
-                    settled_at=None if resolution.dispatchable else now,
-                    raw_line=found.raw_line,
-                    record=found.raw,
-                )
+                stored = QueuedEscalation.of(*place, waits=bool(resolution.dispatchable))
                 self.shared.remember(stored, found)
                 kept.append(stored)
                 deliveries += [
-                    (stored.id, sink.id, peer, self.id, severity, position == 0, now)
+                    (stored.id, sink.id, peer, self.id, resolution.severity, position == 0, now)
                     for sink in resolution.dispatchable
                     for position, peer in enumerate(self.shared.peers[sink.id])
                 ]
@@ -6997,7 +7008,7 @@ class Loop:
             had = queue.had_by([escalation for escalation, *_ in kinds])
             for escalation, category, word in kinds:
                 resolution = self.shared.router.resolve(category, word)
-                severities.append((escalation, SEVERITIES.index(resolution.event_severity)))
+                severities.append((escalation, resolution.severity))
                 led_to = {sink.id for sink in before.resolve(category, word).dispatchable}
                 older = [s for s in resolution.dispatchable if s.id in old_sinks and old_sinks[s.id].enabled]
                 moves: Sequence[Sink] = [sink for sink in older if sink.id not in led_to]
@@ -11754,24 +11765,7 @@ def escalations_of(job: Job, segment: str, line: Line) -> Iterator[QueuedEscalat
     """The escalations of a line as the queue keeps them, with numbers still to be given."""
     for found in parse_line(line.text, line.size, job.loop_id):
         if not isinstance(found, Unusable):
-            now = time.time()
-            yield QueuedEscalation(
-                id=0,
-                loop=0,
-                escalation_id=found.id,
-                segment=segment,
-                offset=line.offset,
-                end=line.end,
-                line=line.number,
-                category=found.category,
-                severity=found.severity,
-                written_at=found.written_at,
-                ingested_at=now,
-                reported=True,
-                settled_at=now,
-                raw_line=found.raw_line,
-                record=found.raw,
-            )
+            yield QueuedEscalation.of(0, 0, found, segment, line, time.time())._replace(reported=True)
 
 
 def name_of(stored: QueuedEscalation) -> Named:
@@ -11897,9 +11891,8 @@ def redeliver_selected(
             chosen = [item for item in select(known, shared.router, selection) if item.key in keys]
             for item in chosen:
                 resolution = shared.router.resolve(item.category, item.severity)
-                severity = SEVERITIES.index(resolution.event_severity)
                 peers = shared.peers[item.sink]
-                queue.requeue(item.escalation, item.sink, peers, loop.id, severity, time.time())
+                queue.requeue(item.escalation, item.sink, peers, loop.id, resolution.severity, time.time())
             expect_work(job, len(chosen))
         outcome = Pass(shared).run([loop])[job.loop_id]
         if isinstance(outcome, DispatchError):
