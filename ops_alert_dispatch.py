@@ -6446,23 +6446,17 @@ def attempt_row(
 
 
 def sink_entry(
-    sink_id: str,
-    sink_type: str | None,
-    status: str,
-    result: QueuedDelivery | Verdict | None,
-    *,
-    dead: bool = False,
+    sink_id: str, sink_type: str | None, status: str, result: QueuedDelivery | Verdict
 ) -> JsonObject:
     """What an escalation's row says about one sink."""
-    entry: JsonObject = {
+    return {
         "id": sink_id,
         "type": sink_type,
         "status": status,
-        "httpStatus": result.http_status if result else None,
-        "reasonCode": result.reason_code if result else None,
-        "message": result.message if result else None,
+        "httpStatus": result.http_status,
+        "reasonCode": result.reason_code,
+        "message": result.message,
     }
-    return {**entry, "deadLetter": True} if dead else entry
 
 
 def base_row(job: Job, identity: str, position: JsonObject, body: JsonObject | None) -> JsonObject:
@@ -6963,11 +6957,6 @@ class Loop:
         self.queue.add_escalations(kept)
         self.queue.add_deliveries(deliveries)
 
-    def _count(self, row: JsonObject) -> None:
-        self.counts.add(row)
-        if row.get("reasonCode") in LOSS_CODES:
-            self.queue.note_loss(self.id, row["reasonCode"], 1, time.time())
-
     # -- a changed config
 
     def _apply_routes(self, before: JsonObject) -> None:
@@ -7124,17 +7113,6 @@ class Loop:
             row |= {"late": True, **({"byOperator": True} if found.by_operator else {})}
             self.queue.write_row(self.id, "telemetry", encode_json(row))
 
-    def _write_escalation(
-        self,
-        stored: QueuedEscalation,
-        escalation: Escalation,
-        resolution: Resolution,
-        entries: list[JsonObject],
-    ) -> None:
-        row = escalation_row(self.job, stored, escalation, resolution, entries)
-        self.queue.write_row(self.id, "telemetry", encode_with_record(row, escalation))
-        self._count(row)
-
     def _entry(self, found: QueuedDelivery, waiting: dict[tuple[str, str], JsonObject]) -> JsonObject:
         """What an escalation's row says of a sink now: `success`, `skipped`, `failed` or `waiting`.
 
@@ -7144,13 +7122,11 @@ class Loop:
         """
         sink = self.shared.config.sinks.get(found.sink)
         kind = sink.type if sink else None
-        if found.status == "delivered":
-            return sink_entry(found.sink, kind, "success", found)
-        if found.status in ("dead", "skipped"):
-            dead = found.status == "dead"
-            return sink_entry(found.sink, kind, "failed" if dead else "skipped", found, dead=dead)
-        if found.attempts and found.reason_code:
-            return sink_entry(found.sink, kind, "failed", found)
+        # A delivery that waits has a reason code if it was tried.
+        if found.status != "waiting" or found.reason_code:
+            status = {"delivered": "success", "skipped": "skipped"}.get(found.status, "failed")
+            entry = sink_entry(found.sink, kind, status, found)
+            return {**entry, "deadLetter": True} if found.status == "dead" else entry
         place = (found.sink, found.peer)
         if place not in waiting:
             known = self.shared.known_destination(*place)
@@ -7193,13 +7169,16 @@ class Loop:
             settled = not any(delivery.status == "waiting" for delivery in deliveries[stored.id])
             written.append((stored, settled))
             if stored.unusable is not None:
-                self.queue.write_row(self.id, "telemetry", stored.unusable)
-                self._count(json.loads(stored.unusable))
+                row, text = json.loads(stored.unusable), stored.unusable
             else:
                 entries = [self._entry(delivery, waiting) for delivery in leads]
-                self._write_escalation(
-                    stored, self.shared.parse(stored), self.shared.resolve(stored), entries
-                )
+                escalation = self.shared.parse(stored)
+                row = escalation_row(self.job, stored, escalation, self.shared.resolve(stored), entries)
+                text = encode_with_record(row, escalation)
+            self.queue.write_row(self.id, "telemetry", text)
+            self.counts.add(row)
+            if row.get("reasonCode") in LOSS_CODES:
+                self.queue.note_loss(self.id, row["reasonCode"], 1, time.time())
         self.queue.note_reported(written, time.time())
         return len(written)
 
