@@ -572,11 +572,12 @@ def replace_file(path: str, data: bytes, *, durable: bool) -> None:
         raise storage_error("write", str(error.filename or path), error) from None
 
 
-def check_room(folder: str, *files: str) -> None:
+def check_room(folder: str, *files: str, least: int = 0) -> None:
     """Check, before anything is sent, that there is room to write down the results.
 
     Reserves RESERVE_BYTES in the folder for a moment, which meets free space, quota and a read-only mount,
-    and compares `files` with the limit of a file's size. Raises StorageError.
+    and compares `files` with the limit of a file's size, which must not be below `least` either. Raises
+    StorageError.
     """
     import resource
 
@@ -586,7 +587,7 @@ def check_room(folder: str, *files: str) -> None:
     probe = os.path.join(folder, f".{PROGRAM}.reserve")
     try:
         for file in files if limit != resource.RLIM_INFINITY else ():
-            if (found := stat_of(file)) and found.st_size + room > limit:
+            if limit < least or ((found := stat_of(file)) and found.st_size + room > limit):
                 raise storage_error("append to", file, OSError(errno.EFBIG, os.strerror(errno.EFBIG)))
         descriptor = create_anew(probe)
         try:
@@ -3679,8 +3680,7 @@ class Queue:
                 sqlite3.SQLITE_READONLY,
                 sqlite3.SQLITE_CANTOPEN,
             ):
-                check_room(os.path.dirname(self.path), self.path, f"{self.path}-wal")
-                check_size_limit(self.path)
+                check_room(os.path.dirname(self.path), self.path, f"{self.path}-wal", least=RESERVE_BYTES)
         except StorageError as reason:
             return reason
         if code == sqlite3.SQLITE_READONLY:
@@ -3743,18 +3743,13 @@ class Queue:
 
     def end(self, *, commit: bool) -> None:
         self.depth = 0
-        if commit:
-            try:
+        try:
+            if commit:
                 self.execute("COMMIT")
-            except BaseException:
-                self._roll_back()
-                raise
-        else:
-            self._roll_back()
-
-    def _roll_back(self) -> None:
-        with contextlib.suppress(Exception):  # SQLite has done it by itself after some errors
-            self._db.execute("ROLLBACK")
+        finally:
+            with contextlib.suppress(Exception):
+                if self._db.in_transaction:  # SQLite rolls back by itself after some errors
+                    self._db.execute("ROLLBACK")
 
     def tidy(self) -> None:
         """Copy the write-ahead log into the database if it has grown large. Raises StorageError."""
@@ -4644,16 +4639,6 @@ class Queue:
                 now - RETENTION_SECONDS,
             )
             self.execute("PRAGMA incremental_vacuum")
-
-
-def check_size_limit(path: str) -> None:
-    """Raises StorageError if this process may not write files as large as a queue is."""
-    import resource
-
-    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    sizes = [found.st_size for name in (path, f"{path}-wal") if (found := stat_of(name))]
-    if limit != resource.RLIM_INFINITY and limit < max([0, *sizes]) + RESERVE_BYTES:
-        raise storage_error("write", path, OSError(errno.EFBIG, os.strerror(errno.EFBIG)))
 
 
 class Transaction:
