@@ -406,10 +406,10 @@ LOCK_WAIT_SECONDS = 1.0
 BLOCK_BYTES = 1 << 20
 
 
-def stat_of(path: str) -> os.stat_result | None:
+def stat_of(path: str, *, follow_symlinks: bool = True) -> os.stat_result | None:
     """The status of a file; None if it is not there. Raises OSError."""
     try:
-        return os.stat(path)
+        return os.stat(path, follow_symlinks=follow_symlinks)
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -503,29 +503,12 @@ def check_appendable(path: str) -> None:
         raise storage_error("append to", path, error) from None
 
 
-def last_lines(path: str, size: int) -> list[bytes]:
-    """The whole lines in the last `size` bytes of a file; empty if it is not there. Raises StorageError."""
-    try:
-        with open(path, "rb") as file:
-            start = max(0, file.seek(0, os.SEEK_END) - size)
-            file.seek(start)
-            lines = file.read().splitlines()
-            return lines[1:] if start else lines
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise storage_error("read", path, error) from None
-
-
 def may_be_there(path: str, *, follow_symlinks: bool = True) -> bool:
     """Tell whether there is something at a path. If that cannot be seen, say yes."""
     try:
-        os.stat(path, follow_symlinks=follow_symlinks)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+        return stat_of(path, follow_symlinks=follow_symlinks) is not None
     except OSError:
         return True
-    return True
 
 
 def same_file(one: str, other: str) -> bool:
@@ -638,10 +621,15 @@ def read_row(line: bytes) -> JsonObject | None:
 
 
 def iterate_rows(path: str) -> Iterator[JsonObject]:
-    """The JSON objects of a file of rows; torn lines are skipped. Raises StorageError."""
+    """The JSON objects of a file of rows; torn lines are skipped. Nothing if the file is not there.
+
+    Raises StorageError.
+    """
     try:
         with open(path, "rb") as file:
             yield from filter(None, map(read_row, file))
+    except (FileNotFoundError, NotADirectoryError):
+        return
     except OSError as error:
         raise storage_error("read", path, error) from None
 
@@ -662,7 +650,7 @@ def rows_backwards(path: str, containing: bytes = b"") -> Iterator[JsonObject]:
                     if containing in line and (row := read_row(line)):
                         yield row
                 end = start
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
         raise storage_error("read", path, error) from None
@@ -6351,6 +6339,13 @@ def count_in(document: JsonObject, key: str) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 62 else 0
 
 
+def summary_if_readable(job: Job) -> JsonObject:
+    """As `read_summary`; empty also if it cannot be read, or is newer."""
+    with contextlib.suppress(StateError):
+        return read_summary(job)
+    return {}
+
+
 def read_summary(job: Job) -> JsonObject:
     """The summary of the last pass; empty if it is missing or damaged. Raises StateError."""
     try:
@@ -6632,9 +6627,7 @@ def unsent(sinks: Mapping[str, JsonObject]) -> dict[str, JsonObject]:
 
 def locked_summary(job: Job) -> JsonObject:
     """The summary of a pass that did nothing because another one is running."""
-    document: JsonObject = {}
-    with contextlib.suppress(StateError):
-        document = read_summary(job)
+    document = summary_if_readable(job)
     kept = (*LINE_COUNTS, "waitingCount", "deadLetterCount")
     known = {key: document[key] for key in kept if key in document}
     return {**empty_summary(job, "locked"), **known, "sinks": unsent(mapping(document.get("sinks")))}
@@ -7382,7 +7375,7 @@ def read_past_rows(
     left: dict[tuple[str, str], tuple[int, bool]] = {}
     losses: list[tuple[str, int, float]] = []
     since = time.time() - LOSS_SHOWN
-    for row in iterate_rows(job.telemetry_file) if os.path.exists(job.telemetry_file) else ():
+    for row in iterate_rows(job.telemetry_file):
         if row.get("category") != "alert_dispatch" or row.get("loopId") != job.loop_id:
             continue
         if row.get("reasonCode") == "queue_lost":
@@ -8509,9 +8502,7 @@ def unfinished_loops(job: Job) -> list[str]:
 
 def load_known_config(job: Job, environ: Mapping[str, str]) -> Config:
     """Load the config; one that the loop's last pass found valid is not validated again."""
-    known = None
-    with contextlib.suppress(StateError):
-        known = read_summary(job).get("configDigest")
+    known = summary_if_readable(job).get("configDigest")
     return load_config(job.config_file, environ, known_digest=known)
 
 
@@ -10216,7 +10207,7 @@ def read_facts(job: Job, critical_after: float) -> LoopFacts:
         figures=figures,
         unread=read_unread(job, figures.cursor, config),
         rows=recent_rows(job.telemetry_file),
-        last=last_row(job.telemetry_file),
+        last=next(rows_backwards(job.telemetry_file), None),
         failures=last_failures(job),
         commands=commands_for(job),
         notes=notes,
@@ -10528,10 +10519,8 @@ def clock_words(offset: float | None) -> str | None:
 def where_it_worked(job: Job) -> Job:
     """A job on the queue, source and telemetry that the last pass used, if this one names files that do not
     exist."""
-    document: JsonObject = {}
+    document = summary_if_readable(job)
     files: dict[str, Any] = {}
-    with contextlib.suppress(ValueError, StateError):
-        document = read_state_document(job.state_file) or {}
     for key, name in (
         ("escalationsFile", "escalations_file"),
         ("dispatchTelemetryFile", "telemetry_file"),
@@ -10623,17 +10612,18 @@ def find_broken_pass(facts: LoopFacts, sinks: Sequence[JsonObject]) -> Iterator[
         yield Finding("critical" if waits and long else "warning", words, advice)
 
 
-def last_row(path: str) -> JsonObject | None:
-    """The last line of the telemetry, which the host's status script reads too; None if it is no row."""
-    for size in (RECENT_BYTES, 2 * MAX_RECORD_BYTES):
-        if (lines := last_lines(path, size)) and (row := read_row(lines[-1])):
-            return row
-    return None
-
-
 def recent_rows(path: str) -> list[JsonObject]:
-    """The rows at the end of a file of rows."""
-    return list(filter(None, map(read_row, last_lines(path, RECENT_BYTES))))
+    """The rows in the last RECENT_BYTES of a file of rows; empty if it is not there. Raises StorageError."""
+    try:
+        with open(path, "rb") as file:
+            start = max(0, file.seek(0, os.SEEK_END) - RECENT_BYTES)
+            file.seek(start)
+            lines = file.read().splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise storage_error("read", path, error) from None
+    return list(filter(None, map(read_row, lines[1:] if start else lines)))
 
 
 def last_failures(job: Job) -> dict[str, JsonObject]:
@@ -11320,19 +11310,17 @@ def ambiguous(prefix: str, found: Iterable[str], hint: str) -> click.BadParamete
     return click.BadParameter(said, param_hint=hint)
 
 
-def read_attempts(job: Job, escalation: str) -> list[JsonObject]:
-    """The attempts at an escalation, the first one first. Raises StorageError."""
-    rows = rows_backwards(job.attempts_file, escalation.encode("utf-8", "replace"))
-    found = [
-        row for row in rows if row.get("escalationId") == escalation and row.get("loopId") == job.loop_id
-    ]
+def read_rows_of(path: str, loop_id: str, escalation: str) -> list[JsonObject]:
+    """The rows of an escalation in a file of rows, the first one first. Raises StorageError."""
+    rows = rows_backwards(path, escalation.encode("utf-8", "replace"))
+    found = [row for row in rows if row.get("escalationId") == escalation and row.get("loopId") == loop_id]
     return found[::-1]
 
 
 def describe_escalation(job: Job, known: OnRecord) -> JsonObject:
     """An escalation as `show` prints it for scripts: its record, its route and why, its deliveries."""
     entry, stored, _, row = known
-    attempts = read_attempts(job, entry["escalationId"])
+    attempts = read_rows_of(job.attempts_file, job.loop_id, entry["escalationId"])
     route = row.get("route")
     if route is None and stored is not None:
         with contextlib.suppress(ConfigError):  # without a config the route is not known
@@ -11803,10 +11791,7 @@ def whole_id(job: Job, prefix: str) -> str:
 def explain_unknown(job: Job, escalation: str) -> NoReturn:
     """Say why an escalation that is not in the queue cannot be redelivered: its line is not an escalation, it
     was settled too long ago, or there is no record of it. Raises BadParameter."""
-    rows = iterate_rows(job.telemetry_file) if os.path.exists(job.telemetry_file) else ()
-    found = [
-        row for row in rows if row.get("loopId") == job.loop_id and row.get("escalationId") == escalation
-    ]
+    found = read_rows_of(job.telemetry_file, job.loop_id, escalation)
     unusable = {str(row.get("reasonCode")) for row in found} & {*UNUSABLE, "blank_line"}
     if unusable:
         said = f"its line is no escalation ({unusable.pop()}): append a corrected one to the source"
