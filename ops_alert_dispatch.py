@@ -3105,23 +3105,29 @@ CODES: dict[str, Code] = {
     ),
 }
 
+# The commands that the texts name: the words of each, before and after the options for a repo and a loop.
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "ack": ("status", "--ack"),
+    "dispatch": ("dispatch",),
+    "failed": ("log", "--status", "failed"),
+    "log": ("log",),
+    "redeliver_dead": ("redeliver", "--dead-letters"),
+    "redeliver_one": ("redeliver", "--id", "ID"),
+    "skip_dead": ("skip", "--dead-letters"),
+    "skipped": ("log", "--status", "skipped"),
+    "show": ("show", "ID"),
+    "status": ("status",),
+}
 # The words for the names in braces if no repo, loop or sink is known.
 GENERAL_WORDS = {
+    **{name: " ".join([PROGRAM, words[0], "--loop L", *words[1:]]) for name, words in COMMANDS.items()},
     "url": "the variable of its URL",
     "credential": "its variable",
     "unset": "what the message names",
     "sink": "the sink",
-    "ack": f"{PROGRAM} status --loop L --ack",
     "config": f"{PROGRAM} config",
-    "dispatch": f"{PROGRAM} dispatch --loop L",
-    "failed": f"{PROGRAM} log --loop L --status failed",
-    "log": f"{PROGRAM} log --loop L",
-    "redeliver_dead": f"{PROGRAM} redeliver --loop L --dead-letters",
-    "redeliver_one": f"{PROGRAM} redeliver --loop L --id ID",
     "route": f"{PROGRAM} config --category NAME",
     "show": f"{PROGRAM} show ID",
-    "skip_dead": f"{PROGRAM} skip --loop L --dead-letters",
-    "skipped": f"{PROGRAM} log --loop L --status skipped",
     "status": f"{PROGRAM} status",
     "test": f"{PROGRAM} test --sink ID",
 }
@@ -10066,19 +10072,8 @@ def advise(fault: object, sink: Sink | None, commands: Mapping[str, str]) -> str
 
 def commands_for(job: Job) -> dict[str, str]:
     """The commands that the texts of CODES name, on a job's files, to be pasted into a shell."""
-    return {
-        "ack": command_line("status", job, "--ack"),
-        "config": config_command(job.config_file),
-        "dispatch": command_line("dispatch", job),
-        "failed": command_line("log", job, "--status", "failed"),
-        "log": command_line("log", job),
-        "redeliver_dead": command_line("redeliver", job, "--dead-letters"),
-        "redeliver_one": command_line("redeliver", job) + " --id ID",
-        "show": command_line("show", job) + " ID",
-        "skipped": command_line("log", job, "--status", "skipped"),
-        "skip_dead": command_line("skip", job, "--dead-letters"),
-        "status": command_line("status", job),
-    }
+    named = {name: command_line(words[0], job, *words[1:]) for name, words in COMMANDS.items()}
+    return named | {"config": config_command(job.config_file)}
 
 
 def config_command(config_file: str) -> str:
