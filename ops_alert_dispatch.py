@@ -4100,15 +4100,14 @@ class Queue:
             *(verdict.http_status, verdict.message, *delivery.key),
         )
 
-    def settle(self, delivery: QueuedDelivery, status: str, verdict: Verdict, attempts: int) -> bool:
-        """End a delivery: `delivered`, `dead` or `skipped`. Tells whether it leads: then its sink has ended,
-        too.
+    def settle(self, delivery: QueuedDelivery, verdict: Verdict, attempts: int) -> bool:
+        """End a delivery. Tells whether it leads: then its sink has ended, too.
 
         The first peer of a cluster to deliver takes the lead. One that refuses leaves the alert to the
         others, and is skipped; the last one to refuse, if none has delivered, is dead. If one needs no
         request, because the alert is a repeat or an operator gave it up, the others need none.
         """
-        lead = delivery.lead
+        lead, status = delivery.lead, STATUS_OF_OUTCOME[verdict.outcome]
         if delivery.peer:
             others = self._other_peers(delivery)
             delivered = any(other.status == "delivered" for other in others)
@@ -4407,12 +4406,10 @@ class Queue:
 
     def tallies(self, loop: int) -> dict[str, JsonObject]:
         """The counts of a loop's sinks, by sink."""
-        rows = self.execute(
-            "SELECT sink, waiting, dead, delivered, given_up, skipped, failed_attempts FROM tallies "
-            "WHERE loop = ? ORDER BY sink",
-            loop,
-        )
         names = ("waiting", "dead", "delivered", "given_up", "skipped", "failed_attempts")
+        rows = self.execute(
+            f"SELECT sink, {', '.join(names)} FROM tallies WHERE loop = ? ORDER BY sink", loop
+        )
         return {row[0]: dict(zip(names, row[1:], strict=True)) for row in rows}
 
     def add_tallies(self, loop: int, sinks: Iterable[str]) -> None:
@@ -7079,6 +7076,10 @@ class Loop:
         for row in rows:
             self.queue.write_row(self.id, "attempts", encode_json(row))
 
+    def end(self, found: QueuedDelivery, verdict: Verdict, attempts: int) -> None:
+        """End a delivery, and write that down."""
+        self.note_end(found, leads=self.queue.settle(found, verdict, attempts))
+
     def note_end(self, found: QueuedDelivery, *, leads: bool) -> None:
         """Write down that a delivery ended; in a late row, if its escalation's row is written already.
 
@@ -7691,7 +7692,9 @@ class Sender:
         with self.queue.transaction():
             if self._last_loop < 0:
                 self.queue.forget_waits(self.sink.id, self.peer, self.setup)
-            destination = self._register()
+            destination = self.queue.use_destination(
+                self.sink.id, self.peer, self.digest, self.setup, time.time()
+            )
             self._clock_offset = destination.clock_offset
             if self._last_loop < 0:
                 self._last_loop = destination.last_loop
@@ -7737,9 +7740,6 @@ class Sender:
                     return False
                 self.queue.changed.wait(ROW_INTERVAL)
         return False
-
-    def _register(self) -> Destination:
-        return self.queue.use_destination(self.sink.id, self.peer, self.digest, self.setup, time.time())
 
     def _known(self) -> Destination:
         return self.queue.destination(self.sink.id, self.peer, self.digest)
@@ -7826,7 +7826,7 @@ class Sender:
                     continue
                 delivery, verdict = delivery._replace(repeats=0), None
             if verdict is not None:
-                self._settle_unsent(item, delivery, verdict)
+                self._settle_unsent(item, subject, verdict)
                 ended += 1
                 continue
             found.append((item, delivery))
@@ -7885,16 +7885,14 @@ class Sender:
                 delivery = delivery._replace(repeats=last[1], repeats_since=last[2])
         return delivery, subject, None
 
-    def _settle_unsent(self, item: QueuedDelivery, delivery: Delivery | None, verdict: Verdict) -> None:
-        """End a delivery that is sent no request."""
-        if verdict.reason_code == REPEATED.reason_code and delivery is not None:
-            subject = subject_of(delivery.escalation, delivery.resolution)
+    def _settle_unsent(self, item: QueuedDelivery, subject: str | None, verdict: Verdict) -> None:
+        """End a delivery that is sent no request. `subject`: of what it repeats."""
+        if subject is not None:
             self.queue.note_repeat(item, subject, item.stored.written_at or "")
         loop = self.shared.loops[item.loop]
         attempt = item.attempts if verdict is EXPIRED else 0
         loop.write_attempts([attempt_row(loop.job, self.sink, item, None, verdict, attempt, 0.0)])
-        leads = self.queue.settle(item, STATUS_OF_OUTCOME[verdict.outcome], verdict, item.attempts)
-        loop.note_end(item, leads=leads)
+        loop.end(item, verdict, item.attempts)
 
     # -- the request
 
@@ -7982,8 +7980,7 @@ class Sender:
             if opens_window and verdict.outcome == "delivered" and item.stored.written_at:
                 subject = subject_of(delivery.escalation, delivery.resolution)
                 self.queue.note_sent(item, subject, item.stored.written_at)
-            leads = self.queue.settle(item, STATUS_OF_OUTCOME[verdict.outcome], verdict, item.attempts + 1)
-            self.shared.loops[item.loop].note_end(item, leads=leads)
+            self.shared.loops[item.loop].end(item, verdict, item.attempts + 1)
 
     def _verdict_for(self, batch: Batch, verdict: Verdict) -> Verdict:
         """What a verdict on a request means for its deliveries. If several were refused together, each is
@@ -8165,6 +8162,13 @@ class Pass:
             summary = self._guarded(loop, loop.finish)
             outcomes[loop.job.loop_id] = loop.error or cast("JsonObject", summary)
         return outcomes
+
+    def run_one(self, loop: Loop) -> JsonObject:
+        """Finish one loop. Returns its summary. Raises DispatchError."""
+        outcome = self.run([loop])[loop.job.loop_id]
+        if isinstance(outcome, DispatchError):
+            raise outcome
+        return outcome
 
     def _ingest(self, loops: Sequence[Loop]) -> None:
         """Ingest what is new, a chunk of one loop after the other. Sending starts with the first chunk."""
@@ -8476,14 +8480,6 @@ def run_on_queue(
         return outcomes | Pass(shared, progress).run(loops)
 
 
-def run_pass(job: Job, environ: Mapping[str, str]) -> JsonObject:
-    """Run one pass over one loop. Returns the summary. Raises ConfigError, StateError or StorageError."""
-    outcome = run_loops([job], environ)[job.loop_id]
-    if isinstance(outcome, DispatchError):
-        raise outcome
-    return outcome
-
-
 def is_there(job: Job) -> bool:
     """Tell whether a loop has files or, if they were removed, something of it waits in the queue or is dead.
     No file is made for any other. If the files cannot be seen, say yes: a pass then reports what is wrong.
@@ -8665,13 +8661,7 @@ def plan_loops(jobs: Sequence[Job], environ: Mapping[str, str], *, show_payload:
     return plans
 
 
-# The fields of a summary, and of its sinks, that a plan has, too. The times of the pass are left out, because
-# it did not happen.
-DRY_RUN_FIELDS = (
-    *("schemaVersion", "loopId", "escalationsFile", "dispatchTelemetryFile", "status", *COUNT_KEYS),
-    *("failureReasonCodes", *LINE_COUNTS, "unreadCount", "stoppedBy"),
-    *("lateDispatchedCount", "lateFailedCount", "waitingCount", "deadLetterCount"),
-)
+# The fields of a summary's sinks that a plan has, too.
 DRY_RUN_SINK_FIELDS = (
     *("enabled", "sentCount", "waitingCount", "oldestPendingAt", "deadLetterCount", "perMinute"),
     *("consecutiveFailures", "nextAttemptAt", "reasonCode", "httpStatus", "message"),
@@ -8693,9 +8683,7 @@ def plan_pass(queue: Queue, job: Job, config: Config, clock: Clock, *, show_payl
         written = (json.loads(text) for _, _, text in queue.outbox(loop.id, limit=-1))
         changes = [row["message"] for row in written if "message" in row]
         waited |= queue.waiting_in(loop.id)
-        outcome = Pass(shared).run([loop])[job.loop_id]
-        if isinstance(outcome, DispatchError):
-            raise outcome
+        outcome = Pass(shared).run_one(loop)
         plans = plan_escalations(shared, loop, first_new, waited)
     if show_payload and plans:
         notes += batch_notes(config)
@@ -8704,7 +8692,8 @@ def plan_pass(queue: Queue, job: Job, config: Config, clock: Clock, *, show_payl
         notes.append(f"the last {plural(size, 'byte')} of {job.escalations_file} wait for a line feed")
     sent = [plan["timestamp"] for plan in plans if plan["decision"] == "send" and "timestamp" in plan]
     return {
-        **{key: outcome[key] for key in DRY_RUN_FIELDS},
+        # A pass that did not happen has no time and no trace.
+        **{key: outcome[key] for key in empty_summary(job, "") if key not in ("updatedAt", "traceId")},
         "status": "dry_run",
         "sinks": {
             sink_id: {key: figure[key] for key in DRY_RUN_SINK_FIELDS}
@@ -11838,9 +11827,7 @@ def redeliver_selected(
                 peers = shared.peers[item.sink]
                 queue.requeue(item.escalation, item.sink, peers, loop.id, resolution.severity, time.time())
             expect_work(job, len(chosen))
-        outcome = Pass(shared).run([loop])[job.loop_id]
-        if isinstance(outcome, DispatchError):
-            raise outcome
+        Pass(shared).run_one(loop)
         return [{**named_json(item, config), **redelivery_outcome(shared, job, item)} for item in chosen]
 
 
@@ -11918,8 +11905,7 @@ def give_up(queue: Queue, loop: Loop, item: Named) -> None:
         loop.write_attempts(
             [attempt_row(loop.job, loop.shared.config.sinks[item.sink], found, None, GIVEN_UP, 0, 0.0)]
         )
-        leads = queue.settle(found, "skipped", GIVEN_UP, found.attempts)
-        loop.note_end(found, leads=leads)
+        loop.end(found, GIVEN_UP, found.attempts)
 
 
 # The fields of a summary that say what the last pass did, and not how things are now.
@@ -12467,7 +12453,7 @@ def run_demo(
     replace_file(job.config_file, encode_json(demo_config()), durable=False)
     source = b"".join(encode_json(record) + b"\n" for record in escalations)
     replace_file(job.escalations_file, source, durable=False)
-    passes = [run_pass(job, environ) for _ in range(2)]
+    passes = [summary_of_one(job, run_loops([job], environ)[job.loop_id]) for _ in range(2)]
     in_digests = [block for body in received["slack"] for block in body["blocks"] if "block_id" in block]
     counts = {name: len(bodies) for name, bodies in received.items()} | {"slack": len(in_digests)}
     exact = all(count == len(escalations) for count in counts.values())
