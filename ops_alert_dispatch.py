@@ -1368,24 +1368,20 @@ def kind_of(value: object) -> str:
 
 def check_references(document: JsonObject) -> Iterator[str]:
     """Find references to sinks that are not there, and a backoff that begins above its maximum."""
-    sinks, routing = document.get("sinks"), document.get("routing")
-    if isinstance(sinks, dict) and sinks and isinstance(routing, dict):
-        lists: list[tuple[list[str | int], object]] = [(["defaultSinks"], routing.get("defaultSinks"))]
-        routes = routing.get("routes")
-        for index, route in enumerate(routes if isinstance(routes, list) else []):
-            if isinstance(route, dict):
-                lists.append((["routes", index, "sinks"], route.get("sinks")))
-        for place, names in lists:
-            for index, name in enumerate(names if isinstance(names, list) else []):
-                if isinstance(name, str) and name not in sinks:
-                    path = json_path(["routing", *place, index])
-                    yield f"{path}: there is no sink {name!r}; {suggest(name, list(sinks))}"
-    delivery = document.get("delivery")
-    backoff = delivery.get("backoffSeconds") if isinstance(delivery, dict) else None
-    if isinstance(backoff, dict):
-        initial, maximum = backoff.get("initial"), backoff.get("max")
-        if isinstance(initial, int | float) and isinstance(maximum, int | float) and initial > maximum:
-            yield f"$.delivery.backoffSeconds: initial {initial} is more than max {maximum}; swap them"
+    sinks, routing = mapping(document.get("sinks")), mapping(document.get("routing"))
+    lists: list[tuple[list[str | int], object]] = [(["defaultSinks"], routing.get("defaultSinks"))]
+    routes = routing.get("routes")
+    for index, route in enumerate(routes if isinstance(routes, list) else []):
+        lists.append((["routes", index, "sinks"], mapping(route).get("sinks")))
+    for place, names in lists if sinks else ():
+        for index, name in enumerate(names if isinstance(names, list) else []):
+            if isinstance(name, str) and name not in sinks:
+                path = json_path(["routing", *place, index])
+                yield f"{path}: there is no sink {name!r}; {suggest(name, list(sinks))}"
+    backoff = mapping(mapping(document.get("delivery")).get("backoffSeconds"))
+    initial, maximum = backoff.get("initial"), backoff.get("max")
+    if isinstance(initial, int | float) and isinstance(maximum, int | float) and initial > maximum:
+        yield f"$.delivery.backoffSeconds: initial {initial} is more than max {maximum}; swap them"
 
 
 # RFC 9110, sections 6 to 11: headers that frame a message or name its receiver. The program sets them, or
@@ -1991,11 +1987,8 @@ def unterminated(path: str) -> tuple[int, float]:
     """How many bytes follow the last line feed of a file, and when it was last written to; 0 and 0.0 if it is
     not there. Raises StorageError."""
     try:
-        file = LogFile(path)
-        try:
+        with contextlib.closing(LogFile(path)) as file:
             return file.size - file.end_of_lines(), file.written_at
-        finally:
-            file.close()
     except FileNotFoundError:
         return 0, 0.0
     except OSError as error:
@@ -4997,9 +4990,7 @@ def held_back_fields(delivery: Delivery) -> JsonObject:
 
 
 def held_back_text(delivery: Delivery) -> str:
-    """`and 14 repeats held back since 2026-03-01T12:00:00Z`; empty if there are none."""
-    if not delivery.repeats:
-        return ""
+    """`and 14 repeats held back since 2026-03-01T12:00:00Z`."""
     since = shown(delivery.repeats_since, 40) or "?"
     return f"and {plural(delivery.repeats, 'repeat')} held back since {since}"
 
@@ -7519,16 +7510,10 @@ def lines_up_to(job: Job, row: JsonObject) -> int:
 def find_place(path: str, number: int, fingerprint: str, offset: int, line: int) -> Cursor:
     """A cursor at a place that a row names, in the file that has this fingerprint now."""
     for name in (path, *reversed(neighbours(path, os.path.realpath(path)))):
-        with contextlib.suppress(OSError):
-            file = LogFile(name)
-            try:
-                if file.fingerprint() == fingerprint and file.size >= offset:
-                    tail = file.tail_before(offset)
-                    return Cursor(
-                        number, fingerprint, *file.identity, offset, line, tail, seen_at=time.time()
-                    )
-            finally:
-                file.close()
+        with contextlib.suppress(OSError), contextlib.closing(LogFile(name)) as file:
+            if file.fingerprint() == fingerprint and file.size >= offset:
+                tail = file.tail_before(offset)
+                return Cursor(number, fingerprint, *file.identity, offset, line, tail, seen_at=time.time())
     # It is gone: what came after it is new.
     return Cursor(number, fingerprint, 0, 0, offset, line, "", seen_at=time.time())
 
@@ -8558,11 +8543,9 @@ def idle_status(job: Job, cursor: Cursor) -> str | None:
         return "no_source" if never_was else None
     except OSError:
         return None
-    try:
+    with contextlib.closing(file):
         same = file.identity == cursor.identity and file.size == cursor.offset and file.holds(cursor)
         return "no_new_escalations" if same else None
-    finally:
-        file.close()
 
 
 def note_invalid_config(job: Job, error: ConfigError, wait: float) -> None:
