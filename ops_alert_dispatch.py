@@ -1203,8 +1203,8 @@ def parse_config(path: str, raw: bytes) -> tuple[JsonObject, list[str]]:
         document = dict(pairs)
         if len(document) < len(pairs):
             twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-            shown = ", ".join(show_value(key) for key in sorted(twice)[:MAX_FAULTS])
-            faults.append(f"$: the key {shown} stands twice in one object; take one out")
+            keys = ", ".join(show_value(key) for key in sorted(twice)[:MAX_FAULTS])
+            faults.append(f"$: the key {keys} stands twice in one object; take one out")
         return document
 
     def no_number(word: str) -> None:
@@ -1306,10 +1306,10 @@ def explain_schema_error(error: Any, common: Iterable[str]) -> Iterator[str]:
                 if key not in known and not key.startswith("x-"):
                     yield f"{json_path([*path, key])}: unknown key; {suggest(key, known)}"
         case "enum":
-            shown = show_value(value)
+            text = show_value(value)
             near = nearest(value, rule)
             advice = f"did you mean {near!r}?" if near else "set it to one of them"
-            yield f"{json_path(path)}: {shown} is not one of {', '.join(rule)}; {advice}"
+            yield f"{json_path(path)}: {text} is not one of {', '.join(rule)}; {advice}"
         case "const":
             yield f"{json_path(path)}: {show_value(value)} is not {json.dumps(rule)}; set it to that"
         case "type":
@@ -2443,7 +2443,7 @@ class Escalation(NamedTuple):
 
 
 # Why a line is no escalation. (Nothing is wrong with a blank one.)
-UNUSABLE = {"invalid_escalation_json", "missing_escalation_category", "escalation_too_large"}
+UNUSABLE_CODES = {"invalid_escalation_json", "missing_escalation_category", "escalation_too_large"}
 
 
 class Unusable(NamedTuple):
@@ -2630,7 +2630,7 @@ READ_FIELDS = {
 COMMON_FIELDS = {"timestamp", "loopId", "traceId", "category", "transport", "severity"}
 
 
-def explain(escalation: Escalation) -> list[str]:
+def details_of(escalation: Escalation) -> list[str]:
     """Say in short lines what a person needs to know of a record, worst news first; at least one line.
 
     Reads what the host's categories have: reasons with observed and threshold, divergence flags, sequence
@@ -3036,7 +3036,7 @@ CODES: dict[str, Code] = {
         "minSeverity of the route",
     ),
     "skipped_by_operator": Code(
-        "An operator gave the delivery up, or dismissed the dead letter, with `skip`.",
+        "An operator skipped the delivery, or dismissed the dead letter, with `skip`.",
         "Run `{show}`.",
         "nothing to do if that was meant; else `{redeliver_one}` sends it after all",
     ),
@@ -3168,6 +3168,7 @@ class Verdict(NamedTuple):
 QUEUE_VERSION = 1
 # After this many attempts the fault may be in the record: other records go first.
 SAME_RECORD_ATTEMPTS = 5
+# What an attempt makes of its delivery. After any other outcome it still waits.
 STATUS_OF_OUTCOME = {"delivered": "delivered", "dead_letter": "dead", "skipped": "skipped"}
 # How long `status` reports a loss, in seconds: long enough for the person on duty to see it.
 LOSS_SHOWN = 86400.0
@@ -3455,9 +3456,9 @@ class QueuedEscalation(NamedTuple):
         return cls(*place, *kind, now, False, None if waits else now, found.raw_line, found.raw)
 
 
-class Named(NamedTuple):
-    """A delivery that an operator may name, without its record; `line` counts from 1. `sink` and `status` are
-    empty if the escalation has no delivery. `escalation` is 0 if the queue does not have it."""
+class Selectable(NamedTuple):
+    """A delivery that an operator may select, without its record; `line` counts from 1. `sink` and `status`
+    are empty if the escalation has no delivery. `escalation` is 0 if the queue does not have it."""
 
     escalation: int
     escalation_id: str
@@ -3476,7 +3477,7 @@ class Named(NamedTuple):
         return self.segment, self.offset, self.escalation_id, self.sink
 
 
-NAMED_COLUMNS = (
+SELECTABLE_COLUMNS = (
     "e.id, e.escalation_id, e.segment, e.offset, e.line, e.category, e.severity, e.written_at, "
     "coalesce(d.sink, ''), coalesce(d.status, '')"
 )
@@ -3488,8 +3489,10 @@ DESTINATION_COLUMNS = ", ".join(Destination._fields)
 class Queue:
     """A connection to the queue.
 
-    The lock `changed` keeps threads apart, and a lock file keeps processes apart. So no two transactions
+    The lock of `changed` keeps threads apart, and a lock file keeps processes apart. So no two transactions
     meet, and no checkpoint meets a write: SQLite before 3.51.3 can damage a database if one does.
+
+    `changed` is notified when something to send may have come, and when a sender or the whole pass ends.
     """
 
     def __init__(self, path: str) -> None:
@@ -3539,7 +3542,7 @@ class Queue:
                 queue._lock_file = os.open(f"{path}.lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
                 queue._take(fcntl.LOCK_SH)
             # A log that a kill has left must be read; without one, SQLite would make files to share.
-            queue._connect("?mode=ro" if has_log(path) else "?immutable=1")
+            queue._connect("?mode=ro" if has_wal(path) else "?immutable=1")
             queue._check_version()
         return queue
 
@@ -4457,36 +4460,36 @@ class Queue:
 
     # -- what operators name
 
-    def dead_letters(self, loop: int) -> list[Named]:
+    def dead_letters(self, loop: int) -> list[Selectable]:
         """The dead letters of a loop, in the order of ingestion."""
         dead = "SELECT escalation FROM deliveries INDEXED BY dead WHERE status = 'dead' AND loop = ?"
-        return self._named(loop, f"e.id IN ({dead}) AND d.status = 'dead'", loop)
+        return self._selectable(loop, f"e.id IN ({dead}) AND d.status = 'dead'", loop)
 
-    def waiting_up_to(self, loop: int, sink: str, segment: str, line: int) -> list[Named]:
+    def waiting_up_to(self, loop: int, sink: str, segment: str, line: int) -> list[Selectable]:
         """What waits of a loop for a sink, but for the lines after `line` of this segment."""
         waiting = "SELECT escalation FROM deliveries INDEXED BY waiting WHERE status = 'waiting' AND sink = ?"
         condition = f"e.id IN ({waiting}) AND d.status = 'waiting' AND d.sink = ?"
-        return self._named(
+        return self._selectable(
             loop, f"{condition} AND (e.segment <> ? OR e.line <= ?)", sink, sink, segment, line
         )
 
-    def on_lines(self, loop: int, segment: str, first: int, last: int) -> list[Named]:
+    def on_lines(self, loop: int, segment: str, first: int, last: int) -> list[Selectable]:
         """The deliveries of a loop's escalations on these lines of a segment, in the order of ingestion."""
-        return self._named(loop, "e.segment = ? AND e.line BETWEEN ? AND ?", segment, first, last)
+        return self._selectable(loop, "e.segment = ? AND e.line BETWEEN ? AND ?", segment, first, last)
 
-    def with_id(self, loop: int, escalation_id: str) -> list[Named]:
+    def with_id(self, loop: int, escalation_id: str) -> list[Selectable]:
         """The deliveries of a loop's escalations with this id, in the order of ingestion."""
-        return self._named(loop, "e.escalation_id = ?", escalation_id)
+        return self._selectable(loop, "e.escalation_id = ?", escalation_id)
 
-    def _named(self, loop: int, condition: str, *values: object) -> list[Named]:
+    def _selectable(self, loop: int, condition: str, *values: object) -> list[Selectable]:
         """The escalations of a loop for which a condition holds, one for each of their sinks. In the
         condition `e` is the escalation, `d` the delivery that leads for its sink."""
         rows = self.execute(
-            f"SELECT {NAMED_COLUMNS} FROM escalations e LEFT JOIN deliveries d ON d.escalation = e.id "
+            f"SELECT {SELECTABLE_COLUMNS} FROM escalations e LEFT JOIN deliveries d ON d.escalation = e.id "
             f"AND d.lead WHERE e.loop = ? AND e.unusable IS NULL AND {condition} ORDER BY e.id",
             *(loop, *values),
         )
-        return [Named(*row) for row in rows]
+        return [Selectable(*row) for row in rows]
 
     def latest(
         self, loop_id: str | None, category: str | None, since: float, before: int
@@ -4668,7 +4671,7 @@ def quote_path(path: str) -> str:
     return path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
 
 
-def has_log(path: str) -> bool:
+def has_wal(path: str) -> bool:
     """Tell whether a queue has a write-ahead log with something in it: it is in use, or a pass was killed."""
     found = stat_of(f"{path}-wal")
     return found is not None and found.st_size > 0
@@ -5004,7 +5007,7 @@ def headline(delivery: Delivery, limit: int) -> str:
     At most `limit` characters long. Its end, which says what was held back, is never cut off.
     """
     escalation = delivery.escalation
-    what = ", ".join(reason_codes(escalation)) or explain(escalation)[0]
+    what = ", ".join(reason_codes(escalation)) or details_of(escalation)[0]
     where = f"{shown(escalation.category, 100)} on {shown(escalation.loop_id, 100)}"
     tail = f" ({held_back_text(delivery)})" if delivery.repeats else ""
     return cut(f"[{delivery.resolution.event_severity}] {where}: {what}", limit - len(tail)) + tail
@@ -5173,7 +5176,7 @@ def slack_message(delivery: Delivery, origin: Origin) -> JsonObject:
     title = f"{SEVERITY_EMOJI[severity]} {shown(escalation.category, 80)} on {shown(escalation.loop_id, 60)}"
     blocks = [
         slack_header(title) | {"block_id": escalation.id},
-        slack_section(bullets(explain(escalation), SLACK_SECTION, slack_escape)),
+        slack_section(bullets(details_of(escalation), SLACK_SECTION, slack_escape)),
         slack_context(facts_of(delivery, origin)),
     ]
     if delivery.repeats:
@@ -5217,7 +5220,7 @@ def slack_digest_line(delivery: Delivery, *, name_loop: bool) -> str:
     parts = [
         f"{emoji} {shown(escalation.category, 80)}{where}",
         shown(escalation.timestamp, 40),
-        "; ".join(explain(escalation)),
+        "; ".join(details_of(escalation)),
     ]
     tail = f" · {held_back_text(delivery)}" if delivery.repeats else ""
     tail = slack_escape(tail, SLACK_DIGEST_LINE // 2)
@@ -5300,7 +5303,7 @@ class DiscordAdapter(Adapter):
         facts = [discord_block_text(fact, DISCORD_FACT) for fact in facts_of(delivery, origin)]
         tail = "\n".join(["", "", *facts, f"id {escalation.id}", "```"])
         room = DISCORD_CONTENT - utf16_length(head + tail)
-        reasons = bullets(explain(escalation), room, discord_block_text, length=utf16_length)
+        reasons = bullets(details_of(escalation), room, discord_block_text, length=utf16_length)
         message = {
             "content": head + reasons + tail,
             # Discord, "Allowed Mentions Object": an empty `parse` lets no text mention anybody.
@@ -5362,7 +5365,7 @@ class TeamsAdapter(Adapter):
         [delivery] = deliveries
         escalation, severity = delivery.escalation, delivery.resolution.event_severity
         title = f"{SEVERITY_EMOJI[severity]} {shown(headline(delivery, TEAMS_HEADLINE), TEAMS_HEADLINE)}"
-        reasons = bullets(explain(escalation), TEAMS_TEXT, shown, TEAMS_LINES)
+        reasons = bullets(details_of(escalation), TEAMS_TEXT, shown, TEAMS_LINES)
         facts = " · ".join([*facts_of(delivery, origin), f"id {escalation.id}"])
         card = {
             "$schema": "http://adaptivecards.io/schemas/adaptive-card.json",
@@ -5573,7 +5576,7 @@ class AlertmanagerAdapter(Adapter):
             "labels": {name: cut_identity(value, ALERT_LABEL) for name, value in labels.items()},
             "annotations": {
                 "summary": headline(delivery, ALERT_SUMMARY),
-                "description": cut("\n".join(explain(escalation)), ALERT_DESCRIPTION),
+                "description": cut("\n".join(details_of(escalation)), ALERT_DESCRIPTION),
                 "escalationId": escalation.id,
                 "traceId": shown(escalation.trace_id or origin.trace_id),
             },
@@ -6152,7 +6155,7 @@ def timed_out(sink: Sink, *places: str) -> Verdict:
 # loop that the queue does not know. So a summary must not say that nothing is waiting while something is.
 
 # The reason codes of losses: of what reached no sink, and will not by itself. `status` reports them.
-LOSS_CODES = {*UNUSABLE, "no_dispatchable_sinks", "sink_removed", "source_replaced", "queue_lost"}
+LOSS_CODES = {*UNUSABLE_CODES, "no_dispatchable_sinks", "sink_removed", "source_replaced", "queue_lost"}
 
 
 class Job(NamedTuple):
@@ -7774,14 +7777,14 @@ class Sender:
         prefetch = size == 1 and len(self.shared.active) == 1 and not self.shared.config.repeat_window
         most = PREFETCH_COUNT if prefetch else size
         found: Batch = []
-        ended = 0
+        settled = 0
         if self._set_aside and failing:
             # A record that was tried less often shows whether the fault is in the record or in the sink.
-            found, ended = self._choose(most, now, below_limit=True)
-        if not found and not ended:
-            found, ended = self._choose(most, now)
+            found, settled = self._choose(most, now, below_limit=True)
+        if not found and not settled:
+            found, settled = self._choose(most, now)
         if not found:
-            return 0.0 if ended else None
+            return 0.0 if settled else None
         self.queue.set_in_flight((item for item, _ in found), in_flight=True)
         if prefetch:
             self._prefetched.extend(found[1:])
@@ -7794,11 +7797,11 @@ class Sender:
         """Choose up to `most` deliveries, and settle those that need no request; returns how many these were
         as well. `below_limit`: only what was tried less than SAME_RECORD_ATTEMPTS times."""
         found: Batch = []
-        ended = 0
+        settled = 0
         # By loop and subject, when what was chosen of it was written; None: a repeat was left behind.
         subjects: dict[tuple[int, str], float | None] = {}
         for item in self._candidates(most, now, below_limit=below_limit):
-            if len(found) == most or ended >= SETTLED_AT_ONCE or (found and item.alone):
+            if len(found) == most or settled >= SETTLED_AT_ONCE or (found and item.alone):
                 break
             delivery, subject, verdict = self._look_at(item, now)
             written_at = parse_time(item.stored.written_at) or 0.0
@@ -7812,7 +7815,7 @@ class Sender:
                 delivery, verdict = delivery._replace(repeats=0), None
             if verdict is not None:
                 self._settle_unsent(item, subject, verdict)
-                ended += 1
+                settled += 1
                 continue
             found.append((item, delivery))
             if subject is not None:
@@ -7820,7 +7823,7 @@ class Sender:
             self._last_loop = item.loop
             if item.alone:
                 break
-        return found, ended
+        return found, settled
 
     def _candidates(self, most: int, now: float, *, below_limit: bool = False) -> Iterator[QueuedDelivery]:
         """What waits and may be sent now, in the order in which it goes out."""
@@ -7922,7 +7925,7 @@ class Sender:
         self.deadline = None
         return verdict
 
-    def give_up_waiting(self) -> None:
+    def time_out(self) -> None:
         """Record the attempt that is on its way as timed out, and wait for its thread no longer. The main
         thread calls this, with the queue's lock held."""
         with self.queue.transaction():
@@ -7980,7 +7983,8 @@ class Sender:
 
     def _note_answer(self, destination: Destination, verdict: Verdict, now: float) -> None:
         self._failures_in_row = 0
-        # A time in the future is that of a clock that was ahead.
+        # It is written down before it is too old to be fresh, and not with each answer: that would cost a
+        # write a request. A time in the future is that of a clock that was ahead.
         noted = now - FRESH_SECONDS / 2 <= (destination.last_success_at or 0.0) <= now
         if destination.consecutive_failures or not noted:
             delivered = verdict.outcome == "delivered"
@@ -8019,7 +8023,7 @@ class Sender:
 
     def _postpone(self, batch: Batch, destination: Destination, verdict: Verdict, now: float) -> Retry:
         """Decide when to try again, and note what that means for the destination."""
-        if verdict.fault == "record_refused":
+        if verdict.fault == "record_refused":  # of several together: see `_verdict_for`
             self._note_answer(destination, verdict, now)
             return Retry(0.0, quick=True, alone=True)
         self._failures_in_row += 1
@@ -8232,7 +8236,7 @@ class Pass:
             for sender in self._senders.values():
                 deadline = sender.deadline  # its thread clears it without the lock
                 if deadline is not None and time.monotonic() > deadline:
-                    sender.give_up_waiting()
+                    sender.time_out()
             if self._shared.error is not None:
                 for sender in self._senders.values():
                     # What is on its way is waited for: its answer is written down.
@@ -8281,9 +8285,9 @@ def run_loops(
     with contextlib.ExitStack() as everything:
         queues = everything.enter_context(contextlib.closing(QueueHolder(jobs[0])))
         busy: list[tuple[Job, contextlib.ExitStack]] = []
-        begun = 0
+        looked_at = 0
         for index, job in enumerate(jobs):
-            begun += 1
+            looked_at += 1
             files = everything.enter_context(contextlib.ExitStack())
             try:
                 if job.loop_id in unknown:
@@ -8304,8 +8308,8 @@ def run_loops(
             finally:
                 files.close()
             if busy and (len(busy) == at_once or index == len(jobs) - 1):
-                # These loops get their part of the time that is left; the others get the rest.
-                share = begun / (len(jobs) - index - 1 + begun)
+                # Of the loops that are left, these and the idle ones between them get their part of the time.
+                share = looked_at / (len(jobs) - index - 1 + looked_at)
                 part = Clock(clock.left * share, clock.stop)
                 with part.ends_on_signals():
                     outcomes |= run_busy_loops(queues, config, [job for job, _ in busy], part, progress)
@@ -8314,7 +8318,7 @@ def run_loops(
                     if isinstance(outcome, DispatchError):
                         note_failed_pass(done, outcome)
                     held.close()
-                busy, begun = [], 0
+                busy, looked_at = [], 0
     return outcomes
 
 
@@ -8354,7 +8358,7 @@ class QueueHolder:
 
     def replace(self) -> Queue:
         """Keep a queue aside that turned out to be damaged, and start a new one."""
-        self._give_up()
+        self._set_aside_damaged()
         return self.get()
 
     def close(self) -> None:
@@ -8364,11 +8368,11 @@ class QueueHolder:
         try:
             self._queue.purge(time.time(), more=lambda: time.monotonic() < until)
         except DamagedQueueError:
-            self._give_up()  # the pass has done its work: the next one starts a new queue
+            self._set_aside_damaged()  # the pass has done its work: the next one starts a new queue
         else:
             self._queue.close()
 
-    def _give_up(self) -> None:
+    def _set_aside_damaged(self) -> None:
         if self._queue is not None:
             damaged = self._queue
             self._queue = None
@@ -8382,7 +8386,7 @@ def was_closed_cleanly(path: str) -> bool:
     have it open."""
     try:
         with open(path, "rb", buffering=0) as file:
-            return file.read(len(QUEUE_HEAD)) == QUEUE_HEAD and not has_log(path)
+            return file.read(len(QUEUE_HEAD)) == QUEUE_HEAD and not has_wal(path)
     except OSError:
         return False
 
@@ -8586,9 +8590,8 @@ def write_failed_pass(
 ) -> None:
     """Write the summary of a pass that could not do its work. `document`: what is known from earlier passes.
     Raises StorageError."""
-    check_room(
-        os.path.dirname(job.state_file)
-    )  # on a full disk, the old summary is better than half a new one
+    # On a full disk, the old summary is better than half a new one.
+    check_room(os.path.dirname(job.state_file))
     now = iso(time.time())
     summary = {
         **empty_summary(job, status),
@@ -8936,8 +8939,8 @@ def check_loop_id(_: click.Context, param: click.Parameter, value: str | None) -
 def loop_id_fault(loop_id: str) -> str | None:
     """Say why a text cannot be a loop id, which names a folder; None if it can."""
     if loop_id in ("", ".", "..") or loop_id[0] == "-" or "/" in loop_id or printable(loop_id) != loop_id:
-        shown = spell_out(loop_id)
-        return f"'{shown}' is no loop id: an id is one path component, printable, and does not begin with -"
+        text = spell_out(loop_id)
+        return f"'{text}' is no loop id: an id is one path component, printable, and does not begin with -"
     if len(loop_id.encode("utf-8", "surrogateescape")) > MAX_LOOP_ID_BYTES:
         return f"a loop id is at most {MAX_LOOP_ID_BYTES} bytes long"
     return None
@@ -8970,8 +8973,8 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]], drop: Colle
     columns: dict[str, list[str]] = {heading: [] for heading in headings}
     for row in rows:
         for heading, cell in zip(headings, row, strict=True):
-            shown = cell if isinstance(cell, Styled) else printable("-" if cell is None else str(cell))
-            columns[heading].append(shown)
+            text = cell if isinstance(cell, Styled) else printable("-" if cell is None else str(cell))
+            columns[heading].append(text)
     if is_terminal(sys.stdout):
         import shutil
 
@@ -9454,7 +9457,7 @@ LOOP_COUNTS = {
 
 def summarise_loops(repo: str, outcomes: Mapping[str, Result], *, dry_run: bool) -> JsonObject:
     """The summary of a run over many loops: their sums, and each loop's own status and counts."""
-    shown = (
+    fields = (
         *("loopId", "status", "message", "stoppedBy", *LOOP_COUNTS, "failureReasonCodes", "sinks"),
         *("oldestAt", "escalations", "notes"),  # only in plans
     )
@@ -9463,7 +9466,7 @@ def summarise_loops(repo: str, outcomes: Mapping[str, Result], *, dry_run: bool)
         if isinstance(outcome, DispatchError):
             loops.append({"loopId": name, "status": "error", "message": str(outcome)})
         else:
-            loops.append({key: outcome[key] for key in shown if key in outcome})
+            loops.append({key: outcome[key] for key in fields if key in outcome})
     sums = {key: sum(loop.get(key, 0) for loop in loops) for key in LOOP_COUNTS}
     statuses = Counter(loop["status"] for loop in loops)
     return {
@@ -9613,7 +9616,7 @@ def progress_bar() -> Iterator[Progress | None]:
         yield None
         return
     bar = click.progressbar(length=1, file=sys.stderr, show_pos=True, show_eta=False)
-    with contextlib.ExitStack() as shown:
+    with contextlib.ExitStack() as open_bar:
 
         def update(done: int, total: int, left: float) -> None:
             if not total:  # no empty bar above an early error
@@ -9623,7 +9626,7 @@ def progress_bar() -> Iterator[Progress | None]:
             if bar.entered:
                 bar.render_progress()
             else:
-                shown.enter_context(bar)
+                open_bar.enter_context(bar)
 
         yield update
 
@@ -9770,8 +9773,8 @@ def request_lines(escalations: Iterable[JsonObject], loop: str) -> Iterator[str]
         for sink in item.get("sinks", []):
             if "request" in sink:
                 head = printable(f"{loop}line {item['line']} to {sink['id']}:")
-                shown = json.dumps(sink["request"], indent=2, ensure_ascii=False)
-                yield from ("", click.style(head, bold=True), *map(printable, shown.splitlines()))
+                text = json.dumps(sink["request"], indent=2, ensure_ascii=False)
+                yield from ("", click.style(head, bold=True), *map(printable, text.splitlines()))
 
 
 def plan_table(plans: Sequence[JsonObject], now: float, *, several: bool) -> str:
@@ -9796,7 +9799,7 @@ def plan_table(plans: Sequence[JsonObject], now: float, *, several: bool) -> str
 def plan_cell(item: JsonObject) -> str:
     """The decisions on an escalation, or on a line that is not one, in a cell."""
     if not item.get("sinks"):
-        return f"{'failed' if item['decision'] in UNUSABLE else 'skipped'} ({item['decision']})"
+        return f"{'failed' if item['decision'] in UNUSABLE_CODES else 'skipped'} ({item['decision']})"
     order = list(PLAN_WORDS)
     sinks = sorted(item["sinks"], key=lambda sink: order.index(sink["decision"]))
     words = (
@@ -11364,8 +11367,8 @@ def escalation_text(found: JsonObject, now: float) -> str:
         lines.append(f"{printable(name)}  {word}{printable(why)}")
         lines += [printable(f"  {attempt_text(attempt, now)}") for attempt in item["attempts"]]
     if "record" in found:
-        shown = json.dumps(strict_value(found["record"]), indent=2, ensure_ascii=False)
-        lines += ["Record:", *(f"  {printable(line)}" for line in shown.splitlines())]
+        text = json.dumps(strict_value(found["record"]), indent=2, ensure_ascii=False)
+        lines += ["Record:", *(f"  {printable(line)}" for line in text.splitlines())]
     if "rawLine" in found:
         lines += ["Line:", printable(f"  {found['rawLine']}")]
     return "\n".join(lines)
@@ -11413,7 +11416,7 @@ def show(
 # lock while they search and while they act, but not while they ask.
 
 SKIPPED_BY_OPERATOR = "skipped_by_operator"
-GIVEN_UP = Verdict("skipped", SKIPPED_BY_OPERATOR, message="given up by an operator")
+SKIPPED = Verdict("skipped", SKIPPED_BY_OPERATOR, message="skipped by an operator")
 # How long an operator's command waits for a pass to end, in seconds.
 OPERATOR_WAIT = 10.0
 
@@ -11591,7 +11594,7 @@ class Selection(NamedTuple):
     sink_id: str | None = None
 
 
-def named_json(item: Named, config: Config) -> JsonObject:
+def selectable_json(item: Selectable, config: Config) -> JsonObject:
     """A delivery that an operator named, in JSON."""
     return {
         "escalationId": item.escalation_id,
@@ -11617,21 +11620,21 @@ def operator_lock(job: Job) -> Iterator[None]:
         yield
 
 
-def find_selected(job: Job, config: Config, selection: Selection) -> list[Named]:
+def find_selected(job: Job, config: Config, selection: Selection) -> list[Selectable]:
     """Find the deliveries that an operator names. Changes nothing.
 
     Raises BadParameter if there is no such escalation or line, StateError if there is no such loop, if a pass
     holds it, or if none has run for it but has to; StorageError.
     """
     with operator_lock(job):
-        known: list[Named] = []
+        known: list[Selectable] = []
         cursor = None
         queue = open_to_read(job)
         if queue is not None:
             with queue:
                 if found := queue.find_loop(job.loop_id):
                     loop, cursor, _ = found
-                    known = find_named(queue, loop, cursor, selection)
+                    known = find_selectable(queue, loop, cursor, selection)
         in_queue = cursor is not None
         # The queue is closed: passes over other loops go on while the source is read.
         cursor = cursor or read_past(job).cursor
@@ -11641,16 +11644,18 @@ def find_selected(job: Job, config: Config, selection: Selection) -> list[Named]
         with contextlib.closing(Source(job.escalations_file, cursor)) as source:
             if selection.waiting_to is not None and not in_queue:
                 new = read_new(job, source)
-                known = [name_of(stored) for stored in new if stored.line <= selection.waiting_to]
+                known = [selectable_of(stored) for stored in new if stored.line <= selection.waiting_to]
             elif selection.lines is not None:
                 check_lines(job, source, selection.lines[0])
-                known += [name_of(stored) for stored in read_unknown(job, source, selection.lines, known)]
+                known += [
+                    selectable_of(stored) for stored in read_unknown(job, source, selection.lines, known)
+                ]
     if selection.escalation is not None and not known:
         explain_unknown(job, selection.escalation)
     return select(known, Router(config), selection)
 
 
-def find_named(queue: Queue, loop: int, cursor: Cursor, selection: Selection) -> list[Named]:
+def find_selectable(queue: Queue, loop: int, cursor: Cursor, selection: Selection) -> list[Selectable]:
     """The deliveries in the queue that an operator names."""
     if selection.dead_letters:
         return queue.dead_letters(loop)
@@ -11669,7 +11674,7 @@ def read_new(job: Job, source: Source) -> Iterator[QueuedEscalation]:
 
 
 def read_unknown(
-    job: Job, source: Source, lines: tuple[int, int], known: Iterable[Named]
+    job: Job, source: Source, lines: tuple[int, int], known: Iterable[Selectable]
 ) -> Iterator[QueuedEscalation]:
     """The escalations of lines that were read, but are not in the queue: they are older than the queue, or it
     keeps them no longer. Raises StorageError."""
@@ -11687,17 +11692,17 @@ def escalations_of(job: Job, segment: str, line: Line) -> Iterator[QueuedEscalat
             yield QueuedEscalation.of(0, 0, found, segment, line, time.time())._replace(reported=True)
 
 
-def name_of(stored: QueuedEscalation) -> Named:
+def selectable_of(stored: QueuedEscalation) -> Selectable:
     """An escalation without deliveries, as the queue's `named` would have it."""
-    return Named(
+    return Selectable(
         *(stored.id, stored.escalation_id, stored.segment, stored.offset, stored.line),
         *(stored.category, stored.severity, stored.written_at),
     )
 
 
-def select(known: Sequence[Named], router: Router, selection: Selection) -> list[Named]:
+def select(known: Sequence[Selectable], router: Router, selection: Selection) -> list[Selectable]:
     """The deliveries of these escalations that an operator names."""
-    chosen: dict[object, Named] = {}
+    chosen: dict[object, Selectable] = {}
     for _, group in itertools.groupby(known, key=lambda named: (named.escalation, named.key[:3])):
         rows = list(group)
         status_of = {named.sink: named.status for named in rows if named.sink}
@@ -11711,7 +11716,7 @@ def select(known: Sequence[Named], router: Router, selection: Selection) -> list
 
 
 def select_sinks(
-    named: Named, status_of: Mapping[str, str], router: Router, selection: Selection
+    named: Selectable, status_of: Mapping[str, str], router: Router, selection: Selection
 ) -> list[str]:
     """The sinks of an escalation that an operator names. `status_of`: its deliveries, by sink."""
     skipping = selection.waiting_to is not None
@@ -11759,7 +11764,7 @@ def explain_unknown(job: Job, escalation: str) -> NoReturn:
     """Say why an escalation that is not in the queue cannot be redelivered: its line is not an escalation, it
     was settled too long ago, or there is no record of it. Raises BadParameter."""
     found = read_rows_of(job.telemetry_file, job.loop_id, escalation)
-    unusable = {str(row.get("reasonCode")) for row in found} & {*UNUSABLE, "blank_line"}
+    unusable = {str(row.get("reasonCode")) for row in found} & {*UNUSABLE_CODES, "blank_line"}
     if unusable:
         said = f"its line is no escalation ({unusable.pop()}): append a corrected one to the source"
     elif found:
@@ -11790,7 +11795,7 @@ def operator_pass(job: Job, config: Config, woken: Collection[str] = ()) -> Iter
 
 
 def redeliver_selected(
-    job: Job, config: Config, selection: Selection, shown: Sequence[Named]
+    job: Job, config: Config, selection: Selection, shown: Sequence[Selectable]
 ) -> list[JsonObject]:
     """Queue the deliveries again that an operator was shown, and run a pass. Returns what came of each.
 
@@ -11803,7 +11808,7 @@ def redeliver_selected(
         queue = shared.queue
         with queue.transaction():
             add_unknown(queue, loop, selection, {key[:3] for key in keys})
-            known = find_named(queue, loop.id, loop.source.cursor, selection)
+            known = find_selectable(queue, loop.id, loop.source.cursor, selection)
             chosen = [item for item in select(known, shared.router, selection) if item.key in keys]
             for item in chosen:
                 resolution = shared.router.resolve(item.category, item.severity)
@@ -11811,7 +11816,7 @@ def redeliver_selected(
                 queue.requeue(item.escalation, item.sink, peers, loop.id, resolution.severity, time.time())
             expect_work(job, len(chosen))
         Pass(shared).run_one(loop)
-        return [{**named_json(item, config), **redelivery_outcome(shared, job, item)} for item in chosen]
+        return [{**selectable_json(item, config), **redelivery_outcome(shared, job, item)} for item in chosen]
 
 
 def add_unknown(queue: Queue, loop: Loop, selection: Selection, places: Collection[object]) -> None:
@@ -11819,7 +11824,7 @@ def add_unknown(queue: Queue, loop: Loop, selection: Selection, places: Collecti
     id of those that the operator was shown. Raises StorageError."""
     if selection.lines is None:
         return
-    known = find_named(queue, loop.id, loop.source.cursor, selection)
+    known = find_selectable(queue, loop.id, loop.source.cursor, selection)
     fresh = [
         stored
         for stored in read_unknown(loop.job, loop.source, selection.lines, known)
@@ -11829,7 +11834,7 @@ def add_unknown(queue: Queue, loop: Loop, selection: Selection, places: Collecti
     queue.add_escalations([stored._replace(id=next(numbers), loop=loop.id) for stored in fresh])
 
 
-def redelivery_outcome(shared: Shared, job: Job, item: Named) -> JsonObject:
+def redelivery_outcome(shared: Shared, job: Job, item: Selectable) -> JsonObject:
     """What came of a redelivery, in JSON."""
     found = shared.queue.lead(item.escalation, item.sink)
     if found is None:
@@ -11856,21 +11861,21 @@ def redelivery_outcome(shared: Shared, job: Job, item: Named) -> JsonObject:
 
 
 def skip_deliveries(
-    job: Job, config: Config, selection: Selection, shown: Sequence[Named]
-) -> tuple[list[Named], str]:
-    """Give up the deliveries that an operator was shown, and write that into the telemetry. Returns those
+    job: Job, config: Config, selection: Selection, shown: Sequence[Selectable]
+) -> tuple[list[Selectable], str]:
+    """Skip the deliveries that an operator was shown, and write that into the telemetry. Returns those
     that were still there, and the segment of the source's current file. Raises DispatchError."""
     keys = {item.key for item in shown}
     with operator_pass(job, config) as (shared, loop):
         queue = shared.queue
         while loop.is_new and loop.ingest():
             queue.tidy()
-        known = find_named(queue, loop.id, loop.source.cursor, selection)
+        known = find_selectable(queue, loop.id, loop.source.cursor, selection)
         chosen = [item for item in select(known, shared.router, selection) if item.key in keys]
         for start in range(0, len(chosen), ROWS_AT_ONCE):
             with queue.transaction():
                 for item in chosen[start : start + ROWS_AT_ONCE]:
-                    give_up(queue, loop, item)
+                    skip_one(queue, loop, item)
             loop.flush_rows()
         with queue.transaction():
             for sink_id in {item.sink for item in chosen}:
@@ -11880,15 +11885,15 @@ def skip_deliveries(
         return chosen, loop.source.cursor.segment
 
 
-def give_up(queue: Queue, loop: Loop, item: Named) -> None:
-    """Give up a delivery, if it is still there."""
+def skip_one(queue: Queue, loop: Loop, item: Selectable) -> None:
+    """Skip a delivery, if it is still there."""
     found = queue.lead(item.escalation, item.sink)
     if found is not None:
         found = found._replace(by_operator=True)
         loop.write_attempts(
-            [attempt_row(loop.job, loop.shared.config.sinks[item.sink], found, None, GIVEN_UP, 0, 0.0)]
+            [attempt_row(loop.job, loop.shared.config.sinks[item.sink], found, None, SKIPPED, 0, 0.0)]
         )
-        loop.end(found, GIVEN_UP, found.attempts)
+        loop.end(found, SKIPPED, found.attempts)
 
 
 # The fields of a summary that say what the last pass did, and not how things are now.
@@ -11925,7 +11930,7 @@ def confirm(question: str, what: str, *, err: bool) -> None:
         raise
 
 
-def listing(deliveries: Sequence[Named]) -> str:
+def listing(deliveries: Sequence[Selectable]) -> str:
     """Deliveries as a table, for the question whether to change them."""
     rows = [
         (item.line, item.written_at, item.category, short_id(item.escalation_id), item.sink)
@@ -12005,7 +12010,9 @@ def redeliver(
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
 
 
-def leave_out_disabled(deliveries: Sequence[Named], config: Config, sink_id: str | None) -> list[Named]:
+def leave_out_disabled(
+    deliveries: Sequence[Selectable], config: Config, sink_id: str | None
+) -> list[Selectable]:
     """Leave out deliveries to disabled sinks other than the one that was named, and say so."""
     names = dict.fromkeys(item.sink for item in deliveries)
     disabled = [name for name in names if not config.sinks[name].enabled and name != sink_id]
@@ -12072,7 +12079,7 @@ def skip(
     yes: bool,
     output: Output,
 ) -> None:
-    """Give up what waits for a sink, or its dead letters.
+    """Skip what waits for a sink, or dismiss its dead letters.
 
     Shows what it will pass over, and asks. Before a loop's first pass, that is all that is in its source.
     Each delivery is on record as skipped_by_operator; `redeliver` can send it after all.
@@ -12082,16 +12089,18 @@ def skip(
     if sink_id is None and not dead_letters:
         raise click.UsageError("say which: --sink ID, or --dead-letters")
     job = make_job(paths, loop_id)
-    noun, done = ("dead letter", "dismissed") if dead_letters else ("delivery", "skipped")
+    noun, verb, done = (
+        ("dead letter", "Dismiss", "dismissed") if dead_letters else ("delivery", "Skip", "skipped")
+    )
     selection = Selection(dead_letters, None if dead_letters else to_line or sys.maxsize, sink_id=sink_id)
     loaded = load_config(job.config_file, os.environ)
     check_sink(loaded, sink_id)
     shown = find_selected(job, loaded, selection)
-    skipped: list[Named] = []
+    skipped: list[Selectable] = []
     segment = ""
     if shown:
         if not yes:
-            confirm(f"Give up {plural(len(shown), noun)}?", listing(shown), err=output.is_json)
+            confirm(f"{verb} {plural(len(shown), noun)}?", listing(shown), err=output.is_json)
         skipped, segment = skip_deliveries(job, loaded, selection, shown)
     if output.is_json:
         output.print_json(skip_summary(loop_id, skipped, loaded))
@@ -12099,26 +12108,26 @@ def skip(
         again = how_to_send_after_all(job, skipped, segment)
         click.echo(f"{plural(len(skipped), noun)} {done}. {again}")
     elif shown:
-        click.echo("Nothing is left to be given up: a pass or another command has dealt with it.")
+        click.echo("Nothing is left of it: a pass or another command has dealt with it.")
     else:
         click.echo("There is no dead letter." if dead_letters else "Nothing waits there.")
 
 
-def skip_summary(loop_id: str, skipped: Sequence[Named], config: Config) -> JsonObject:
-    """What was given up, in the words of a pass."""
+def skip_summary(loop_id: str, skipped: Sequence[Selectable], config: Config) -> JsonObject:
+    """What was skipped, in the words of a pass."""
     return {
         "schemaVersion": SCHEMA_VERSION,
         "loopId": loop_id,
         "status": "success" if skipped else "nothing_to_do",
         "skippedCount": len(skipped),
         "deliveries": [
-            {**named_json(item, config), "status": "skipped", "reasonCode": SKIPPED_BY_OPERATOR}
+            {**selectable_json(item, config), "status": "skipped", "reasonCode": SKIPPED_BY_OPERATOR}
             for item in skipped
         ],
     }
 
 
-def how_to_send_after_all(job: Job, skipped: Sequence[Named], segment: str) -> str:
+def how_to_send_after_all(job: Job, skipped: Sequence[Selectable], segment: str) -> str:
     """Say which command sends what was skipped. Commands can only name lines of the file with `segment`."""
     ids = {item.escalation_id for item in skipped}
     lines = [item.line for item in skipped]

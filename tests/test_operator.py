@@ -541,7 +541,7 @@ def test_history_can_be_skipped_before_the_first_pass_pages_somebody(repo: Repo,
     repo.append(*batch(5), "no JSON\n")
     before = repo.snapshot()
     shown = repo.run("skip", *repo.target, "--sink", PAGER, stdin="n\n")
-    assert (shown.exit_code, "Give up 5 deliveries?" in shown.stderr) == (130, True)
+    assert (shown.exit_code, "Skip 5 deliveries?" in shown.stderr) == (130, True)
     lock = str((repo.folder / "alert-dispatch-state.json.lock").relative_to(repo.root))
     folder = str(repo.folder.relative_to(repo.root))
     left = {name: found for name, found in repo.snapshot().items() if name not in (lock, folder)}
@@ -1085,7 +1085,7 @@ def test_a_backlog_is_given_up_on_record_and_can_be_redelivered(repo: Repo, serv
 
     run = on_terminal(repo, *command, answer="n", COLUMNS="160")
     assert run.exit_code == 130
-    assert "Give up 5 deliveries?" in run.stdout
+    assert "Skip 5 deliveries?" in run.stdout
     assert all(run.stdout.count(name[:12]) == 1 for name in ids)
     assert len(repo.telemetry()) == rows_before
     assert repo.state() == state
@@ -1191,7 +1191,7 @@ def test_a_dead_letter_that_no_sink_will_ever_take_is_dismissed_on_record(
     before = repo.state_file.read_text()
     command = ["skip", *repo.target, "--dead-letters"]
     run = on_terminal(repo, *command, answer="n")
-    assert (run.exit_code, "Give up 1 dead letter?" in run.stdout) == (130, True)
+    assert (run.exit_code, "Dismiss 1 dead letter?" in run.stdout) == (130, True)
     assert repo.run(*command, "--sink", CHAT, "--yes").json["status"] == "nothing_to_do"
     assert repo.state()["deadLetterCount"] == 1
 
@@ -1425,7 +1425,7 @@ def test_a_long_backlog_is_summed_up_before_the_question(repo: Repo, server: Sin
     counts = [int(line.split()[1]) for line in lines[titles + 1 :] if line.endswith(f" {CHAT}")]
     assert sum(counts) == 25
     assert len(lines) < 12
-    assert "Give up 25 deliveries?" in run.stdout
+    assert "Skip 25 deliveries?" in run.stdout
 
 
 def test_colour_only_on_a_terminal_and_not_with_no_color(repo: Repo, server: SinkServer) -> None:
