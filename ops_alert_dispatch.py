@@ -2835,6 +2835,7 @@ FaultCode = Literal[
     "rate_limited",
     "server_error",
     "record_refused",
+    "wrong_clock",
     "adapter_fault",
 ]
 
@@ -2971,6 +2972,13 @@ CODES: dict[str, Code] = {
         "Run `{show}`: it has the record and the sink's answer.",
         "read the sink's answer and correct what it complains about; then `{redeliver_dead}` sends what it "
         "refused, and `{skip_dead}` dismisses it",
+    ),
+    "wrong_clock": Code(
+        "The sink took the alert, but its clock is more than a minute off, so that the alert may have ended "
+        "there at once. It is sent again, once, with an end by the sink's clock: to the sink it is the same "
+        "alert.",
+        "Run `{status}`: it says by how much the clock is off.",
+        "set the clock of the sink, or of this machine: `date -u` shows it",
     ),
     "adapter_fault": Code(
         "The program itself failed while it wrote a request for this sink, or judged an answer.",
@@ -7891,12 +7899,18 @@ class Sender:
         if self.shared.dry_run:
             return self._pretend(batch, origin)
         verdict = self._attempt(batch, origin)
-        offset = clock_correction(verdict.clock_offset)
-        if verdict.outcome == "delivered" and self.adapter.ends_by_clock and offset != origin.clock_offset:
-            # By its clock, the alert that it took may have ended already. The same alert with another end is
-            # no new alert to it.
-            self._clock_offset = offset
-            verdict = self._attempt(batch, origin._replace(clock_offset=offset))
+        if (
+            verdict.outcome == "delivered"
+            and self.adapter.ends_by_clock
+            and clock_correction(verdict.clock_offset) != origin.clock_offset
+            # A clock that is never the same must not have alerts sent for ever.
+            and not any(item.fault == "wrong_clock" for item, _ in batch)
+        ):
+            self._clock_offset = verdict.clock_offset
+            message = "took it, but by its clock it may have ended: it is sent again with another end"
+            verdict = verdict._replace(
+                outcome="retry", reason_code="http_error", message=message, fault="wrong_clock"
+            )
         return verdict
 
     def _pretend(self, batch: Batch, origin: Origin) -> Verdict:
@@ -7986,7 +8000,7 @@ class Sender:
         # It is written down before it is too old to be fresh, and not with each answer: that would cost a
         # write a request. A time in the future is that of a clock that was ahead.
         noted = now - FRESH_SECONDS / 2 <= (destination.last_success_at or 0.0) <= now
-        if destination.consecutive_failures or not noted:
+        if destination.consecutive_failures or not noted or verdict.fault == "wrong_clock":
             delivered = verdict.outcome == "delivered"
             self.queue.note_answer(destination, now, verdict.clock_offset, delivered=delivered)
 
@@ -8023,9 +8037,10 @@ class Sender:
 
     def _postpone(self, batch: Batch, destination: Destination, verdict: Verdict, now: float) -> Retry:
         """Decide when to try again, and note what that means for the destination."""
-        if verdict.fault == "record_refused":  # of several together: see `_verdict_for`
+        # A refusal of several together, see `_verdict_for`, and a wrong clock, see `_send`: the sink is well.
+        if verdict.fault in ("record_refused", "wrong_clock"):
             self._note_answer(destination, verdict, now)
-            return Retry(0.0, quick=True, alone=True)
+            return Retry(0.0, quick=True, alone=verdict.fault == "record_refused")
         self._failures_in_row += 1
         attempts = max(item.attempts for item, _ in batch) + 1
         if attempts >= SAME_RECORD_ATTEMPTS or verdict.fault == "adapter_fault":

@@ -579,6 +579,46 @@ def test_an_alert_lasts_by_the_clock_of_a_peer_that_is_hours_ahead(
         assert datetime.fromisoformat(found["endsAt"]).timestamp() > ahead + 600
 
 
+def test_a_wrong_clock_of_a_peer_delays_the_end_of_a_pass_by_no_second_attempt_and_loses_no_alert(
+    pair: Repo, peers: tuple[SinkServer, SinkServer]
+) -> None:
+    peer, _ = peers
+    pair.env["ALERT_FLEET_URLS"] = peer.url
+    pair.write_config(fleet_config(timeoutSeconds=20))
+    ahead = time.time() + 7200
+    answer = Answer(headers={"Date": email.utils.formatdate(ahead, usegmt=True)})
+    peer.answer(ALERTS, replace(answer, delay=2.5))
+    pair.append(alert("one"))
+    first = pair.dispatch("--time-budget", "2").json
+    assert (told(peer), first["waitingCount"]) == (["one"], 1)
+    [row] = pair.attempts()
+    assert (row["outcome"], row["httpStatus"], row["faultCode"]) == ("retry", 200, "wrong_clock")
+    [sink] = first["sinks"].values()
+    assert sink["consecutiveFailures"] == 0
+    assert sink["clockOffsetSeconds"] > 7000
+    peer.answer(ALERTS, answer)
+    assert pair.dispatch().json["waitingCount"] == 0
+
+    assert told(peer) == ["one", "one"]
+    [found] = peer.received(ALERTS)[1].json
+    assert datetime.fromisoformat(found["endsAt"]).timestamp() > ahead + 600
+
+
+def test_a_peer_whose_clock_is_never_the_same_is_sent_no_alert_for_ever(
+    pair: Repo, peers: tuple[SinkServer, SinkServer]
+) -> None:
+    peer, _ = peers
+    pair.env["ALERT_FLEET_URLS"] = peer.url
+    dates = (email.utils.formatdate(time.time() + 7200 * hours, usegmt=True) for hours in range(1, 9))
+    peer.script(ALERTS, *(Answer(headers={"Date": date}) for date in dates))
+    pair.append(alert("one"))
+    assert pair.dispatch().json["waitingCount"] == 0
+    pair.append(alert("two"))
+    assert pair.dispatch().json["waitingCount"] == 0
+
+    assert told(peer) == ["one", "one", "two", "two"]
+
+
 def test_what_is_new_goes_out_before_what_one_peer_has_missed(
     pair: Repo, peers: tuple[SinkServer, SinkServer]
 ) -> None:
