@@ -356,11 +356,13 @@ def as_text(value: object) -> str | None:
 
 # How much of a value is shown to people, so that a long one leaves room for the others.
 SHOWN_CHARACTERS = 200
+# How much of a value is made printable before it is cut to that: it may be 32 MB.
+READ_CHARACTERS = 100 * SHOWN_CHARACTERS
 
 
 def shown(value: object, limit: int = SHOWN_CHARACTERS) -> str:
     """A field for people: one line of at most `limit` characters; empty if there is nothing in it."""
-    return cut(printable(as_text(value) or "").strip(), limit)
+    return cut(printable(cut(as_text(value) or "", READ_CHARACTERS)).strip(), limit)
 
 
 def how_long(moment: str | None, now: float) -> str | None:
@@ -2602,16 +2604,20 @@ def encode_with_record(head: JsonObject, escalation: Escalation) -> bytes:
 
 # A line that explains a record has at most this many characters.
 SHOWN_LINE = 500
+# How many items of a list, and how many fields, are looked at: no message has room for more, and a record of
+# 32 MB may have millions, which would hold a pass for longer than a request may take.
+SHOWN_ITEMS = 1000
 
 
 def shown_list(values: object) -> list[str]:
-    """The items of a list as they are shown; empty if it is no list."""
-    return [text for value in values if (text := shown(value))] if isinstance(values, list) else []
+    """The first SHOWN_ITEMS items of a list as they are shown; empty if it is no list."""
+    listed = values[:SHOWN_ITEMS] if isinstance(values, list) else []
+    return [text for value in listed if (text := shown(value))]
 
 
 def reason_codes(escalation: Escalation) -> list[str]:
-    """The reason codes of a record as they are shown; each of the host's writers has other fields for
-    them."""
+    """The reason codes of a record as they are shown, of a list the first SHOWN_ITEMS; each of the host's
+    writers has other fields for them."""
     body = escalation.body
     found = [
         *shown_list(body.get("reasonCodes")),
@@ -2628,6 +2634,7 @@ READ_FIELDS = {
     *("ingestStatus", "healthStatus", "failureCode"),
 }
 COMMON_FIELDS = {"timestamp", "loopId", "traceId", "category", "transport", "severity"}
+KNOWN_FIELDS = COMMON_FIELDS | READ_FIELDS
 
 
 def details_of(escalation: Escalation) -> list[str]:
@@ -2635,18 +2642,17 @@ def details_of(escalation: Escalation) -> list[str]:
 
     Reads what the host's categories have: reasons with observed and threshold, divergence flags, sequence
     violations, drift advice. All other fields follow, so that an unknown category says something, too.
+    Of the reasons and of the fields, the first SHOWN_ITEMS are read: see `left_out`.
     """
     body = escalation.body
     reasons = body.get("reasons")
-    reasons = reasons if isinstance(reasons, list) else []
+    reasons = reasons[:SHOWN_ITEMS] if isinstance(reasons, list) else []
     sequence, drift = mapping(body.get("sequence")), mapping(body.get("drift"))
     violations = shown_list(sequence.get("violations"))
     codes = {shown(reason.get("code") if isinstance(reason, dict) else reason) for reason in reasons}
     said = {*codes, *violations, shown(body.get("failureCode"))}
-    others = {key: value for key, value in body.items() if key not in COMMON_FIELDS}
-    news = {
-        key: value for key, value in others.items() if key not in READ_FIELDS and not key.endswith("File")
-    }
+    others = (field for field in body.items() if field[0] not in COMMON_FIELDS)
+    news = (field for field in body.items() if is_news(field[0]))
     lines = [
         *map(explain_reason, reasons),
         *explain_divergence(body),
@@ -2659,15 +2665,31 @@ def details_of(escalation: Escalation) -> list[str]:
     labels = (("healthStatus", "health"), ("ingestStatus", "ingest"), ("failureCode", "failure"))
     if status := [f"{label} {text}" for key, label in labels if (text := shown(body.get(key)))]:
         lines.append(", ".join(status))
-    lines += show_fields(news)
-    lines = lines or show_fields(others) or ["no details in the record"]
+    lines += itertools.islice(show_fields(news), SHOWN_ITEMS)
+    lines = lines or [*itertools.islice(show_fields(others), SHOWN_ITEMS)] or ["no details in the record"]
     return [cut(line, SHOWN_LINE) for line in lines]
+
+
+def is_news(key: str) -> bool:
+    """Tell whether `details_of` shows a field in any case: see READ_FIELDS."""
+    return key not in KNOWN_FIELDS and not key.endswith("File")
+
+
+def left_out(escalation: Escalation) -> int:
+    """How many reasons and fields of a record `details_of` does not read."""
+    body = escalation.body
+    reasons = body.get("reasons")
+    counts = [len(reasons) if isinstance(reasons, list) else 0]
+    if len(body) > SHOWN_ITEMS:
+        counts.append(sum(map(is_news, body)))
+    return sum(max(0, count - SHOWN_ITEMS) for count in counts)
 
 
 def explain_divergence(body: JsonObject) -> Iterator[str]:
     """`divergence: cursorMoved`, `state: running → blocked on timeout`."""
     flags = mapping(body.get("divergenceFlags"))
-    if raised := [shown(name) or "?" for name, value in flags.items() if value is True]:
+    names = (shown(name) or "?" for name, value in flags.items() if value is True)
+    if raised := [*itertools.islice(names, SHOWN_ITEMS)]:
         yield f"divergence: {', '.join(raised)}"
     transition = mapping(mapping(body.get("state")).get("transition"))
     if current := shown(transition.get("currentState")):
@@ -2693,12 +2715,12 @@ def explain_drift(drift: JsonObject) -> Iterator[str]:
         advice = f"profile: {applied} applied, {shown(drift.get('recommendedProfile')) or '?'} recommended"
         confidence = shown(drift.get("recommendationConfidence"))
         yield advice + (f" ({confidence} confidence)" if confidence else "")
-    yield from show_fields({key: drift.get(key) for key in ("rationale", "action")})
+    yield from show_fields((key, drift.get(key)) for key in ("rationale", "action"))
 
 
-def show_fields(fields: JsonObject) -> list[str]:
+def show_fields(fields: Iterable[tuple[str, object]]) -> Iterator[str]:
     """`freePercent: 3`: a line for each field that is not empty."""
-    return [f"{shown(key) or '?'}: {text}" for key, value in fields.items() if (text := shown(value))]
+    return (f"{shown(key) or '?'}: {text}" for key, value in fields if (text := shown(value)))
 
 
 def explain_reason(reason: object) -> str:
@@ -5040,9 +5062,10 @@ def bullets(
     escape: Callable[[str, int], str],
     most: int | None = None,
     length: Callable[[str], int] = len,
+    more: int = 0,
 ) -> str:
     """A list of at most `most` lines, as one text of at most `limit` characters. Its last line says how many
-    more there are.
+    more there are. `more`: those that `lines` leaves out.
 
     `escape`: escapes a text for the sink, and cuts it to a number of characters. `length`: counts characters
     as the sink does.
@@ -5052,10 +5075,12 @@ def bullets(
     for index, line in enumerate(lines):
         text = escape(f"• {line}", max(room, 1))
         if length(text) > room or room < 20 or index == most:
-            kept.append(f"… and {len(lines) - index} more")
+            kept.append(f"… and {len(lines) - index + more} more")
             break
         kept.append(text)
         room -= length(text) + 1
+    else:
+        kept += [f"… and {more} more"] if more else []
     return "\n".join(kept)
 
 
@@ -5184,7 +5209,9 @@ def slack_message(delivery: Delivery, origin: Origin) -> JsonObject:
     title = f"{SEVERITY_EMOJI[severity]} {shown(escalation.category, 80)} on {shown(escalation.loop_id, 60)}"
     blocks = [
         slack_header(title) | {"block_id": escalation.id},
-        slack_section(bullets(details_of(escalation), SLACK_SECTION, slack_escape)),
+        slack_section(
+            bullets(details_of(escalation), SLACK_SECTION, slack_escape, more=left_out(escalation))
+        ),
         slack_context(facts_of(delivery, origin)),
     ]
     if delivery.repeats:
@@ -5311,7 +5338,8 @@ class DiscordAdapter(Adapter):
         facts = [discord_block_text(fact, DISCORD_FACT) for fact in facts_of(delivery, origin)]
         tail = "\n".join(["", "", *facts, f"id {escalation.id}", "```"])
         room = DISCORD_CONTENT - utf16_length(head + tail)
-        reasons = bullets(details_of(escalation), room, discord_block_text, length=utf16_length)
+        more = left_out(escalation)
+        reasons = bullets(details_of(escalation), room, discord_block_text, length=utf16_length, more=more)
         message = {
             "content": head + reasons + tail,
             # Discord, "Allowed Mentions Object": an empty `parse` lets no text mention anybody.
@@ -5373,7 +5401,7 @@ class TeamsAdapter(Adapter):
         [delivery] = deliveries
         escalation, severity = delivery.escalation, delivery.resolution.event_severity
         title = f"{SEVERITY_EMOJI[severity]} {shown(headline(delivery, TEAMS_HEADLINE), TEAMS_HEADLINE)}"
-        reasons = bullets(details_of(escalation), TEAMS_TEXT, shown, TEAMS_LINES)
+        reasons = bullets(details_of(escalation), TEAMS_TEXT, shown, TEAMS_LINES, more=left_out(escalation))
         facts = " · ".join([*facts_of(delivery, origin), f"id {escalation.id}"])
         card = {
             "$schema": "http://adaptivecards.io/schemas/adaptive-card.json",
@@ -5451,8 +5479,9 @@ class PagerDutyAdapter(Adapter):
         if len(body) > PAGERDUTY_EVENT_BYTES:
             original = len(encode_json(escalation.body))
             payload["custom_details"] |= {"truncated": True, "originalBytes": original}
+            ordered = reasons_first(escalation.body)
             for limits in ABRIDGEMENTS:
-                payload["custom_details"]["escalation"] = abridge(reasons_first(escalation.body), *limits)
+                payload["custom_details"]["escalation"] = abridge(ordered, *limits)
                 body = encode_json(event)
                 if len(body) <= PAGERDUTY_EVENT_BYTES:
                     break
@@ -5488,7 +5517,7 @@ def reasons_first(body: JsonObject) -> JsonObject:
     def rank(field: tuple[str, object]) -> tuple[bool, bool, bool]:
         key, value = field
         reason = key in ("category", "reasons", "reasonCodes")
-        return not reason, key not in COMMON_FIELDS | READ_FIELDS, isinstance(value, dict | list)
+        return not reason, key not in KNOWN_FIELDS, isinstance(value, dict | list)
 
     return dict(sorted(body.items(), key=rank))
 
@@ -5500,7 +5529,7 @@ def abridge(value: object, characters: int, items: int, levels: int) -> object:
             return f"… {len(encode_json(value))} bytes of JSON left out"
         kept: Any
         if isinstance(value, dict):
-            fields = list(value.items())[:items]
+            fields = itertools.islice(value.items(), items)
             kept = {
                 cut(key, characters): abridge(item, characters, items, levels - 1) for key, item in fields
             }
@@ -8108,6 +8137,10 @@ class Sender:
 def subject_of(escalation: Escalation, resolution: Resolution) -> str:
     """What repeats of an escalation have in common: category, event severity and reason codes, as a hash."""
     about = [escalation.category, resolution.event_severity, sorted(reason_codes(escalation))]
+    listed = escalation.body.get("reasonCodes")
+    # Codes that no message shows tell records apart as well.
+    if isinstance(listed, list) and len(listed) > SHOWN_ITEMS:
+        about.append(listed[SHOWN_ITEMS:])
     return short_hash(encode_json(about))
 
 

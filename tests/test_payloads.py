@@ -409,6 +409,52 @@ def test_any_record_with_a_category_becomes_a_valid_request_for_every_sink(recor
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"reasons": [{"code": f"c{number}", "metric": "m", "observed": 1} for number in range(50_000)]},
+        {f"key {number}": number for number in range(50_000)},
+        {"reasonCodes": [f"c{number}" for number in range(50_000)]},
+        {"sequence": {"violations": [f"v{number}" for number in range(50_000)]}},
+        {"divergenceFlags": {f"f{number}": True for number in range(50_000)}},
+    ],
+    ids=["reasons", "fields", "codes", "violations", "flags"],
+)
+def test_a_record_with_hundreds_of_thousands_of_items_does_not_hold_its_pass_up(
+    kind: str, record: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing limits the time in which a request is made. What a person can read is made of a part."""
+    looks = 0
+    shown = ops_alert_dispatch.shown
+
+    def look(*arguments: Any) -> str:
+        nonlocal looks
+        looks += 1
+        return shown(*arguments)
+
+    monkeypatch.setattr(ops_alert_dispatch, "shown", look)
+    body = build(kind, json.dumps({**record, "category": "large"}).encode()).body.decode()
+
+    assert looks < 20_000
+    # Of what would have a line of its own it says how many more there are.
+    if kind in ("slack", "discord", "teams") and len(record) + len(record.get("reasons", ())) > 2:
+        [more] = re.findall(r"and (\d+) more", body)
+        shown_lines = body.count("\\u2022 ") + body.count("• ")
+        assert shown_lines + int(more) == 50_000
+
+
+def test_records_that_differ_in_the_last_of_thousands_of_reason_codes_are_no_repeats() -> None:
+    resolution = ops_alert_dispatch.Resolution("c", "warning", None, "info", True, {}, (), (), ())
+    subjects = set()
+    for end in ("a", "b"):
+        found = parse(json.dumps({"category": "c", "reasonCodes": [*map(str, range(5000)), end]}).encode())
+        assert isinstance(found, ops_alert_dispatch.Escalation)
+        subjects.add(ops_alert_dispatch.subject_of(found, resolution))
+
+    assert len(subjects) == 2
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
 def test_every_type_of_sink_is_sent_the_id_by_which_a_repeat_is_known(kind: str) -> None:
     line = json.dumps(health_critical()).encode()
     request = build(kind, line)
