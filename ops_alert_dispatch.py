@@ -7012,7 +7012,10 @@ class Loop:
                 severities.append((escalation, resolution.severity))
                 led_to = {sink.id for sink in before.resolve(category, word).dispatchable}
                 older = [s for s in resolution.dispatchable if s.id in old_sinks and old_sinks[s.id].enabled]
-                moves: Sequence[Sink] = [sink for sink in older if sink.id not in led_to]
+                # What waits for a cluster goes to peers that were added to it, too.
+                moves: Sequence[Sink] = [
+                    sink for sink in older if sink.id not in led_to or (escalation, sink.id) in had
+                ]
                 if not any((escalation, sink.id) in had for sink in resolution.dispatchable):
                     moves = older or resolution.dispatchable
                 for sink in moves:
