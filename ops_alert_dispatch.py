@@ -92,7 +92,8 @@ Exit codes:
   4    the state file or the queue cannot be used, or a pass is using it
   5    the source, the telemetry, the disk or the output failed, or a file is
        in the way
-  130  interrupted, or a question was not answered with yes
+  130  interrupted while no pass was at work, or a question was not
+       answered with yes
 """
 
 
@@ -813,7 +814,8 @@ def spellings(part: str) -> set[str]:
     from urllib.parse import unquote, unquote_to_bytes
 
     coded: set[str] = set()
-    for raw in {part.encode("utf-8", "surrogateescape"), unquote_to_bytes(part)}:
+    own = part.encode("utf-8", "surrogateescape")
+    for raw in {own, unquote_to_bytes(own)}:
         coded.add(b64encode(raw).decode().rstrip("="))
         for lead in range(3):
             # The first characters depend on the bytes before, the last one on those after.
@@ -1924,17 +1926,12 @@ def after_line(file: LogFile, number: int, cursor: Cursor | None = None) -> Line
 
 
 def moved_on(path: str, cursor: Cursor, number: int) -> Cursor:
-    """A cursor after line `number` of the file at `path`, if that is the cursor's file and has that line.
-    Otherwise the same cursor. Raises StorageError."""
-    try:
-        with contextlib.closing(LogFile(path)) as file:
-            if file.holds(cursor) and (line := after_line(file, number, cursor)):
-                tail = file.tail_before(line.end)
-                return cursor._replace(offset=line.end, line=line.number, tail=tail)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise storage_error("read", path, error) from None
+    """A cursor after line `number` of the file at `path`, if that can be read, is the cursor's file and has
+    that line. Otherwise the same cursor."""
+    with contextlib.suppress(OSError), contextlib.closing(LogFile(path)) as file:
+        if file.holds(cursor) and (line := after_line(file, number, cursor)):
+            tail = file.tail_before(line.end)
+            return cursor._replace(offset=line.end, line=line.number, tail=tail)
     return cursor
 
 
@@ -2005,7 +2002,7 @@ class Source:
     """
 
     def __init__(self, path: str, cursor: Cursor) -> None:
-        """Raises StorageError."""
+        """`find` looks for the files."""
         self.path = path
         self.cursor = cursor
         self.present = False
@@ -2018,10 +2015,10 @@ class Source:
         self._open = contextlib.ExitStack()
         # How many more lines may be read.
         self._left = sys.maxsize
-        self._find()
 
     def close(self) -> None:
         self._open.close()
+        self._files, self._current = [], None
 
     def chunks(self, limit: int = 0) -> Iterator[Chunk]:
         """Read on from the cursor, at most `limit` lines (0: all), and move the cursor with each chunk.
@@ -2045,7 +2042,7 @@ class Source:
                 if tries > FIND_TRIES:
                     raise storage_error("read", self.path, error) from None
                 self.close()
-                self._find()
+                self.find()
             except OSError as error:
                 raise storage_error("read", error.filename or self.path, error) from None
 
@@ -2182,9 +2179,9 @@ class Source:
                     yield Chunk([], place)
                 return
 
-    def _find(self) -> None:
-        """Find the files that are to be read. Raises StorageError."""
-        looked_at = time.time()
+    def find(self) -> Self:
+        """Find the files that are to be read. Raises StorageError: then there are none."""
+        before, looked_at = self.cursor, time.time()
         try:
             for attempt in range(FIND_TRIES):
                 try:
@@ -2194,14 +2191,16 @@ class Source:
                     self.close()
                     if attempt == FIND_TRIES - 1:
                         raise
+            first = next(iter(self._files), None)
+            if not self.cursor.number and first is not None and (fingerprint := first.fingerprint()):
+                # Then it is found again after a rotation, even if nothing was read of it.
+                self.cursor = self._enter(first, fingerprint)
         except OSError as error:
             self.close()
+            self.cursor = before
             raise storage_error("read", error.filename or self.path, error) from None
-        first = next(iter(self._files), None)
-        if not self.cursor.number and first is not None and (fingerprint := first.fingerprint()):
-            # Then it is found again after a rotation, even if nothing was read of it.
-            self.cursor = self._enter(first, fingerprint)
         self.cursor = self.cursor._replace(seen_at=looked_at)
+        return self
 
     def _locate(self) -> None:
         """Find the files to read: the current one, and before it those that were rotated since the last pass.
@@ -3647,6 +3646,8 @@ class Queue:
             )
         if version:  # whether the rest of the file can be read
             self.execute("SELECT count(*) FROM meta")
+        elif self.execute("SELECT 1 FROM sqlite_schema"):
+            raise foreign_file(self.path)
         return version
 
     def close(self) -> None:
@@ -6852,13 +6853,20 @@ class Loop:
         self.id, cursor, self._rules = self._find(job)
         shared.loops[self.id] = self
         self._before = self.queue.tallies(self.id)
-        try:
-            self.source = Source(job.escalations_file, cursor)
-        except BaseException:  # nobody gets this loop, to close it
-            self._let_go()
-            raise
+        # What is wrong with the source. What waits is sent all the same.
+        self.unreadable: StorageError | None = None
+        self.source = Source(job.escalations_file, cursor)
+        with self._reading():
+            self.source.find()
         self.chunks = self.source.chunks(job.max_escalations)
         self.has_read_all = False
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except StorageError as error:
+            self.unreadable = error
 
     def _find(self, job: Job) -> tuple[int, Cursor, JsonObject | None]:
         """The loop's number, cursor and routes. A loop that is new to the queue goes on from its summary,
@@ -6932,7 +6940,9 @@ class Loop:
 
     def ingest(self) -> bool:
         """Ingest one chunk of new lines, in one transaction; tells whether there may be more."""
-        chunk = next(self.chunks, None)
+        chunk = None
+        with self._reading():
+            chunk = next(self.chunks, None)
         with self.queue.transaction():
             if self.source.loss:
                 self.write_event("skipped", "source_replaced", None, None, self.source.loss)
@@ -7328,16 +7338,13 @@ class Loop:
 
     def close(self) -> None:
         self.source.close()
-        self._let_go()
-
-    def _let_go(self) -> None:
         if not self.shared.dry_run:
             self.queue.release_loop(self.id)
 
 
 def after_shell(job: Job, cursor: Cursor) -> Cursor:
     """The cursor after the lines that the shell dispatcher has read, if it was run again after our last pass:
-    then the state is newer than the cursor, and is none of ours. Raises StateError, StorageError."""
+    then the state is newer than the cursor, and is none of ours. Raises StateError."""
     document = read_summary(job)
     lines = count_in(document, "escalationsLineOffset")
     state = stat_of(job.state_file)
@@ -7540,7 +7547,7 @@ def lines_up_to(job: Job, row: JsonObject) -> int:
     """How many lines of the source end with the record of a row that has no position; 0 if it is not
     there."""
     found = 0
-    with contextlib.closing(Source(job.escalations_file, Cursor())) as source:
+    with contextlib.closing(Source(job.escalations_file, Cursor()).find()) as source:
         for chunk in source.chunks():
             for line in chunk.lines:
                 item = parse_line(line.text, line.size, job.loop_id)[0]
@@ -8200,7 +8207,7 @@ class Pass:
         outcomes: dict[str, Result] = {}
         for loop in loops:
             summary = self._guarded(loop, loop.finish)
-            outcomes[loop.job.loop_id] = loop.error or cast("JsonObject", summary)
+            outcomes[loop.job.loop_id] = loop.error or loop.unreadable or cast("JsonObject", summary)
         return outcomes
 
     def run_one(self, loop: Loop) -> JsonObject:
@@ -8505,9 +8512,10 @@ def run_on_queue(
     with contextlib.ExitStack() as open_loops:
         for job in jobs:
             try:
-                loop = Loop(shared, job)
-                open_loops.callback(loop.close)
-                loop.begin()
+                with contextlib.ExitStack() as opened:
+                    loop = opened.enter_context(contextlib.closing(Loop(shared, job)))
+                    loop.begin()
+                    open_loops.push(opened.pop_all())
                 loops.append(loop)
             except DamagedQueueError:
                 raise
@@ -8617,7 +8625,7 @@ def note_invalid_config(job: Job, error: ConfigError, wait: float) -> None:
         # The file may be rotated before the config is valid: a new loop starts from here.
         known = document.get("cursor")
         cursor = Cursor.from_json(known) if known else read_past(job).cursor
-        with contextlib.closing(Source(job.escalations_file, cursor)) as source:
+        with contextlib.closing(Source(job.escalations_file, cursor).find()) as source:
             cursor = source.cursor if not cursor.number else cursor
             document |= {
                 "escalationsLineOffset": source.lines_read,
@@ -8980,8 +8988,17 @@ Files:
 """
 
 
-def check_loop_id(_: click.Context, param: click.Parameter, value: str | None) -> str | None:
+def given_once(_: click.Context, param: click.Parameter, values: Sequence[str]) -> str | None:
+    """The callback of an option that selects one thing. Click would drop all values but the last, and so what
+    an operator also meant. Raises BadParameter."""
+    if len(values) > 1:
+        raise click.BadParameter("only one can be given", param=param)
+    return values[0] if values else None
+
+
+def check_loop_id(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> str | None:
     """The callback of --loop. Raises BadParameter."""
+    value = given_once(ctx, param, values)
     if value is not None and (fault := loop_id_fault(value)):
         raise click.BadParameter(fault, param=param)
     return value
@@ -9123,11 +9140,20 @@ loop_option = functools.partial(
     "--loop",
     "loop_id",
     metavar="ID",
+    multiple=True,
     callback=check_loop_id,
     shell_complete=complete_loop,
     help="The loop.",
 )
-sink_option = functools.partial(click.option, "--sink", "sink_id", metavar="ID", shell_complete=complete_sink)
+sink_option = functools.partial(
+    click.option,
+    "--sink",
+    "sink_id",
+    metavar="ID",
+    multiple=True,
+    callback=given_once,
+    shell_complete=complete_sink,
+)
 config_option = functools.partial(
     click.option,
     "--alert-config-file",
@@ -9550,7 +9576,7 @@ def status_of_all(statuses: Counter[str], sums: Mapping[str, int]) -> str:
 def loops_text(summary: JsonObject) -> str:
     """The summary of a run over many loops for people. Loops in which nothing happened are left out."""
     colour = STATUS_COLOURS.get(summary["status"], "yellow")
-    counted = f"{plural(summary['loopCount'], 'loop')}, {summary['processedCount']} new"
+    counted = f"{plural(summary['loopCount'], 'loop')}, {summary['processedCount']} new{late_words(summary)}"
     lines = [f"{click.style(summary['status'], fg=colour)}  {counted}"]
     if not summary["loops"]:
         lines.append(no_loops(summary["repoPath"]))
@@ -9601,6 +9627,7 @@ def check_regular(job: Job) -> None:
     """Refuse to write to anything but a regular file. Raises StateError or StorageError."""
     errors = {
         job.state_file: StateError,
+        job.queue_file: StateError,
         job.telemetry_file: StorageError,
         job.attempts_file: StorageError,
     }
@@ -9731,9 +9758,13 @@ def what_a_pass_did(summary: JsonObject) -> str:
     counts = (("delivered", "dispatchedCount"), ("skipped", "skippedCount"), ("failed", "failedCount"))
     outcome = ", ".join(f"{summary[key]} {word}" for word, key in counts)
     head = f"{loop}, {summary['processedCount']} new: {outcome}"
-    if summary["lateDispatchedCount"] or summary["lateFailedCount"]:
-        head += f"; late: {summary['lateDispatchedCount']} delivered, {summary['lateFailedCount']} given up"
-    return head
+    return head + late_words(summary)
+
+
+def late_words(summary: JsonObject) -> str:
+    """What became of deliveries that had waited; empty if nothing did."""
+    delivered, failed = summary["lateDispatchedCount"], summary["lateFailedCount"]
+    return f"; late: {delivered} delivered, {failed} given up" if delivered or failed else ""
 
 
 def causes_of(summary: JsonObject) -> list[str]:
@@ -10315,7 +10346,7 @@ def read_unread(job: Job, cursor: Cursor, config: Config | None) -> Unread:
     router = Router(config) if config else None
     lines, oldest = 0, None
     by_sink: dict[str, tuple[int, str | None]] = {}
-    with contextlib.closing(Source(job.escalations_file, cursor)) as source:
+    with contextlib.closing(Source(job.escalations_file, cursor).find()) as source:
         for line in (line for chunk in source.chunks() for line in chunk.lines):
             lines += 1
             for found in parse_line(line.text, line.size, job.loop_id):
@@ -11474,13 +11505,15 @@ OPERATOR_WAIT = 10.0
 
 def check_credentials(sinks: Sequence[Sink]) -> None:
     """Raises ConfigError if a secret of these sinks, enabled or not, is unset or unusable."""
+    document = {"sinks": {sink.id: {**sink.settings, "enabled": True} for sink in sinks}}
+    environ, unreadable = read_secret_files(document, os.environ)
     faults = [
         f"{json_path(['sinks', sink.id])}: {name} is unset or empty; set it here (export {name}=…)"
         for sink in sinks
         for name in ADAPTERS[sink.type].missing_secrets(sink)
+        if name not in unreadable
     ]
-    document = {"sinks": {sink.id: {**sink.settings, "enabled": True} for sink in sinks}}
-    if faults := faults or check_secrets(document, *read_secret_files(document, os.environ)):
+    if faults := faults or check_secrets(document, environ, unreadable):
         raise ConfigError("nothing was sent: a secret is missing or cannot be used", faults)
 
 
@@ -11692,11 +11725,12 @@ def find_selected(job: Job, config: Config, selection: Selection) -> list[Select
         if selection.waiting_to is None and not (in_queue or cursor.number or cursor.line):
             first = f"run `{command_line('dispatch', job)}` first"
             raise StateError(f"no pass has run for loop {job.loop_id} yet", [first])
-        with contextlib.closing(Source(job.escalations_file, cursor)) as source:
-            if selection.waiting_to is not None and not in_queue:
+        if selection.waiting_to is not None and (not in_queue or selection.waiting_to == sys.maxsize):
+            with contextlib.closing(Source(job.escalations_file, cursor).find()) as source:
                 new = read_new(job, source)
-                known = [selectable_of(stored) for stored in new if stored.line <= selection.waiting_to]
-            elif selection.lines is not None:
+                known += [selectable_of(stored) for stored in new if stored.line <= selection.waiting_to]
+        elif selection.lines is not None:
+            with contextlib.closing(Source(job.escalations_file, cursor).find()) as source:
                 check_lines(job, source, selection.lines[0])
                 known += [
                     selectable_of(stored) for stored in read_unknown(job, source, selection.lines, known)
@@ -11866,7 +11900,9 @@ def redeliver_selected(
                 peers = shared.peers[item.sink]
                 queue.requeue(item.escalation, item.sink, peers, loop.id, resolution.severity, time.time())
             expect_work(job, len(chosen))
-        Pass(shared).run_one(loop)
+        Pass(shared).run([loop])
+        if loop.error is not None:
+            raise loop.error
         return [{**selectable_json(item, config), **redelivery_outcome(shared, job, item)} for item in chosen]
 
 
@@ -11919,7 +11955,7 @@ def skip_deliveries(
     keys = {item.key for item in shown}
     with operator_pass(job, config) as (shared, loop):
         queue = shared.queue
-        while loop.is_new and loop.ingest():
+        while (loop.is_new or selection.waiting_to == sys.maxsize) and loop.ingest():
             queue.tidy()
         known = find_selectable(queue, loop.id, loop.source.cursor, selection)
         chosen = [item for item in select(known, shared.router, selection) if item.key in keys]
@@ -12000,7 +12036,14 @@ def listing(deliveries: Sequence[Selectable]) -> str:
 @repo_option
 @loop_option(required=True)
 @click.option("--dead-letters", is_flag=True, help="All dead letters.")
-@click.option("--id", "escalation", metavar="ESCALATION_ID", help="One escalation: its id, or the beginning.")
+@click.option(
+    "--id",
+    "escalation",
+    metavar="ESCALATION_ID",
+    multiple=True,
+    callback=given_once,
+    help="One escalation: its id, or the beginning.",
+)
 @click.option("--from-line", type=Positive(), metavar="N", help="From this line of escalations.jsonl …")
 @click.option("--to-line", type=Positive(), metavar="M", help="… to this one, or to the end.")
 @sink_option(help="To this sink only.")
@@ -12161,7 +12204,7 @@ def skip(
     elif shown:
         click.echo("Nothing is left of it: a pass or another command has dealt with it.")
     else:
-        click.echo("There is no dead letter." if dead_letters else "Nothing waits there.")
+        click.echo("There is no dead letter." if dead_letters else f"Nothing waits for {sink_id}.")
 
 
 def skip_summary(loop_id: str, skipped: Sequence[Selectable], config: Config) -> JsonObject:

@@ -156,7 +156,7 @@ def fuzz_summary(data: bytes) -> None:
         with contextlib.suppress(program.StateError):
             past = program.read_past(job)
             strict_json(program.encode_json(past.cursor.to_json()))
-            with contextlib.closing(program.Source(job.escalations_file, past.cursor)) as source:
+            with contextlib.closing(program.Source(job.escalations_file, past.cursor).find()) as source:
                 assert all(chunk.cursor.offset >= 0 for chunk in source.chunks())
             strict_json(program.encode_json(program.locked_summary(job)))
             queues = program.QueueHolder(job)

@@ -322,6 +322,8 @@ FAULTS: list[tuple[Callable[[Config], None], str, str]] = [
     (set_at("sinks", HOOK, "urlEnv", to="ALERT_HOOK_URL\n"), HOOK, "urlEnv"),
     (set_at("sinks", HOOK, "timeoutSeconds", to=0), HOOK, "timeoutSeconds"),
     (set_at("sinks", HOOK, "timeoutSeconds", to=121), HOOK, "120"),
+    # With 0 nothing would ever be sent.
+    (set_at("delivery", to={"giveUpAfterSeconds": 0}), "$.delivery.giveUpAfterSeconds", "use 1 to"),
     (set_at("sinks", HOOK, "timeoutSeconds", to="5"), HOOK, "number"),
     (set_at("sinks", HOOK, "timeoutSeconds", to=True), HOOK, "timeoutSeconds"),
     (set_at("sinks", HOOK, "minSeverity", to="loud"), HOOK, "loud"),

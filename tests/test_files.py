@@ -289,6 +289,32 @@ def test_a_record_that_is_too_deep_is_on_record_although_it_shares_its_line_with
     assert {row.get("reasonCode") for row in repo.telemetry()} == {None, "invalid_escalation_json"}
 
 
+@pytest.mark.parametrize("command", ["dispatch", "redeliver", "skip"])
+def test_what_waits_is_served_although_its_source_cannot_be_read_any_more(
+    repo: Repo, server: SinkServer, command: str
+) -> None:
+    server.answer("/hook", error(400) if command == "redeliver" else error(503))
+    repo.append(record("one"))
+    repo.dispatch()
+    repo.source.unlink()
+    repo.source.mkdir()
+    server.answer("/hook", ok())
+    server.forget()
+    if command == "dispatch":
+        run = repo.dispatch("--now")
+        assert (run.exit_code, "it is a folder: move it away" in run.stderr) == (5, True)
+        state = repo.state()
+        assert (state["status"], state["waitingCount"]) == ("error", 0)
+    elif command == "redeliver":
+        assert repo.run("redeliver", *repo.target, "--dead-letters", "--yes").json["deliveredCount"] == 1
+    else:
+        assert repo.run("skip", *repo.target, "--sink", HOOK, "--to-line", "1", "--yes").exit_code == 0
+    assert names(server) == ([] if command == "skip" else ["one"])
+    repo.source.rmdir()
+    repo.append(record("two"))
+    assert repo.dispatch().json["dispatchedCount"] == 1
+
+
 def test_a_backlog_in_rotated_files_is_counted(repo: Repo, server: SinkServer) -> None:
     repo.append(record("one"))
     repo.dispatch()
@@ -309,7 +335,7 @@ def test_an_operators_command_does_not_hide_a_rotation_that_nobody_can_follow(
         repo.append(record(name))
         repo.source.rename(repo.folder / f"escalations.jsonl.until-{name}")
     repo.append(record("four"))
-    assert repo.run("skip", *repo.target, "--sink", HOOK, "--yes").json["skippedCount"] == 1
+    assert repo.run("skip", *repo.target, "--sink", HOOK, "--yes").json["skippedCount"] == 3
     repo.dispatch()
     assert [row["reasonCode"] for row in repo.telemetry() if "position" not in row] == ["source_replaced"]
     assert names(server, PAGER) == ["one", "two", "four"]

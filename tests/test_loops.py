@@ -350,11 +350,11 @@ def test_a_loop_that_may_not_be_read_is_told_and_the_others_are_served(
     assert arrived(server) == [("a", 0), ("c", 0)]
 
 
-def test_a_loop_that_cannot_be_read_is_not_said_to_be_locked_while_others_are_served(
+def test_a_loop_that_cannot_be_served_is_not_said_to_be_locked_while_others_are(
     repo: Repo, server: SinkServer, three: list[Repo]
 ) -> None:
     server.answer(PATHS[HOOK], hang())
-    three[1].source.chmod(0)
+    three[1].telemetry_file.parent.mkdir(mode=0)
     weak = replace(repo, prepare=lose_power)
     process = weak.start("dispatch", "--repo", str(repo.root), "--all-loops")
     try:

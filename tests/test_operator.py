@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -1110,7 +1111,7 @@ def test_a_backlog_is_given_up_on_record_and_can_be_redelivered(repo: Repo, serv
 
     assert repo.run(*command, "--yes").exit_code == 0
     assert sink_of(status(repo), CHAT)["lagCount"] == 0
-    assert repo.run(*command, "--yes").stdout == "Nothing waits there.\n"
+    assert repo.run(*command, "--yes").stdout == f"Nothing waits for {CHAT}.\n"
     assert server.requests == []
 
     server.answer(PATHS[CHAT], ok())
@@ -1521,3 +1522,53 @@ def test_the_exit_codes_of_a_check_are_in_its_help(repo: Repo) -> None:
         ("2", "CRITICAL"),
         ("3", "UNKNOWN"),
     ]
+
+
+# --- What is asked for
+
+
+def test_skipping_a_backlog_includes_what_no_pass_has_read(repo: Repo, server: SinkServer) -> None:
+    repo.write_config(to_all())
+    repo.append(health_critical(number=1))
+    repo.dispatch()
+    repo.append(*(health_critical(number=number) for number in (2, 3)))
+    assert repo.run("skip", *repo.target, "--sink", CHAT, "--yes").json["skippedCount"] == 2
+    repo.dispatch()
+    assert [len(server.received(PATHS[sink])) for sink in (CHAT, HOOK)] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("redeliver", "--loop", "night-build", "--id", "esc_a", "--id", "esc_b"),
+        ("skip", "--loop", "night-build", "--sink", CHAT, "--sink", HOOK),
+        ("status", "--loop", "night-build", "--loop", "other"),
+    ],
+)
+def test_nothing_that_an_operator_names_is_ignored(repo: Repo, arguments: tuple[str, ...]) -> None:
+    run = repo.run(*arguments)
+    assert (run.exit_code, "only one can be given" in run.stderr) == (2, True)
+
+
+def test_a_secret_that_is_no_text_is_said_to_be_unusable(repo: Repo) -> None:
+    repo.append(health_critical())
+    run = repo.run("dispatch", *repo.target, env={"ALERT_HOOK_TOKEN": "s3cret-\udcff-token"})
+    assert run.exit_code == 3
+    assert "the value of ALERT_HOOK_TOKEN holds" in run.stderr
+    assert "s3cret" not in run.stderr
+
+
+def test_a_secret_file_that_cannot_be_read_is_named_by_a_test_of_its_sink(repo: Repo) -> None:
+    env = {"ALERT_CHAT_URL": "", "ALERT_CHAT_URL_FILE": "/nowhere"}
+    run = repo.run("test", "--sink", CHAT, env=env)
+    assert run.exit_code == 3
+    assert "the file that ALERT_CHAT_URL_FILE names cannot be read" in run.stderr
+
+
+def test_status_and_pass_agree_on_a_database_of_another_program(repo: Repo) -> None:
+    repo.append(health_critical())
+    with contextlib.closing(sqlite3.connect(repo.queue_file)) as database:
+        database.execute("CREATE TABLE customers (name TEXT)")
+    for command in ("dispatch", "status", "log"):
+        run = repo.run(command, *repo.target)
+        assert (run.exit_code, "is not a queue of this program" in run.stderr) == (4, True), command
