@@ -244,7 +244,7 @@ def test_the_log_of_the_queue_does_not_grow_with_the_backlog(repo: Repo, server:
     """It fills the disk: 3 KB for each escalation."""
     repo.write_config(only(HOOK))
     server.answer(PATHS[HOOK], error(503))
-    repo.append(*(health_critical(number=number) for number in range(12_000)))
+    repo.append(*(health_critical(number=number) for number in range(8_000)))
     log = repo.queue_file.with_name("alert-queue.db-wal")
     largest = 0
     process = repo.start("dispatch", *repo.target)
@@ -257,7 +257,7 @@ def test_the_log_of_the_queue_does_not_grow_with_the_backlog(repo: Repo, server:
         process.kill()
         process.communicate()
 
-    assert repo.state()["waitingCount"] == 12_000
+    assert repo.state()["waitingCount"] == 8_000
     assert 0 < largest < 20 << 20
 
 
