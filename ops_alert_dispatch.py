@@ -2981,7 +2981,7 @@ CODES: dict[str, Code] = {
     "rate_limited": Code(
         "The sink gets more requests than it allows. What waits is sent later.",
         "Retry-After in its answer says when it takes the next one.",
-        "the sink limits the rate: wait; if this lasts, lower maxPerMinute of {sink}",
+        "the sink limits the rate: wait; if this lasts, set or lower maxPerMinute of {sink}",
     ),
     "server_error": Code(
         "The sink has trouble. What waits is sent later.",
@@ -9508,7 +9508,7 @@ def check_sink(config: Config, sink_id: str | None) -> None:
 
 def no_loops(repo: str) -> str:
     """Say that a repo has no loops."""
-    return f"No loop of {printable(repo)} has escalations. --repo names another folder."
+    return f"No loop of {printable(repo)} has escalations yet. Use --repo to name another folder."
 
 
 def last_served(job: Job) -> tuple[float, str]:

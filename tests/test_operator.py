@@ -139,7 +139,7 @@ def test_status_says_of_alerts_what_the_hosts_status_script_says(repo: Repo, ser
 
 def test_status_of_a_repo_tells_of_all_its_loops_and_of_nothing_else(repo: Repo) -> None:
     assert repo.run("status", "--repo", str(repo.root)).json == {"loops": []}
-    none = f"No loop of {repo.root} has escalations. --repo names another folder.\n"
+    none = f"No loop of {repo.root} has escalations yet. Use --repo to name another folder.\n"
     assert repo.run("status", "--format", "text").stdout == none
     assert (
         repo.run("dispatch", "--all-loops", "--format", "text").stdout == f"no_source  0 loops, 0 new\n{none}"
