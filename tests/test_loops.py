@@ -354,19 +354,19 @@ def test_a_loop_that_cannot_be_served_is_not_said_to_be_locked_while_others_are(
     repo: Repo, server: SinkServer, three: list[Repo]
 ) -> None:
     server.answer(PATHS[HOOK], hang())
-    three[1].telemetry_file.parent.mkdir(mode=0)
-    weak = replace(repo, prepare=lose_power)
-    process = weak.start("dispatch", "--repo", str(repo.root), "--all-loops")
+    three[1].attempts_file.parent.mkdir()
+    three[1].attempts_file.symlink_to("nowhere")
+    process = repo.start("dispatch", "--repo", str(repo.root), "--all-loops")
     try:
         server.wait_for(1, PATHS[HOOK])
         elsewhere = str(repo.root / "another.json")
-        run = replace(weak, loop="b").dispatch("--dispatch-state-file", elsewhere)
+        run = three[1].dispatch("--dispatch-state-file", elsewhere)
     finally:
         process.kill()
         process.communicate()
 
     assert (run.exit_code, run.stdout) == (5, "")
-    assert "Permission denied" in run.stderr
+    assert "it is a symbolic link" in run.stderr
 
 
 @pytest.mark.parametrize("command", ["dispatch", "skip"])
