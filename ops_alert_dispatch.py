@@ -562,7 +562,7 @@ def check_room(folder: str, *files: str, least: int = 0) -> None:
     """Check, before anything is sent, that there is room to write down the results.
 
     Reserves RESERVE_BYTES in the folder for a moment, which meets free space, quota and a read-only mount,
-    and compares `files` with the limit of a file's size, which must not be below `least` either. Raises
+    and compares `files` with the limit of a file's size. `least`: the lowest limit that will do. Raises
     StorageError.
     """
     import resource
@@ -1656,8 +1656,8 @@ TAIL_BYTES = 256
 ROTATED_TAIL_GRACE = 10.0
 # Seconds. A file system's clock may lag behind ours by this.
 COARSE_SECONDS = 1.0
-# Seconds. A clock may have been set back by this: a file that is older than it should be is new if its first
-# line is.
+# Seconds. A clock may have been set back by this much: a file that looks too old is still new if its first
+# line is not known.
 CLOCK_STEP_SECONDS = 3600.0
 # How many finished files to remember, so that touching one does not resend it.
 FINISHED_MAX = 64
@@ -2302,12 +2302,18 @@ class Source:
                 return opened
         return None
 
+    def _known(self) -> set[str]:
+        """The fingerprints of files that were read, or that were there before."""
+        return {*self.cursor.finished, self.cursor.fingerprint} - {""}
+
     def _written_since(self, files: Sequence[Neighbour]) -> tuple[list[LogFile], list[Neighbour]]:
-        """What to do if the file of the cursor cannot be found, or there was none: the rotated files that no
-        pass has read, oldest first; and those that may have been part of the source, but cannot be read or
-        have no rotation's name. They were written since a pass looked, and are not copies of a file that was
-        read."""
-        known = {*self.cursor.finished, self.cursor.fingerprint} - {""}
+        """What was written since a pass looked, and is not a copy of a file that was read. Asked if the file
+        of the cursor cannot be found, or there was none.
+
+        Returns the rotated files, oldest first; and those that may have been part of the source, but cannot
+        be read or have no rotation's name.
+        """
+        known = self._known()
         looked_at = min(self.cursor.seen_at, time.time())  # it is in the future if the clock was ahead
         unseen: list[LogFile] = []
         unread: list[Neighbour] = []
@@ -2336,7 +2342,7 @@ class Source:
         set back and the file is not known.
         """
         last = next((file for file in files if file.identity == newest.identity), None)
-        known = {*self.cursor.finished, self.cursor.fingerprint}
+        known = self._known()
         newer: list[LogFile] = []
         unread: list[Neighbour] = []
         for file in files:
@@ -3618,8 +3624,6 @@ class Queue:
     def _set_up(self) -> None:
         version = self._check_version()
         if not version:
-            if self.execute("SELECT 1 FROM sqlite_schema"):
-                raise foreign_file(self.path)
             self.execute("PRAGMA auto_vacuum = INCREMENTAL")
         if self.execute("PRAGMA journal_mode = WAL") == [("wal",)]:
             # A kill loses nothing. A power cut may take the last transactions, with the cursor.
@@ -4067,16 +4071,16 @@ class Queue:
         )
         return set(rows)
 
-    def lagging(self, loop: int, sink: str) -> dict[str, tuple[float, int]]:
-        """The peers of a cluster that miss what another one has: since when, and how many deliveries."""
+    def lagging(self, loop: int, sink: str) -> dict[str, float]:
+        """The peers of a cluster that miss what another one has, and since when."""
         rows = self.execute(
-            "SELECT d.peer, min(d.waiting_since), count(*) FROM deliveries d INDEXED BY waiting "
+            "SELECT d.peer, min(d.waiting_since) FROM deliveries d INDEXED BY waiting "
             "JOIN deliveries o ON o.escalation = d.escalation AND o.sink = d.sink AND o.lead "
             "WHERE d.status = 'waiting' AND NOT d.lead AND d.sink = ? AND d.loop = ? "
             "AND o.status = 'delivered' GROUP BY d.peer",
             *(sink, loop),
         )
-        return {peer: (since, count) for peer, since, count in rows}
+        return dict(rows)
 
     def oldest_waiting(self, loop: int, sink: str) -> QueuedEscalation | None:
         """The oldest escalation of a loop that waits for a sink."""
@@ -4132,7 +4136,7 @@ class Queue:
 
         The first peer of a cluster to deliver takes the lead. One that refuses leaves the alert to the
         others, and is skipped; the last one to refuse, if none has delivered, is dead. If one needs no
-        request, because the alert is a repeat or an operator gave it up, the others need none.
+        request, because the alert is a repeat or an operator skipped it, the others need none.
         """
         lead, status = delivery.lead, STATUS_OF_OUTCOME[verdict.outcome]
         if delivery.peer:
@@ -6605,7 +6609,7 @@ def sink_figure(queue: Queue, loop: int, sink_id: str, tally: JsonObject) -> Jso
     best = min(known.values(), key=lambda found: found.consecutive_failures, default=NEVER_USED)
     # A sink that is no cluster is one peer, named "".
     lagging = {} if "" in known else queue.lagging(loop, sink_id)
-    peers = [lagging_peer(peer, since, known.get(peer)) for peer, (since, _) in lagging.items()]
+    peers = [lagging_peer(peer, since, known.get(peer)) for peer, since in lagging.items()]
     return figure_of(tally, best, oldest, peers)
 
 
@@ -6871,18 +6875,16 @@ class Loop:
     def _find(self, job: Job) -> tuple[int, Cursor, JsonObject | None]:
         """The loop's number, cursor and routes. A loop that is new to the queue goes on from its summary,
         from that of an earlier dispatcher, or from its last row; so does one that another queue, which is
-        gone, has served since this one did. Raises StateError if that is still there."""
-        if fault := wrong_queue(job):
-            raise fault
-        rules = None
+        gone, has served since this one did. Raises StateError, StorageError."""
+        document, rules = read_summary(job), None
         with self.queue.transaction():
             found = self.queue.find_loop(job.loop_id)
             if found is not None:
                 number, here, rules = found
                 self._hold(number)
-                _, there = other_queue(job) or ("", here)
+                _, there = other_queue(job, document) or ("", here)
                 if (there.number, there.offset) <= (here.number, here.offset):
-                    return number, after_shell(job, here), rules
+                    return number, after_shell(job, document, here), rules
             past = read_past(job)
             if found is None:
                 self.is_new = True
@@ -7040,6 +7042,7 @@ class Loop:
             dropped = {
                 sink_id: queue.skip_waiting(self.id, sink_id, "route_changed", found)
                 for sink_id, found in unwanted.items()
+                if found
             }
             queue.set_severities(severities)
             for sink_id, count in dropped.items():
@@ -7342,10 +7345,9 @@ class Loop:
             self.queue.release_loop(self.id)
 
 
-def after_shell(job: Job, cursor: Cursor) -> Cursor:
+def after_shell(job: Job, document: JsonObject, cursor: Cursor) -> Cursor:
     """The cursor after the lines that the shell dispatcher has read, if it was run again after our last pass:
-    then the state is newer than the cursor, and is none of ours. Raises StateError."""
-    document = read_summary(job)
+    then `document`, the state, is newer than the cursor and none of ours."""
     lines = count_in(document, "escalationsLineOffset")
     state = stat_of(job.state_file)
     if (
@@ -7472,10 +7474,9 @@ def what_to_do_about_lost(job: Job, past: PastRun) -> str:
     return "; ".join(advice)
 
 
-def other_queue(job: Job) -> tuple[str, Cursor] | None:
+def other_queue(job: Job, document: JsonObject) -> tuple[str, Cursor] | None:
     """The queue that the last pass of a loop used, if it is not this one, and how far that pass has read the
-    source. Raises StateError."""
-    document = read_summary(job)
+    source. `document`: the summary of that pass."""
     with contextlib.suppress(*MALFORMED):
         queue, cursor = str(document["queueFile"]), Cursor.from_json(document["cursor"])
         # Else it is the state of another loop, or that of the repo of which this one is a copy.
@@ -7485,10 +7486,10 @@ def other_queue(job: Job) -> tuple[str, Cursor] | None:
     return None
 
 
-def wrong_queue(job: Job) -> StateError | None:
-    """The error that the last pass of a loop used another queue, and that one is still there. Raises
-    StateError if the state file cannot be read."""
-    other, _ = other_queue(job) or ("", None)
+def wrong_queue(job: Job, document: JsonObject) -> StateError | None:
+    """The error that the last pass of a loop used another queue, and that one is still there. `document`: the
+    summary of that pass."""
+    other, _ = other_queue(job, document) or ("", None)
     if not other or not may_be_there(other):
         return None
     if os.path.lexists(job.queue_file):
@@ -8210,13 +8211,6 @@ class Pass:
             outcomes[loop.job.loop_id] = loop.error or loop.unreadable or cast("JsonObject", summary)
         return outcomes
 
-    def run_one(self, loop: Loop) -> JsonObject:
-        """Finish one loop. Returns its summary. Raises DispatchError."""
-        outcome = self.run([loop])[loop.job.loop_id]
-        if isinstance(outcome, DispatchError):
-            raise outcome
-        return outcome
-
     def _ingest(self, loops: Sequence[Loop]) -> None:
         """Ingest what is new, a chunk of one loop after the other. Sending starts with the first chunk."""
         shared = self._shared
@@ -8352,9 +8346,11 @@ def run_loops(
                     outcomes[job.loop_id] = empty_summary(job, "no_source")
                 elif not files.enter_context(loop_lock(job.lock_file, wait)):
                     outcomes[job.loop_id] = locked_summary(job)
-                elif idle := idle_summary(job, read_summary(job), config, queues, always=len(jobs) == 1):
+                elif idle := idle_summary(
+                    job, document := read_summary(job), config, queues, always=len(jobs) == 1
+                ):
                     outcomes[job.loop_id] = idle
-                elif fault := wrong_queue(job):  # before that queue is made
+                elif fault := wrong_queue(job, document):  # before that queue is made
                     note_failed_pass(job, fault)
                     outcomes[job.loop_id] = fault
                 else:
@@ -8718,6 +8714,8 @@ def plan_pass(queue: Queue, job: Job, config: Config, clock: Clock, *, show_payl
 
     Raises StateError or StorageError.
     """
+    if fault := wrong_queue(job, read_summary(job)):
+        raise fault
     shared = Shared(queue, config, clock, dry_run=True)
     shared.show_payload = show_payload
     notes = config_warnings(config)
@@ -8728,7 +8726,9 @@ def plan_pass(queue: Queue, job: Job, config: Config, clock: Clock, *, show_payl
         written = (json.loads(text) for _, _, text in queue.outbox(loop.id, limit=-1))
         changes = [row["message"] for row in written if "message" in row]
         waited |= queue.waiting_in(loop.id)
-        outcome = Pass(shared).run_one(loop)
+        outcome = Pass(shared).run([loop])[job.loop_id]
+        if isinstance(outcome, DispatchError):
+            raise outcome
         plans = plan_escalations(shared, loop, first_new, waited)
     if show_payload and plans:
         notes += batch_notes(config)
@@ -8904,8 +8904,8 @@ COMMAND_ORDER = [
 ]
 
 
-# Click's own --help, --version and paths look up translations, although there are none: these do not, as that
-# takes a twentieth of an idle pass.
+# In place of click's own --help, --version and paths. Those look up translations, of which click has none:
+# that takes a twentieth of an idle pass.
 
 
 def printing_option(*names: str, help: str, text: Callable[[click.Context], str]) -> click.Option:  # noqa: A002
@@ -8989,8 +8989,8 @@ Files:
 
 
 def given_once(_: click.Context, param: click.Parameter, values: Sequence[str]) -> str | None:
-    """The callback of an option that selects one thing. Click would drop all values but the last, and so what
-    an operator also meant. Raises BadParameter."""
+    """The callback of an option that selects one thing. Of several values, click would silently use the last
+    one. Raises BadParameter."""
     if len(values) > 1:
         raise click.BadParameter("only one can be given", param=param)
     return values[0] if values else None
@@ -10082,8 +10082,8 @@ Exit codes with --check:
   0  OK
   1  WARNING: something waits or was lost, a sink fails, no sink is enabled,
      or there are dead letters
-  2  CRITICAL: the config is invalid; or for longer than --critical-after a
-     sink has failed, or something waits and no pass has run or worked
+  2  CRITICAL: the config is invalid; or a sink has failed, or something waits
+     and no pass has ended without an error, for longer than --critical-after
   3  UNKNOWN: no pass has run, the files cannot be read, or the command line
      is wrong
 """
@@ -10245,7 +10245,7 @@ def read_facts(job: Job, critical_after: float) -> LoopFacts:
     except ValueError:
         document = None
         notes.append(f"the state file {job.state_file} is damaged: the next pass writes a new one")
-    if fault := wrong_queue(job):
+    if fault := wrong_queue(job, document or {}):
         raise fault
     config, config_valid, config_notes = read_config_if_any(job, document)
     figures = read_figures(job, config, now)
@@ -10922,7 +10922,7 @@ def unknown_to_a_monitor(*, check: bool) -> Iterator[None]:
     type=click.FloatRange(min=0),
     default=900.0,
     metavar="SECONDS",
-    help="CRITICAL if for longer a sink has failed, or something waits and no pass has run or worked.",
+    help="A sink that has failed for longer is CRITICAL, and so is what waits longer for a pass that works.",
 )
 @file_options
 @functools.partial(output_options, also=["prometheus"], about=", prometheus for a textfile collector")
@@ -11699,7 +11699,7 @@ def operator_lock(job: Job) -> Iterator[None]:
     with loop_lock(job.lock_file, OPERATOR_WAIT) as held:
         if not held:
             raise LoopHeldError(job.loop_id)
-        if fault := wrong_queue(job):
+        if fault := wrong_queue(job, read_summary(job)):
             raise fault
         yield
 
@@ -11707,8 +11707,8 @@ def operator_lock(job: Job) -> Iterator[None]:
 def find_selected(job: Job, config: Config, selection: Selection) -> list[Selectable]:
     """Find the deliveries that an operator names. Changes nothing.
 
-    Raises BadParameter if there is no such escalation or line, StateError if there is no such loop, if a pass
-    holds it, or if none has run for it but has to; StorageError.
+    Raises BadParameter if there is no such escalation or line; StateError if there is no such loop, if a pass
+    holds it, or if this needs an earlier pass and there was none; StorageError.
     """
     with operator_lock(job):
         known: list[Selectable] = []
@@ -11778,7 +11778,7 @@ def escalations_of(job: Job, segment: str, line: Line) -> Iterator[QueuedEscalat
 
 
 def selectable_of(stored: QueuedEscalation) -> Selectable:
-    """An escalation without deliveries, as the queue's `named` would have it."""
+    """An escalation without deliveries, as the queue would give it."""
     return Selectable(
         *(stored.id, stored.escalation_id, stored.segment, stored.offset, stored.line),
         *(stored.category, stored.severity, stored.written_at),
@@ -12202,7 +12202,7 @@ def skip(
         again = how_to_send_after_all(job, skipped, segment)
         click.echo(f"{plural(len(skipped), noun)} {done}. {again}")
     elif shown:
-        click.echo("Nothing is left of it: a pass or another command has dealt with it.")
+        click.echo("Nothing is left to do: a pass or another command has dealt with it.")
     else:
         click.echo("There is no dead letter." if dead_letters else f"Nothing waits for {sink_id}.")
 
