@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -27,6 +28,9 @@ from hypothesis import settings
 from leaks import leaked, leaks_under
 from loopback import SinkServer, accepted
 from zygote import Forked
+
+# While tests are collected, hardly anything becomes garbage, and each search for it costs more than the last.
+gc.disable()
 
 # The same examples on every run, however slow the machine: a suite says the same of the same code.
 # Search for more is fuzz.py's.
@@ -82,6 +86,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             # If it cannot be imported, pytest will say so.
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
+
+
+def pytest_collection_finish() -> None:
+    """What was collected stays to the end: no later search for garbage looks at it again."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -170,7 +180,7 @@ class Repo:
         return self.folder / "telemetry" / "alert-attempts.jsonl"
 
     def write_config(self, config: Mapping[str, Any] | str) -> None:
-        text = config if isinstance(config, str) else json.dumps(config, indent=2)
+        text = config if isinstance(config, str) else json.dumps(config)
         self.config_file.parent.mkdir(parents=True, exist_ok=True)
         self.config_file.write_text(text, encoding="utf-8")
 

@@ -33,7 +33,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BufferedIOBase
 from pathlib import Path
 from socketserver import StreamRequestHandler, ThreadingTCPServer
 from types import TracebackType
@@ -165,23 +165,31 @@ def echo(status: int = 400) -> Behaviour:
     return answer
 
 
-class _Server(ThreadingHTTPServer):
+def _read_head(stream: BufferedIOBase) -> tuple[str, dict[str, str]] | None:
+    """The first line of a request and its headers, or None if the connection ended before they did.
+
+    Not `http.server`: it reads headers as those of a mail, which takes as long as all the rest of a request.
+    """
+    lines = []
+    while (line := stream.readline()).strip():
+        lines.append(line.decode("latin-1"))
+    if not line or not lines:
+        return None
+    fields = [field.partition(":") for field in lines[1:]]
+    return lines[0], {name.lower(): value.strip() for name, _, value in fields}
+
+
+class _Server(ThreadingTCPServer):
     # Every handler is joined on close: a test that leaves a thread behind would spoil the next one.
     daemon_threads = False
     block_on_close = True
     request_queue_size = 128
+    allow_reuse_address = True
 
     def __init__(self, port: int, sink: SinkServer, tls: ssl.SSLContext | None) -> None:
         self.sink = sink
         self.tls = tls
         super().__init__((HOST, port), _Handler)
-
-    def server_bind(self) -> None:
-        # Not HTTPServer's, which looks the host's name up.
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = HOST, self.server_address[1]
 
     def get_request(self) -> tuple[socket.socket, Any]:
         connection, address = super().get_request()
@@ -197,32 +205,21 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(StreamRequestHandler):
     server: _Server
-    protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
-    def setup(self) -> None:
-        super().setup()
-        self.connection_number = self.server.sink.connection_number()
-
-    def do_POST(self) -> None:
-        length = int(self.headers.get("Content-Length") or 0)
-        body = self.rfile.read(length)
-        if len(body) < length:  # its sender has died: nobody could act on half a request
-            self.hang_up()
-            return
-        request = Received(
-            at=time.monotonic(),
-            connection=self.connection_number,
-            method=self.command,
-            path=self.path,
-            headers={name.lower(): value for name, value in self.headers.items()},
-            body=body,
-        )
-        self.send(self.server.sink.take(request))
-
-    do_GET = do_HEAD = do_PUT = do_POST  # noqa: N815 (the names that http.server looks for)
+    def handle(self) -> None:
+        number = self.server.sink.connection_number()
+        self.is_open = True
+        while self.is_open and (head := _read_head(self.rfile)):
+            method, path, _ = head[0].split()
+            length = int(head[1].get("content-length", "0"))
+            body = self.rfile.read(length)
+            if len(body) < length:  # its sender has died: nobody could act on half a request
+                break
+            request = Received(time.monotonic(), number, method, path, head[1], body)
+            self.send(self.server.sink.take(request))
 
     def send(self, answer: Answer) -> None:
         closing = self.server.sink.closing
@@ -263,12 +260,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(bytes([number]))
 
     def hang_up(self) -> None:
-        self.close_connection = True
+        self.is_open = False
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        """Tests look at what was received, not at a log."""
 
 
 class SinkServer:
@@ -407,13 +401,8 @@ def scripted_port(answers: Sequence[bytes], *, tls: bool = False, hang_up: bool 
 
         def handle(self) -> None:
             with contextlib.suppress(OSError):
-                while line := self.rfile.readline():
-                    length = 0
-                    while line.strip():
-                        name, _, value = line.partition(b":")
-                        length = int(value) if name.lower() == b"content-length" else length
-                        line = self.rfile.readline()
-                    self.rfile.read(length)
+                while head := _read_head(self.rfile):
+                    self.rfile.read(int(head[1].get("content-length", "0")))
                     last = len(left) == 1
                     self.wfile.write(left[0] if last else left.pop(0))
                     if hang_up or last:

@@ -79,14 +79,11 @@ use_port() {
   export PAGER_URL="http://127.0.0.1:$1/pager"
 }
 
-# received LOG PATH [jq filter]: the bodies that arrived there, as one JSON array, or what the filter makes of it.
-received() {
+# check_counts LOG COUNTS: how many requests arrived at each path, as a JSON object.
+check_counts() {
   [[ -f "$1.jsonl" ]] || : >"$1.jsonl"
-  jq -cs --arg path "$2" '[.[] | select(.path | startswith($path)) | .json] | '"${3:-.}" "$1.jsonl"
-}
-
-received_count() {
-  received "$1" "$2" length
+  check "$1.jsonl" '(group_by(.path) | map({(.[0].path | split("/")[1]): length}) | add // {}) == $counts' \
+    --slurp --argjson counts "$2"
 }
 
 # --- the host's files --------------------------------------------------------------------------------------
@@ -324,9 +321,7 @@ check_no_secrets() {
   # Of ten records, six go to chat; two of these only there.
   check_pass '.status == "partial" and .processedCount == 10 and .dispatchedCount == 8 and .failedCount == 6
     and (.failureReasonCodes | index("partial_dispatch_failure")) and .escalationsLineOffset == 10'
-  [[ "$(received_count sinks /hook)" -eq 6 ]]
-  [[ "$(received_count sinks /pager)" -eq 2 ]]
-  [[ "$(received_count sinks /chat)" -eq 0 ]]
+  check_counts sinks '{"hook": 6, "pager": 2}'
   jq -cs . "$TELEMETRY" | check - '
     length == 10 and ([.[] | select(.status == "partial") | .reasonCode] | unique) == ["partial_dispatch_failure"]
     and ([.[] | select(.status == "failed") | .reasonCode] | unique) == ["dispatch_failed"]
@@ -365,7 +360,7 @@ check_no_secrets() {
     and .failureReasonCodes == ["config_invalid"]' "${ABOUT_STATE[@]}"
   status_script | check - '.alerts.dispatch.status == "config_invalid"
     and .alerts.lastDelivery.status == "failed_command"'
-  [[ "$(received_count sinks /)" -eq 0 ]]
+  check_counts sinks '{}'
 
   echo '{"schemaVersion": "v1",' >"$CONFIG"
   reconcile
@@ -381,8 +376,6 @@ check_no_secrets() {
     and .escalationsLineOffset == 5'
   check_each_once sinks
 }
-
-# --- the operator ------------------------------------------------------------------------------------------
 
 # --- the resolver ------------------------------------------------------------------------------------------
 

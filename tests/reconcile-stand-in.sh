@@ -35,7 +35,7 @@ state_file="$folder/alert-dispatch-state.json"
 telemetry_file="$folder/telemetry/alerts.jsonl"
 mkdir -p "$folder/telemetry"
 
-dispatch=null exit_code=0
+exit_code=0
 # One stream: a word on stderr of a run that went well would spoil the JSON, as it does in the host.
 output="$("$script" \
   --repo "$repo" --loop "$loop" --trace-id "$trace_id" \
@@ -43,20 +43,18 @@ output="$("$script" \
   --dispatch-telemetry-file "$telemetry_file" \
   ${config_args[@]+"${config_args[@]}"} 2>&1)" || exit_code=$?
 
-if ((exit_code == 0)) &&
-  ! dispatch="$(jq -ces 'if length == 1 and (.[0] | type) == "object" then .[0] else empty end' \
-    <<<"$output" 2>/dev/null)"; then
-  dispatch=null exit_code=-1
+about=(--arg loop "$loop" --arg trace "$trace_id")
+if ((exit_code == 0)); then
+  jq -ces "${about[@]}" '
+    if length == 1 and (.[0] | type) == "object"
+    then {loopId: $loop, traceId: $trace, dispatchExitCode: 0, dispatch: .[0]}
+    else empty end' <<<"$output" 2>/dev/null && exit 0
+  exit_code=-1
 fi
-if ((exit_code != 0)); then
-  jq -cn \
-    --arg timestamp "$(date -u +%Y-%m-%dT%H:%M:%SZ)" --arg loop "$loop" --arg trace "$trace_id" \
-    --rawfile message <(tail -n 40 <<<"$output") \
-    '{timestamp: $timestamp, loopId: $loop, traceId: $trace, category: "alert_dispatch",
-      status: "failed_command", reasonCode: "alert_dispatch_failed", message: ($message | rtrimstr("\n"))}' \
-    >>"$telemetry_file"
-fi
-
-jq -cn --arg loop "$loop" --arg trace "$trace_id" --argjson code "$exit_code" --argjson dispatch "$dispatch" \
-  '{loopId: $loop, traceId: $trace, dispatchExitCode: $code, dispatch: $dispatch}'
+jq -cn "${about[@]}" --arg timestamp "$(date -u +%Y-%m-%dT%H:%M:%SZ)" --rawfile message <(tail -n 40 <<<"$output") \
+  '{timestamp: $timestamp, loopId: $loop, traceId: $trace, category: "alert_dispatch",
+    status: "failed_command", reasonCode: "alert_dispatch_failed", message: ($message | rtrimstr("\n"))}' \
+  >>"$telemetry_file"
+jq -cn "${about[@]}" --argjson code "$exit_code" \
+  '{loopId: $loop, traceId: $trace, dispatchExitCode: $code, dispatch: null}'
 exit 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -197,6 +198,33 @@ def test_the_inline_metadata_asks_for_what_the_package_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert inline["requires-python"] == project["requires-python"]
     assert sorted(inline["dependencies"]) == sorted(project["dependencies"])
+
+
+@pytest.mark.parametrize("past", ["nothing ever escalated", "nothing new"])
+def test_a_pass_that_sends_nothing_does_not_pay_for_the_client_or_the_validator(
+    repo: Repo, past: str
+) -> None:
+    """Nearly every pass is one: each of these would more than double what it costs."""
+    # The host keeps other files of the loop there.
+    repo.folder.mkdir(parents=True)
+    if past == "nothing new":
+        repo.append(health_critical())
+    assert repo.dispatch().exit_code == 0
+
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(MODULE_FILE), "dispatch", *repo.target],
+        capture_output=True,
+        encoding="utf-8",
+        env=repo.env,
+        check=True,
+    )
+
+    assert "no_source" in done.stdout or "no_new_escalations" in done.stdout
+    loaded = {row.rpartition("|")[2].strip() for row in done.stderr.splitlines()}
+    assert "click" in loaded
+    assert loaded.isdisjoint(
+        {"requests", "urllib3", "jsonschema", "http.client", "ssl", "hashlib", "random", "sqlite3"}
+    )
 
 
 # --- Demo

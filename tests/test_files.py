@@ -614,6 +614,9 @@ def test_a_half_written_first_line_waits_until_it_is_whole(repo: Repo, server: S
 
 
 def test_a_record_of_10_mb_is_delivered(repo: Repo, server: SinkServer) -> None:
+    config = sink_config(everywhere=True)
+    config["routing"]["defaultSinks"] = [HOOK]
+    repo.write_config(config)
     repo.append(record("one"), record("large", filler="x" * 10_000_000), record("three"))
     assert repo.dispatch().json["status"] == "success"
     assert names(server) == ["one", "large", "three"]

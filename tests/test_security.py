@@ -859,7 +859,7 @@ def test_no_pattern_of_the_schema_or_of_the_program_can_be_made_slow() -> None:
     began = time.process_time()
     for ask in asked:
         for character in "aA0 -.%&#\\:@;/\x1b":
-            text = character * 100_000
+            text = character * 30_000
             for hard in (text, text + "\n", "a" + text + "\0", "\0" + text):
                 ask(hard)
     # Milliseconds where it takes time that grows with the length; hours where with its square.

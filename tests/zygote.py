@@ -214,6 +214,13 @@ def zygote() -> Zygote:
     return started
 
 
+@functools.cache
+def _what_popen_hands_on() -> list[str]:
+    """The names of what `subprocess.Popen` starts a process with, in its order."""
+    _, *names = inspect.signature(subprocess.Popen._execute_child).parameters  # type: ignore[attr-defined]
+    return names
+
+
 class Forked(subprocess.Popen[str]):
     """The program with these arguments, forked by the zygote.
 
@@ -222,8 +229,7 @@ class Forked(subprocess.Popen[str]):
     """
 
     def _execute_child(self, *given: Any) -> None:
-        start = super()._execute_child  # type: ignore[misc]
-        order = inspect.signature(start).bind(*given).arguments
+        order = dict(zip(_what_popen_hands_on(), given, strict=True))
         asked = {
             "arguments": [*order["args"]],
             "env": dict(order["env"]),
