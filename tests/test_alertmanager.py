@@ -729,8 +729,8 @@ def test_a_backlog_that_moves_to_another_peer_is_not_held_in_memory(
     down, other = peers
     pair.env["ALERT_FLEET_URLS"] = down.url
     down.answer(ALERTS, error(503))
-    pair.append(*({**alert(str(number)), "note": "n" * (1 << 20)} for number in range(30)))
-    assert pair.dispatch().json["waitingCount"] == 30
+    pair.append(*({**alert(str(number)), "note": "n" * (1 << 20)} for number in range(16)))
+    assert pair.dispatch().json["waitingCount"] == 16
     job = program.make_job(program.Paths(str(pair.root)), LOOP)._replace(time_budget=0)
     tracemalloc.start()
     try:
@@ -739,7 +739,7 @@ def test_a_backlog_that_moves_to_another_peer_is_not_held_in_memory(
     finally:
         tracemalloc.stop()
 
-    assert queue_rows(pair, "SELECT peer, count(*) FROM deliveries") == [(other.url[7:], 30)]
+    assert queue_rows(pair, "SELECT peer, count(*) FROM deliveries") == [(other.url[7:], 16)]
     assert most < 10 << 20
 
 

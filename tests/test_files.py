@@ -826,7 +826,6 @@ def read_up_to(text: str, offset: float) -> bytes:
 DAMAGES: dict[str, Callable[[str], bytes]] = {
     "empty": lambda _: b"",
     "cut_off": lambda text: text.encode()[: len(text) // 2],
-    "zeroes": lambda text: b"\0" * len(text),
     "not_json": lambda _: b"state: ok\n",
     "another_kind_of_json": lambda _: b"[1, 2, 3]\n",
     "of_another_program": lambda _: b'{"version": 3, "cursor": "abc"}\n',

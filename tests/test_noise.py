@@ -300,7 +300,9 @@ def test_of_very_many_different_things_each_repeat_is_held_back(
     repo: Repo, server: SinkServer, past: Past
 ) -> None:
     count = 100
-    repo.write_config(quiet())
+    config = quiet()
+    config["routing"]["defaultSinks"] = [HOOK]
+    repo.write_config(config)
     repo.append(*(past.divergence(0, reasonCodes=[f"code_{n}" * 30]) for n in range(count)))
     repo.append(*(past.divergence(1, reasonCodes=[f"code_{n}" * 30]) for n in reversed(range(count))))
     repo.dispatch()
