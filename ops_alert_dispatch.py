@@ -3894,13 +3894,18 @@ class Queue:
 
     # -- what waits
 
-    def add_deliveries(self, rows: Iterable[tuple[int, str, str, int, int, int, float]]) -> None:
+    def add_deliveries(self, rows: Sequence[tuple[int, str, str, int, int, int, float]]) -> None:
         """Add deliveries that wait: escalation, sink, peer, loop, severity, lead, since when."""
-        self.execute_many(
-            "INSERT INTO deliveries (escalation, sink, peer, loop, severity, lead, waiting_since, status) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, 'waiting')",
-            rows,
-        )
+        marks = "(?, ?, ?, ?, ?, ?, ?, 'waiting')"
+        # Many in a statement: each for itself would take half as long again.
+        for start in range(0, len(rows), 100):
+            some = rows[start : start + 100]
+            self.execute(
+                "INSERT INTO deliveries "
+                "(escalation, sink, peer, loop, severity, lead, waiting_since, status) "
+                f"VALUES {', '.join([marks] * len(some))}",
+                *itertools.chain.from_iterable(some),
+            )
 
     def reroute(
         self, escalations: Sequence[tuple[int, int]], sink: str, peers: Sequence[str], loop: int
@@ -4602,8 +4607,10 @@ class Queue:
         if {peer for [peer] in found} != set(peers):
             self.execute("DELETE FROM deliveries WHERE escalation = ? AND sink = ?", escalation, sink)
             self.add_deliveries(
-                (escalation, sink, peer, loop, severity, int(place == 0), now)
-                for place, peer in enumerate(peers)
+                [
+                    (escalation, sink, peer, loop, severity, int(place == 0), now)
+                    for place, peer in enumerate(peers)
+                ]
             )
         self.execute(
             "UPDATE deliveries SET status = 'waiting', severity = ?, waiting_since = ?, not_before = 0, "
@@ -9645,17 +9652,19 @@ def check_apart(job: Job) -> None:
 
 def check_regular(job: Job) -> None:
     """Refuse to write to anything but a regular file. Raises StateError or StorageError."""
-    errors = {
-        job.state_file: StateError,
-        job.queue_file: StateError,
-        job.telemetry_file: StorageError,
-        job.attempts_file: StorageError,
-    }
-    for path, error in errors.items():
-        with contextlib.suppress(OSError):  # opening the file says what is wrong with it
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                advice = "the program writes that file: move away what is there"
-                raise error(f"{path} is not a regular file", [advice])
+    for path, error in (
+        (job.state_file, StateError),
+        (job.queue_file, StateError),
+        (job.telemetry_file, StorageError),
+        (job.attempts_file, StorageError),
+    ):
+        try:
+            is_regular = stat.S_ISREG(os.stat(path).st_mode)
+        except OSError:  # opening the file says what is wrong with it
+            continue
+        if not is_regular:
+            advice = "the program writes that file: move away what is there"
+            raise error(f"{path} is not a regular file", [advice])
 
 
 def make_job(paths: Paths, loop_id: str, trace_id: str | None = None) -> Job:

@@ -73,7 +73,7 @@ with program.Queue.open(job.queue_file) as queue, queue.transaction():
     numbers = range(first, first + int(sys.argv[3]))
     place = ("1-0", 0, 1, 1, "health_critical", None, None, then, True, then, None, record, None)
     queue.add_escalations(program.QueuedEscalation(n, loop, f"esc_{n:032d}", *place) for n in numbers)
-    queue.add_deliveries((n, "sink-1", "", loop, 2, 1, then) for n in numbers)
+    queue.add_deliveries([(n, "sink-1", "", loop, 2, 1, then) for n in numbers])
     queue.execute("UPDATE deliveries SET status = 'delivered' WHERE status = 'waiting'")
 """
 
