@@ -9603,7 +9603,7 @@ def status_of_all(statuses: Counter[str], sums: Mapping[str, int]) -> str:
 def loops_text(summary: JsonObject) -> str:
     """The summary of a run over many loops for people. Loops in which nothing happened are left out."""
     colour = STATUS_COLOURS.get(summary["status"], "yellow")
-    counted = f"{plural(summary['loopCount'], 'loop')}, {summary['processedCount']} new{late_words(summary)}"
+    counted = f"{plural(summary['loopCount'], 'loop')}, {summary['processedCount']} new{old_words(summary)}"
     lines = [f"{click.style(summary['status'], fg=colour)}  {counted}"]
     if not summary["loops"]:
         lines.append(no_loops(summary["repoPath"]))
@@ -9621,7 +9621,8 @@ def loops_text(summary: JsonObject) -> str:
             (loop["loopId"], loop["status"], *(loop.get(key) for key in counts), loop_note(loop))
             for loop in loops
         ]
-        headings = ("LOOP", "STATUS", *(LOOP_COUNTS[key] for key in counts), "REASONS")
+        names = LOOP_COUNTS | {"dispatchedCount": sent_word(summary).upper()}
+        headings = ("LOOP", "STATUS", *(names[key] for key in counts), "REASONS")
         lines += ["", table(headings, rows, ("SKIPPED", "REASONS", "LATE FAILED", "LATE"))]
     return "\n".join(lines)
 
@@ -9748,7 +9749,7 @@ def summary_text(summary: JsonObject) -> str:
     sinks = summary.get("sinks") or {}
     # The summaries of older versions do not say whether a sink is enabled.
     all_disabled = bool(sinks) and not any(sink.get("enabled", True) for sink in sinks.values())
-    warn = all_disabled or (status != "failed" and has_failed(summary))
+    warn = all_disabled or summary.get("stoppedBy") or (status != "failed" and has_failed(summary))
     coloured = click.style(status, fg="yellow" if warn else STATUS_COLOURS.get(status, "yellow"))
     lines = [f"{coloured}  {what_a_pass_did(summary)}"]
     if all_disabled:
@@ -9772,7 +9773,7 @@ def summary_text(summary: JsonObject) -> str:
             )
             for sink_id, sink in sinks.items()
         ]
-        headings = ("SINK", "DELIVERED", "WAITING", "OLDEST", "NEXT ATTEMPT", "DEAD", "NOTE")
+        headings = ("SINK", sent_word(summary).upper(), "WAITING", "OLDEST", "NEXT ATTEMPT", "DEAD", "NOTE")
         lines += ["", table(headings, rows, ("OLDEST", "NEXT ATTEMPT"))]
     return "\n".join(lines)
 
@@ -9784,16 +9785,22 @@ def what_a_pass_did(summary: JsonObject) -> str:
         return f"another pass is running for {loop}; nothing to do"
     if summary["status"] == "no_source":
         return printable(summary.get("message") or f"{loop}: no escalations at {summary['escalationsFile']}")
-    counts = (("delivered", "dispatchedCount"), ("skipped", "skippedCount"), ("failed", "failedCount"))
+    counts = ((sent_word(summary), "dispatchedCount"), ("skipped", "skippedCount"), ("failed", "failedCount"))
     outcome = ", ".join(f"{summary[key]} {word}" for word, key in counts)
-    head = f"{loop}, {summary['processedCount']} new: {outcome}"
-    return head + late_words(summary)
+    return f"{loop}, {summary['processedCount']} new: {outcome}{old_words(summary)}"
 
 
-def late_words(summary: JsonObject) -> str:
-    """What became of deliveries that had waited; empty if nothing did."""
+def sent_word(summary: JsonObject) -> str:
+    """What a pass did with what was sent, or would do."""
+    return "to send" if summary["status"] == "dry_run" else "delivered"
+
+
+def old_words(summary: JsonObject) -> str:
+    """What became of deliveries that had waited, and what waits now; empty if nothing does."""
     delivered, failed = summary["lateDispatchedCount"], summary["lateFailedCount"]
-    return f"; late: {delivered} delivered, {failed} given up" if delivered or failed else ""
+    late = f"; late: {delivered} {sent_word(summary)}, {failed} given up" if delivered or failed else ""
+    waiting = plural(summary["waitingCount"], "delivery")
+    return late + (f"; {waiting} waiting" if summary["waitingCount"] else "")
 
 
 def causes_of(summary: JsonObject) -> list[str]:
@@ -9856,8 +9863,8 @@ def sinks_words(sinks: Iterable[tuple[str, str | None, str]], *, named: bool) ->
     )
 
 
-# The decisions of a plan in the words of `log`, in the order in which a cell has them.
-PLAN_WORDS = {"send": "delivered", "wait": "waiting", "keep": "waiting", "drop": "dead", "skip": "skipped"}
+# The decisions of a plan in words, in the order in which a cell has them.
+PLAN_WORDS = {"send": "send", "wait": "waiting", "keep": "waiting", "drop": "dead", "skip": "skipped"}
 
 
 def plan_text(plans: Sequence[JsonObject], *, several: bool) -> str:
@@ -10486,6 +10493,7 @@ def find_troubles(facts: LoopFacts, sinks: Sequence[JsonObject]) -> Iterator[Fin
         words = "no sink is enabled: nothing is sent"
         yield Finding("warning", words, 'set "enabled": true on a sink in the config')
     yield from find_lost(facts)
+    yield from find_dangling_link(facts)
     yield from find_unfinished(facts)
 
 
@@ -10660,6 +10668,15 @@ def loss_words(code: str, count: int, at: float) -> str:
     """`2 lines of the source sent to nobody (invalid_escalation_json, last 2026-03-01T12:00:00Z)`."""
     words, noun = LOSSES.get(code, ("{} of the source sent to nobody", "line"))
     return f"{words.format(plural(count, noun))} ({code}, last {iso(at)})"
+
+
+def find_dangling_link(facts: LoopFacts) -> Iterator[Finding]:
+    """Report a source on a volume that is gone. It looks like a loop in which nothing was escalated."""
+    path = facts.job.escalations_file
+    with contextlib.suppress(OSError):  # it is no link, or was replaced just now
+        if not os.path.exists(target := os.path.join(os.path.dirname(path), os.readlink(path))):
+            words = f"the source is a link to {target}, which is not there: nothing is read"
+            yield Finding("warning", words, "mount the volume, or correct the link")
 
 
 def find_unfinished(facts: LoopFacts) -> Iterator[Finding]:
@@ -12568,7 +12585,11 @@ def run_demo(
     replace_file(job.config_file, encode_json(demo_config()), durable=False)
     source = b"".join(encode_json(record) + b"\n" for record in escalations)
     replace_file(job.escalations_file, source, durable=False)
-    passes = [summary_of_one(job, run_loops([job], environ)[job.loop_id]) for _ in range(2)]
+    passes: list[JsonObject] = []
+    for _ in range(2):
+        passes.append(summary_of_one(job, run_loops([job], environ)[job.loop_id]))
+        if passes[-1]["stoppedBy"] == "signal":
+            raise click.Abort
     in_digests = [block for body in received["slack"] for block in body["blocks"] if "block_id" in block]
     counts = {name: len(bodies) for name, bodies in received.items()} | {"slack": len(in_digests)}
     exact = all(count == len(escalations) for count in counts.values())

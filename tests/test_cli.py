@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import MODULE_FILE, Repo, Run, clean_env
 from escalations import health_critical
+from zygote import interrupt_the_first_request
 
 ROOT = MODULE_FILE.parent
 OPTIONS = {
@@ -251,6 +252,14 @@ def test_the_demo_shows_all_three_sinks_and_leaves_nothing_behind(tmp_path: Path
     assert "\x1b" not in done.stdout
     assert list(temporary.iterdir()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["tmp"]
+
+
+def test_ctrl_c_ends_the_demo(tmp_path: Path) -> None:
+    """It would go on with a second pass, in which what is left goes out under a headline that denies it."""
+    repo = Repo(tmp_path, clean_env(tmp_path), prepare=interrupt_the_first_request)
+    done = repo.run("demo")
+
+    assert (done.exit_code, done.stdout) == (130, "")
 
 
 def test_the_demo_is_json_for_scripts(tmp_path: Path) -> None:

@@ -1001,7 +1001,10 @@ def test_a_dry_run_tells_a_person_in_text_what_would_be_sent(repo: Repo) -> None
     assert re.search(r"^1 .*\n2 ", text, re.MULTILINE)
     for word in ("health_critical", "profile_drift_detected", HOOK, CHAT, PAGER):
         assert word in text
+    assert "2 new: 2 to send, 0 skipped, 0 failed" in text
     assert "Nothing was sent or written" in text
+    # A reader in a hurry would take it for done.
+    assert "delivered" not in text.lower()
 
 
 def test_a_dry_run_tells_of_what_waits_for_a_failing_sink(repo: Repo, server: SinkServer) -> None:

@@ -1346,7 +1346,7 @@ def test_a_dry_run_says_of_each_delivery_what_becomes_of_it_and_why(repo: Repo, 
     gone = "1 delivery waiting for old will be given up: the config has no such sink any more"
     assert gone in status(repo)["notes"]
     text = repo.dispatch("--dry-run", "--format", "text").stdout
-    assert text.startswith(f"dry_run  loop {repo.loop}, 2 new: 1 delivered, 0 skipped, 2 failed")
+    assert text.startswith(f"dry_run  loop {repo.loop}, 2 new: 1 to send, 0 skipped, 2 failed")
     assert re.search(rf"^{CHAT} +0 +2 .* http_error 401: who are you$", text, re.MULTILINE)
     assert re.search(
         r"^2 .* invalid_escalation_json .* failed \(invalid_escalation_json\)$", text, re.MULTILINE
@@ -1370,7 +1370,7 @@ def test_a_dry_run_says_what_is_too_old_to_be_sent(repo: Repo, server: SinkServe
     plan = repo.dispatch("--dry-run").json
     [sink] = plan["escalations"][0]["sinks"]
     assert (sink["id"], sink["decision"]) == (CHAT, "drop")
-    assert "0 delivered, 1 given up" in repo.dispatch("--dry-run", "--format", "text").stdout
+    assert "0 to send, 1 given up" in repo.dispatch("--dry-run", "--format", "text").stdout
     assert repo.dispatch().json["deadLetterCount"] == 1
 
 

@@ -382,8 +382,8 @@ def test_a_move_to_another_machine(recipe: Recipe, host: Repo, server: SinkServe
     server.answer(SLACK, ok())
     server.forget()
     said = recipe.run(1, env={"OPS_MANAGER_REPO": str(there.root)}).stdout
-    assert re.findall(r"^(\d+) .* delivered: slack-default$", said, re.MULTILINE) == ["6", "7"]
-    assert "0 new: 0 delivered, 0 skipped, 0 failed; late: 2 delivered, 0 given up" in said
+    assert re.findall(r"^(\d+) .* send: slack-default$", said, re.MULTILINE) == ["6", "7"]
+    assert "0 new: 0 to send, 0 skipped, 0 failed; late: 2 to send, 0 given up" in said
     there.dispatch("--now")
     assert sent_to_slack(server) == waiting
     assert len(server.requests) == 2

@@ -457,6 +457,24 @@ def test_a_last_line_that_nobody_finishes_is_a_warning_until_it_is_ended(repo: R
     assert look(repo)["health"] == "ok"
 
 
+def test_a_source_on_a_volume_that_is_gone_does_not_look_like_a_quiet_loop(
+    repo: Repo, tmp_path: Path
+) -> None:
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    repo.folder.mkdir(parents=True)
+    repo.source.symlink_to(volume / "escalations.jsonl")
+    repo.append(health_critical())
+    repo.dispatch()
+    assert look(repo)["health"] == "ok"
+    volume.rename(tmp_path / "unmounted")
+    assert repo.dispatch().exit_code == 0
+    found = look(repo)
+
+    assert found["health"] == "warning"
+    assert f"is a link to {volume}/escalations.jsonl, which is not there" in found["verdict"]
+
+
 def test_a_pass_that_ended_with_an_error_is_told_of_until_one_ends_well(repo: Repo) -> None:
     repo.append(health_critical())
     repo.dispatch()

@@ -149,6 +149,21 @@ def lose_the_source() -> None:
     mock.patch.object(program.LogFile, "end_of_lines", side_effect=gone).start()
 
 
+def interrupt_the_first_request() -> None:
+    """Press Ctrl-C as soon as a request is on its way."""
+    import ops_alert_dispatch as program
+
+    send = program.Client.send
+    presses = iter([signal.SIGINT])  # a second one would kill the process
+
+    def press_and_send(client: program.Client, request: program.HttpRequest) -> program.Answer:
+        for press in presses:
+            os.kill(os.getpid(), press)
+        return send(client, request)
+
+    program.Client.send = press_and_send  # type: ignore[assignment,method-assign]
+
+
 def move_one_and_stop() -> None:
     """Have a pass move what waits for a peer that is gone one by one, and stop after the first one."""
     import ops_alert_dispatch as program
