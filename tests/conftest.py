@@ -34,7 +34,7 @@ gc.disable()
 
 # The same examples on every run, however slow the machine: a suite says the same of the same code.
 # Search for more is fuzz.py's.
-settings.register_profile("suite", derandomize=True, deadline=None, max_examples=40)
+settings.register_profile("suite", derandomize=True, deadline=None, max_examples=30)
 settings.load_profile("suite")
 
 # No test is about a power cut: in memory, the fsyncs of thousands of runs take no time.

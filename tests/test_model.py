@@ -565,7 +565,6 @@ def test_whatever_happens_each_delivery_is_made_given_up_or_waits_and_none_is_re
 
 # --- Pure functions
 
-PURE = settings(max_examples=40, derandomize=True, database=None, deadline=None)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=10),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(st.characters()), inner, max_size=4),
@@ -575,7 +574,6 @@ JSON = st.recursive(
 TOKENS = st.text("abcdefABCDEF0123456789-_.~+/=%", min_size=program.SECRET_RUN, max_size=40)
 
 
-@PURE
 @given(st.integers(0, 10**15))
 def test_retry_after_in_seconds_is_what_it_says_up_to_an_hour(seconds: int) -> None:
     wait = program.parse_retry_after(f" {seconds} ", 0.0)
@@ -583,7 +581,6 @@ def test_retry_after_in_seconds_is_what_it_says_up_to_an_hour(seconds: int) -> N
     assert wait == min(seconds, program.RETRY_AFTER_MAX) or (wait is None and seconds >= 10**12)
 
 
-@PURE
 @given(st.integers(-(10**5), 10**5))
 def test_retry_after_as_a_date_is_the_time_until_then(seconds: int) -> None:
     now = datetime(2026, 7, 31, 12, tzinfo=UTC)
@@ -592,7 +589,6 @@ def test_retry_after_as_a_date_is_the_time_until_then(seconds: int) -> None:
     assert program.parse_retry_after(date, now.timestamp()) == min(max(seconds, 0), program.RETRY_AFTER_MAX)
 
 
-@PURE
 @given(st.text() | st.from_regex(r"-?[0-9.]+(e[0-9]+)?|Fri, 99 .*|.* 99999 .*"))
 def test_retry_after_of_any_kind_is_no_error_and_never_more_than_an_hour(text: str) -> None:
     wait = program.parse_retry_after(text, 1e9)
@@ -603,7 +599,6 @@ def test_retry_after_of_any_kind_is_no_error_and_never_more_than_an_hour(text: s
 REASONS = {"blank_line", "invalid_escalation_json", "missing_escalation_category"}
 
 
-@PURE
 @given(st.binary(max_size=200) | JSON.map(program.encode_json))
 @example(b"\xef\xbb\xbf{}")
 @example(b'{"category":"a","severity":1e999}')
@@ -623,7 +618,6 @@ def test_any_line_is_escalations_or_unusable_and_always_the_same(text: bytes) ->
         )
 
 
-@PURE
 @given(st.text(), st.binary(), st.binary())
 def test_an_escalation_id_stands_for_the_loop_and_the_bytes(loop: str, one: bytes, two: bytes) -> None:
     loop = loop.encode("utf-8", "replace").decode()
@@ -635,7 +629,6 @@ def test_an_escalation_id_stands_for_the_loop_and_the_bytes(loop: str, one: byte
     assert identity != program.escalation_id(loop + "x", one)
 
 
-@PURE
 @given(
     st.binary(max_size=60).map(lambda data: data.replace(b"\1", b"\n").replace(b"\2", b"\0")),
     st.integers(1, 9),
@@ -662,7 +655,6 @@ def test_lines_are_the_same_however_they_are_read(data: bytes, chunk: int, draw:
     assert end == data.rfind(b"\n") + 1
 
 
-@PURE
 @given(st.lists(TOKENS, min_size=1, max_size=3), st.data())
 def test_no_part_of_a_secret_that_names_it_is_left_in_a_text(secrets: list[str], draw: st.DataObject) -> None:
     words = st.text("abcdef 0123:{}", max_size=12)
@@ -681,7 +673,6 @@ def test_no_part_of_a_secret_that_names_it_is_left_in_a_text(secrets: list[str],
             assert secret[at : at + run] not in masked
 
 
-@PURE
 @given(JSON)
 @example({"a": [float("nan"), float("inf"), "\ud800", {"\udc00": 1}]})
 def test_whatever_is_encoded_is_valid_json_in_utf8(value: object) -> None:
@@ -694,7 +685,6 @@ def test_whatever_is_encoded_is_valid_json_in_utf8(value: object) -> None:
     json.loads(text, parse_constant=refuse)
 
 
-@PURE
 @given(st.text("<>&ab;\n\u202e", max_size=60), st.integers(1, 80))
 def test_slack_text_keeps_to_its_limit_and_never_ends_within_an_entity(text: str, limit: int) -> None:
     escaped = program.slack_escape(text, limit)
@@ -704,7 +694,6 @@ def test_slack_text_keeps_to_its_limit_and_never_ends_within_an_entity(text: str
     assert not set(rest) & set("&<>\n\u202e")
 
 
-@PURE
 @given(st.lists(st.text("<>&ab", max_size=80), max_size=12), st.integers(60, 400))
 def test_the_lines_of_a_message_keep_to_their_limit(lines: list[str], limit: int) -> None:
     assert len(program.bullets(lines, limit, program.slack_escape)) <= limit
@@ -720,7 +709,6 @@ def escalation(**fields: Any) -> program.Escalation:
 NAMES = st.text(min_size=1, max_size=300).filter(lambda text: text.strip())
 
 
-@PURE
 @given(NAMES, NAMES, NAMES, NAMES)
 def test_a_dedup_key_is_stable_short_and_tells_escalations_apart(
     loop: str, category: str, moment: str, other: str
@@ -745,13 +733,11 @@ CURSORS = st.builds(
 )
 
 
-@PURE
 @given(CURSORS)
 def test_a_cursor_that_is_read_back_is_the_same_place(cursor: program.Cursor) -> None:
     assert program.Cursor.from_json(json.loads(program.encode_json(cursor.to_json()))) == cursor
 
 
-@PURE
 @given(CURSORS, st.sampled_from(program.Cursor._fields), JSON)
 def test_what_is_no_cursor_is_refused_and_never_believed(
     cursor: program.Cursor, field: str, value: object

@@ -30,7 +30,7 @@ from escalations import (
     health_degraded,
     sink_config,
 )
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from loopback import TLS_PEM, SinkServer, accepted
 from slack_sdk.models.blocks import Block
@@ -509,7 +509,6 @@ def test_only_a_complaint_of_the_routing_key_stops_the_pager(said: Any, outcome:
 
 
 @pytest.mark.parametrize("secret", [SIGNING, f"{SIGNING_NEXT} {SIGNING}"], ids=["one", "two"])
-@settings(max_examples=25)
 @given(hostile_records)
 def test_a_receiver_of_standard_webhooks_verifies_the_bytes_it_got(
     secret: str, record: dict[str, Any]
