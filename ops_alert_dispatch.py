@@ -1681,7 +1681,7 @@ COARSE_SECONDS = 1.0
 CLOCK_STEP_SECONDS = 3600.0
 # How many finished files to remember, so that touching one does not resend it.
 FINISHED_MAX = 64
-# How often files that are rotated meanwhile are looked at again.
+# How many times in a row a pass looks for files that change meanwhile.
 FIND_TRIES = 3
 
 # Blank bytes: a crash can leave a hole of NUL bytes in a file.
@@ -1903,7 +1903,7 @@ def first_line_hash(read: Callable[[int, int], bytes], begin: int = 0) -> str:
     return ""
 
 
-def read_lines(read: Callable[[int, int], bytes], start: int, stop: int, before: int = 0) -> Iterator[Line]:
+def read_lines(read: Callable[[int, int], bytes], start: int, stop: int, before: int) -> Iterator[Line]:
     """Stream the lines of a range; `before`: how many lines there are before it.
 
     `read` gives at most `size` bytes from an offset on. Bytes after the last line feed of the range count as
@@ -2088,8 +2088,8 @@ class Source:
             raise storage_error("read", file.path, error) from None
         return count
 
-    def read_again(self, first: int, last: int | None) -> Iterator[Line]:
-        """The lines of the current file from `first` to `last` (None: the cursor), all read before.
+    def read_again(self, first: int, last: int) -> Iterator[Line]:
+        """The lines of the current file from `first` to `last`, as far as they were read before.
 
         Raises StorageError.
         """
@@ -2099,7 +2099,7 @@ class Source:
         try:
             if file.holds(self.cursor):
                 for line in read_lines(file.read, 0, self.cursor.offset, 0):
-                    if last is not None and line.number > last:
+                    if line.number > last:
                         return
                     if line.number >= first:
                         yield line
@@ -2254,8 +2254,8 @@ class Source:
             older, unread = self._written_since(files)
             if cursor.number and (current or older or unread):
                 if not cursor.rotated:
-                    same_file = current is not None and current.identity == cursor.identity
-                    change = "truncated" if same_file else "replaced" if current else "removed"
+                    truncated = current is not None and current.identity == cursor.identity
+                    change = "truncated" if truncated else "replaced" if current else "removed"
                     self.loss = (
                         f"the file that was read to line {cursor.line} is gone ({change}): if anything was "
                         "appended to it after that, it was not read"
@@ -2297,21 +2297,14 @@ class Source:
         made, and the rotated file may hold more."""
         cursor = self.cursor
         current = self._current
-
-        def unlikeness(file: Neighbour) -> int:
-            return (0 if file.key else 2) if file.identity == cursor.identity else (3 if file.key else 4)
-
-        newest_first = files[::-1]
-        ordered = sorted(newest_first, key=unlikeness)
-        for file in (file for file in ordered if unlikeness(file) == 0):
-            if found := self._open_if_it_holds(file):
-                return found
+        renamed = next((file for file in files if file.key and file.identity == cursor.identity), None)
+        if renamed and (found := self._open_if_it_holds(renamed)):
+            return found
         if current and current.identity != cursor.identity and current.holds(cursor):
             return current
-        for file in (file for file in ordered if unlikeness(file) > 0):
-            if found := self._open_if_it_holds(file):
-                return found
-        return None
+        others = [file for file in reversed(files) if file is not renamed]
+        others.sort(key=lambda file: (file.identity != cursor.identity, not file.key))
+        return next(filter(None, map(self._open_if_it_holds, others)), None)
 
     def _open_if_it_holds(self, file: Neighbour) -> LogFile | None:
         opened = self._open_file(file.path, file.identity)
@@ -2361,12 +2354,12 @@ class Source:
         file has the smaller number: so the time of the last write must agree, unless the clock may have been
         set back and the file is not known.
         """
-        last = next((file for file in files if file.identity == newest.identity), None)
+        last = next(file for file in files if file.identity == newest.identity)
         known = self._known()
         newer: list[LogFile] = []
         unread: list[Neighbour] = []
         for file in files:
-            if last is None or not file.size or file.identity == newest.identity:
+            if file is last or not file.size:
                 continue
             follows = file.key is not None and last.key is not None and file.key > last.key
             is_numbered = file.key is not None and file.key[0] > 0
@@ -2384,7 +2377,9 @@ class Source:
                     unread.append(file)
             elif file.path.startswith(f"{last.path}."):  # the same file while it is being compressed
                 continue
-            elif file.written > last.written or (file.key is None and file.written == last.written):
+            elif (
+                file.written > last.written or (file.key is None and file.written == last.written)
+            ) and self._fingerprint_of(file) not in known:
                 unread.append(file)
         return newer, unread
 
@@ -4165,7 +4160,11 @@ class Queue:
         """
         lead, status = delivery.lead, STATUS_OF_OUTCOME[verdict.outcome]
         if delivery.peer:
-            others = self._other_peers(delivery)
+            others = [
+                other
+                for other in self.deliveries_of(delivery.stored)
+                if other.sink == delivery.sink and other.peer != delivery.peer
+            ]
             delivered = any(other.status == "delivered" for other in others)
             waiting = [other for other in others if other.status == "waiting"]
             if status == "delivered" and not lead and not delivered:
@@ -4229,14 +4228,6 @@ class Queue:
             *(sink, *had_lead),
         )
         return [escalation for [escalation] in ended]
-
-    def _other_peers(self, delivery: QueuedDelivery) -> list[QueuedDelivery]:
-        """The deliveries of the same escalation to the other peers of the same sink."""
-        return [
-            other
-            for other in self.deliveries_of(delivery.stored)
-            if other.sink == delivery.sink and other.peer != delivery.peer
-        ]
 
     def _pass_lead(self, delivery: QueuedDelivery) -> None:
         """Let a delivery lead for its sink, and no other one."""
@@ -6798,7 +6789,11 @@ class Shared:
         """The escalation that a record of the queue holds."""
         escalation = self._parsed.get((stored.loop, stored.id))
         if escalation is None:
-            escalation = self._parse(stored)
+            found = parse_record(stored.record, self.loops[stored.loop].job.loop_id)
+            if isinstance(found, Unusable):
+                path = self.queue.path
+                raise DamagedQueueError(f"the queue {path} holds a record that is none: {stored.id}")
+            escalation = found._replace(id=stored.escalation_id)
             if len(self._parsed) >= PARSED_COUNT:
                 del self._parsed[next(iter(self._parsed))]
             self.remember(stored, escalation)
@@ -6808,12 +6803,6 @@ class Shared:
         """Keep a parsed record for its sender and its row, if there is room and it is not large."""
         if len(escalation.raw) < PARSED_BYTES and len(self._parsed) < PARSED_COUNT:
             self._parsed[stored.loop, stored.id] = escalation
-
-    def _parse(self, stored: QueuedEscalation) -> Escalation:
-        found = parse_record(stored.record, self.loops[stored.loop].job.loop_id)
-        if isinstance(found, Unusable):
-            raise DamagedQueueError(f"the queue {self.queue.path} holds a record that is none: {stored.id}")
-        return found._replace(id=stored.escalation_id)
 
     def resolve(self, stored: QueuedEscalation) -> Resolution:
         return self.router.resolve(stored.category, stored.severity)
@@ -7092,7 +7081,7 @@ class Loop:
         no cluster any more has one peer, without a name. If there is much, some is left for the next pass:
         until it is moved, it waits."""
         clock = self.shared.clock
-        until = clock.left * (1 - READING_SHARE)
+        least_left = clock.left * (1 - READING_SHARE)
         for sink in self.shared.sinks:
             peers = self.shared.peers[sink.id]
             with self.queue.changed:
@@ -7100,7 +7089,7 @@ class Loop:
             for peer in gone:
                 while self._move_some(sink.id, peer, peers):
                     self.queue.tidy()
-                    if clock.left <= until or clock.stop.wait(OTHERS_TURN):
+                    if clock.left <= least_left or clock.stop.wait(OTHERS_TURN):
                         clock.cut_short = True
                         return
 
@@ -7146,9 +7135,8 @@ class Loop:
         if status == "failed":
             self.counts.add_codes([reason_code])
 
-    def write_attempts(self, rows: Iterable[JsonObject]) -> None:
-        for row in rows:
-            self.queue.write_row(self.id, "attempts", encode_json(row))
+    def write_attempt(self, row: JsonObject) -> None:
+        self.queue.write_row(self.id, "attempts", encode_json(row))
 
     def end(self, found: QueuedDelivery, verdict: Verdict, attempts: int) -> None:
         """End a delivery, and write that down."""
@@ -7625,7 +7613,7 @@ def rows_at_end(path: str, size: int) -> "Counter[bytes]":
 
 # The waits between quick tries within a pass are up to twice as many seconds, then four times, and so on.
 QUICK_RETRY_SECONDS = 0.25
-# If another pass is about to try a destination again within this time, this one waits for it.
+# What is left of a wait that another pass began is waited out if it is no longer than this.
 QUICK_WAIT_MAX = 2.0
 # How many repeats or expired deliveries are settled in one transaction.
 SETTLED_AT_ONCE = 1000
@@ -7648,11 +7636,9 @@ class Pace:
     are paid for, in seconds since the epoch.
     """
 
-    MINUTE = 60.0
-
     def __init__(self, per_minute: int) -> None:
         burst = max(1, per_minute // 6)
-        self._interval = self.MINUTE / (per_minute - burst + 1)
+        self._interval = 60.0 / (per_minute - burst + 1)
         self._credit = (burst - 1) * self._interval
 
     @classmethod
@@ -7720,7 +7706,7 @@ class Sender:
         self._failures_in_row = 0
         # Escalations that this sink may not be able to take, and that were tried in this pass.
         self._set_aside: set[int] = set()
-        # The loop that was served last; -1 before the first look into the queue.
+        # The loop that was served last, by this pass or an earlier one; -1: none, or not known yet.
         self._last_loop = -1
         # What was fetched and is still to be sent, and until when it may be. Seconds since the epoch.
         self._prefetched: deque[tuple[QueuedDelivery, Delivery]] = deque()
@@ -7789,7 +7775,9 @@ class Sender:
             if self.shared.error is not None:
                 self.resting = True
             step = None if self.resting or self.ended else self._next(destination)
-            if not isinstance(step, list):
+            if isinstance(step, list):
+                self._batch = step
+            else:
                 self._write_counts()
             return step
 
@@ -7844,8 +7832,7 @@ class Sender:
         """What goes out with the next request; 0.0 if something was settled and the next one is to be looked
         for, None if nothing waits."""
         if self._prefetched and now < self._prefetched_until and self.shared.active:
-            self._batch = [self._prefetched.popleft()]
-            return self._batch
+            return [self._prefetched.popleft()]
         self._put_back()
         size = self.adapter.batch_size(self.sink)
         # One by one and of one loop: only a worse severity could come in between.
@@ -7865,8 +7852,7 @@ class Sender:
             self._prefetched.extend(found[1:])
             self._prefetched_until = now + PREFETCH_SECONDS
             del found[1:]
-        self._batch = sorted(found, key=lambda pair: pair[0].escalation)
-        return self._batch
+        return sorted(found, key=lambda pair: pair[0].escalation)
 
     def _choose(self, most: int, now: float, *, below_limit: bool = False) -> tuple[Batch, int]:
         """Choose up to `most` deliveries, and settle those that need no request; returns how many these were
@@ -7937,15 +7923,13 @@ class Sender:
         subject = subject_of(escalation, resolution)
         last = self.queue.last_sent(item, subject)
         if last is not None:
-            before = parse_time(last[0])
+            sent, repeats, since = last
+            before = parse_time(sent)
             if before is not None and abs(written_at - before) < window:
-                return (
-                    delivery,
-                    subject,
-                    REPEATED._replace(message=f"a repeat of what this sink was sent of {last[0]}"),
-                )
-            if last[2] is not None:
-                delivery = delivery._replace(repeats=last[1], repeats_since=last[2])
+                message = f"a repeat of what this sink was sent of {sent}"
+                return delivery, subject, REPEATED._replace(message=message)
+            if since is not None:
+                delivery = delivery._replace(repeats=repeats, repeats_since=since)
         return delivery, subject, None
 
     def _settle_unsent(self, item: QueuedDelivery, subject: str | None, verdict: Verdict) -> None:
@@ -7954,7 +7938,7 @@ class Sender:
             self.queue.note_repeat(item, subject, item.stored.written_at or "")
         loop = self.shared.loops[item.loop]
         attempt = item.attempts if verdict is EXPIRED else 0
-        loop.write_attempts([attempt_row(loop.job, self.sink, item, None, verdict, attempt, 0.0)])
+        loop.write_attempt(attempt_row(loop.job, self.sink, item, None, verdict, attempt, 0.0))
         loop.end(item, verdict, item.attempts)
 
     # -- the request
@@ -7964,7 +7948,11 @@ class Sender:
         job = self.shared.loops[batch[0][0].loop].job
         origin = Origin(job.repo, job.trace_id, time.time(), clock_correction(self._clock_offset))
         if self.shared.dry_run:
-            return self._pretend(batch, origin)
+            if self.shared.show_payload:
+                for item, delivery in batch:
+                    request = self.adapter.build(self.sink, [delivery], origin)
+                    self.shared.requests[item.key] = request
+            return Verdict("delivered")
         verdict = self._attempt(batch, origin)
         if (
             verdict.outcome == "delivered"
@@ -7979,15 +7967,6 @@ class Sender:
                 outcome="retry", reason_code="http_error", message=message, fault="wrong_clock"
             )
         return verdict
-
-    def _pretend(self, batch: Batch, origin: Origin) -> Verdict:
-        """Take a request in place of its destination, in a dry run."""
-        if self.shared.show_payload:
-            for item, delivery in batch:
-                self.shared.requests[item.escalation, item.sink, item.peer] = self.adapter.build(
-                    self.sink, [delivery], origin
-                )
-        return Verdict("delivered")
 
     def _attempt(self, batch: Batch, origin: Origin) -> Verdict:
         self._started = 0.0
@@ -8073,7 +8052,6 @@ class Sender:
 
     def _write_attempts(self, batch: Batch, verdict: Verdict, retry: Retry | None, now: float) -> None:
         seconds = time.monotonic() - self._started if self._started else 0.0
-        rows: dict[int, list[JsonObject]] = {}
         for index, (item, delivery) in enumerate(batch):
             loop = self.shared.loops[item.loop]
             row = attempt_row(loop.job, self.sink, item, delivery, verdict, item.attempts + 1, seconds)
@@ -8083,9 +8061,7 @@ class Sender:
                 row["nextAttemptAt"] = iso_milliseconds(now + retry.wait)
                 if not retry.quick:
                     row["backoffSeconds"] = round(retry.wait, 3)
-            rows.setdefault(item.loop, []).append(row)
-        for number, written in rows.items():
-            self.shared.loops[number].write_attempts(written)
+            loop.write_attempt(row)
 
     def _put_back(self) -> None:
         """Give back what was fetched and not sent, so that the next choice is made anew."""
@@ -8126,7 +8102,7 @@ class Sender:
         self, batch: Batch, attempts: int, destination: Destination, verdict: Verdict, now: float
     ) -> Retry:
         """Decide when to try deliveries again whose records may be at fault, and not the sink."""
-        first = min((item.first_failed_at or now for item, _ in batch), default=now)
+        first = min(item.first_failed_at or now for item, _ in batch)
         well = not destination.consecutive_failures and (destination.last_success_at or 0.0) > first
         # A sink that says how long to wait, or that is misconfigured, does not mean the record.
         may_be_record = verdict.outcome == "retry" and verdict.retry_after is None
@@ -8201,8 +8177,6 @@ FILES_OF_A_LOOP = 8
 FILES_BESIDES = 64
 # What comes of a loop: the summary of its pass, or what stopped it.
 Result = JsonObject | DispatchError
-
-
 # Shows how far a pass is: deliveries that have ended, those there are, and the seconds left.
 Progress = Callable[[int, int, float], None]
 
@@ -8241,12 +8215,12 @@ class Pass:
     def _ingest(self, loops: Sequence[Loop]) -> None:
         """Ingest what is new, a chunk of one loop after the other. Sending starts with the first chunk."""
         shared = self._shared
-        ingest_until = shared.clock.left * (1 - READING_SHARE)
+        least_left = shared.clock.left * (1 - READING_SHARE)
         reading = deque(loops)
         while reading:
             loop = reading.popleft()
             may_be_more = self._guarded(loop, loop.ingest)
-            if may_be_more and shared.clock.left > ingest_until:
+            if may_be_more and shared.clock.left > least_left:
                 reading.append(loop)
             self._start_senders()
             self._look_after_senders()
@@ -8352,7 +8326,9 @@ def run_loops(
     # A single loop is worth a wait. With many, the others come first.
     wait = LOCK_WAIT_SECONDS / len(jobs)
     try:
-        config = load_known_config(jobs[0], environ)
+        # One that the loop's last pass found valid is not validated again.
+        known = summary_if_readable(jobs[0]).get("configDigest")
+        config = load_config(jobs[0].config_file, environ, known_digest=known)
     except ConfigError as error:
         for job in jobs:
             note_invalid_config(job, error, wait)
@@ -8488,20 +8464,17 @@ def check_owner(queue: Queue, job: Job) -> None:
         )
 
 
-def open_to_read(job: Job) -> Queue | None:
+@contextlib.contextmanager
+def open_to_read(job: Job) -> Iterator[Queue | None]:
     """Open the queue of a job's repo for queries; None if there is none.
 
     Raises StateError, also if it is another repo's; DamagedQueueError, StorageError.
     """
     queue = Queue.open_to_read(job.queue_file)
-    if queue is not None:
-        try:
-            if is_elsewhere(job):
-                check_owner(queue, job)
-        except BaseException:
-            queue.close()
-            raise
-    return queue
+    with queue or contextlib.nullcontext():
+        if queue is not None and is_elsewhere(job):
+            check_owner(queue, job)
+        yield queue
 
 
 def run_busy_loops(
@@ -8566,17 +8539,8 @@ def is_there(job: Job) -> bool:
 def unfinished_loops(job: Job) -> list[str]:
     """The loops of a job's repo of which something waits in the queue or is dead. This process must not have
     the queue open to write, or would lose its locks. Raises StateError or StorageError."""
-    queue = open_to_read(job)
-    if queue is None:
-        return []
-    with queue:
-        return queue.unfinished_loops()
-
-
-def load_known_config(job: Job, environ: Mapping[str, str]) -> Config:
-    """Load the config; one that the loop's last pass found valid is not validated again."""
-    known = summary_if_readable(job).get("configDigest")
-    return load_config(job.config_file, environ, known_digest=known)
+    with open_to_read(job) as queue:
+        return queue.unfinished_loops() if queue else []
 
 
 # How often the summary of an idle loop is written if a pass serves many loops, in seconds.
@@ -8712,10 +8676,9 @@ def plan_loops(jobs: Sequence[Job], environ: Mapping[str, str], *, show_payload:
     with tempfile.TemporaryDirectory(prefix=f"{PROGRAM}-") as folder:
         copy = os.path.join(folder, "queue.db")
         try:
-            queue = open_to_read(jobs[0])
-            if queue is not None:
-                with queue:
-                    queue.copy_to(copy)
+            with open_to_read(jobs[0]) as known:
+                if known:
+                    known.copy_to(copy)
         except DamagedQueueError:  # a pass starts a new one
             copy = os.path.join(folder, "new.db")
         clock = Clock(jobs[0].time_budget)
@@ -10206,18 +10169,16 @@ def read_figures(job: Job, config: Config | None, now: float) -> LoopFigures:
     """
     damage = None
     try:
-        queue = open_to_read(job)
-        if queue is not None:
-            with queue:
-                if found := queue.find_loop(job.loop_id):
-                    loop, cursor, _ = found
-                    sinks = sink_figures(queue, loop, config and config.sinks)
-                    stuck = {
-                        sink_id: place[1]
-                        for sink_id in sinks
-                        if (place := queue.stuck_at(loop, sink_id)) and place[0] == cursor.segment
-                    }
-                    return LoopFigures(cursor, sinks, stuck, queue.hours(loop, now), queue.losses(loop, now))
+        with open_to_read(job) as queue:
+            if queue and (found := queue.find_loop(job.loop_id)):
+                loop, cursor, _ = found
+                sinks = sink_figures(queue, loop, config and config.sinks)
+                stuck = {
+                    sink_id: place[1]
+                    for sink_id in sinks
+                    if (place := queue.stuck_at(loop, sink_id)) and place[0] == cursor.segment
+                }
+                return LoopFigures(cursor, sinks, stuck, queue.hours(loop, now), queue.losses(loop, now))
     except DamagedQueueError as error:
         damage = str(error).partition("\n")[0]
     past = read_past(job)
@@ -10259,11 +10220,6 @@ class LoopFacts(NamedTuple):
     def place_is_known(self) -> bool:
         """Tell whether the queue or, without it, the loop's files say how far its source was read."""
         return self.figures.past is None or bool(self.figures.cursor.number or self.figures.cursor.line)
-
-    @property
-    def has_run(self) -> bool:
-        """Tell whether a pass has ever run."""
-        return self.place_is_known or self.document is not None
 
     @property
     def was_invalid(self) -> bool:
@@ -10510,7 +10466,7 @@ def find_obstacle(facts: LoopFacts) -> Finding | None:
     if facts.config_valid is False:
         advice = f"run `{commands['config']}` and fix what it names; the next pass sends what waits"
         return Finding("critical", "the config is invalid: nothing is sent", advice)
-    if facts.has_run:
+    if facts.place_is_known or facts.document is not None:  # a pass has run
         return None
     if missing := no_such_loop(facts.job):
         return Finding("unknown", missing)
@@ -11026,8 +10982,7 @@ def line_for_a_monitor(
         (known["health"], f"{known['loopId']}: {known['verdict']}") for known in statuses
     ]
     found += [("unknown", f"{name}: {error}".replace("\n", ";")) for name, error in errors.items()]
-    healths: list[Health] = [health for health, _ in found] or ["unknown"]
-    worst = max(healths, key=HEALTH_ORDER.index)
+    worst: Health = max((health for health, _ in found), key=HEALTH_ORDER.index, default="unknown")
     words = [said for health, said in found if health == worst]
     said = "; ".join(words) or "no loop has escalations or a state"
     return worst, printable(f"ALERT DISPATCH {worst.upper()}: {said}")
@@ -11202,10 +11157,10 @@ def entries_of_queue(job: Job, loop_id: str | None, wanted: Filter) -> Iterator[
     """The log entries of the escalations in the queue, of one loop or all, the last one first. The queue is
     open only for a moment at a time, as no pass can write meanwhile. Raises StateError or StorageError."""
     before = sys.maxsize
-    while (queue := open_to_read(job)) is not None:
-        with queue:
-            failing = queue.failing_sinks()
-            items = queue.latest(loop_id, wanted.category, wanted.since, before)
+    while True:
+        with open_to_read(job) as queue:
+            failing = queue.failing_sinks() if queue else set()
+            items = queue.latest(loop_id, wanted.category, wanted.since, before) if queue else []
         if not items:
             return
         before = items[-1][1].id
@@ -11215,14 +11170,12 @@ def entries_of_queue(job: Job, loop_id: str | None, wanted: Filter) -> Iterator[
 
 def read_log(jobs: Sequence[Job], loop_id: str | None, wanted: Filter, count: int) -> list[JsonObject]:
     """The last `count` entries that match, in the order of ingestion. Raises StateError or StorageError."""
-    entries: list[JsonObject] = []
-    kept: set[str] = set()
-    queue = open_to_read(jobs[0]) if jobs else None
-    if queue is not None:
-        with queue:
-            kept = queue.kept_ids()
-        listed = entries_of_queue(jobs[0], loop_id, wanted)
-        entries = list(itertools.islice(filter(wanted.matches, listed), count))
+    if not jobs:
+        return []
+    with open_to_read(jobs[0]) as queue:
+        kept = queue.kept_ids() if queue else set()
+    listed = entries_of_queue(jobs[0], loop_id, wanted)
+    entries = list(itertools.islice(filter(wanted.matches, listed), count))
     # The telemetry is read only as far back as an entry can be among the last `count`.
     oldest = by_time(entries[-1]["ingestedAt"]) if len(entries) == count else wanted.since
     # Oldest first: sorting then keeps the order within a second.
@@ -11390,9 +11343,8 @@ def find_in_queue(job: Job, loop_id: str | None, prefix: str) -> dict[str, OnRec
     """The last escalations in the queue whose ids begin with `prefix`, by id. Raises StateError or
     StorageError."""
     found: dict[str, OnRecord] = {}
-    queue = open_to_read(job)
-    if queue is not None:
-        with queue:
+    with open_to_read(job) as queue:
+        if queue:
             failing = queue.failing_sinks()
             items = queue.with_id_prefix(loop_id, prefix)
             for loop, stored, deliveries in itertools.islice(items, LISTED):
@@ -11413,6 +11365,12 @@ def read_rows_of(path: str, loop_id: str, escalation: str) -> list[JsonObject]:
     rows = rows_backwards(path, escalation.encode("utf-8", "replace"))
     found = [row for row in rows if row.get("escalationId") == escalation and row.get("loopId") == loop_id]
     return found[::-1]
+
+
+DELIVERY_STATE_FIELDS = ("status", "httpStatus", "reasonCode", "faultCode", "message")
+ATTEMPT_FIELDS = (
+    *("timestamp", "attempt", "outcome", "httpStatus", "reasonCode", "faultCode", "message", "durationMs"),
+)
 
 
 def describe_escalation(job: Job, known: OnRecord) -> JsonObject:
@@ -11446,12 +11404,6 @@ def describe_escalation(job: Job, known: OnRecord) -> JsonObject:
         **({"record": row["escalation"]} if not stored and "escalation" in row else {}),
         **({"rawLine": row["rawLine"]} if "rawLine" in row else {}),
     }
-
-
-DELIVERY_STATE_FIELDS = ("status", "httpStatus", "reasonCode", "faultCode", "message")
-ATTEMPT_FIELDS = (
-    *("timestamp", "attempt", "outcome", "httpStatus", "reasonCode", "faultCode", "message", "durationMs"),
-)
 
 
 def delivery_states(known: OnRecord) -> dict[tuple[str, str], JsonObject]:
@@ -11543,8 +11495,7 @@ def show(
 # `redeliver` and `skip` change deliveries in the queue and write rows, as a pass does. They hold the loop's
 # lock while they search and while they act, but not while they ask.
 
-SKIPPED_BY_OPERATOR = "skipped_by_operator"
-SKIPPED = Verdict("skipped", SKIPPED_BY_OPERATOR, message="skipped by an operator")
+SKIPPED = Verdict("skipped", "skipped_by_operator", message="skipped by an operator")
 # How long an operator's command waits for a pass to end, in seconds.
 OPERATOR_WAIT = 10.0
 
@@ -11759,12 +11710,10 @@ def find_selected(job: Job, config: Config, selection: Selection) -> list[Select
     with operator_lock(job):
         known: list[Selectable] = []
         cursor = None
-        queue = open_to_read(job)
-        if queue is not None:
-            with queue:
-                if found := queue.find_loop(job.loop_id):
-                    loop, cursor, _ = found
-                    known = find_selectable(queue, loop, cursor, selection)
+        with open_to_read(job) as queue:
+            if queue and (found := queue.find_loop(job.loop_id)):
+                loop, cursor, _ = found
+                known = find_selectable(queue, loop, cursor, selection)
         in_queue = cursor is not None
         # The queue is closed: passes over other loops go on while the source is read.
         cursor = cursor or read_past(job).cursor
@@ -11778,9 +11727,7 @@ def find_selected(job: Job, config: Config, selection: Selection) -> list[Select
         elif selection.lines is not None:
             with contextlib.closing(Source(job.escalations_file, cursor).find()) as source:
                 check_lines(job, source, selection.lines[0])
-                known += [
-                    selectable_of(stored) for stored in read_unknown(job, source, selection.lines, known)
-                ]
+                known += [*map(selectable_of, read_unknown(job, source, selection.lines, known))]
     if selection.escalation is not None and not known:
         explain_unknown(job, selection.escalation)
     return select(known, Router(config), selection)
@@ -11881,11 +11828,9 @@ def check_lines(job: Job, source: Source, first: int) -> None:
 def whole_id(job: Job, prefix: str) -> str:
     """The id in the queue that begins with `prefix`; `prefix` itself if it is an id, or if there is none.
     Raises BadParameter if there are several."""
-    queue = open_to_read(job)
-    if queue is None:
-        return prefix
-    with queue:
-        found = {stored.escalation_id for _, stored, _ in queue.with_id_prefix(job.loop_id, prefix)}
+    with open_to_read(job) as queue:
+        items = queue.with_id_prefix(job.loop_id, prefix) if queue else []
+    found = {stored.escalation_id for _, stored, _ in items}
     if len(found) > 1 and prefix not in found:
         raise ambiguous(prefix, found, "--id")
     return found.pop() if len(found) == 1 else prefix
@@ -11913,7 +11858,7 @@ def explain_unknown(job: Job, escalation: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def operator_pass(job: Job, config: Config, woken: Collection[str] = ()) -> Iterator[tuple[Shared, Loop]]:
+def operator_pass(job: Job, config: Config, woken: Collection[str] = ()) -> Iterator[Loop]:
     """Begin a pass over one loop for a command that changes what waits, and hold the loop's lock meanwhile.
 
     `woken`: disabled sinks that may be sent to. Raises DispatchError.
@@ -11922,7 +11867,7 @@ def operator_pass(job: Job, config: Config, woken: Collection[str] = ()) -> Iter
         shared = Shared(queues.get(), config, Clock(job.time_budget), woken=woken)
         with contextlib.closing(Loop(shared, job)) as loop:
             loop.begin()
-            yield shared, loop
+            yield loop
 
 
 def redeliver_selected(
@@ -11935,10 +11880,10 @@ def redeliver_selected(
     """
     keys = {item.key for item in shown}
     woken = {item.sink for item in shown}
-    with operator_pass(job, config, woken) as (shared, loop), shared.clock.ends_on_signals():
-        queue = shared.queue
+    with operator_pass(job, config, woken) as loop, loop.shared.clock.ends_on_signals():
+        queue, shared = loop.queue, loop.shared
         with queue.transaction():
-            add_unknown(queue, loop, selection, {key[:3] for key in keys})
+            add_unknown(loop, selection, {key[:3] for key in keys})
             known = find_selectable(queue, loop.id, loop.source.cursor, selection)
             chosen = [item for item in select(known, shared.router, selection) if item.key in keys]
             for item in chosen:
@@ -11949,14 +11894,15 @@ def redeliver_selected(
         Pass(shared).run([loop])
         if loop.error is not None:
             raise loop.error
-        return [{**selectable_json(item, config), **redelivery_outcome(shared, job, item)} for item in chosen]
+        return [{**selectable_json(item, config), **redelivery_outcome(loop, item)} for item in chosen]
 
 
-def add_unknown(queue: Queue, loop: Loop, selection: Selection, places: Collection[object]) -> None:
+def add_unknown(loop: Loop, selection: Selection, places: Collection[object]) -> None:
     """If lines are selected, add their escalations that are not in the queue. `places`: segment, offset and
     id of those that the operator was shown. Raises StorageError."""
     if selection.lines is None:
         return
+    queue = loop.queue
     known = find_selectable(queue, loop.id, loop.source.cursor, selection)
     fresh = [
         stored
@@ -11967,8 +11913,9 @@ def add_unknown(queue: Queue, loop: Loop, selection: Selection, places: Collecti
     queue.add_escalations([stored._replace(id=next(numbers), loop=loop.id) for stored in fresh])
 
 
-def redelivery_outcome(shared: Shared, job: Job, item: Selectable) -> JsonObject:
+def redelivery_outcome(loop: Loop, item: Selectable) -> JsonObject:
     """What came of a redelivery, in JSON."""
+    job, shared = loop.job, loop.shared
     found = shared.queue.lead(item.escalation, item.sink)
     if found is None:
         return {"status": "waiting"}
@@ -11999,33 +11946,32 @@ def skip_deliveries(
     """Skip the deliveries that an operator was shown, and write that into the telemetry. Returns those
     that were still there, and the segment of the source's current file. Raises DispatchError."""
     keys = {item.key for item in shown}
-    with operator_pass(job, config) as (shared, loop):
-        queue = shared.queue
+    with operator_pass(job, config) as loop:
+        queue = loop.queue
         while (loop.is_new or selection.waiting_to == sys.maxsize) and loop.ingest():
             queue.tidy()
         known = find_selectable(queue, loop.id, loop.source.cursor, selection)
-        chosen = [item for item in select(known, shared.router, selection) if item.key in keys]
+        chosen = [item for item in select(known, loop.shared.router, selection) if item.key in keys]
         for start in range(0, len(chosen), ROWS_AT_ONCE):
             with queue.transaction():
                 for item in chosen[start : start + ROWS_AT_ONCE]:
-                    skip_one(queue, loop, item)
+                    skip_one(loop, item)
             loop.flush_rows()
         with queue.transaction():
             for sink_id in {item.sink for item in chosen}:
                 queue.forget_failures(sink_id)
         loop.write_last_rows()
-        save_summary(job, loop)
+        save_summary(loop)
         return chosen, loop.source.cursor.segment
 
 
-def skip_one(queue: Queue, loop: Loop, item: Selectable) -> None:
+def skip_one(loop: Loop, item: Selectable) -> None:
     """Skip a delivery, if it is still there."""
-    found = queue.lead(item.escalation, item.sink)
+    found = loop.queue.lead(item.escalation, item.sink)
     if found is not None:
         found = found._replace(by_operator=True)
-        loop.write_attempts(
-            [attempt_row(loop.job, loop.shared.config.sinks[item.sink], found, None, SKIPPED, 0, 0.0)]
-        )
+        sink = loop.shared.config.sinks[item.sink]
+        loop.write_attempt(attempt_row(loop.job, sink, found, None, SKIPPED, 0, 0.0))
         loop.end(found, SKIPPED, found.attempts)
 
 
@@ -12036,23 +11982,27 @@ LAST_PASS = (
 )
 
 
-def save_summary(job: Job, loop: Loop) -> None:
+def save_summary(loop: Loop) -> None:
     """Write the summary after an operator's command. Keeps what it says about the last pass, unless the
     command ingested something. Raises StateError or StorageError."""
-    before = read_summary(job) if not loop.counts.processed else {}
+    before = read_summary(loop.job) if not loop.counts.processed else {}
     kept = {key: before[key] for key in LAST_PASS if key in before}
-    replace_file(job.state_file, encode_json({**loop.summary(), **kept}) + b"\n", durable=True)
+    replace_file(loop.job.state_file, encode_json({**loop.summary(), **kept}) + b"\n", durable=True)
 
 
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
-def confirm(question: str, what: str, *, err: bool) -> None:
-    """Show what is about to be done, and ask. Any answer but yes ends the command.
+def confirm(question: str, deliveries: Sequence[Selectable], *, err: bool) -> None:
+    """Show the deliveries that are about to be changed, and ask. Any answer but yes ends the command.
 
     `err`: use standard error, because standard output is for JSON.
     """
-    click.echo(what, err=err)
+    rows = [
+        (item.line, item.written_at, item.category, short_id(item.escalation_id), item.sink)
+        for item in deliveries
+    ]
+    click.echo(long_table(("LINE", "TIME", "CATEGORY", "ID", "SINK"), rows, time.time()), err=err)
     try:
         # Even with `err`, older versions of click write the blank before the answer to standard output.
         with contextlib.redirect_stdout(sys.stderr) if err else contextlib.nullcontext():
@@ -12061,15 +12011,6 @@ def confirm(question: str, what: str, *, err: bool) -> None:
         hint = "" if is_terminal(sys.stdin) else "; --yes goes ahead without asking"
         click.echo(f"nothing was done{hint}", err=True)
         raise
-
-
-def listing(deliveries: Sequence[Selectable]) -> str:
-    """Deliveries as a table, for the question whether to change them."""
-    rows = [
-        (item.line, item.written_at, item.category, short_id(item.escalation_id), item.sink)
-        for item in deliveries
-    ]
-    return long_table(("LINE", "TIME", "CATEGORY", "ID", "SINK"), rows, time.time())
 
 
 @cli.command(
@@ -12134,7 +12075,7 @@ def redeliver(
     results: list[JsonObject] = []
     if shown:
         if not yes:
-            confirm(f"Send {plural(len(shown), 'delivery')}?", listing(shown), err=output.is_json)
+            confirm(f"Send {plural(len(shown), 'delivery')}?", shown, err=output.is_json)
         results = redeliver_selected(job, loaded, selection, shown)
     summary = redelivery_summary(loop_id, results)
     if output.is_json:
@@ -12240,7 +12181,7 @@ def skip(
     segment = ""
     if shown:
         if not yes:
-            confirm(f"{verb} {plural(len(shown), noun)}?", listing(shown), err=output.is_json)
+            confirm(f"{verb} {plural(len(shown), noun)}?", shown, err=output.is_json)
         skipped, segment = skip_deliveries(job, loaded, selection, shown)
     if output.is_json:
         output.print_json(skip_summary(loop_id, skipped, loaded))
@@ -12261,7 +12202,7 @@ def skip_summary(loop_id: str, skipped: Sequence[Selectable], config: Config) ->
         "status": "success" if skipped else "nothing_to_do",
         "skippedCount": len(skipped),
         "deliveries": [
-            {**selectable_json(item, config), "status": "skipped", "reasonCode": SKIPPED_BY_OPERATOR}
+            {**selectable_json(item, config), "status": "skipped", "reasonCode": SKIPPED.reason_code}
             for item in skipped
         ],
     }

@@ -204,6 +204,20 @@ def test_a_file_without_a_rotations_name_that_no_pass_has_read_is_reported(
     assert "escalations.jsonl.old" in told
 
 
+def test_a_file_that_no_pass_can_place_is_reported_once_and_not_at_each_rotation(repo: Repo) -> None:
+    repo.append(record("one"))
+    repo.dispatch()
+    copy = repo.folder / "escalations.jsonl.copy"
+    copy.write_text(line(record("elsewhere")))
+    os.utime(copy, (time.time() + 3600,) * 2)
+    for name in ("two", "three"):
+        rotate(repo)
+        repo.append(record(name))
+        repo.dispatch()
+    [told] = lost(repo)
+    assert "escalations.jsonl.copy" in told
+
+
 def test_a_rotated_file_whose_last_line_was_never_read_is_missed_if_it_goes(
     repo: Repo, server: SinkServer
 ) -> None:
