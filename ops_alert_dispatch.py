@@ -3906,17 +3906,19 @@ class Queue:
         self, escalations: Sequence[tuple[int, int]], sink: str, peers: Sequence[str], loop: int
     ) -> int:
         """Let escalations, each with its severity, wait for a sink to which their routes lead now, but for
-        those that it has had. Returns how many did not wait for it before."""
+        those that it has had, and for those whose delivery to it has ended otherwise than by a change of the
+        config. Returns how many did not wait for it before."""
         before, now = self.count_waiting(loop, sink), time.time()
         self.execute_many(
             "DELETE FROM deliveries WHERE escalation = ? AND sink = ? AND status = 'skipped' "
-            "AND reason_code = 'route_changed'",
+            "AND reason_code IN ('route_changed', 'sink_removed')",
             ((escalation, sink) for escalation, _ in escalations),
         )
+        leads = "SELECT 1 FROM deliveries WHERE escalation = ?1 AND sink = ?2 AND lead"
         self.execute_many(
             "INSERT OR IGNORE INTO deliveries (escalation, sink, peer, loop, severity, lead, waiting_since, "
-            "status) VALUES (?1, ?2, ?3, ?4, ?5, NOT EXISTS (SELECT 1 FROM deliveries WHERE escalation = ?1 "
-            "AND sink = ?2 AND lead), ?6, 'waiting')",
+            f"status) SELECT ?1, ?2, ?3, ?4, ?5, NOT EXISTS ({leads}), ?6, 'waiting' "
+            f"WHERE NOT EXISTS ({leads} AND status IN ('skipped', 'dead'))",
             (
                 (escalation, sink, peer, loop, severity, now)
                 for escalation, severity in escalations
@@ -7030,7 +7032,7 @@ class Loop:
         queue, sinks, old_sinks = self.queue, self.shared.config.sinks, before.config.sinks
         # By sink: the escalations, with their severities, that go to it, and those that no longer do.
         wanted: dict[str, list[tuple[int, int]]] = {sink_id: [] for sink_id in sinks}
-        unwanted: dict[str, list[int]] = {sink_id: [] for sink_id in sinks}
+        unwanted: dict[str, list[int]] = {sink_id: [] for sink_id in sinks.keys() | old_sinks.keys()}
         severities: list[tuple[int, int]] = []
         with queue.transaction():
             kinds = queue.waiting_kinds(self.id, after, MOVED_AT_ONCE)
@@ -7046,6 +7048,8 @@ class Loop:
                 ]
                 if not any((escalation, sink.id) in had for sink in resolution.dispatchable):
                     moves = older or resolution.dispatchable
+                    for sink_id in old_sinks.keys() - sinks.keys() if moves else ():
+                        unwanted[sink_id].append(escalation)
                 for sink in moves:
                     wanted[sink.id].append(severities[-1])
                 for sink_id in sinks.keys() - {sink.id for sink in resolution.reached}:

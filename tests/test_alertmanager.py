@@ -773,6 +773,50 @@ def test_a_route_that_comes_back_when_the_peer_is_another_one_delivers_what_wait
     assert (pair.state()["waitingCount"], pair.state()["laggingCount"]) == (0, 0)
 
 
+def test_what_waits_follows_a_sink_that_is_renamed_and_back_although_its_peer_is_another_one(
+    pair: Repo, peers: tuple[SinkServer, SinkServer]
+) -> None:
+    """It would wait for a peer that nobody counts, and at last be taken for what another peer has."""
+    old, new = peers
+    fleet = fleet_config(timeoutSeconds=1)
+    renamed = json.loads(json.dumps(fleet).replace(SINK, "renamed"))
+    for peer in peers:
+        peer.answer(ALERTS, error(503))
+    pair.append(alert("one"))
+    for config, peer in ((fleet, old), (renamed, old), (fleet, new)):
+        pair.env["ALERT_FLEET_URLS"] = peer.url
+        pair.write_config(config)
+        pair.dispatch("--now")
+    assert pair.state()["waitingCount"] == 1
+    new.answer(ALERTS, ok())
+    new.forget()
+    pair.dispatch("--now")
+
+    assert told(new) == ["one"]
+    assert (pair.state()["waitingCount"], pair.state()["laggingCount"]) == (0, 0)
+
+
+def test_what_an_operator_gave_up_is_not_sent_to_a_peer_that_is_added(
+    pair: Repo, peers: tuple[SinkServer, SinkServer]
+) -> None:
+    down, added = peers
+    pair.env |= {"ALERT_FLEET_URLS": down.url, "ALERT_OTHER_URL": f"{down.url}/other"}
+    config = fleet_config(timeoutSeconds=1)
+    config["sinks"]["other"] = {"enabled": True, "type": "webhook", "urlEnv": "ALERT_OTHER_URL"}
+    config["routing"]["defaultSinks"] = [SINK, "other"]
+    pair.write_config(config)
+    down.answer("/", error(503))
+    pair.append(alert("given up"))
+    pair.dispatch()
+    assert pair.run("skip", *pair.target, "--sink", SINK, "--yes").json["skippedCount"] == 1
+    pair.env["ALERT_FLEET_URLS"] += f",{added.url}"
+    config["routing"]["routes"] = [{"category": "of_another_kind", "sinks": ["other"]}]
+    pair.write_config(config)
+    pair.dispatch()
+
+    assert told(added) == []
+
+
 def test_peers_on_one_host_are_known_in_any_order(pair: Repo, peers: tuple[SinkServer, SinkServer]) -> None:
     server, _ = peers
     urls = [f"{server.url}/{name}" for name in ("one", "two")]

@@ -854,6 +854,26 @@ def test_a_sink_that_is_enabled_is_not_sent_what_came_before(repo: Repo, server:
     check_promise(repo)
 
 
+def test_what_waits_follows_a_sink_that_is_renamed_and_back_and_nothing_counts_as_lost(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.env.update(webhook_env(server, "chat", "renamed"))
+    for path in ("/chat/", "/renamed/"):
+        server.answer(path, error(503))
+    repo.append(*records("one", "two"))
+    for name in ("chat", "renamed", "chat"):
+        repo.write_config(webhooks(name))
+        repo.dispatch()
+    assert repo.state()["waitingCount"] == 2
+    server.answer("/chat/", ok())
+    server.forget()
+    repo.dispatch("--now")
+
+    assert webhook_ids(server, "chat") == row_ids(repo)
+    assert repo.run("status", *repo.target).json["health"] == "ok"
+    check_promise(repo)
+
+
 def test_dead_letters_of_a_removed_sink_are_reported_once_and_not_for_ever(
     repo: Repo, server: SinkServer
 ) -> None:
