@@ -16,6 +16,8 @@ The promise: an escalation that was written reaches each sink that should have i
 that it did not, and why. Start at `Pass`, `Loop` and `Sender`; `QUEUE_SCHEMA` says what the queue holds.
 """
 
+from __future__ import annotations
+
 import gc
 
 # No garbage collection during the imports: what they make stays, and collecting it again and again costs a
@@ -65,6 +67,7 @@ else:
         costs a twentieth of an idle pass."""
 
         def __new__(cls, name, _bases, body):
+            # From Python 3.14 on, a body has these only with the import from __future__ above.
             fields = body["__annotations__"]
             made = namedtuple(name, fields, defaults=[body.pop(field) for field in fields if field in body])
             for key, value in body.items():
@@ -3454,7 +3457,7 @@ class QueuedDelivery(NamedTuple):
     http_status: int | None
     message: str | None
     fault: str | None
-    stored: "QueuedEscalation"
+    stored: QueuedEscalation
 
     @property
     def key(self) -> tuple[int, str, str]:
@@ -3703,7 +3706,7 @@ class Queue:
         except sqlite3.Error as error:
             raise self._in_words(error) from None
 
-    def _in_words(self, error: "sqlite3.Error") -> StorageError:
+    def _in_words(self, error: sqlite3.Error) -> StorageError:
         """What went wrong. SQLite hides the system's reason, which is looked for here."""
         import sqlite3
 
@@ -3770,7 +3773,7 @@ class Queue:
             finally:
                 self.unlock()
 
-    def transaction(self) -> "Transaction":
+    def transaction(self) -> Transaction:
         """Everything or nothing. Nobody else reads or writes the queue meanwhile.
 
         Raises DamagedQueueError, StateError, StorageError.
@@ -5813,7 +5816,7 @@ class Client:
             response.status, {name.lower(): value for name, value in response.headers.items()}, body
         )
 
-    def _make_pool(self) -> "HTTPConnectionPool":
+    def _make_pool(self) -> HTTPConnectionPool:
         """A connection pool for the URL, with its proxy, credentials and CA certificates.
 
         Raises NoAnswerError.
@@ -5860,7 +5863,7 @@ class Client:
         self._pool = pool
         return cast("HTTPConnectionPool", pool)
 
-    def _tls_context(self) -> "SSLContext":
+    def _tls_context(self) -> SSLContext:
         """A TLS context with the CA certificates to trust. Raises NoAnswerError if there are none."""
         import ssl
 
@@ -5885,7 +5888,7 @@ class Client:
             raise NoAnswerError("ca_file", message, not_taken=True) from None
         return context
 
-    def _why_not_connected(self, connection: "HTTPConnection", error: BaseException) -> tuple[FaultCode, str]:
+    def _why_not_connected(self, connection: HTTPConnection, error: BaseException) -> tuple[FaultCode, str]:
         """The fault code and the message for a connection that failed."""
         import socket
         import ssl
@@ -5971,7 +5974,7 @@ MACHINE_BUNDLES = (
 )
 
 
-def trust_machine(context: "SSLContext") -> None:
+def trust_machine(context: SSLContext) -> None:
     """Trust the CAs that this machine trusts (SSL_CERT_FILE, SSL_CERT_DIR, or its store); if it has no store,
     those of certifi. Raises FileNotFoundError if the file that SSL_CERT_FILE names is missing."""
     import ssl
@@ -6012,7 +6015,7 @@ def transport_class() -> Any:
     from requests.adapters import HTTPAdapter
 
     class Transport(HTTPAdapter):
-        def __init__(self, tls: "SSLContext | None") -> None:
+        def __init__(self, tls: SSLContext | None) -> None:
             self._tls = tls
             super().__init__(pool_connections=1, pool_maxsize=1)
 
@@ -6034,8 +6037,8 @@ def transport_class() -> Any:
 
 
 def connection_class(
-    base: Any, explain_failure: Callable[["HTTPConnection", BaseException], tuple[FaultCode, str]]
-) -> "type[HTTPConnection]":
+    base: Any, explain_failure: Callable[[HTTPConnection, BaseException], tuple[FaultCode, str]]
+) -> type[HTTPConnection]:
     """A pool's connection that connects within CONNECT_SECONDS, or raises NoAnswerError."""
     import http.client
 
@@ -6122,7 +6125,7 @@ class CompleteLines(io.BufferedReader):
 
 
 @functools.cache
-def answer_class() -> "type[HTTPResponse]":
+def answer_class() -> type[HTTPResponse]:
     """http.client's response, with a time limit for the whole answer and no limit on headers. It skips
     interim answers (RFC 9110, section 15.2). A head that is cut off is no answer."""
     import http.client
@@ -7344,6 +7347,7 @@ class Loop:
             "sinks": sinks,
             "stateVersion": STATE_VERSION,
             "queueFile": self.job.queue_file,
+            "queueIdentity": [*self.queue.identity],
             "configDigest": self.shared.config.digest,
             "cursor": self.source.cursor.to_json(),
         }
@@ -7588,7 +7592,7 @@ def find_place(path: str, number: int, fingerprint: str, offset: int, line: int)
     return Cursor(number, fingerprint, 0, 0, offset, line, "", seen_at=time.time())
 
 
-def rows_at_end(path: str, size: int) -> "Counter[bytes]":
+def rows_at_end(path: str, size: int) -> Counter[bytes]:
     """The rows in the last bytes of a file of rows, and of the files that rotations have just made of it,
     compressed or not; a little more than `size` bytes of each, since others append to it as well.
 
@@ -7725,7 +7729,12 @@ class Sender:
         return self._batch is not None
 
     def start(self) -> None:
+        """Raises RuntimeError if the system gives no thread."""
         self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
 
     def _run(self) -> None:
         try:
@@ -8192,6 +8201,8 @@ class Pass:
         self._shared = shared
         self._progress = progress
         self._senders: dict[tuple[str, str], Sender] = {}
+        # No thread could be started for some of them: they are started once others have ended.
+        self._lacks_threads = False
 
     def run(self, loops: Sequence[Loop]) -> dict[str, Result]:
         """Finish loops that have begun, side by side. Returns what came of each, by its id."""
@@ -8238,9 +8249,11 @@ class Pass:
         """Look after the senders until the last one ends, and write rows meanwhile."""
         self._start_senders()
         written_at = time.monotonic()
-        while any(not sender.ended for sender in self._senders.values()):
+        while self._lacks_threads or any(not sender.ended for sender in self._senders.values()):
             self._look_after_senders(wait=ROW_INTERVAL)
             self._show_progress()
+            if self._lacks_threads:
+                self._start_senders()
             if time.monotonic() - written_at >= ROW_INTERVAL:
                 for loop in loops:
                     self._guarded(loop, loop.write_rows)
@@ -8273,8 +8286,9 @@ class Pass:
         return None
 
     def _start_senders(self) -> None:
-        """Start a sender for each destination for which something waits."""
+        """Start a sender for each destination for which something waits, if the system gives it a thread."""
         shared = self._shared
+        self._lacks_threads = False
         for sink in shared.sinks:
             for peer, url in ADAPTERS[sink.type].peers(sink).items():
                 place = sink.id, peer
@@ -8282,7 +8296,21 @@ class Pass:
                     if place in self._senders or not shared.queue.has_waiting(*place, shared.active):
                         continue
                     sender = self._senders[place] = Sender(shared, sink, peer, url)
-                sender.start()
+                try:
+                    sender.start()
+                except RuntimeError:
+                    del self._senders[place]
+                    self._lacks_threads = shared.error is None and self._wait_for_a_thread()
+                    return
+
+    def _wait_for_a_thread(self) -> bool:
+        """Tell whether a sender that is at work will leave its thread to another one. If none is, the pass
+        fails."""
+        if any(sender.is_alive for sender in self._senders.values()):
+            return True
+        advice = "raise the limit of processes: `ulimit -u`, TasksMax of a unit, pids of a container"
+        self._shared.fail(StorageError("the system gives this process no thread to send with", [advice]))
+        return False
 
     def _look_after_senders(self, wait: float = 0.0) -> None:
         """Give up attempts that are over their time: name lookup, handshake or a dripping answer may hold
@@ -8390,9 +8418,10 @@ class QueueHolder:
         self.path = job.queue_file
         self._job = job
         self._queue: Queue | None = None
-        # Before this run. Then the summaries say whether anything waits in it. Found out here, because this
-        # closes a descriptor of the file, which drops the locks of a connection that is open.
-        self.was_closed_cleanly = was_closed_cleanly(self.path)
+        # As it was before this run. If it was closed in good order, the summaries say whether anything waits.
+        # Found out here, because this closes a descriptor of the file, which drops the locks of a connection
+        # that is open.
+        self.identity = identity_if_closed(self.path)
 
     def get(self) -> Queue:
         if self._queue is None:
@@ -8442,14 +8471,16 @@ class QueueHolder:
             Queue.keep_aside(self.path, damaged.identity)
 
 
-def was_closed_cleanly(path: str) -> bool:
-    """Tell whether a queue is there, and no pass has it open or was killed with it. This process must not
-    have it open."""
+def identity_if_closed(path: str) -> tuple[int, int] | None:
+    """Device and inode of a queue; None if it is not there, or if a pass has it open or was killed with it.
+    This process must not have it open."""
     try:
         with open(path, "rb", buffering=0) as file:
-            return file.read(len(QUEUE_HEAD)) == QUEUE_HEAD and not has_wal(path)
+            if file.read(len(QUEUE_HEAD)) == QUEUE_HEAD and not has_wal(path):
+                return identity_of(os.fstat(file.fileno()))
     except OSError:
-        return False
+        pass
+    return None
 
 
 def is_elsewhere(job: Job) -> bool:
@@ -8565,6 +8596,8 @@ def idle_summary(
             document["configDigest"] == config.digest
             and document["loopId"] == job.loop_id
             and document["queueFile"] == job.queue_file
+            # Another one may have been put in its place, such as one that was moved away.
+            and document["queueIdentity"] == [*(queues.identity or ())]
             and document["escalationsFile"] == job.escalations_file
             and document["dispatchTelemetryFile"] == job.telemetry_file
             and document["waitingCount"] == document["laggingCount"] == 0
@@ -8575,7 +8608,7 @@ def idle_summary(
     except MALFORMED:
         return None
     worked = "failedSince" not in document
-    usable = same and worked and queues.was_closed_cleanly and not os.path.islink(job.state_file)
+    usable = same and worked and not job.now and not os.path.islink(job.state_file)
     status = idle_status(job, cursor) if usable else None
     if status is None:
         return None
@@ -8930,7 +8963,7 @@ class FilePath(click.types.StringParamType):
 
     def shell_complete(
         self, _ctx: click.Context, _param: click.Parameter, incomplete: str
-    ) -> "list[CompletionItem]":
+    ) -> list[CompletionItem]:
         from click.shell_completion import CompletionItem
 
         return [CompletionItem(incomplete, type=self.completion)]

@@ -31,6 +31,8 @@ from escalations import (
 )
 from loopback import SinkServer, error, hang, ok
 from promise import check_promise
+from tools import in_ci
+from zygote import have_three_threads
 
 NO_WAIT = {"initial": 0, "max": 0}
 
@@ -380,6 +382,46 @@ def test_a_queue_that_comes_back_sends_nothing_again_that_another_one_has_sent(
     assert numbers(server) == [3]
     [lost] = [row for row in repo.telemetry() if row.get("reasonCode") == "queue_lost"]
     assert (lost["droppedCount"], "--from-line 3" in lost["message"]) == (1, True)
+
+
+def test_what_waits_in_a_queue_that_is_put_back_goes_out_with_the_next_pass(
+    repo: Repo, server: SinkServer, tmp_path: Path
+) -> None:
+    """As `status` advises, and after a pass that found it gone."""
+    repo.write_config(only(HOOK))
+    server.answer(PATHS[HOOK], error(503))
+    repo.append(health_critical(number=0))
+    repo.dispatch()
+    aside = tmp_path / "aside.db"
+    repo.queue_file.rename(aside)
+    server.answer(PATHS[HOOK], ok())
+    repo.dispatch()
+    server.forget()
+    aside.rename(repo.queue_file)
+    repo.dispatch()
+
+    assert numbers(server) == [0]
+
+
+def test_a_limit_of_threads_costs_no_sink_its_alerts_and_repeats_none(repo: Repo, server: SinkServer) -> None:
+    """As TasksMax of a unit sets it, or the pids of a container."""
+    if os.geteuid() != 0:
+        assert not in_ci(), "CI runs as root"
+        pytest.skip("only root can become another user")
+    names = [f"sink-{number}" for number in range(6)]
+    config = only(HOOK)
+    config["sinks"] = {
+        name: {"enabled": True, "type": "webhook", "urlEnv": f"URL_{name[-1]}"} for name in names
+    }
+    config["routing"]["defaultSinks"] = names
+    repo.write_config(config)
+    repo.env |= {f"URL_{name[-1]}": f"{server.url}/{name}" for name in names}
+    server.answer("/", ok().after(0.2))
+    repo.append(health_critical(number=0), health_critical(number=1))
+    summary = replace(repo, prepare=have_three_threads).dispatch().json
+
+    assert (summary["status"], summary["waitingCount"]) == ("success", 0)
+    assert sorted(request.path for request in server.requests) == sorted(f"/{name}" for name in names * 2)
 
 
 def test_a_copy_of_a_repo_and_a_link_to_one_have_no_wrong_queue(

@@ -114,18 +114,26 @@ def become(asked: Mapping[str, Any], descriptors: Sequence[int]) -> list[str]:
 # --- Before a run begins: see `Repo.prepare`
 
 
+# From <linux/capability.h>.
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, CAP_SYS_RESOURCE = 1, 2, 21, 24
+
+
+def drop_powers(*powers: int) -> None:
+    """Take capabilities from this process, if it is root's."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    # Version 3, for this process; effective, permitted, inheritable, twice.
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    sets = (ctypes.c_uint32 * 6)()
+    failed = libc.capget(header, sets)
+    for kind in (0, 1):
+        sets[kind] &= ~sum(1 << power for power in powers)
+    if failed or libc.capset(header, sets):
+        raise OSError(ctypes.get_errno(), "cannot drop powers")
+
+
 def lose_power() -> None:
     """Have the modes of files apply to this process, also if it is root's."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    # From <linux/capability.h>: version 3 for this process; effective, permitted, inheritable, twice.
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    powers = (ctypes.c_uint32 * 6)()
-    dac_override, dac_read_search = 1 << 1, 1 << 2
-    failed = libc.capget(header, powers)
-    for kind in (0, 1):
-        powers[kind] &= ~(dac_override | dac_read_search)
-    if failed or libc.capset(header, powers):
-        raise OSError(ctypes.get_errno(), "cannot lose power")
+    drop_powers(CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH)
 
 
 def break_the_webhook() -> None:
@@ -147,6 +155,15 @@ def lose_the_source() -> None:
 
     gone = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
     mock.patch.object(program.LogFile, "end_of_lines", side_effect=gone).start()
+
+
+def have_three_threads() -> None:
+    """Have the system give this process three threads at most, as TasksMax of a unit does."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_NPROC, (3, 3))
+    os.setresuid(23_456, 0, 0)  # the limit is that of a user, and root has none
+    drop_powers(CAP_SYS_ADMIN, CAP_SYS_RESOURCE)
 
 
 def interrupt_the_first_request() -> None:
