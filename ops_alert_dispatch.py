@@ -6938,10 +6938,9 @@ class Loop:
             self.queue.add_tallies(self.id, self.shared.config.sinks)
         self._align_peers()
         rules = self.shared.config.rules()
-        if self._rules is not None and self._rules != rules:
-            self._apply_routes(self._rules)
+        in_line = self._rules in (None, rules) or self._apply_routes(self._rules)
         with self.queue.transaction():
-            if self._rules != rules:
+            if in_line and self._rules != rules:
                 self.queue.save_rules(self.id, rules)
             if job.now:
                 self.queue.try_at_once(self.id)
@@ -7004,11 +7003,14 @@ class Loop:
 
     # -- a changed config
 
-    def _apply_routes(self, before: JsonObject) -> None:
+    def _apply_routes(self, before: JsonObject) -> bool:
         """Bring what waits in line with a changed config. It goes to the sinks to which its route leads now
         and did not before; to sinks that are new or were disabled only if no other one has it. Deliveries to
-        other sinks are skipped. `before`: the rules until now. A pass that is killed meanwhile leaves them in
-        the queue, and the next one begins anew: what is in line already stays as it is."""
+        other sinks are skipped. `before`: the rules until now.
+
+        Returns False if a signal ends the pass meanwhile. That, or a kill, leaves the rules in the queue, and
+        the next pass begins anew: what is in line already stays as it is.
+        """
         config, queue = self.shared.config, self.queue
         minimum, old_sinks = before["defaultMinSeverity"], sinks_of(before, {})
         router = Router(config._replace(document=before, default_min_severity=minimum, sinks=old_sinks))
@@ -7016,7 +7018,9 @@ class Loop:
         while at is not None:
             at = self._route_some(router, at)
             queue.tidy()
-            time.sleep(OTHERS_TURN)
+            if self.shared.clock.stop.wait(OTHERS_TURN) and at is not None:
+                self.shared.clock.cut_short = True
+                return False
         with queue.transaction():
             # Only now: what waited for a sink that was removed has its new sinks.
             for sink_id in queue.tallies(self.id):
@@ -7027,6 +7031,7 @@ class Loop:
                         message = f"sink {sink_id} was removed with {words}"
                         self.write_event("skipped", "sink_removed", sink_id, waited + dead, message)
             queue.note_all_settled(self.id, time.time())
+        return True
 
     def _route_some(self, before: Router, after: int) -> int | None:
         """Bring some of what waits in line with changed routes, in one transaction with the rows on it: the
@@ -8527,6 +8532,8 @@ def run_busy_loops(
             return run_on_queue(queues.replace(), config, jobs, clock, progress)
     except DispatchError as error:
         return dict.fromkeys((job.loop_id for job in jobs), error)
+    except Exception as error:  # noqa: BLE001 - the state file is to say it, too
+        return dict.fromkeys((job.loop_id for job in jobs), program_fault(error))
 
 
 def run_on_queue(

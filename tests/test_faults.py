@@ -6,7 +6,7 @@ import contextlib
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -46,7 +46,7 @@ from loopback import (
 )
 from promise import SAME_RECORD_ATTEMPTS, check_promise
 from tools import needs_tool
-from zygote import move_one_and_die
+from zygote import move_one_and_die, move_one_and_end
 
 # For starting Python on a machine that runs many tests at once; what the issue bounds comes on top.
 START_UP = 8.0
@@ -806,8 +806,9 @@ def test_a_changed_route_of_a_backlog_with_thousands_of_categories_keeps_no_pass
     assert (sinks["old"]["waitingCount"], sinks["new"]["waitingCount"]) == (0, 8000)
 
 
-def test_a_pass_that_is_killed_while_it_routes_a_backlog_anew_neither_loses_nor_repeats_any_of_it(
-    repo: Repo, server: SinkServer
+@pytest.mark.parametrize("stop", [move_one_and_die, move_one_and_end], ids=["killed", "ended"])
+def test_a_pass_that_is_stopped_while_it_routes_a_backlog_anew_neither_loses_nor_repeats_any_of_it(
+    repo: Repo, server: SinkServer, stop: Callable[[], None]
 ) -> None:
     config = webhooks("old", "new")
     config["routing"]["defaultSinks"] = ["old"]
@@ -820,7 +821,7 @@ def test_a_pass_that_is_killed_while_it_routes_a_backlog_anew_neither_loses_nor_
     server.forget()
     config["routing"]["defaultSinks"] = ["new"]
     repo.write_config(config)
-    replace(repo, prepare=move_one_and_die).dispatch()
+    replace(repo, prepare=stop).dispatch()
     waiting = "SELECT count(*) FROM deliveries WHERE status = 'waiting' AND sink = ?"
     assert [queue_rows(repo, waiting, sink) for sink in ("old", "new")] == [[(2,)], [(1,)]]
     repo.dispatch("--now")

@@ -191,10 +191,25 @@ def move_one_and_stop() -> None:
 
 def move_one_and_die() -> None:
     """Have a pass move what waits to other peers or sinks one by one, and be killed after the first one."""
+    move_one_and_meet(signal.SIGKILL)
+
+
+def move_one_and_end() -> None:
+    """As `move_one_and_die`, but be asked to end."""
+    move_one_and_meet(signal.SIGTERM)
+
+
+def move_one_and_meet(number: int) -> None:
     import ops_alert_dispatch as program
 
     move_one_and_stop()
-    program.Queue.tidy = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,method-assign]
+    meetings = iter([number])
+
+    def meet(_: object) -> None:
+        for met in meetings:
+            os.kill(os.getpid(), met)
+
+    program.Queue.tidy = meet  # type: ignore[assignment,method-assign]
 
 
 # --- Where the tests run
