@@ -8305,14 +8305,16 @@ class Pass:
                     sender.start()
                 except RuntimeError:
                     del self._senders[place]
-                    self._lacks_threads = shared.error is None and self._wait_for_a_thread()
+                    self._lacks_threads = shared.error is None and self._may_get_a_thread()
                     return
 
-    def _wait_for_a_thread(self) -> bool:
-        """Tell whether a sender that is at work will leave its thread to another one. If none is, the pass
-        fails."""
-        if any(sender.is_alive for sender in self._senders.values()):
+    def _may_get_a_thread(self) -> bool:
+        """Tell whether a sender may leave its thread to another one. If none has one, the pass fails."""
+        if any(not sender.ended for sender in self._senders.values()):
             return True
+        # One that was given up keeps its thread for as long as its name lookup hangs.
+        if any(sender.is_alive for sender in self._senders.values()):
+            return self._shared.clock.pause(0.05)
         advice = "raise the limit of processes: `ulimit -u`, TasksMax of a unit, pids of a container"
         self._shared.fail(StorageError("the system gives this process no thread to send with", [advice]))
         return False
