@@ -3232,6 +3232,8 @@ RETENTION_COUNT = 100_000
 QUEUE_WAIT_SECONDS = 30.0
 # The write-ahead log is copied into the database when it is larger than this.
 WAL_BYTES = 16 << 20
+# How many free pages a pass gives back to the file system at most: others wait meanwhile.
+VACUUM_PAGES = 10_000
 # How many rows are moved from the outbox into the files at a time.
 OUTBOX_ROWS = 1000
 # How many escalations, which may be large, are read at a time for a list: no pass writes meanwhile.
@@ -4683,7 +4685,9 @@ class Queue:
                 "WHERE sink = old.sink AND peer = old.peer AND used_at > old.used_at)",
                 now - RETENTION_SECONDS,
             )
-            self.execute("PRAGMA incremental_vacuum")
+            with self._errors():
+                # As a script: `execute` would stop after one page, which is a row without columns.
+                self._db.executescript(f"PRAGMA incremental_vacuum({VACUUM_PAGES})")
 
 
 class Transaction:

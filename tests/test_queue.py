@@ -242,6 +242,19 @@ def test_a_pass_does_not_wait_for_a_hanging_sink_to_which_its_loop_sends_nothing
         process.communicate()
 
 
+def test_the_queue_gives_back_the_room_of_what_it_no_longer_keeps(repo: Repo) -> None:
+    """It would stay as large as the worst backlog that there ever was."""
+    repo.write_config(only(HOOK))
+    repo.append(*(health_critical(number=number, filler="x" * 20_000) for number in range(50)))
+    repo.dispatch()
+    assert repo.queue_file.stat().st_size > 1_000_000
+    time_passes(repo, 8 * 86_400)
+    repo.append(health_critical(number=50))
+    repo.dispatch()
+
+    assert repo.queue_file.stat().st_size < 200_000
+
+
 def test_the_log_of_the_queue_does_not_grow_with_the_backlog(repo: Repo, server: SinkServer) -> None:
     """It fills the disk: 3 KB for each escalation."""
     repo.write_config(only(HOOK))
