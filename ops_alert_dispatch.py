@@ -7042,9 +7042,10 @@ class Loop:
         escalations that follow number `after`. `before` has the old rules. Returns the number of the last
         one; None if none follows."""
         queue, sinks, old_sinks = self.queue, self.shared.config.sinks, before.config.sinks
+        removed = old_sinks.keys() - sinks.keys()
         # By sink: the escalations, with their severities, that go to it, and those that no longer do.
         wanted: dict[str, list[tuple[int, int]]] = {sink_id: [] for sink_id in sinks}
-        unwanted: dict[str, list[int]] = {sink_id: [] for sink_id in sinks.keys() | old_sinks.keys()}
+        unwanted: dict[str, list[int]] = {sink_id: [] for sink_id in (*sinks, *removed)}
         severities: list[tuple[int, int]] = []
         with queue.transaction():
             kinds = queue.waiting_kinds(self.id, after, MOVED_AT_ONCE)
@@ -7060,7 +7061,8 @@ class Loop:
                 ]
                 if not any((escalation, sink.id) in had for sink in resolution.dispatchable):
                     moves = older or resolution.dispatchable
-                    for sink_id in old_sinks.keys() - sinks.keys() if moves else ():
+                    # What others get is not lost with a sink that was removed.
+                    for sink_id in removed if moves else ():
                         unwanted[sink_id].append(escalation)
                 for sink in moves:
                     wanted[sink.id].append(severities[-1])
@@ -8210,8 +8212,6 @@ class Pass:
         self._shared = shared
         self._progress = progress
         self._senders: dict[tuple[str, str], Sender] = {}
-        # No thread could be started for some of them: they are started once others have ended.
-        self._lacks_threads = False
 
     def run(self, loops: Sequence[Loop]) -> dict[str, Result]:
         """Finish loops that have begun, side by side. Returns what came of each, by its id."""
@@ -8256,13 +8256,12 @@ class Pass:
 
     def _deliver(self, loops: Sequence[Loop]) -> None:
         """Look after the senders until the last one ends, and write rows meanwhile."""
-        self._start_senders()
+        all_started = self._start_senders()
         written_at = time.monotonic()
-        while self._lacks_threads or any(not sender.ended for sender in self._senders.values()):
+        while not all_started or any(not sender.ended for sender in self._senders.values()):
             self._look_after_senders(wait=ROW_INTERVAL)
             self._show_progress()
-            if self._lacks_threads:
-                self._start_senders()
+            all_started = all_started or self._start_senders()
             if time.monotonic() - written_at >= ROW_INTERVAL:
                 for loop in loops:
                     self._guarded(loop, loop.write_rows)
@@ -8294,10 +8293,10 @@ class Pass:
             self._shared.active.discard(loop.id)
         return None
 
-    def _start_senders(self) -> None:
-        """Start a sender for each destination for which something waits, if the system gives it a thread."""
+    def _start_senders(self) -> bool:
+        """Start a sender for each destination for which something waits. Returns False if the system gives no
+        thread for some, and others may leave them theirs."""
         shared = self._shared
-        self._lacks_threads = False
         for sink in shared.sinks:
             for peer, url in ADAPTERS[sink.type].peers(sink).items():
                 place = sink.id, peer
@@ -8309,14 +8308,14 @@ class Pass:
                     sender.start()
                 except RuntimeError:
                     del self._senders[place]
-                    self._lacks_threads = shared.error is None and self._may_get_a_thread()
-                    return
+                    return shared.error is not None or not self._may_get_a_thread()
+        return True
 
     def _may_get_a_thread(self) -> bool:
         """Tell whether a sender may leave its thread to another one. If none has one, the pass fails."""
         if any(not sender.ended for sender in self._senders.values()):
             return True
-        # One that was given up keeps its thread for as long as its name lookup hangs.
+        # An attempt that was given up keeps its thread for as long as its name lookup hangs.
         if any(sender.is_alive for sender in self._senders.values()):
             return self._shared.clock.pause(0.05)
         advice = "raise the limit of processes: `ulimit -u`, TasksMax of a unit, pids of a container"
@@ -8485,12 +8484,9 @@ class QueueHolder:
 def identity_if_closed(path: str) -> tuple[int, int] | None:
     """Device and inode of a queue; None if it is not there, or if a pass has it open or was killed with it.
     This process must not have it open."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            if file.read(len(QUEUE_HEAD)) == QUEUE_HEAD and not has_wal(path):
-                return identity_of(os.fstat(file.fileno()))
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+        if file.read(len(QUEUE_HEAD)) == QUEUE_HEAD and not has_wal(path):
+            return identity_of(os.fstat(file.fileno()))
     return None
 
 
@@ -9616,7 +9612,9 @@ def status_of_all(statuses: Counter[str], sums: Mapping[str, int]) -> str:
 def loops_text(summary: JsonObject) -> str:
     """The summary of a run over many loops for people. Loops in which nothing happened are left out."""
     colour = STATUS_COLOURS.get(summary["status"], "yellow")
-    counted = f"{plural(summary['loopCount'], 'loop')}, {summary['processedCount']} new{old_words(summary)}"
+    counted = (
+        f"{plural(summary['loopCount'], 'loop')}, {summary['processedCount']} new{backlog_words(summary)}"
+    )
     lines = [f"{click.style(summary['status'], fg=colour)}  {counted}"]
     if not summary["loops"]:
         lines.append(no_loops(summary["repoPath"]))
@@ -9800,15 +9798,15 @@ def what_a_pass_did(summary: JsonObject) -> str:
         return printable(summary.get("message") or f"{loop}: no escalations at {summary['escalationsFile']}")
     counts = ((sent_word(summary), "dispatchedCount"), ("skipped", "skippedCount"), ("failed", "failedCount"))
     outcome = ", ".join(f"{summary[key]} {word}" for word, key in counts)
-    return f"{loop}, {summary['processedCount']} new: {outcome}{old_words(summary)}"
+    return f"{loop}, {summary['processedCount']} new: {outcome}{backlog_words(summary)}"
 
 
 def sent_word(summary: JsonObject) -> str:
-    """What a pass did with what was sent, or would do."""
+    """What the counts of deliveries count; a dry run sends nothing."""
     return "to send" if summary["status"] == "dry_run" else "delivered"
 
 
-def old_words(summary: JsonObject) -> str:
+def backlog_words(summary: JsonObject) -> str:
     """What became of deliveries that had waited, and what waits now; empty if nothing does."""
     delivered, failed = summary["lateDispatchedCount"], summary["lateFailedCount"]
     late = f"; late: {delivered} {sent_word(summary)}, {failed} given up" if delivered or failed else ""
@@ -10679,10 +10677,9 @@ def loss_words(code: str, count: int, at: float) -> str:
 def find_dangling_link(facts: LoopFacts) -> Iterator[Finding]:
     """Report a source on a volume that is gone. It looks like a loop in which nothing was escalated."""
     path = facts.job.escalations_file
-    with contextlib.suppress(OSError):  # it is no link, or was replaced just now
-        if not os.path.exists(target := os.path.join(os.path.dirname(path), os.readlink(path))):
-            words = f"the source is a link to {target}, which is not there: nothing is read"
-            yield Finding("warning", words, "mount the volume, or correct the link")
+    if os.path.islink(path) and not os.path.exists(path):
+        words = f"the source is a link to {os.path.realpath(path)}, which is not there: nothing is read"
+        yield Finding("warning", words, "mount the volume, or correct the link")
 
 
 def find_unfinished(facts: LoopFacts) -> Iterator[Finding]:

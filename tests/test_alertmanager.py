@@ -743,13 +743,19 @@ def test_a_backlog_that_moves_to_another_peer_is_not_held_in_memory(
     assert most < 10 << 20
 
 
+def with_a_webhook(pair: Repo, server: SinkServer) -> dict[str, Any]:
+    """The config of a cluster of one peer, and of a webhook `other` on the same server."""
+    pair.env |= {"ALERT_FLEET_URLS": server.url, "ALERT_OTHER_URL": f"{server.url}/other"}
+    config = fleet_config(timeoutSeconds=1)
+    config["sinks"]["other"] = {"enabled": True, "type": "webhook", "urlEnv": "ALERT_OTHER_URL"}
+    return config
+
+
 def test_a_route_that_comes_back_when_the_peer_is_another_one_delivers_what_waits(
     pair: Repo, peers: tuple[SinkServer, SinkServer]
 ) -> None:
     old, new = peers
-    pair.env |= {"ALERT_FLEET_URLS": old.url, "ALERT_OTHER_URL": f"{old.url}/other"}
-    config = fleet_config(timeoutSeconds=1)
-    config["sinks"]["other"] = {"enabled": True, "type": "webhook", "urlEnv": "ALERT_OTHER_URL"}
+    config = with_a_webhook(pair, old)
 
     def route(*sinks: str) -> None:
         config["routing"]["defaultSinks"] = list(sinks)
@@ -796,17 +802,15 @@ def test_what_waits_follows_a_sink_that_is_renamed_and_back_although_its_peer_is
     assert (pair.state()["waitingCount"], pair.state()["laggingCount"]) == (0, 0)
 
 
-def test_what_an_operator_gave_up_is_not_sent_to_a_peer_that_is_added(
+def test_what_an_operator_skipped_is_not_sent_to_a_peer_that_is_added(
     pair: Repo, peers: tuple[SinkServer, SinkServer]
 ) -> None:
     down, added = peers
-    pair.env |= {"ALERT_FLEET_URLS": down.url, "ALERT_OTHER_URL": f"{down.url}/other"}
-    config = fleet_config(timeoutSeconds=1)
-    config["sinks"]["other"] = {"enabled": True, "type": "webhook", "urlEnv": "ALERT_OTHER_URL"}
+    config = with_a_webhook(pair, down)
     config["routing"]["defaultSinks"] = [SINK, "other"]
     pair.write_config(config)
     down.answer("/", error(503))
-    pair.append(alert("given up"))
+    pair.append(alert("skipped"))
     pair.dispatch()
     assert pair.run("skip", *pair.target, "--sink", SINK, "--yes").json["skippedCount"] == 1
     pair.env["ALERT_FLEET_URLS"] += f",{added.url}"

@@ -191,25 +191,25 @@ def move_one_and_stop() -> None:
 
 def move_one_and_die() -> None:
     """Have a pass move what waits to other peers or sinks one by one, and be killed after the first one."""
-    move_one_and_meet(signal.SIGKILL)
+    signal_after_one_move(signal.SIGKILL)
 
 
 def move_one_and_end() -> None:
     """As `move_one_and_die`, but be asked to end."""
-    move_one_and_meet(signal.SIGTERM)
+    signal_after_one_move(signal.SIGTERM)
 
 
-def move_one_and_meet(number: int) -> None:
+def signal_after_one_move(number: int) -> None:
     import ops_alert_dispatch as program
 
     move_one_and_stop()
-    meetings = iter([number])
+    signals = iter([number])  # a second one would kill the process
 
-    def meet(_: object) -> None:
-        for met in meetings:
-            os.kill(os.getpid(), met)
+    def send(_: object) -> None:
+        for one in signals:
+            os.kill(os.getpid(), one)
 
-    program.Queue.tidy = meet  # type: ignore[assignment,method-assign]
+    program.Queue.tidy = send  # type: ignore[assignment,method-assign]
 
 
 # --- Where the tests run
