@@ -41,6 +41,7 @@ from escalations import (
     CHAT,
     HOOK,
     LOOP,
+    NO_WAIT,
     PAGER,
     PATHS,
     SINK_TYPES,
@@ -305,7 +306,7 @@ def crash_config(sinks: Sequence[str], *, quiet: bool) -> dict[str, Any]:
     config["sinks"] = {sink: config["sinks"][sink] for sink in sinks}
     config["routing"]["defaultSinks"] = list(sinks)
     # A sink that was out of order is tried again by the next pass.
-    config["delivery"] = {"backoffSeconds": {"initial": 0, "max": 0}, "maxAttemptsPerPass": 2}
+    config["delivery"] = {"backoffSeconds": NO_WAIT, "maxAttemptsPerPass": 2}
     return config
 
 

@@ -21,6 +21,8 @@ TRANSPORTS: tuple[Transport, ...] = ("local", "sprite_service")
 # The three sinks of `sink_config`: one of each type.
 HOOK, CHAT, PAGER = "team-hook", "ops-chat", "on-call-pager"
 SINK_TYPES = {HOOK: "webhook", CHAT: "slack", PAGER: "pagerduty_events"}
+# For `backoffSeconds`: every pass tries.
+NO_WAIT = {"initial": 0, "max": 0}
 # In every made-up secret, so that one look finds a leak of any of them: see leaks.py.
 MARK = "Kq7vZ2xW9s"
 # Where each posts on the loopback server. `/hook`, `/chat` and `/pager` are enough to name them there.
@@ -262,6 +264,15 @@ ROUTED = {
     "profile_drift_detected": [HOOK],
     "ordering_drift_detected": [HOOK],
 }
+
+
+def only(sink: str, *, delivery: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
+    """Each record to this sink alone."""
+    config = sink_config(everywhere=True)
+    config["sinks"] = {sink: {**config["sinks"][sink], **settings}}
+    config["routing"]["defaultSinks"] = [sink]
+    config["delivery"] = {"backoffSeconds": NO_WAIT, **(delivery or {})}
+    return config
 
 
 def sink_env(server_url: str, **changes: str) -> dict[str, str]:

@@ -6,14 +6,14 @@ import os
 from typing import Any
 
 from conftest import RUN_TIMEOUT, Repo, Run
-from escalations import CHAT, HOOK, PATHS, batch, escalation_id, sink_config
+from escalations import CHAT, HOOK, NO_WAIT, PATHS, batch, escalation_id, sink_config
 from loopback import SinkServer, error, ok
 
 
 def to_all(**delivery: Any) -> dict[str, Any]:
     """Each record to all three sinks; one try a pass, and no wait before the next pass may try."""
     config = sink_config(everywhere=True)
-    config["delivery"] = {"maxAttemptsPerPass": 1, "backoffSeconds": {"initial": 0, "max": 0}, **delivery}
+    config["delivery"] = {"maxAttemptsPerPass": 1, "backoffSeconds": NO_WAIT, **delivery}
     return config
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from alertmanager import Node, new_node, running_cluster, start_cluster, wait_until
 from conftest import MODULE_FILE, Repo, clean_env, queue_rows, time_passes
-from escalations import LOOP, MAKERS, Record, health_critical, health_degraded, timestamp
+from escalations import LOOP, MAKERS, NO_WAIT, Record, health_critical, health_degraded, timestamp
 from loopback import HOST, TLS_PEM, Answer, SinkServer, accepted, error, hang, ok
 from tools import needs_tool
 from zygote import move_one_and_die, move_one_and_stop
@@ -39,7 +39,7 @@ def fleet_config(**settings: Any) -> dict[str, Any]:
         "sinks": {SINK: {**SETTINGS, **settings}},
         "routing": {"defaultSinks": [SINK], "categorySeverity": {"health_critical": "critical"}},
         # Whatever fails is tried by the very next pass.
-        "delivery": {"backoffSeconds": {"initial": 0, "max": 0}},
+        "delivery": {"backoffSeconds": NO_WAIT},
     }
 
 

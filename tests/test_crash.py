@@ -18,7 +18,17 @@ from typing import Any
 import pytest
 from conftest import Repo, time_passes
 from crash import PER_MESSAGE, compress, crash, rotated, unpacked
-from escalations import CHAT, HOOK, PAGER, PATHS, escalation_id, health_critical, health_degraded, sink_config
+from escalations import (
+    CHAT,
+    HOOK,
+    NO_WAIT,
+    PAGER,
+    PATHS,
+    escalation_id,
+    health_critical,
+    health_degraded,
+    sink_config,
+)
 from loopback import Answer, SinkServer, accepted, error, ok
 
 pytestmark = pytest.mark.slow
@@ -32,7 +42,7 @@ START_UP = 6.0
 def everywhere(**delivery: Any) -> dict[str, Any]:
     """Each record to all three sinks; no wait between passes."""
     config = sink_config(everywhere=True)
-    config["delivery"] = {"backoffSeconds": {"initial": 0, "max": 0}, **delivery}
+    config["delivery"] = {"backoffSeconds": NO_WAIT, **delivery}
     return config
 
 

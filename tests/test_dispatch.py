@@ -15,6 +15,7 @@ from escalations import (
     CHAT,
     HOOK,
     MAKERS,
+    NO_WAIT,
     PAGER,
     PATHS,
     ROUTED,
@@ -96,7 +97,7 @@ def counts(summary: Mapping[str, Any]) -> tuple[int, int, int, int]:
 
 def at_once(config: dict[str, Any]) -> dict[str, Any]:
     """The config with no wait between tries and passes, so that a test needs none."""
-    config["delivery"] = {"backoffSeconds": {"initial": 0, "max": 0}}
+    config["delivery"] = {"backoffSeconds": NO_WAIT}
     return config
 
 

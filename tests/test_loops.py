@@ -16,14 +16,12 @@ from typing import Any
 
 import pytest
 from conftest import Repo, Run, time_passes
-from escalations import HOOK, PAGER, PATHS, SINK_TYPES, escalation_id, health_critical, sink_config
+from escalations import HOOK, NO_WAIT, PAGER, PATHS, SINK_TYPES, escalation_id, health_critical, sink_config
 from loopback import Answer, Received, SinkServer, accepted, error, hang, hang_up, ok, rate_limited
 from promise import check_promise
 from zygote import lose_power
 
 import ops_alert_dispatch as program
-
-NO_WAIT = {"initial": 0, "max": 0}
 
 
 def everywhere(*sinks: str, **delivery: Any) -> dict[str, Any]:

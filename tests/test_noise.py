@@ -15,6 +15,7 @@ from conftest import Repo, edit_queue, time_passes
 from escalations import (
     CHAT,
     HOOK,
+    NO_WAIT,
     PAGER,
     PATHS,
     SINK_TYPES,
@@ -42,7 +43,7 @@ def quiet(*, per_message: int = 1, window: float = WINDOW, **delivery: Any) -> d
     config = sink_config(everywhere=True)
     config["routing"]["repeat"] = {"windowSeconds": window}
     config["sinks"][CHAT]["maxPerMessage"] = per_message
-    config["delivery"] = {"backoffSeconds": {"initial": 0, "max": 0}, **delivery}
+    config["delivery"] = {"backoffSeconds": NO_WAIT, **delivery}
     return config
 
 
@@ -690,7 +691,7 @@ def test_a_pass_that_waits_for_its_turn_ends_in_good_order_when_asked_to(
 
 def test_tries_count_against_the_pace(repo: Repo, server: SinkServer) -> None:
     config = paced(6)
-    config["delivery"] = {"backoffSeconds": {"initial": 0, "max": 0}, "maxAttemptsPerPass": 3}
+    config["delivery"] = {"backoffSeconds": NO_WAIT, "maxAttemptsPerPass": 3}
     repo.write_config(config)
     server.answer(PATHS[HOOK], rate_limited(0))
     repo.append(health_critical(number=0))

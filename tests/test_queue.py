@@ -14,7 +14,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import Repo, Run, edit_queue, queue_rows, time_passes
@@ -27,23 +26,13 @@ from escalations import (
     escalation_ids,
     health_critical,
     health_degraded,
+    only,
     sink_config,
 )
 from loopback import SinkServer, error, hang, ok
 from promise import check_promise
 from tools import in_ci
 from zygote import have_three_threads
-
-NO_WAIT = {"initial": 0, "max": 0}
-
-
-def only(sink: str, *, delivery: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
-    """Each record to this sink alone."""
-    config = sink_config(everywhere=True)
-    config["sinks"] = {sink: {**config["sinks"][sink], **settings}}
-    config["routing"]["defaultSinks"] = [sink]
-    config["delivery"] = {"backoffSeconds": NO_WAIT, **(delivery or {})}
-    return config
 
 
 def loops_of(repo: Repo, count: int) -> list[Repo]:

@@ -18,6 +18,7 @@ from conftest import Repo, edit_queue, time_passes
 from escalations import (
     CHAT,
     HOOK,
+    NO_WAIT,
     PAGER,
     PATHS,
     batch,
@@ -344,7 +345,7 @@ def test_what_is_lost_is_counted_once_though_the_pass_that_noted_it_was_killed(
 
 def test_what_a_route_leads_to_again_can_be_sent_after_all(repo: Repo, server: SinkServer) -> None:
     """A sink waits out its failure while a route is changed, and changed back."""
-    config = to_all(backoffSeconds={"initial": 0, "max": 0})
+    config = to_all(backoffSeconds=NO_WAIT)
     repo.write_config(config)
     server.answer(PATHS[CHAT], rate_limited(3000))
     repo.append(*(health_critical(traceId=str(number)) for number in range(5)))
