@@ -606,10 +606,13 @@ def loop_lock(path: str, wait: float = LOCK_WAIT_SECONDS) -> Iterator[bool]:
 
     The kernel drops the lock when the process ends, so none is left behind. Raises StorageError.
     """
-    make_folder(os.path.dirname(path))
     deadline = time.monotonic() + wait
     try:
-        descriptor = open_own(path, os.O_RDWR)
+        try:
+            descriptor = open_own(path, os.O_RDWR)
+        except FileNotFoundError:
+            make_folder(os.path.dirname(path))
+            descriptor = open_own(path, os.O_RDWR)
     except OSError as error:
         raise storage_error("lock", path, error) from None
     try:
@@ -1857,7 +1860,7 @@ class LogFile:
         Raises OSError.
         """
         if self._plain is not None:
-            return first_line_hash(self.read, self.after_hole(0))
+            return first_line_hash(self.read, self.after_hole)
         with self._unpack() as stream:  # which reads only as much of it as is needed
 
             def read(size: int, offset: int) -> bytes:
@@ -1892,16 +1895,19 @@ class LogFile:
         return 0
 
 
-def first_line_hash(read: Callable[[int, int], bytes], begin: int = 0) -> str:
+def first_line_hash(
+    read: Callable[[int, int], bytes], after_hole: Callable[[int], int] = lambda offset: offset
+) -> str:
     """A hash of a file's first line that is not blank, or of its first HEAD_BYTES; empty while the file has
-    neither. `read` gives at most `size` bytes from an offset on; only blank bytes are before `begin`."""
-    offset, size = begin, HEAD_BYTES
+    neither. `read` gives at most `size` bytes from an offset on; `after_hole`: see `LogFile.after_hole`."""
+    offset, size = 0, HEAD_BYTES
     while head := read(size, offset):
         if text := head.lstrip(BLANK + b"\n"):
-            head = read(HEAD_BYTES, offset + len(head) - len(text))
-            first, newline, _ = head.partition(b"\n")
-            return short_hash(first) if newline or len(head) == HEAD_BYTES else ""
-        offset += len(head)
+            if begin := offset + len(head) - len(text):
+                text = read(HEAD_BYTES, begin)
+            first, newline, _ = text.partition(b"\n")
+            return short_hash(first) if newline or len(text) == HEAD_BYTES else ""
+        offset = after_hole(offset + len(head))
         size = READ_CHUNK
     return ""
 
@@ -8375,8 +8381,8 @@ def run_loops(
         for job in jobs:
             note_invalid_config(job, error, wait)
         raise
-    # Asked before the queue is open to write: to read it besides would drop that connection's locks.
-    unknown = {job.loop_id for job in jobs if not is_there(job)}
+    if len(jobs) == 1 and not is_there(jobs[0]):  # several were found by what there is of them
+        return {jobs[0].loop_id: empty_summary(jobs[0], "no_source")}
     clock = Clock(jobs[0].time_budget)
     at_once = loops_at_once() if len(jobs) > 1 else 1
     with contextlib.ExitStack() as everything:
@@ -8387,9 +8393,7 @@ def run_loops(
             looked_at += 1
             files = everything.enter_context(contextlib.ExitStack())
             try:
-                if job.loop_id in unknown:
-                    outcomes[job.loop_id] = empty_summary(job, "no_source")
-                elif not files.enter_context(loop_lock(job.lock_file, wait)):
+                if not files.enter_context(loop_lock(job.lock_file, wait)):
                     outcomes[job.loop_id] = locked_summary(job)
                 elif idle := idle_summary(
                     job, document := read_summary(job), config, queues, always=len(jobs) == 1
@@ -9662,21 +9666,15 @@ def check_apart(job: Job) -> None:
             raise click.UsageError(f"{other} and {name} are the same file: {files[other]}")
 
 
-def check_regular(job: Job) -> None:
-    """Refuse to write to anything but a regular file. Raises StateError or StorageError."""
-    for path, error in (
-        (job.state_file, StateError),
-        (job.queue_file, StateError),
-        (job.telemetry_file, StorageError),
-        (job.attempts_file, StorageError),
-    ):
-        try:
-            is_regular = stat.S_ISREG(os.stat(path).st_mode)
-        except OSError:  # opening the file says what is wrong with it
-            continue
-        if not is_regular:
-            advice = "the program writes that file: move away what is there"
-            raise error(f"{path} is not a regular file", [advice])
+def check_regular(path: str, error: type[StateError | StorageError]) -> None:
+    """Refuse, with that error, to write to anything but a regular file."""
+    try:
+        is_regular = stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:  # opening the file says what is wrong with it
+        return
+    if not is_regular:
+        advice = "the program writes that file: move away what is there"
+        raise error(f"{path} is not a regular file", [advice])
 
 
 def make_job(paths: Paths, loop_id: str, trace_id: str | None = None) -> Job:
@@ -9684,7 +9682,10 @@ def make_job(paths: Paths, loop_id: str, trace_id: str | None = None) -> Job:
 
     Raises UsageError, StateError or StorageError.
     """
-    return checked(name_files(usual_job(paths.repo, loop_id, trace_id), paths), paths)
+    job = name_files(usual_job(paths.repo, loop_id, trace_id), paths)
+    check_files(job, paths)
+    check_regular(job.queue_file, StateError)
+    return job
 
 
 def name_files(job: Job, paths: Paths) -> Job:
@@ -9695,12 +9696,13 @@ def name_files(job: Job, paths: Paths) -> Job:
     return job._replace(**named)
 
 
-def checked(job: Job, paths: Paths) -> Job:
-    """A job whose files can be used as they are. Raises UsageError, StateError or StorageError."""
+def check_files(job: Job, paths: Paths) -> None:
+    """Check that a loop's files can be used as they are. Raises UsageError, StateError or StorageError."""
     if any(path is not None for path in paths[1:]):
         check_apart(job)
-    check_regular(job)
-    return job
+    check_regular(job.state_file, StateError)
+    check_regular(job.telemetry_file, StorageError)
+    check_regular(job.attempts_file, StorageError)
 
 
 def make_jobs(
@@ -9718,13 +9720,20 @@ def make_jobs(
     names, misnamed = find_loops(alike)
     jobs: list[Job] = []
     errors: dict[str, DispatchError] = dict(misnamed)
+    try:
+        check_regular(alike.queue_file, StateError)
+    except StateError as error:
+        return [], errors | dict.fromkeys(names, error)
     for name in names:
+        job = alike._replace(**files_of_loop(alike.repo, name))
         try:
-            jobs.append(checked(alike._replace(**files_of_loop(alike.repo, name)), paths))
+            check_files(job, paths)
         except DispatchError as error:
             errors[name] = error
         except click.UsageError as error:
             errors[name] = StorageError(error.format_message())
+        else:
+            jobs.append(job)
     return jobs, errors
 
 
