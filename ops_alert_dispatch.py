@@ -1809,7 +1809,7 @@ class LogFile:
             os.close(descriptor)
 
     @contextlib.contextmanager
-    def _unpack(self) -> Iterator[Any]:
+    def _stream(self) -> Iterator[Any]:
         """A stream of what a compressed file holds. Raises OSError, also for what cannot be unpacked."""
         import bz2
         import gzip
@@ -1832,7 +1832,7 @@ class LogFile:
             import tempfile
 
             with tempfile.TemporaryFile() as copy:
-                with self._unpack() as stream:
+                with self._stream() as stream:
                     shutil.copyfileobj(stream, copy)
                 copy.flush()
                 self._plain = os.dup(copy.fileno())
@@ -1861,7 +1861,7 @@ class LogFile:
         """
         if self._plain is not None:
             return first_line_hash(self.read, self.after_hole)
-        with self._unpack() as stream:  # which reads only as much of it as is needed
+        with self._stream() as stream:  # which reads only as much of it as is needed
 
             def read(size: int, offset: int) -> bytes:
                 stream.seek(offset)
