@@ -224,6 +224,15 @@ def test_a_fault_names_the_known_words_once(repo: Repo) -> None:
     assert wrong_type.endswith("did you mean 'slack'?")
 
 
+@pytest.mark.parametrize("type_of_it", [{}, {"type": "slak"}], ids=["missing", "unknown"])
+def test_the_other_faults_of_a_sink_whose_type_is_wrong_are_told_at_once(type_of_it: dict[str, str]) -> None:
+    config = sink_config()
+    config["sinks"][CHAT] = {**type_of_it, "enabled": "yes", "timeoutSeconds": 999, "webhookUrlEnv": "URL"}
+    places = {fault.partition(":")[0] for fault in faults_of(config)}
+
+    assert places == {f"$.sinks['{CHAT}'].{key}" for key in ("type", "enabled", "timeoutSeconds")}
+
+
 def test_the_resolver_shows_no_secret(repo: Repo) -> None:
     for options in ([], ["--category", "health_critical"], ["--list-sinks"]):
         run = config_of(repo, *options)
