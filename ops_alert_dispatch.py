@@ -3234,6 +3234,8 @@ LOSS_SHOWN = 86400.0
 # How long a settled escalation is kept for `redeliver`, in seconds, and how many of them at most.
 RETENTION_SECONDS = 7 * 86400.0
 RETENTION_COUNT = 100_000
+# For how long an answer shows that a destination is well, in seconds.
+FRESH_SECONDS = 1.0
 # Longer than any transaction that is not stuck.
 QUEUE_WAIT_SECONDS = 30.0
 # The write-ahead log is copied into the database when it is larger than this.
@@ -4225,7 +4227,7 @@ class Queue:
             "DELETE FROM deliveries WHERE escalation = ? AND sink = ? AND peer = ?",
             ((escalation, sink, peer) for escalation, _ in found),
         )
-        self.note_settled((escalation for escalation, lead in found if not lead), time.time())
+        self.note_settled(escalation for escalation, lead in found if not lead)
         had_lead = [escalation for escalation, lead in found if lead]
         names = ", ".join(f"?{number}" for number in range(3, 3 + len(peers)))
         self.execute_many(
@@ -4256,25 +4258,27 @@ class Queue:
             *delivery.key,
         )
 
-    def note_settled(self, escalations: Iterable[int], now: float) -> None:
+    def note_settled(self, escalations: Iterable[int]) -> None:
         """Note when the last delivery of each of these escalations has ended, if none waits."""
+        now = time.time()
         self.execute_many(
             "UPDATE escalations SET settled_at = ?1 WHERE id = ?2 AND NOT EXISTS (SELECT 1 FROM deliveries "
             "WHERE escalation = ?2 AND status = 'waiting')",
             ((now, escalation) for escalation in escalations),
         )
 
-    def note_all_settled(self, loop: int, now: float) -> None:
+    def note_all_settled(self, loop: int) -> None:
         """Mark each escalation of a loop as settled if none of its deliveries waits any more."""
         self.execute(
             "UPDATE escalations SET settled_at = ? WHERE loop = ? AND settled_at IS NULL AND NOT EXISTS "
             "(SELECT 1 FROM deliveries WHERE escalation = escalations.id AND status = 'waiting')",
-            *(now, loop),
+            *(time.time(), loop),
         )
 
-    def note_reported(self, found: Iterable[tuple[QueuedEscalation, bool]], now: float) -> None:
+    def note_reported(self, found: Iterable[tuple[QueuedEscalation, bool]]) -> None:
         """Note that the rows of these escalations are written, and which of them are settled. The rows of
         unusable lines are removed: nothing else needs them."""
+        now = time.time()
         kept: list[tuple[float | None, int]] = []
         gone: list[tuple[int]] = []
         for stored, settled in found:
@@ -4292,7 +4296,7 @@ class Queue:
 
     # -- destinations
 
-    def use_destination(self, sink: str, peer: str, digest: str, setup: str, now: float) -> Destination:
+    def use_destination(self, sink: str, peer: str, digest: str, setup: str) -> Destination:
         """Note that a destination is used, and return what is known of it. If its settings or secrets have
         changed, its failures are forgotten, but not what was spent of its rate."""
         self.execute(
@@ -4302,7 +4306,7 @@ class Queue:
             "WHERE newer.sink = excluded.sink AND newer.peer = excluded.peer "
             "AND newer.used_at > destinations.used_at), next_attempt_at, 0), "
             "backoff_step = iif(setup = excluded.setup, backoff_step, 0)",
-            *(sink, peer, digest, setup, now),
+            *(sink, peer, digest, setup, time.time()),
         )
         return self.destination(sink, peer, digest)
 
@@ -4381,12 +4385,12 @@ class Queue:
         self.execute("UPDATE deliveries SET not_before = 0 WHERE loop = ? AND status = 'waiting'", loop)
 
     @contextlib.contextmanager
-    def probing(self, destination: Destination, wait: float, fresh: float) -> Iterator[bool]:
+    def probing(self, destination: Destination, wait: float) -> Iterator[bool]:
         """Hold a destination while requests go to it. Processes share one that has answered in the last
-        `fresh` seconds. Any other is asked by one process at a time, so that only one waits for its timeout.
+        FRESH_SECONDS. Any other is asked by one process at a time, so that only one waits for its timeout.
         Yields False if it did not become free within `wait` seconds."""
         now = time.time()
-        answered_lately = now - fresh < (destination.last_success_at or 0.0) <= now
+        answered_lately = now - FRESH_SECONDS < (destination.last_success_at or 0.0) <= now
         well = answered_lately and not destination.consecutive_failures
         if not self._take(fcntl.LOCK_SH if well else fcntl.LOCK_EX, destination.id, wait):
             yield False
@@ -4439,14 +4443,14 @@ class Queue:
 
     # -- figures
 
-    def count_attempts(self, loop: int, sink: str, now: float, outcome: Outcome, count: int) -> None:
+    def count_attempts(self, loop: int, sink: str, outcome: Outcome, count: int) -> None:
         """Count attempts with the same outcome. `failed_attempts` leaves out those that end a delivery: the
         triggers count these."""
         delivered = count if outcome == "delivered" else 0
         self.execute(
             "INSERT INTO hours VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE "
             "SET delivered = delivered + excluded.delivered, failed = failed + excluded.failed",
-            *(loop, sink, int(now // 3600), delivered, count - delivered),
+            *(loop, sink, int(time.time() // 3600), delivered, count - delivered),
         )
         if outcome not in STATUS_OF_OUTCOME:
             self.execute(
@@ -4601,10 +4605,9 @@ class Queue:
         found = self._deliveries("", "d.escalation = ? AND d.sink = ? AND d.lead", escalation, sink)
         return found[0] if found else None
 
-    def requeue(
-        self, escalation: int, sink: str, peers: Sequence[str], loop: int, severity: int, now: float
-    ) -> None:
+    def requeue(self, escalation: int, sink: str, peers: Sequence[str], loop: int, severity: int) -> None:
         """Let an escalation wait for each peer of a sink, which is tried now: an operator asked for it."""
+        now = time.time()
         found = self.execute(
             "SELECT peer FROM deliveries WHERE escalation = ? AND sink = ?", escalation, sink
         )
@@ -4651,9 +4654,10 @@ class Queue:
     def clear_outbox(self, loop: int, up_to: int) -> None:
         self.execute("DELETE FROM outbox WHERE loop = ? AND id <= ?", loop, up_to)
 
-    def purge(self, now: float, *, more: Callable[[], bool]) -> None:
+    def purge(self, *, more: Callable[[], bool]) -> None:
         """Remove settled escalations that are older than the retention, or too many, while `more` says so;
         not those with a dead letter, unless there are too many. Returns their pages to the file system."""
+        now = time.time()
         while more():
             with self.transaction():
                 [ids] = self.first("SELECT max(id) - min(id) FROM escalations")
@@ -7040,7 +7044,7 @@ class Loop:
                     if words := open_words(waited, dead):
                         message = f"sink {sink_id} was removed with {words}"
                         self.write_event("skipped", "sink_removed", sink_id, waited + dead, message)
-            queue.note_all_settled(self.id, time.time())
+            queue.note_all_settled(self.id)
         return True
 
     def _route_some(self, before: Router, after: int) -> int | None:
@@ -7174,7 +7178,7 @@ class Loop:
         stored = found.stored
         if not stored.reported:
             return
-        self.queue.note_settled([stored.id], time.time())
+        self.queue.note_settled([stored.id])
         if leads:
             entry = self._entry(self.queue.reread(found), {})
             self.counts.add_late(entry)
@@ -7250,7 +7254,7 @@ class Loop:
             self.counts.add(row)
             if row.get("reasonCode") in LOSS_CODES:
                 self.queue.note_loss(self.id, row["reasonCode"], 1, time.time())
-        self.queue.note_reported(written, time.time())
+        self.queue.note_reported(written)
         return len(written)
 
     def write_rows(self) -> None:
@@ -7642,8 +7646,6 @@ QUICK_RETRY_SECONDS = 0.25
 QUICK_WAIT_MAX = 2.0
 # How many repeats or expired deliveries are settled in one transaction.
 SETTLED_AT_ONCE = 1000
-# For how long an answer shows that a destination is well, in seconds.
-FRESH_SECONDS = 1.0
 # How many deliveries are fetched at a time, and for how many seconds they may be sent: a delivery with a
 # worse severity waits no longer than that.
 PREFETCH_COUNT = 20
@@ -7771,13 +7773,11 @@ class Sender:
         with self.queue.transaction():
             if self._last_loop < 0:
                 self.queue.forget_waits(self.sink.id, self.peer, self.setup)
-            destination = self.queue.use_destination(
-                self.sink.id, self.peer, self.digest, self.setup, time.time()
-            )
+            destination = self.queue.use_destination(self.sink.id, self.peer, self.digest, self.setup)
             self._clock_offset = destination.clock_offset
             if self._last_loop < 0:
                 self._last_loop = destination.last_loop
-        with self.queue.probing(destination, max(0.0, clock.left), FRESH_SECONDS) as allowed:
+        with self.queue.probing(destination, max(0.0, clock.left)) as allowed:
             if not allowed:
                 clock.cut_short = True
                 return False
@@ -8103,7 +8103,7 @@ class Sender:
         killed, the counts since the last time are lost."""
         self._put_back()
         for (loop, outcome), count in self._counted.items():
-            self.queue.count_attempts(loop, self.sink.id, time.time(), outcome, count)
+            self.queue.count_attempts(loop, self.sink.id, outcome, count)
         if self._counted:
             self.queue.note_last_loop(self._known(), self._last_loop)
         self._counted.clear()
@@ -8470,7 +8470,7 @@ class QueueHolder:
             return
         until = time.monotonic() + 1.0
         try:
-            self._queue.purge(time.time(), more=lambda: time.monotonic() < until)
+            self._queue.purge(more=lambda: time.monotonic() < until)
         except DamagedQueueError:
             self._set_aside_damaged()  # the pass has done its work: the next one starts a new queue
         else:
@@ -11945,7 +11945,7 @@ def redeliver_selected(
             for item in chosen:
                 resolution = shared.router.resolve(item.category, item.severity)
                 peers = shared.peers[item.sink]
-                queue.requeue(item.escalation, item.sink, peers, loop.id, resolution.severity, time.time())
+                queue.requeue(item.escalation, item.sink, peers, loop.id, resolution.severity)
             expect_work(job, len(chosen))
         Pass(shared).run([loop])
         if loop.error is not None:
