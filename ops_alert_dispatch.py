@@ -3566,7 +3566,7 @@ class Queue:
         self._lock_file = -1
         self._db: Any = None
         # How many transactions stand in each other.
-        self.depth = 0
+        self._depth = 0
         self._read_only = False
 
     @classmethod
@@ -3762,26 +3762,23 @@ class Queue:
     def _release(self, byte: int = 0) -> None:
         fcntl.lockf(self._lock_file, fcntl.LOCK_UN, 1, byte)
 
-    def lock(self) -> None:
-        """Keep other processes from writing, until `unlock`. Raises StateError."""
+    def _lock(self) -> None:
+        """Keep other processes from writing, until `_release`. Raises StateError."""
         if not self._take(fcntl.LOCK_EX):
             raise StateError(
                 f"another process has held the queue {self.path} for {QUEUE_WAIT_SECONDS:g} s",
                 [f"see which one, and end it: {shell_line('fuser', '-v', f'{self.path}.lock')}"],
             )
 
-    def unlock(self) -> None:
-        self._release()
-
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Keep other threads and processes from writing. Raises StateError."""
         with self.changed:
-            self.lock()
+            self._lock()
             try:
                 yield
             finally:
-                self.unlock()
+                self._release()
 
     def transaction(self) -> Transaction:
         """Everything or nothing. Nobody else reads or writes the queue meanwhile.
@@ -3791,18 +3788,36 @@ class Queue:
         return Transaction(self)
 
     def begin(self) -> None:
-        self.execute("BEGIN IMMEDIATE")
-        self.depth = 1
+        """Begin a transaction, or a part of one: see `transaction`."""
+        self.changed.acquire()
+        try:
+            if not self._depth:
+                self._lock()
+                try:
+                    self.execute("BEGIN IMMEDIATE")
+                except BaseException:
+                    self._release()
+                    raise
+        except BaseException:
+            self.changed.release()
+            raise
+        self._depth += 1
 
     def end(self, *, commit: bool) -> None:
-        self.depth = 0
+        """End what `begin` began."""
+        self._depth -= 1
         try:
-            if commit:
-                self.execute("COMMIT")
+            if not self._depth:
+                try:
+                    if commit:
+                        self.execute("COMMIT")
+                finally:
+                    with contextlib.suppress(Exception):
+                        if self._db.in_transaction:  # SQLite rolls back by itself after some errors
+                            self._db.execute("ROLLBACK")
+                    self._release()
         finally:
-            with contextlib.suppress(Exception):
-                if self._db.in_transaction:  # SQLite rolls back by itself after some errors
-                    self._db.execute("ROLLBACK")
+            self.changed.release()
 
     def tidy(self) -> None:
         """Copy the write-ahead log into the database if it has grown large. Raises StorageError."""
@@ -4708,34 +4723,10 @@ class Transaction:
         self._queue = queue
 
     def __enter__(self) -> None:
-        queue = self._queue
-        queue.changed.acquire()
-        if queue.depth:
-            queue.depth += 1
-            return
-        try:
-            queue.lock()
-            try:
-                queue.begin()
-            except BaseException:
-                queue.unlock()
-                raise
-        except BaseException:
-            queue.changed.release()
-            raise
+        self._queue.begin()
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        queue = self._queue
-        try:
-            if queue.depth > 1:
-                queue.depth -= 1
-                return
-            try:
-                queue.end(commit=error is None)
-            finally:
-                queue.unlock()
-        finally:
-            queue.changed.release()
+        self._queue.end(commit=error is None)
 
 
 def quote_path(path: str) -> str:
