@@ -3428,11 +3428,9 @@ class LoopHeldError(StateError):
 
 
 class Destination(NamedTuple):
-    """What is known of a destination: a row of the table of that name."""
+    """What is known of a destination: see the table."""
 
     id: int
-    digest: str
-    paced_until: float
     next_attempt_at: float
     consecutive_failures: int
     backoff_step: int
@@ -6625,7 +6623,7 @@ def why_json(failed: Verdict | QueuedDelivery | Destination) -> JsonObject:
 
 
 # What is known of a destination that no pass has used.
-NEVER_USED = Destination(0, "", 0.0, 0.0, 0, 0, None, None, None, None, None, None, None, None, -1)
+NEVER_USED = Destination(0, 0.0, 0, 0, None, None, None, None, None, None, None, None, -1)
 
 
 def sink_figure(queue: Queue, loop: int, sink_id: str, tally: JsonObject) -> JsonObject:
