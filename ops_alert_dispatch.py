@@ -6918,10 +6918,8 @@ class Loop:
                     self.queue.note_loss(number, code, count, at)
             if past.lost:
                 self.id = number
-                self.write_event(
-                    *("failed", "queue_lost", None, past.waiting + past.dead),
-                    f"the queue with {past.lost} is gone: {what_to_do_about_lost(job, past)}",
-                )
+                message = f"the queue with {past.lost} is gone: {what_to_do_about_lost(job, past)}"
+                self.write_event("queue_lost", message, dropped=past.waiting + past.dead)
             return number, past.cursor, rules
 
     def _hold(self, number: int) -> None:
@@ -6970,7 +6968,7 @@ class Loop:
             chunk = next(self.chunks, None)
         with self.queue.transaction():
             if self.source.loss:
-                self.write_event("skipped", "source_replaced", None, None, self.source.loss)
+                self.write_event("source_replaced", self.source.loss)
                 self.source.loss = None
             if chunk is not None:
                 self._store(chunk)
@@ -7032,7 +7030,7 @@ class Loop:
                     dead = queue.skip_dead(self.id, sink_id, "sink_removed")
                     if words := open_words(waited, dead):
                         message = f"sink {sink_id} was removed with {words}"
-                        self.write_event("skipped", "sink_removed", sink_id, waited + dead, message)
+                        self.write_event("sink_removed", message, sink_id, dropped=waited + dead)
             queue.note_all_settled(self.id)
         return True
 
@@ -7083,14 +7081,14 @@ class Loop:
                     message = (
                         f"{plural(count, 'delivery')} waited for {sink_id}, to which no route leads any more"
                     )
-                    self.write_event("skipped", "route_changed", sink_id, count, message)
+                    self.write_event("route_changed", message, sink_id, dropped=count)
             for sink_id, count in added.items():
                 if count:
                     message = (
                         f"{plural(count, 'delivery')} waited for another sink, and a route leads to "
                         f"{sink_id} now"
                     )
-                    self.write_event("skipped", "route_changed", sink_id, None, message, rerouted=count)
+                    self.write_event("route_changed", message, sink_id, rerouted=count)
         return kinds[-1][0] if kinds else None
 
     def _align_peers(self) -> None:
@@ -7124,21 +7122,21 @@ class Loop:
 
     def write_event(
         self,
-        status: str,
         reason_code: str,
-        sink_id: str | None,
-        dropped: int | None,
         message: str,
+        sink_id: str | None = None,
         *,
+        dropped: int | None = None,
         rerouted: int | None = None,
     ) -> None:
         """Write the row of something that happened to the source, the queue or all that waits for a sink."""
+        failed = reason_code == "queue_lost"
         row = {
             "timestamp": iso(time.time()),
             "loopId": self.job.loop_id,
             "traceId": self.job.trace_id,
             "category": "alert_dispatch",
-            "status": status,
+            "status": "failed" if failed else "skipped",
             "reasonCode": reason_code,
             "sinkId": sink_id,
             "droppedCount": dropped,
@@ -7149,7 +7147,7 @@ class Loop:
         self.queue.write_row(self.id, "telemetry", encode_json(row))
         if reason_code in LOSS_CODES:
             self.queue.note_loss(self.id, reason_code, dropped or 1, time.time())
-        if status == "failed":
+        if failed:
             self.counts.add_codes([reason_code])
 
     def write_attempt(self, row: JsonObject) -> None:
