@@ -6831,12 +6831,14 @@ class Shared:
             if any(self.digests(sink, url)[0] == digest for url in ADAPTERS[sink.type].peers(sink).values())
         ]
 
-    def known_destination(self, sink_id: str, peer: str) -> Destination | None:
-        """What is known of a destination, if this pass has used it or an earlier one has."""
+    def failing_destination(self, sink_id: str, peer: str) -> Destination | None:
+        """What is known of a destination, if it failed when this pass or an earlier one used it last."""
         digest = self.used.get((sink_id, peer))
         if digest is not None:
-            return self.queue.destination(sink_id, peer, digest)
-        return self.queue.destinations_of(sink_id).get(peer)
+            known = self.queue.destination(sink_id, peer, digest)
+        else:
+            known = self.queue.destinations_of(sink_id).get(peer, NEVER_USED)
+        return known if known.consecutive_failures else None
 
     def fail(self, error: DispatchError) -> None:
         """Note an error that ends the whole pass."""
@@ -7191,12 +7193,11 @@ class Loop:
             return {**entry, "deadLetter": True} if found.status == "dead" else entry
         place = (found.sink, found.peer)
         if place not in waiting:
-            known = self.shared.known_destination(*place)
             status, why = "waiting", "waits for its turn"
-            if known is not None and known.consecutive_failures:
-                status, why = "failed", f"waits behind earlier deliveries ({known.reason_code})"
-                if known.next_attempt_at > time.time():
-                    why += f"; next attempt at {iso(known.next_attempt_at)}"
+            if failing := self.shared.failing_destination(*place):
+                status, why = "failed", f"waits behind earlier deliveries ({failing.reason_code})"
+                if failing.next_attempt_at > time.time():
+                    why += f"; next attempt at {iso(failing.next_attempt_at)}"
             verdict = Verdict("retry", "delivery_deferred", message=why)
             waiting[place] = sink_entry(found.sink, kind, status, verdict)
         return waiting[place]
@@ -8872,11 +8873,11 @@ def decide_delivery(shared: Shared, sink: Sink, found: QueuedDelivery) -> JsonOb
         return {"decision": "drop", "why": why, "reasonCode": code}
     if not sink.enabled:
         return {"decision": "keep", "why": "the sink is disabled; it waits until the sink is enabled"}
-    known = shared.known_destination(sink.id, found.peer)
-    if known is None or not known.consecutive_failures:
+    failing = shared.failing_destination(sink.id, found.peer)
+    if failing is None:
         return {"decision": "wait", "why": "the time budget ends before its turn", "reasonCode": None}
-    why = f"the sink failed ({known.reason_code}); next attempt at {iso(known.next_attempt_at)}"
-    return {"decision": "wait", "why": why, "reasonCode": known.reason_code}
+    why = f"the sink failed ({failing.reason_code}); next attempt at {iso(failing.next_attempt_at)}"
+    return {"decision": "wait", "why": why, "reasonCode": failing.reason_code}
 
 
 def why_not(sink: Sink, resolution: Resolution) -> str | None:
@@ -11972,11 +11973,11 @@ def redelivery_outcome(loop: Loop, item: Selectable) -> JsonObject:
         if missed:
             result["message"] = f"but not to {', '.join(missed)}"
         return {"status": "success", **result}
-    known = shared.known_destination(found.sink, found.peer)
     if found.status == "waiting" and found.reason_code is None:
-        if known is None or not known.consecutive_failures:
+        failing = shared.failing_destination(found.sink, found.peer)
+        if failing is None:
             return {"status": "waiting", **result}
-        result = why_json(known)
+        result = why_json(failing)
     commands = {**commands_for(job), "test": test_command(job.repo, job.config_file, item.sink)}
     sink = shared.config.sinks[item.sink]
     result["advice"] = advise(result["faultCode"], sink, commands)
