@@ -6876,6 +6876,8 @@ class Loop:
         self.queue = shared.queue
         self.counts = Counts()
         self.error: DispatchError | None = None
+        # By their names in the outbox, the files of rows.
+        self._row_files = {"attempts": job.attempts_file, "telemetry": job.telemetry_file}
         self._written = 0
         self._flushed = False
         # The queue has not known it until now.
@@ -6951,9 +6953,9 @@ class Loop:
             return
         if is_foreign(job):
             keep_damaged(job.state_file)
-        check_room(os.path.dirname(job.telemetry_file), job.attempts_file, job.telemetry_file)
+        check_room(os.path.dirname(job.telemetry_file), *self._row_files.values())
         check_room(os.path.dirname(job.state_file))
-        for path in (job.attempts_file, job.telemetry_file):
+        for path in self._row_files.values():
             check_appendable(path)
         if os.path.islink(job.state_file):
             raise storage_error("write", job.state_file, OSError(errno.ELOOP, os.strerror(errno.ELOOP)))
@@ -7280,24 +7282,23 @@ class Loop:
             self._written = 0
 
     def _append(self, rows: Sequence[tuple[int, str, bytes]]) -> None:
-        for file, path in (("attempts", self.job.attempts_file), ("telemetry", self.job.telemetry_file)):
+        for file, path in self._row_files.items():
             if data := b"".join(row + b"\n" for _, name, row in rows if name == file):
                 append_rows(path, data)
 
     def _recover_rows(self) -> None:
         """Append the rows that a killed pass left in the outbox, except those that are in the files."""
         while rows := self.queue.outbox(self.id):
-            missing = list(rows)
-            for file, path in (("attempts", self.job.attempts_file), ("telemetry", self.job.telemetry_file)):
-                sent = [row for _, name, row in rows if name == file]
-                there = rows_at_end(path, sum(map(len, sent)) + len(sent)) if sent else Counter()
-                left: list[tuple[int, str, bytes]] = []
-                for item in missing:
-                    if item[1] == file and there[item[2]]:
-                        there[item[2]] -= 1
-                    else:
-                        left.append(item)
-                missing = left
+            sizes: Counter[str] = Counter()
+            for _, file, row in rows:
+                sizes[file] += len(row) + 1
+            there = {file: rows_at_end(self._row_files[file], size) for file, size in sizes.items()}
+            missing = []
+            for number, file, row in rows:
+                if there[file][row]:
+                    there[file][row] -= 1
+                else:
+                    missing.append((number, file, row))
             self._append(missing)
             with self.queue.transaction():
                 self.queue.clear_outbox(self.id, rows[-1][0])
