@@ -8833,7 +8833,10 @@ def plan_escalation(
     sinks: list[JsonObject] = []
     for sink in resolution.selected:
         if found := leads.get(sink.id):
-            entry = plan_delivery(shared, sink, found)
+            entry = decide_delivery(shared, sink, found)
+            if request := shared.requests.get(found.key):
+                url = ADAPTERS[sink.type].peers(sink)[found.peer]
+                entry["request"] = show_request(url, request, shared.redactor)
         elif waited is None:
             entry = {"decision": "skip", "why": why_not(sink, resolution)}
         else:
@@ -8853,17 +8856,8 @@ def plan_escalation(
     return {key: value for key, value in plan.items() if value is not None}
 
 
-def plan_delivery(shared: Shared, sink: Sink, found: QueuedDelivery) -> JsonObject:
-    """What a pass would do with a delivery, why if it would not send it, and the request if it is shown."""
-    plan = decide_delivery(shared, sink, found)
-    if request := shared.requests.get(found.key):
-        url = ADAPTERS[sink.type].peers(sink)[found.peer]
-        plan["request"] = show_request(url, request, shared.redactor)
-    return plan
-
-
 def decide_delivery(shared: Shared, sink: Sink, found: QueuedDelivery) -> JsonObject:
-    """The decision on a delivery, by its status after the pass."""
+    """What a pass would do with a delivery, by its status after the pass, and why if it would not send it."""
     code = found.reason_code
     if found.status == "delivered":
         return {"decision": "send"}
