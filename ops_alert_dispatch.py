@@ -7729,20 +7729,12 @@ class Sender:
         self._prefetched_until = 0.0
         # Attempts by loop and outcome that are still to be counted in the queue.
         self._counted: Counter[tuple[int, Outcome]] = Counter()
-        self._thread = threading.Thread(target=self._run, name=f"sink {sink.id} {peer}", daemon=True)
+        self.thread = threading.Thread(target=self._run, name=f"sink {sink.id} {peer}", daemon=True)
 
     @property
     def is_sending(self) -> bool:
         """Tell whether a request was chosen whose answer is not written down. With the queue's lock held."""
         return self._batch is not None
-
-    def start(self) -> None:
-        """Raises RuntimeError if the system gives no thread."""
-        self._thread.start()
-
-    @property
-    def is_alive(self) -> bool:
-        return self._thread.is_alive()
 
     def _run(self) -> None:
         try:
@@ -8300,8 +8292,8 @@ class Pass:
                         continue
                     sender = self._senders[place] = Sender(shared, sink, peer, url)
                 try:
-                    sender.start()
-                except RuntimeError:
+                    sender.thread.start()
+                except RuntimeError:  # the system gives none
                     del self._senders[place]
                     return shared.error is not None or not self._may_get_a_thread()
         return True
@@ -8311,7 +8303,7 @@ class Pass:
         if any(not sender.ended for sender in self._senders.values()):
             return True
         # An attempt that was given up keeps its thread for as long as its name lookup hangs.
-        if any(sender.is_alive for sender in self._senders.values()):
+        if any(sender.thread.is_alive() for sender in self._senders.values()):
             return self._shared.clock.pause(0.05)
         advice = "raise the limit of processes: `ulimit -u`, TasksMax of a unit, pids of a container"
         self._shared.fail(StorageError("the system gives this process no thread to send with", [advice]))
@@ -8449,11 +8441,6 @@ class QueueHolder:
                     self._queue.set_owner(os.path.realpath(self._job.repo))
         return self._queue
 
-    def replace(self) -> Queue:
-        """Keep a queue aside that turned out to be damaged, and start a new one."""
-        self._set_aside_damaged()
-        return self.get()
-
     def close(self) -> None:
         if self._queue is None:
             return
@@ -8461,11 +8448,12 @@ class QueueHolder:
         try:
             self._queue.purge(more=lambda: time.monotonic() < until)
         except DamagedQueueError:
-            self._set_aside_damaged()  # the pass has done its work: the next one starts a new queue
+            self.keep_aside()  # the pass has done its work: the next one starts a new queue
         else:
             self._queue.close()
 
-    def _set_aside_damaged(self) -> None:
+    def keep_aside(self) -> None:
+        """Keep the queue aside, which turned out to be damaged: the next one that is needed is new."""
         if self._queue is not None:
             damaged = self._queue
             self._queue = None
@@ -8524,7 +8512,8 @@ def run_busy_loops(
         try:
             return run_on_queue(queues.get(), config, jobs, clock, progress)
         except DamagedQueueError:
-            return run_on_queue(queues.replace(), config, jobs, clock, progress)
+            queues.keep_aside()
+            return run_on_queue(queues.get(), config, jobs, clock, progress)
     except DispatchError as error:
         return dict.fromkeys((job.loop_id for job in jobs), error)
     except Exception as error:  # noqa: BLE001 - the state file is to say it, too
