@@ -3953,15 +3953,39 @@ class Queue:
         )
         return self.count_waiting(loop, sink) - before
 
-    def turns(
-        self, sink: str, peer: str, loops: Collection[int], after: int, now: float, latest: float
-    ) -> Iterator[tuple[int, int]]:
-        """The severities and loops of which something may wait for a destination, in the order in which they
-        are served: the worst severity first, and within it loop by loop, from the loop `after` on.
+    def waiting_in_turn(
+        self,
+        sink: str,
+        peer: str,
+        loops: Collection[int],
+        after: int,
+        times: tuple[float, float],
+        limit: int,
+        *,
+        below_limit: bool,
+        by_operator: bool,
+    ) -> Iterator[QueuedDelivery]:
+        """What waits for a destination, in the order in which it is served: the worst severity first, within
+        it loop by loop, from the loop `after` on, and of each at most the `limit` oldest.
 
-        A delivery with a `not_before` between `now` and `latest` has to wait. A later one was set by a clock
-        that was ahead, and does not count.
+        A delivery with a `not_before` between the two `times`, now and the latest, has to wait. A later one
+        was set by a clock that was ahead, and does not count. `below_limit`: only what was tried less than
+        SAME_RECORD_ATTEMPTS times. `by_operator`: only what an operator asked for.
         """
+        only = "AND d.by_operator " if by_operator else ""
+        only += f"AND d.attempts < {SAME_RECORD_ATTEMPTS} " if below_limit else ""
+        for severity, loop in self._turns(sink, peer, loops, after, times):
+            yield from self._deliveries(
+                "d.status = 'waiting' AND d.sink = ? AND d.peer = ? AND d.severity = ? AND d.loop = ? "
+                f"AND d.not_before NOT BETWEEN ? AND ? {only}ORDER BY d.escalation LIMIT ?",
+                *(sink, peer, severity, loop, *times, limit),
+                index="INDEXED BY waiting",
+            )
+
+    def _turns(
+        self, sink: str, peer: str, loops: Collection[int], after: int, times: tuple[float, float]
+    ) -> Iterator[tuple[int, int]]:
+        """The severities and loops of which something may wait for a destination: see `waiting_in_turn`."""
         query = (
             "SELECT loop FROM deliveries INDEXED BY waiting WHERE status = 'waiting' AND sink = ? "
             "AND peer = ? AND severity = ? AND loop > ? AND loop <= ? AND not_before NOT BETWEEN ? AND ? "
@@ -3973,37 +3997,10 @@ class Queue:
                 continue
             for low, high in ((after, sys.maxsize >> 1), (-1, after)):
                 at = low
-                while row := self.first(query, sink, peer, severity, at, high, now, latest):
+                while row := self.first(query, sink, peer, severity, at, high, *times):
                     at = row[0]
                     if at in loops:
                         yield severity, at
-
-    def waiting_in_turn(
-        self,
-        sink: str,
-        peer: str,
-        severity: int,
-        loop: int,
-        now: float,
-        latest: float,
-        limit: int,
-        *,
-        below_limit: bool,
-        by_operator: bool,
-    ) -> list[QueuedDelivery]:
-        """What waits for a destination of one severity and loop, the oldest first.
-
-        `below_limit`: only what was tried less than SAME_RECORD_ATTEMPTS times. `by_operator`: only what an
-        operator asked for.
-        """
-        only = "AND d.by_operator " if by_operator else ""
-        only += f"AND d.attempts < {SAME_RECORD_ATTEMPTS} " if below_limit else ""
-        return self._deliveries(
-            "INDEXED BY waiting",
-            "d.status = 'waiting' AND d.sink = ? AND d.peer = ? AND d.severity = ? AND d.loop = ? "
-            f"AND d.not_before NOT BETWEEN ? AND ? {only}ORDER BY d.escalation LIMIT ?",
-            *(sink, peer, severity, loop, now, latest, limit),
-        )
 
     def waiting_kinds(self, loop: int, after: int, limit: int) -> list[tuple[int, str, str | None]]:
         """The first `limit` escalations of a loop after this one that wait for a sink: number, category,
@@ -4027,7 +4024,7 @@ class Queue:
         )
         return set(rows)
 
-    def _deliveries(self, index: str, condition: str, *values: object) -> list[QueuedDelivery]:
+    def _deliveries(self, condition: str, *values: object, index: str = "") -> list[QueuedDelivery]:
         """The deliveries `d`, with their escalations `e`, for which a condition holds."""
         rows = self.execute(
             f"SELECT {DELIVERY_COLUMNS}, {ESCALATION_COLUMNS} FROM deliveries d {index} "
@@ -4147,7 +4144,7 @@ class Queue:
 
     def reread(self, delivery: QueuedDelivery) -> QueuedDelivery:
         """A delivery as it is now."""
-        [found] = self._deliveries("", "d.escalation = ? AND d.sink = ? AND d.peer = ?", *delivery.key)
+        [found] = self._deliveries("d.escalation = ? AND d.sink = ? AND d.peer = ?", *delivery.key)
         return found
 
     def escalations_from(self, loop: int, first: int) -> list[QueuedEscalation]:
@@ -4615,7 +4612,7 @@ class Queue:
 
     def lead(self, escalation: int, sink: str) -> QueuedDelivery | None:
         """The delivery of an escalation that leads for a sink."""
-        found = self._deliveries("", "d.escalation = ? AND d.sink = ? AND d.lead", escalation, sink)
+        found = self._deliveries("d.escalation = ? AND d.sink = ? AND d.lead", escalation, sink)
         return found[0] if found else None
 
     def requeue(self, escalation: int, sink: str, peers: Sequence[str], loop: int, severity: int) -> None:
@@ -7903,13 +7900,12 @@ class Sender:
         window = SETTLED_AT_ONCE // 10 if self.shared.config.repeat_window else most
         window += len(self._set_aside)
         times = (now, now + self._longest_wait)
-        for turn in self.queue.turns(self.sink.id, self.peer, self.shared.active, self._last_loop, *times):
-            items = self.queue.waiting_in_turn(
-                *(self.sink.id, self.peer, *turn, *times, window),
-                below_limit=below_limit,
-                by_operator=not self.sink.enabled,
-            )
-            yield from (item for item in items if item.escalation not in self._set_aside)
+        items = self.queue.waiting_in_turn(
+            *(self.sink.id, self.peer, self.shared.active, self._last_loop, times, window),
+            below_limit=below_limit,
+            by_operator=not self.sink.enabled,
+        )
+        return (item for item in items if item.escalation not in self._set_aside)
 
     def _look_at(self, item: QueuedDelivery, now: float) -> tuple[Delivery, str | None, Verdict | None]:
         """A delivery as the adapter knows it; its subject, if repeats are held back; and a verdict, if it
