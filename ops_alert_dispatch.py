@@ -3545,6 +3545,9 @@ SELECTABLE_COLUMNS = (
 ESCALATION_COLUMNS = ", ".join(f"e.{name}" for name in QueuedEscalation._fields)
 DELIVERY_COLUMNS = ", ".join(f"d.{name}" for name in QueuedDelivery._fields[:-1])
 DESTINATION_COLUMNS = ", ".join(Destination._fields)
+NEW_DELIVERY = "(escalation, sink, peer, loop, severity, lead, waiting_since, status)"
+# A delivery that a change of the config has ended.
+ENDED_BY_CONFIG = "status = 'skipped' AND reason_code IN ('route_changed', 'sink_removed')"
 
 
 class Queue:
@@ -3905,8 +3908,7 @@ class Queue:
         return (last or 0) + 1
 
     def add_escalations(self, rows: Sequence[QueuedEscalation]) -> None:
-        marks = ", ".join("?" * len(QueuedEscalation._fields))
-        insert = f"INSERT INTO escalations VALUES ({marks})"
+        insert = f"INSERT INTO escalations VALUES ({marks(QueuedEscalation._fields)})"
         try:
             self.execute_many(insert, rows)
         except UnicodeEncodeError:  # see `execute`; the rows before it are stored
@@ -3917,14 +3919,12 @@ class Queue:
 
     def add_deliveries(self, rows: Sequence[tuple[int, str, str, int, int, int, float]]) -> None:
         """Add deliveries that wait: escalation, sink, peer, loop, severity, lead, since when."""
-        marks = "(?, ?, ?, ?, ?, ?, ?, 'waiting')"
+        row = "(?, ?, ?, ?, ?, ?, ?, 'waiting')"
         # Many in a statement: each for itself would take half as long again.
         for start in range(0, len(rows), 100):
             some = rows[start : start + 100]
             self.execute(
-                "INSERT INTO deliveries "
-                "(escalation, sink, peer, loop, severity, lead, waiting_since, status) "
-                f"VALUES {', '.join([marks] * len(some))}",
+                f"INSERT INTO deliveries {NEW_DELIVERY} VALUES {', '.join([row] * len(some))}",
                 *itertools.chain.from_iterable(some),
             )
 
@@ -3936,14 +3936,13 @@ class Queue:
         config. Returns how many did not wait for it before."""
         before, now = self.count_waiting(loop, sink), time.time()
         self.execute_many(
-            "DELETE FROM deliveries WHERE escalation = ? AND sink = ? AND status = 'skipped' "
-            "AND reason_code IN ('route_changed', 'sink_removed')",
+            f"DELETE FROM deliveries WHERE escalation = ? AND sink = ? AND {ENDED_BY_CONFIG}",
             ((escalation, sink) for escalation, _ in escalations),
         )
         leads = "SELECT 1 FROM deliveries WHERE escalation = ?1 AND sink = ?2 AND lead"
         self.execute_many(
-            "INSERT OR IGNORE INTO deliveries (escalation, sink, peer, loop, severity, lead, waiting_since, "
-            f"status) SELECT ?1, ?2, ?3, ?4, ?5, NOT EXISTS ({leads}), ?6, 'waiting' "
+            f"INSERT OR IGNORE INTO deliveries {NEW_DELIVERY} "
+            f"SELECT ?1, ?2, ?3, ?4, ?5, NOT EXISTS ({leads}), ?6, 'waiting' "
             f"WHERE NOT EXISTS ({leads} AND status IN ('skipped', 'dead'))",
             (
                 (escalation, sink, peer, loop, severity, now)
@@ -4016,10 +4015,9 @@ class Queue:
     def had_by(self, escalations: Sequence[int]) -> set[tuple[int, str]]:
         """Those of these escalations that a sink has a delivery of, unless a change of the config has ended
         it; each with the sink."""
-        marks = ", ".join("?" * len(escalations))
         rows = self.execute(
-            f"SELECT escalation, sink FROM deliveries WHERE escalation IN ({marks}) "
-            "AND NOT (status = 'skipped' AND reason_code IN ('route_changed', 'sink_removed'))",
+            f"SELECT escalation, sink FROM deliveries WHERE escalation IN ({marks(escalations)}) "
+            f"AND NOT ({ENDED_BY_CONFIG})",
             *escalations,
         )
         return set(rows)
@@ -4101,7 +4099,7 @@ class Queue:
         """Tell whether anything of these loops waits for a destination."""
         query = (
             "SELECT 1 FROM deliveries INDEXED BY waiting WHERE status = 'waiting' AND sink = ? AND peer = ? "
-            f"AND severity = ? AND loop IN ({', '.join('?' * len(loops))}) LIMIT 1"
+            f"AND severity = ? AND loop IN ({marks(loops)}) LIMIT 1"
         )
         return bool(loops) and any(
             self.first(query, sink, peer, severity, *loops) for severity in range(len(SEVERITIES))
@@ -4228,8 +4226,8 @@ class Queue:
         if not found:
             return None
         self.execute_many(
-            "INSERT OR IGNORE INTO deliveries (escalation, sink, peer, loop, severity, lead, waiting_since, "
-            "status) SELECT escalation, sink, ?, loop, severity, 0, waiting_since, 'waiting' "
+            f"INSERT OR IGNORE INTO deliveries {NEW_DELIVERY} "
+            "SELECT escalation, sink, ?, loop, severity, 0, waiting_since, 'waiting' "
             "FROM deliveries WHERE escalation = ? AND sink = ? AND peer = ?",
             ((new, escalation, sink, peer) for escalation, _ in found for new in peers),
         )
@@ -4249,7 +4247,7 @@ class Queue:
         )
         ended = self.execute(
             "SELECT escalation FROM deliveries WHERE sink = ? AND lead AND status <> 'waiting' "
-            f"AND escalation IN ({', '.join('?' * len(had_lead))})",
+            f"AND escalation IN ({marks(had_lead)})",
             *(sink, *had_lead),
         )
         return [escalation for [escalation] in ended]
@@ -4349,9 +4347,9 @@ class Queue:
 
     def retire_peers(self, sink: str, peers: Collection[str]) -> None:
         """Let what is known of a sink's former peers, all but these, no longer count."""
-        marks = ", ".join("?" * len(peers))
         self.execute(
-            f"UPDATE destinations SET used_at = 0 WHERE sink = ? AND used_at > 0 AND peer NOT IN ({marks})",
+            "UPDATE destinations SET used_at = 0 WHERE sink = ? AND used_at > 0 "
+            f"AND peer NOT IN ({marks(peers)})",
             *(sink, *peers),
         )
 
@@ -4722,6 +4720,11 @@ class Transaction:
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
         self._queue.end(commit=error is None)
+
+
+def marks(values: Collection[object]) -> str:
+    """`?, ?, ?`: a mark for each of these values."""
+    return ", ".join("?" * len(values))
 
 
 def quote_path(path: str) -> str:
