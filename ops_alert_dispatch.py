@@ -4004,13 +4004,12 @@ class Queue:
     def waiting_kinds(self, loop: int, after: int, limit: int) -> list[tuple[int, str, str | None]]:
         """The first `limit` escalations of a loop after this one that wait for a sink: number, category,
         and the severity that the record gives. A route depends on nothing else."""
-        rows: list[tuple[int, str, str | None]] = self.execute(
+        return self.execute(
             "SELECT id, category, severity FROM escalations e WHERE id > ? AND loop = ? AND EXISTS "
             "(SELECT 1 FROM deliveries WHERE escalation = e.id AND status = 'waiting' AND lead) "
             "ORDER BY id LIMIT ?",
             *(after, loop, limit),
         )
-        return rows
 
     def had_by(self, escalations: Sequence[int]) -> set[tuple[int, str]]:
         """Those of these escalations that a sink has a delivery of, unless a change of the config has ended
@@ -4127,18 +4126,17 @@ class Queue:
 
     def oldest_waiting(self, loop: int, sink: str) -> QueuedEscalation | None:
         """The oldest escalation of a loop that waits for a sink."""
-        oldest = None
+        found: list[tuple[int]] = []
         peers = self.execute("SELECT DISTINCT peer FROM destinations WHERE sink = ?", sink)
         for peer in {"", *(peer for [peer] in peers)}:
             for severity in range(len(SEVERITIES)):
-                for [found] in self.execute(
+                found += self.execute(
                     "SELECT escalation FROM deliveries INDEXED BY waiting WHERE status = 'waiting' "
                     "AND sink = ? AND peer = ? AND severity = ? AND loop = ? AND lead ORDER BY escalation "
                     "LIMIT 1",
                     *(sink, peer, severity, loop),
-                ):
-                    oldest = found if oldest is None else min(oldest, found)
-        return None if oldest is None else self._escalations("WHERE id = ?", oldest)[0]
+                )
+        return self._escalations("WHERE id = ?", *min(found))[0] if found else None
 
     def reread(self, delivery: QueuedDelivery) -> QueuedDelivery:
         """A delivery as it is now."""
@@ -4365,15 +4363,13 @@ class Queue:
         """Note which loop a destination has served last: the next pass begins with the one after it."""
         self.execute("UPDATE destinations SET last_loop = ? WHERE id = ?", loop, destination.id)
 
-    def note_answer(
-        self, destination: Destination, now: float, clock_offset: float | None, *, delivered: bool
-    ) -> None:
+    def note_answer(self, destination: Destination, verdict: Verdict, now: float) -> None:
         """Note that a destination is well: it delivered, or refused a record."""
         self.execute(
             "UPDATE destinations SET consecutive_failures = 0, backoff_step = 0, next_attempt_at = 0, "
             "failing_since = NULL, last_success_at = iif(?, ?, last_success_at), clock_offset = ? "
             "WHERE id = ?",
-            *(delivered, now, clock_offset, destination.id),
+            *(verdict.outcome == "delivered", now, verdict.clock_offset, destination.id),
         )
 
     def note_failure(
@@ -4497,12 +4493,11 @@ class Queue:
 
     def losses(self, loop: int, now: float) -> list[tuple[str, int, float]]:
         """What reached no sink in the last day and is not acknowledged: reason code, count, last time."""
-        rows: list[tuple[str, int, float]] = self.execute(
+        return self.execute(
             "SELECT reason_code, count, last_at FROM losses WHERE loop = ? AND acknowledged_at IS NULL "
             "AND last_at > ? ORDER BY last_at",
             *(loop, now - LOSS_SHOWN),
         )
-        return rows
 
     def hours(self, loop: int, now: float) -> dict[str, dict[int, tuple[int, int]]]:
         """What was delivered to a loop's sinks in each of the last 24 hours, and the attempts that failed: by
@@ -4654,10 +4649,9 @@ class Queue:
 
     def outbox(self, loop: int, limit: int = OUTBOX_ROWS) -> list[tuple[int, str, bytes]]:
         """The rows of a loop that are on their way: number, file, row."""
-        found: list[tuple[int, str, bytes]] = self.execute(
+        return self.execute(
             "SELECT id, file, row FROM outbox WHERE loop = ? ORDER BY id LIMIT ?", loop, limit
         )
-        return found
 
     def clear_outbox(self, loop: int, up_to: int) -> None:
         self.execute("DELETE FROM outbox WHERE loop = ? AND id <= ?", loop, up_to)
@@ -8057,8 +8051,7 @@ class Sender:
         # write a request. A time in the future is that of a clock that was ahead.
         noted = now - FRESH_SECONDS / 2 <= (destination.last_success_at or 0.0) <= now
         if destination.consecutive_failures or not noted or verdict.fault == "wrong_clock":
-            delivered = verdict.outcome == "delivered"
-            self.queue.note_answer(destination, now, verdict.clock_offset, delivered=delivered)
+            self.queue.note_answer(destination, verdict, now)
 
     def _write_attempts(self, batch: Batch, verdict: Verdict, retry: Retry | None, now: float) -> None:
         seconds = time.monotonic() - self._started if self._started else 0.0
