@@ -7063,30 +7063,17 @@ class Loop:
                     wanted[sink.id].append(severities[-1])
                 for sink_id in sinks.keys() - {sink.id for sink in resolution.reached}:
                     unwanted[sink_id].append(escalation)
-            added = {
-                sink_id: queue.reroute(found, sink_id, self.shared.peers[sink_id], self.id)
-                for sink_id, found in wanted.items()
-                if found
-            }
-            dropped = {
-                sink_id: queue.skip_waiting(self.id, sink_id, "route_changed", found)
-                for sink_id, found in unwanted.items()
-                if found
-            }
-            queue.set_severities(severities)
-            for sink_id, count in dropped.items():
-                if count:
-                    message = (
-                        f"{plural(count, 'delivery')} waited for {sink_id}, to which no route leads any more"
-                    )
+            for sink_id, dropped in unwanted.items():
+                if dropped and (count := queue.skip_waiting(self.id, sink_id, "route_changed", dropped)):
+                    words = f"waited for {sink_id}, to which no route leads any more"
+                    message = f"{plural(count, 'delivery')} {words}"
                     self.write_event("route_changed", message, sink_id, dropped=count)
-            for sink_id, count in added.items():
-                if count:
-                    message = (
-                        f"{plural(count, 'delivery')} waited for another sink, and a route leads to "
-                        f"{sink_id} now"
-                    )
+            for sink_id, added in wanted.items():
+                if added and (count := queue.reroute(added, sink_id, self.shared.peers[sink_id], self.id)):
+                    words = f"waited for another sink, and a route leads to {sink_id} now"
+                    message = f"{plural(count, 'delivery')} {words}"
                     self.write_event("route_changed", message, sink_id, rerouted=count)
+            queue.set_severities(severities)
         return kinds[-1][0] if kinds else None
 
     def _align_peers(self) -> None:
