@@ -7185,60 +7185,46 @@ class Loop:
             waiting[place] = sink_entry(found.sink, kind, status, verdict)
         return waiting[place]
 
-    def report(self, *, at_end: bool) -> None:
-        """Write the rows of new escalations in the order of ingestion. At the end of the pass all are
-        written. Before that, it ends at the first one that waits."""
+    def write_rows(self, *, at_end: bool = False) -> None:
+        """Write the rows of new escalations in the order of ingestion, and move what is in the outbox into
+        the files. At the end of the pass, when no sender works any more, all rows are written. Before that,
+        it ends at the first escalation that waits."""
         limit = ROWS_AT_ONCE if at_end else 1  # usually the first one still waits
-        while True:
-            with self.queue.transaction():
-                found = self.queue.unreported(self.id, limit)
-                written = self._report_first(found, self.queue.deliveries_of_all(found), at_end=at_end)
-            if written < limit:
-                return
+        while self._report_some(limit, at_end=at_end) == limit:
             limit = ROWS_AT_ONCE
             self.flush_rows()
+        self.flush_rows()
+        if at_end:
+            with self.queue.transaction():
+                self._clear_outbox()
 
-    def _report_first(
-        self,
-        found: Sequence[QueuedEscalation],
-        deliveries: Mapping[int, Sequence[QueuedDelivery]],
-        *,
-        at_end: bool,
-    ) -> int:
-        """Write the rows of the first of these escalations, up to one that still waits; returns how many."""
+    def _report_some(self, limit: int, *, at_end: bool) -> int:
+        """Put the rows of the first `limit` escalations that have none into the outbox, in one transaction,
+        up to one that still waits unless `at_end`. Returns how many."""
         written: list[tuple[QueuedEscalation, bool]] = []
         waiting: dict[tuple[str, str], JsonObject] = {}
-        for stored in found:
-            leads = [delivery for delivery in deliveries[stored.id] if delivery.lead]
-            if not at_end and any(delivery.status == "waiting" for delivery in leads):
-                break
-            settled = not any(delivery.status == "waiting" for delivery in deliveries[stored.id])
-            written.append((stored, settled))
-            if stored.unusable is not None:
-                row, text = json.loads(stored.unusable), stored.unusable
-            else:
-                entries = [self._entry(delivery, waiting) for delivery in leads]
-                escalation = self.shared.parse(stored)
-                row = escalation_row(self.job, stored, escalation, self.shared.resolve(stored), entries)
-                text = encode_with_record(row, escalation)
-            self.queue.write_row(self.id, "telemetry", text)
-            self.counts.add(row)
-            if row.get("reasonCode") in LOSS_CODES:
-                self.queue.note_loss(self.id, row["reasonCode"], 1, time.time())
-        self.queue.note_reported(written)
-        return len(written)
-
-    def write_rows(self) -> None:
-        """Write what there is to write while senders work."""
-        self.report(at_end=False)
-        self.flush_rows()
-
-    def write_last_rows(self) -> None:
-        """Write all rows that are still to be written. No sender works any more."""
-        self.report(at_end=True)
-        self.flush_rows()
         with self.queue.transaction():
-            self._clear_outbox()
+            found = self.queue.unreported(self.id, limit)
+            deliveries = self.queue.deliveries_of_all(found)
+            for stored in found:
+                leads = [delivery for delivery in deliveries[stored.id] if delivery.lead]
+                if not at_end and any(delivery.status == "waiting" for delivery in leads):
+                    break
+                settled = not any(delivery.status == "waiting" for delivery in deliveries[stored.id])
+                written.append((stored, settled))
+                if stored.unusable is not None:
+                    row, text = json.loads(stored.unusable), stored.unusable
+                else:
+                    entries = [self._entry(delivery, waiting) for delivery in leads]
+                    escalation = self.shared.parse(stored)
+                    row = escalation_row(self.job, stored, escalation, self.shared.resolve(stored), entries)
+                    text = encode_with_record(row, escalation)
+                self.queue.write_row(self.id, "telemetry", text)
+                self.counts.add(row)
+                if row.get("reasonCode") in LOSS_CODES:
+                    self.queue.note_loss(self.id, row["reasonCode"], 1, time.time())
+            self.queue.note_reported(written)
+        return len(written)
 
     def flush_rows(self) -> None:
         """Move the rows that are in the outbox now into the files. The next transaction deletes them from the
@@ -7289,7 +7275,7 @@ class Loop:
     def finish(self) -> JsonObject:
         """Write the rows that are still to be written, and the summary; returns that. Raises
         DispatchError."""
-        self.write_last_rows()
+        self.write_rows(at_end=True)
         summary = self.summary()
         if not self.shared.dry_run:
             replace_file(self.job.state_file, encode_json(summary) + b"\n", durable=self._flushed)
@@ -11967,7 +11953,7 @@ def skip_deliveries(
         with queue.transaction():
             for sink_id in {item.sink for item in chosen}:
                 queue.forget_failures(sink_id)
-        loop.write_last_rows()
+        loop.write_rows(at_end=True)
         save_summary(loop)
         return chosen, loop.source.cursor.segment
 
