@@ -6876,7 +6876,7 @@ class Loop:
         self._flushed = False
         # The queue has not known it until now.
         self.is_new = False
-        self.id, cursor, self._rules = self._find(job)
+        cursor, self._rules = self._find()
         shared.loops[self.id] = self
         self._before = self.queue.tallies(self.id)
         # What is wrong with the source. What waits is sent all the same.
@@ -6894,35 +6894,35 @@ class Loop:
         except StorageError as error:
             self.unreadable = error
 
-    def _find(self, job: Job) -> tuple[int, Cursor, JsonObject | None]:
-        """The loop's number, cursor and routes. A loop that is new to the queue goes on from its summary,
-        from that of an earlier dispatcher, or from its last row; so does one that another queue, which is
-        gone, has served since this one did. Raises StateError, StorageError."""
+    def _find(self) -> tuple[Cursor, JsonObject | None]:
+        """Find out the loop's number, its cursor and its routes, and hold it. A loop that is new to the queue
+        goes on from its summary, from that of an earlier dispatcher, or from its last row; so does one that
+        another queue, which is gone, has served since this one did. Raises StateError, StorageError."""
+        job = self.job
         document, rules = read_summary(job), None
         with self.queue.transaction():
             found = self.queue.find_loop(job.loop_id)
             if found is not None:
-                number, here, rules = found
-                self._hold(number)
+                self.id, here, rules = found
+                self._hold()
                 _, there = other_queue(job, document) or ("", here)
                 if (there.number, there.offset) <= (here.number, here.offset):
-                    return number, after_shell(job, document, here), rules
+                    return after_shell(job, document, here), rules
             past = read_past(job)
             if found is None:
                 self.is_new = True
-                number = self.queue.add_loop(job.loop_id, past.cursor)
-                self._hold(number)
-                for code, count, at in past.losses:
-                    self.queue.note_loss(number, code, count, at)
+                self.id = self.queue.add_loop(job.loop_id, past.cursor)
+                self._hold()
+                for loss in past.losses:
+                    self.queue.note_loss(self.id, *loss)
             if past.lost:
-                self.id = number
                 message = f"the queue with {past.lost} is gone: {what_to_do_about_lost(job, past)}"
                 self.write_event("queue_lost", message, dropped=past.waiting + past.dead)
-            return number, past.cursor, rules
+            return past.cursor, rules
 
-    def _hold(self, number: int) -> None:
+    def _hold(self) -> None:
         # The other lock is beside the state file: a pass with another state file does not meet that one.
-        if not self.shared.dry_run and not self.queue.hold_loop(number):
+        if not self.shared.dry_run and not self.queue.hold_loop(self.id):
             raise LoopHeldError(self.job.loop_id)
 
     def begin(self) -> None:
