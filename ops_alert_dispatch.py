@@ -1883,6 +1883,10 @@ class LogFile:
             same = self.identity == cursor.identity
         return same and self.size >= cursor.offset and self.tail_before(cursor.offset) == cursor.tail
 
+    def after(self, line: Line, cursor: Cursor) -> Cursor:
+        """A cursor in this file, moved to the end of a line."""
+        return cursor._replace(offset=line.end, line=line.number, tail=self.tail_before(line.end))
+
     def end_of_lines(self) -> int:
         """The offset after the last line feed; 0 if there is none."""
         at = self.size
@@ -1959,8 +1963,7 @@ def moved_on(path: str, cursor: Cursor, number: int) -> Cursor:
     that line. Otherwise the same cursor."""
     with contextlib.suppress(OSError), contextlib.closing(LogFile(path)) as file:
         if file.holds(cursor) and (line := after_line(file, number, cursor)):
-            tail = file.tail_before(line.end)
-            return cursor._replace(offset=line.end, line=line.number, tail=tail)
+            return file.after(line, cursor)
     return cursor
 
 
@@ -2147,10 +2150,9 @@ class Source:
         before = self.cursor
         finished = [*before.finished, before.fingerprint] if before.number else self._history(file)
         return Cursor(
-            number=before.number + 1,
-            fingerprint=fingerprint,
-            device=file.identity[0],
-            inode=file.identity[1],
+            before.number + 1,
+            fingerprint,
+            *file.identity,
             tail=short_hash(b""),
             finished=tuple(filter(None, finished))[-FINISHED_MAX:],
             seen_at=before.seen_at,
@@ -2191,13 +2193,8 @@ class Source:
                 if file.size < stop or file.tail_before(stop) != stop_tail or not file.holds(cursor):
                     raise SourceChangedError
                 if lines:
-                    last = lines[-1]
-                    cursor = cursor._replace(
-                        offset=last.end,
-                        line=last.number,
-                        tail=file.tail_before(last.end),
-                        rotated=rotated and last.end == size_now,
-                    )
+                    cursor = file.after(lines[-1], cursor)
+                    cursor = cursor._replace(rotated=rotated and cursor.offset == size_now)
                     yield Chunk(lines, cursor)
                 lines, size = [], 0
             if line is None:
@@ -2296,8 +2293,7 @@ class Source:
         older = (self._open_file(file.path, file.identity) for file in reversed(rotated))
         for file in (self._current, *older):
             if file is not None and (end := after_line(file, cursor.line)):
-                start = self._enter(file, file.fingerprint())
-                return start._replace(offset=end.end, line=end.number, tail=file.tail_before(end.end))
+                return file.after(end, self._enter(file, file.fingerprint()))
         return Cursor(seen_at=cursor.seen_at) if self._current else cursor
 
     def _find_cursor(self, files: Sequence[Neighbour]) -> LogFile | None:
@@ -2317,10 +2313,8 @@ class Source:
 
     def _open_if_it_holds(self, file: Neighbour) -> LogFile | None:
         opened = self._open_file(file.path, file.identity)
-        if opened is None:
-            return None
         with contextlib.suppress(OSError):  # a compressed file that is not complete yet
-            if opened.holds(self.cursor):
+            if opened is not None and opened.holds(self.cursor):
                 return opened
         return None
 
@@ -7560,13 +7554,12 @@ def lines_up_to(job: Job, row: JsonObject) -> int:
 
 def find_place(path: str, number: int, fingerprint: str, offset: int, line: int) -> Cursor:
     """A cursor at a place that a row names, in the file that has this fingerprint now."""
+    place = Cursor(number, fingerprint, offset=offset, line=line, seen_at=time.time())
     for name in (path, *reversed(neighbours(path, os.path.realpath(path)))):
         with contextlib.suppress(OSError), contextlib.closing(LogFile(name)) as file:
             if file.fingerprint() == fingerprint and file.size >= offset:
-                tail = file.tail_before(offset)
-                return Cursor(number, fingerprint, *file.identity, offset, line, tail, seen_at=time.time())
-    # It is gone: what came after it is new.
-    return Cursor(number, fingerprint, 0, 0, offset, line, "", seen_at=time.time())
+                return place.moved_to(file.identity)._replace(tail=file.tail_before(offset))
+    return place  # the file is gone: what came after it is new
 
 
 def rows_at_end(path: str, size: int) -> Counter[bytes]:
