@@ -153,8 +153,10 @@ def place_of(error: Exception) -> str:
     return f"{type(error).__name__} in {frame.name}, line {frame.lineno}"
 
 
-def program_fault(error: Exception) -> StorageError:
-    """The error that a fault of the program itself becomes."""
+def as_dispatch_error(error: Exception) -> DispatchError:
+    """The error itself if it is one of ours; else that of a fault of the program."""
+    if isinstance(error, DispatchError):
+        return error
     return StorageError(
         f"a fault of the program: {place_of(error)}",
         ["report it with this line and the version; what was not delivered goes out with a later pass"],
@@ -7700,10 +7702,8 @@ class Sender:
         try:
             while not self.ended and self._serve():
                 pass
-        except DispatchError as error:
-            self.shared.fail(error)
         except Exception as error:  # noqa: BLE001 - the main thread must learn of it
-            self.shared.fail(program_fault(error))
+            self.shared.fail(as_dispatch_error(error))
         with self.queue.changed:
             self.ended = True
             self.queue.changed.notify_all()
@@ -8228,12 +8228,10 @@ class Pass:
             return step()
         except DamagedQueueError:
             raise
-        except DispatchError as error:
-            loop.error = error
         except OSError as error:
             loop.error = storage_error("read", loop.job.escalations_file, error)
         except Exception as error:  # noqa: BLE001 - the other loops go on
-            loop.error = program_fault(error)
+            loop.error = as_dispatch_error(error)
         with self._shared.queue.changed:
             self._shared.active.discard(loop.id)
         return None
@@ -8472,10 +8470,8 @@ def run_busy_loops(
         except DamagedQueueError:
             queues.keep_aside()
             return run_on_queue(queues.get(), config, jobs, clock, progress)
-    except DispatchError as error:
-        return dict.fromkeys((job.loop_id for job in jobs), error)
     except Exception as error:  # noqa: BLE001 - the state file is to say it, too
-        return dict.fromkeys((job.loop_id for job in jobs), program_fault(error))
+        return dict.fromkeys((job.loop_id for job in jobs), as_dispatch_error(error))
 
 
 def run_on_queue(
@@ -8501,10 +8497,8 @@ def run_on_queue(
                 raise
             except LoopHeldError:
                 outcomes[job.loop_id] = locked_summary(job)
-            except DispatchError as error:
-                outcomes[job.loop_id] = error
             except Exception as error:  # noqa: BLE001 - the other loops go on
-                outcomes[job.loop_id] = program_fault(error)
+                outcomes[job.loop_id] = as_dispatch_error(error)
         return outcomes | Pass(shared, progress).run(loops)
 
 
@@ -12617,7 +12611,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Click exits like this if the reader of our output has left, as `head` does. End as SIGPIPE would.
         return EXIT_READER_LEFT if end.code else 0
     except Exception as error:  # noqa: BLE001 - no traceback helps an operator
-        complain(f"error: {program_fault(error)}")
+        complain(f"error: {as_dispatch_error(error)}")
         return EXIT_STORAGE
 
 
