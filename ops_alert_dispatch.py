@@ -3925,7 +3925,7 @@ class Queue:
             )
 
     def reroute(
-        self, escalations: Sequence[tuple[int, int]], sink: str, peers: Sequence[str], loop: int
+        self, escalations: Sequence[tuple[int, int]], sink: str, peers: Collection[str], loop: int
     ) -> int:
         """Let escalations, each with its severity, wait for a sink to which their routes lead now, but for
         those that it has had, and for those whose delivery to it has ended otherwise than by a change of the
@@ -4201,7 +4201,7 @@ class Queue:
         return lead
 
     def replace_peer(
-        self, loop: int, sink: str, peer: str, peers: Sequence[str], limit: int
+        self, loop: int, sink: str, peer: str, peers: Collection[str], limit: int
     ) -> list[int] | None:
         """Replace what waits of a loop for a peer that is gone by deliveries to those of `peers` that have
         none: the worst severity first, `limit` deliveries at most. None if nothing waits for it.
@@ -4604,7 +4604,7 @@ class Queue:
         found = self._deliveries("d.escalation = ? AND d.sink = ? AND d.lead", escalation, sink)
         return found[0] if found else None
 
-    def requeue(self, escalation: int, sink: str, peers: Sequence[str], loop: int, severity: int) -> None:
+    def requeue(self, escalation: int, sink: str, peers: Collection[str], loop: int, severity: int) -> None:
         """Let an escalation wait for each peer of a sink, which is tried now: an operator asked for it."""
         now = time.time()
         found = self.execute(
@@ -6771,7 +6771,8 @@ class Shared:
         self.loops: dict[int, Loop] = {}
         self.active: set[int] = set()
         self.sinks = [sink for sink in config.sinks.values() if sink.enabled or sink.id in woken]
-        self.peers = {sink.id: list(ADAPTERS[sink.type].peers(sink)) for sink in self.sinks}
+        # By sink: its peers, each with its URL.
+        self.peers = {sink.id: ADAPTERS[sink.type].peers(sink) for sink in self.sinks}
         # Digests of the destinations that this pass has used, by sink and peer.
         self.used: dict[tuple[str, str], str] = {}
         # What ends the whole pass.
@@ -6805,20 +6806,20 @@ class Shared:
     def resolve(self, stored: QueuedEscalation) -> Resolution:
         return self.router.resolve(stored.category, stored.severity)
 
-    def digests(self, sink: Sink, url: str) -> tuple[str, str]:
-        """Salted digests of what a sink points at, and of all its settings and secrets."""
-        target = encode_json(ADAPTERS[sink.type].target(sink, url))
-        setup = encode_json([sink.settings, dict(sink.secrets)])
-        return tuple(
-            blake2b(text, digest_size=8, key=self.queue.salt).hexdigest() for text in (target, setup)
-        )  # type: ignore[return-value]
+    def digest(self, about: object) -> str:
+        """A salted digest, which tells nothing of the secrets that it is made of."""
+        return blake2b(encode_json(about), digest_size=8, key=self.queue.salt).hexdigest()
+
+    def target_digest(self, sink: Sink, url: str) -> str:
+        """The digest of what a sink points at."""
+        return self.digest(ADAPTERS[sink.type].target(sink, url))
 
     def sinks_at(self, digest: str) -> list[Sink]:
         """The sinks that point at the destination with this digest."""
         return [
             sink
             for sink in self.sinks
-            if any(self.digests(sink, url)[0] == digest for url in ADAPTERS[sink.type].peers(sink).values())
+            if any(self.target_digest(sink, url) == digest for url in self.peers[sink.id].values())
         ]
 
     def failing_destination(self, sink_id: str, peer: str) -> Destination | None:
@@ -7089,7 +7090,7 @@ class Loop:
                         clock.cut_short = True
                         return
 
-    def _move_some(self, sink_id: str, peer: str, peers: Sequence[str]) -> bool:
+    def _move_some(self, sink_id: str, peer: str, peers: Collection[str]) -> bool:
         """Move some of what waits for a peer that is gone, in one transaction; tells whether there may be
         more."""
         with self.queue.transaction():
@@ -7664,7 +7665,9 @@ class Sender:
         self.peer = peer
         self.queue = shared.queue
         self.adapter = ADAPTERS[sink.type]
-        self.digest, self.setup = shared.digests(sink, url)
+        self.digest = shared.target_digest(sink, url)
+        # The digest of all settings and secrets.
+        self.setup = shared.digest([sink.settings, dict(sink.secrets)])
         shared.used[sink.id, peer] = self.digest
         # Nothing more is sent in this pass.
         self.resting = False
@@ -8241,7 +8244,7 @@ class Pass:
         thread for some, and others may leave them theirs."""
         shared = self._shared
         for sink in shared.sinks:
-            for peer, url in ADAPTERS[sink.type].peers(sink).items():
+            for peer, url in shared.peers[sink.id].items():
                 place = sink.id, peer
                 with shared.queue.changed:
                     if place in self._senders or not shared.queue.has_waiting(*place, shared.active):
@@ -8776,7 +8779,7 @@ def plan_escalation(
         if found := leads.get(sink.id):
             entry = decide_delivery(shared, sink, found)
             if request := shared.requests.get(found.key):
-                url = ADAPTERS[sink.type].peers(sink)[found.peer]
+                url = shared.peers[sink.id][found.peer]
                 entry["request"] = show_request(url, request, shared.redactor)
         elif waited is None:
             entry = {"decision": "skip", "why": why_not(sink, resolution)}
