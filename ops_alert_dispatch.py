@@ -3542,6 +3542,8 @@ ESCALATION_COLUMNS = ", ".join(f"e.{name}" for name in QueuedEscalation._fields)
 DELIVERY_COLUMNS = ", ".join(f"d.{name}" for name in QueuedDelivery._fields[:-1])
 DESTINATION_COLUMNS = ", ".join(Destination._fields)
 NEW_DELIVERY = "(escalation, sink, peer, loop, severity, lead, waiting_since, status)"
+# What waits. Without the hint, SQLite may ignore a partial index.
+WAITING = "deliveries INDEXED BY waiting WHERE status = 'waiting'"
 # A delivery that a change of the config has ended.
 ENDED_BY_CONFIG = "status = 'skipped' AND reason_code IN ('route_changed', 'sink_removed')"
 
@@ -3982,9 +3984,8 @@ class Queue:
     ) -> Iterator[tuple[int, int]]:
         """The severities and loops of which something may wait for a destination: see `waiting_in_turn`."""
         query = (
-            "SELECT loop FROM deliveries INDEXED BY waiting WHERE status = 'waiting' AND sink = ? "
-            "AND peer = ? AND severity = ? AND loop > ? AND loop <= ? AND not_before NOT BETWEEN ? AND ? "
-            "ORDER BY loop LIMIT 1"
+            f"SELECT loop FROM {WAITING} AND sink = ? AND peer = ? AND severity = ? AND loop > ? "
+            "AND loop <= ? AND not_before NOT BETWEEN ? AND ? ORDER BY loop LIMIT 1"
         )
         for severity in range(len(SEVERITIES) - 1, -1, -1):
             if len(loops) == 1:
@@ -4029,10 +4030,7 @@ class Queue:
 
     def waiting_peers(self, sink: str) -> Iterator[str]:
         """The peers of a sink for which something waits, of any loop."""
-        query = (
-            "SELECT peer FROM deliveries INDEXED BY waiting WHERE status = 'waiting' AND sink = ? "
-            "AND peer >= ? ORDER BY peer LIMIT 1"
-        )
+        query = f"SELECT peer FROM {WAITING} AND sink = ? AND peer >= ? ORDER BY peer LIMIT 1"
         at = ""
         while row := self.first(query, sink, at):
             yield row[0]
@@ -4093,8 +4091,8 @@ class Queue:
     def has_waiting(self, sink: str, peer: str, loops: Collection[int]) -> bool:
         """Tell whether anything of these loops waits for a destination."""
         query = (
-            "SELECT 1 FROM deliveries INDEXED BY waiting WHERE status = 'waiting' AND sink = ? AND peer = ? "
-            f"AND severity = ? AND loop IN ({marks(loops)}) LIMIT 1"
+            f"SELECT 1 FROM {WAITING} AND sink = ? AND peer = ? AND severity = ? "
+            f"AND loop IN ({marks(loops)}) LIMIT 1"
         )
         return bool(loops) and any(
             self.first(query, sink, peer, severity, *loops) for severity in range(len(SEVERITIES))
@@ -4102,12 +4100,7 @@ class Queue:
 
     def waiting_in(self, loop: int) -> set[tuple[int, str]]:
         """What waits of a loop: escalation and sink."""
-        rows = self.execute(
-            "SELECT escalation, sink FROM deliveries INDEXED BY waiting WHERE status = 'waiting' "
-            "AND loop = ?",
-            loop,
-        )
-        return set(rows)
+        return set(self.execute(f"SELECT escalation, sink FROM {WAITING} AND loop = ?", loop))
 
     def lagging(self, loop: int, sink: str) -> dict[str, float]:
         """The peers of a cluster that miss what another one has, and since when."""
@@ -4127,9 +4120,8 @@ class Queue:
         for peer in {"", *(peer for [peer] in peers)}:
             for severity in range(len(SEVERITIES)):
                 found += self.execute(
-                    "SELECT escalation FROM deliveries INDEXED BY waiting WHERE status = 'waiting' "
-                    "AND sink = ? AND peer = ? AND severity = ? AND loop = ? AND lead ORDER BY escalation "
-                    "LIMIT 1",
+                    f"SELECT escalation FROM {WAITING} AND sink = ? AND peer = ? AND severity = ? "
+                    "AND loop = ? AND lead ORDER BY escalation LIMIT 1",
                     *(sink, peer, severity, loop),
                 )
         return self._escalations("WHERE id = ?", *min(found))[0] if found else None
@@ -4211,8 +4203,8 @@ class Queue:
         escalations whose new lead has ended.
         """
         query = (
-            "SELECT escalation, lead FROM deliveries INDEXED BY waiting WHERE status = 'waiting' "
-            "AND sink = ? AND peer = ? AND severity = ? AND loop = ? ORDER BY escalation LIMIT ?"
+            f"SELECT escalation, lead FROM {WAITING} AND sink = ? AND peer = ? AND severity = ? "
+            "AND loop = ? ORDER BY escalation LIMIT ?"
         )
         found: list[tuple[int, int]] = []
         for severity in range(len(SEVERITIES) - 1, -1, -1):
@@ -4534,7 +4526,7 @@ class Queue:
 
     def waiting_up_to(self, loop: int, sink: str, segment: str, line: int) -> list[Selectable]:
         """What waits of a loop for a sink, but for the lines after `line` of this segment."""
-        waiting = "SELECT escalation FROM deliveries INDEXED BY waiting WHERE status = 'waiting' AND sink = ?"
+        waiting = f"SELECT escalation FROM {WAITING} AND sink = ?"
         condition = f"e.id IN ({waiting}) AND d.status = 'waiting' AND d.sink = ?"
         return self._selectable(
             loop, f"{condition} AND (e.segment <> ? OR e.line <= ?)", sink, sink, segment, line
@@ -4631,9 +4623,8 @@ class Queue:
         """Let the next delivery to a sink be tried as if nothing had failed, if nothing waits for it."""
         self.execute(
             "UPDATE destinations SET next_attempt_at = 0, consecutive_failures = 0, backoff_step = 0, "
-            "failing_since = NULL WHERE sink = ?1 AND NOT EXISTS (SELECT 1 FROM deliveries "
-            "INDEXED BY waiting WHERE status = 'waiting' AND deliveries.sink = ?1 "
-            "AND deliveries.peer = destinations.peer)",
+            "failing_since = NULL WHERE sink = ?1 AND NOT EXISTS "
+            f"(SELECT 1 FROM {WAITING} AND deliveries.sink = ?1 AND deliveries.peer = destinations.peer)",
             sink,
         )
 
@@ -7347,12 +7338,8 @@ def after_shell(job: Job, document: JsonObject, cursor: Cursor) -> Cursor:
     then `document`, the state, is newer than the cursor and none of ours."""
     lines = count_in(document, "escalationsLineOffset")
     state = stat_of(job.state_file)
-    if (
-        state is None
-        or state.st_mtime <= cursor.seen_at
-        or "stateVersion" in document
-        or lines <= cursor.line
-    ):
+    is_newer = state is not None and state.st_mtime > cursor.seen_at
+    if not is_newer or "stateVersion" in document or lines <= cursor.line:
         return cursor
     return moved_on(job.escalations_file, cursor, lines) if cursor.number else Cursor(line=lines)
 
