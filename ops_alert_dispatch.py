@@ -3987,7 +3987,7 @@ class Queue:
             f"SELECT loop FROM {WAITING} AND sink = ? AND peer = ? AND severity = ? AND loop > ? "
             "AND loop <= ? AND not_before NOT BETWEEN ? AND ? ORDER BY loop LIMIT 1"
         )
-        for severity in range(len(SEVERITIES) - 1, -1, -1):
+        for severity in reversed(range(len(SEVERITIES))):
             if len(loops) == 1:
                 yield severity, next(iter(loops))
                 continue
@@ -4207,7 +4207,7 @@ class Queue:
             "AND loop = ? ORDER BY escalation LIMIT ?"
         )
         found: list[tuple[int, int]] = []
-        for severity in range(len(SEVERITIES) - 1, -1, -1):
+        for severity in reversed(range(len(SEVERITIES))):
             found += self.execute(query, sink, peer, severity, loop, limit - len(found))
         if not found:
             return None
@@ -6348,6 +6348,11 @@ def read_state_document(path: str) -> JsonObject | None:
     return document
 
 
+def write_state(job: Job, document: JsonObject, *, durable: bool = False) -> None:
+    """Replace the state file: see `replace_file`. Raises StorageError."""
+    replace_file(job.state_file, encode_json(document) + b"\n", durable=durable)
+
+
 def keep_damaged(path: str) -> None:
     """Give a damaged state file a second name.
 
@@ -6376,7 +6381,7 @@ def expect_work(job: Job, count: int) -> None:
     """
     if document := read_summary(job):
         document |= {"waitingCount": count + count_in(document, "waitingCount")}
-        replace_file(job.state_file, encode_json(document) + b"\n", durable=True)
+        write_state(job, document, durable=True)
 
 
 def count_in(document: JsonObject, key: str) -> int:
@@ -7266,7 +7271,7 @@ class Loop:
         self.write_rows(at_end=True)
         summary = self.summary()
         if not self.shared.dry_run:
-            replace_file(self.job.state_file, encode_json(summary) + b"\n", durable=self._flushed)
+            write_state(self.job, summary, durable=self._flushed)
         return summary
 
     def summary(self) -> JsonObject:
@@ -8549,7 +8554,7 @@ def idle_summary(
     summary = {**document, **empty_summary(job, status), **kept, "sinks": sinks}
     old = abs(time.time() - updated_at) > IDLE_SUMMARY_SECONDS
     if always or old or last_status != status:
-        replace_file(job.state_file, encode_json(summary) + b"\n", durable=False)
+        write_state(job, summary)
     return summary
 
 
@@ -8622,7 +8627,7 @@ def write_failed_pass(
         "stoppedBy": None,
         "stateVersion": STATE_VERSION,
     }
-    replace_file(job.state_file, encode_json(summary) + b"\n", durable=False)
+    write_state(job, summary)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -11957,7 +11962,7 @@ def save_summary(loop: Loop) -> None:
     command ingested something. Raises StateError or StorageError."""
     before = read_summary(loop.job) if not loop.counts.processed else {}
     kept = {key: before[key] for key in LAST_PASS if key in before}
-    replace_file(loop.job.state_file, encode_json({**loop.summary(), **kept}) + b"\n", durable=True)
+    write_state(loop.job, {**loop.summary(), **kept}, durable=True)
 
 
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
