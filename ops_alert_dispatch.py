@@ -6769,8 +6769,8 @@ class Shared:
         self.sinks = [sink for sink in config.sinks.values() if sink.enabled or sink.id in woken]
         # By sink: its peers, each with its URL.
         self.peers = {sink.id: ADAPTERS[sink.type].peers(sink) for sink in self.sinks}
-        # Digests of the destinations that this pass has used, by sink and peer.
-        self.used: dict[tuple[str, str], str] = {}
+        # The destinations that this pass has used, by sink and peer.
+        self.used: set[tuple[str, str]] = set()
         # What ends the whole pass.
         self.error: DispatchError | None = None
         self.ingesting = True
@@ -6806,23 +6806,25 @@ class Shared:
         """A salted digest, which tells nothing of the secrets that it is made of."""
         return blake2b(encode_json(about), digest_size=8, key=self.queue.salt).hexdigest()
 
-    def target_digest(self, sink: Sink, url: str) -> str:
-        """The digest of what a sink points at."""
-        return self.digest(ADAPTERS[sink.type].target(sink, url))
+    @functools.cached_property
+    def targets(self) -> dict[tuple[str, str], str]:
+        """The digests of what the sinks point at, by sink and peer."""
+        return {
+            (sink.id, peer): self.digest(ADAPTERS[sink.type].target(sink, url))
+            for sink in self.sinks
+            for peer, url in self.peers[sink.id].items()
+        }
 
     def sinks_at(self, digest: str) -> list[Sink]:
         """The sinks that point at the destination with this digest."""
-        return [
-            sink
-            for sink in self.sinks
-            if any(self.target_digest(sink, url) == digest for url in self.peers[sink.id].values())
-        ]
+        found = {sink_id for (sink_id, _), target in self.targets.items() if target == digest}
+        return [sink for sink in self.sinks if sink.id in found]
 
     def failing_destination(self, sink_id: str, peer: str) -> Destination | None:
         """What is known of a destination, if it failed when this pass or an earlier one used it last."""
-        digest = self.used.get((sink_id, peer))
-        if digest is not None:
-            known = self.queue.destination(sink_id, peer, digest)
+        place = sink_id, peer
+        if place in self.used:
+            known = self.queue.destination(*place, self.targets[place])
         else:
             known = self.queue.destinations_of(sink_id).get(peer, NEVER_USED)
         return known if known.consecutive_failures else None
@@ -7651,23 +7653,22 @@ class Sender:
     However many loops there are, a destination has one connection, one pace and, if it is down, one failure.
     """
 
-    def __init__(self, shared: Shared, sink: Sink, peer: str, url: str) -> None:
+    def __init__(self, shared: Shared, sink: Sink, peer: str) -> None:
         self.shared = shared
         self.sink = sink
         self.peer = peer
         self.queue = shared.queue
         self.adapter = ADAPTERS[sink.type]
-        self.digest = shared.target_digest(sink, url)
+        self.digest = shared.targets[sink.id, peer]
         # The digest of all settings and secrets.
         self.setup = shared.digest([sink.settings, dict(sink.secrets)])
-        shared.used[sink.id, peer] = self.digest
+        shared.used.add((sink.id, peer))
         # Nothing more is sent in this pass.
         self.resting = False
         # The thread is done, or nobody waits for it any more.
         self.ended = False
         # When the main thread gives up waiting for the attempt that is on its way. Monotonic seconds.
         self.deadline: float | None = None
-        self._url = url
         self._pace = Pace.of(shared.sinks_at(self.digest))
         # No wait after a failure is longer, unless the clock was ahead.
         self._longest_wait = max(shared.config.policy.backoff_max, RETRY_AFTER_MAX)
@@ -7943,7 +7944,8 @@ class Sender:
         if self._client is None:
             import requests  # noqa: F401
 
-            self._client = Client(self._url, self.sink.timeout_seconds, self.sink.secrets.get(CA_FILE_KEY))
+            url = self.shared.peers[self.sink.id][self.peer]
+            self._client = Client(url, self.sink.timeout_seconds, self.sink.secrets.get(CA_FILE_KEY))
         self._started = time.monotonic()
         self.deadline = self._started + attempt_seconds(self.sink.timeout_seconds)
         verdict = send_and_judge(self.adapter, self.sink, self._client, request, self.shared.redactor)
@@ -8236,12 +8238,12 @@ class Pass:
         thread for some, and others may leave them theirs."""
         shared = self._shared
         for sink in shared.sinks:
-            for peer, url in shared.peers[sink.id].items():
+            for peer in shared.peers[sink.id]:
                 place = sink.id, peer
                 with shared.queue.changed:
                     if place in self._senders or not shared.queue.has_waiting(*place, shared.active):
                         continue
-                    sender = self._senders[place] = Sender(shared, sink, peer, url)
+                    sender = self._senders[place] = Sender(shared, sink, peer)
                 try:
                     sender.thread.start()
                 except RuntimeError:  # the system gives none
