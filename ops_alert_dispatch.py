@@ -4116,8 +4116,7 @@ class Queue:
     def oldest_waiting(self, loop: int, sink: str) -> QueuedEscalation | None:
         """The oldest escalation of a loop that waits for a sink."""
         found: list[tuple[int]] = []
-        peers = self.execute("SELECT DISTINCT peer FROM destinations WHERE sink = ?", sink)
-        for peer in {"", *(peer for [peer] in peers)}:
+        for peer in self.waiting_peers(sink):
             for severity in range(len(SEVERITIES)):
                 found += self.execute(
                     f"SELECT escalation FROM {WAITING} AND sink = ? AND peer = ? AND severity = ? "
@@ -6769,8 +6768,6 @@ class Shared:
         self.sinks = [sink for sink in config.sinks.values() if sink.enabled or sink.id in woken]
         # By sink: its peers, each with its URL.
         self.peers = {sink.id: ADAPTERS[sink.type].peers(sink) for sink in self.sinks}
-        # The destinations that this pass has used, by sink and peer.
-        self.used: set[tuple[str, str]] = set()
         # What ends the whole pass.
         self.error: DispatchError | None = None
         self.ingesting = True
@@ -6822,12 +6819,8 @@ class Shared:
 
     def failing_destination(self, sink_id: str, peer: str) -> Destination | None:
         """What is known of a destination, if it failed when this pass or an earlier one used it last."""
-        place = sink_id, peer
-        if place in self.used:
-            known = self.queue.destination(*place, self.targets[place])
-        else:
-            known = self.queue.destinations_of(sink_id).get(peer, NEVER_USED)
-        return known if known.consecutive_failures else None
+        known = self.queue.destinations_of(sink_id).get(peer)
+        return known if known and known.consecutive_failures else None
 
     def fail(self, error: DispatchError) -> None:
         """Note an error that ends the whole pass."""
@@ -7662,7 +7655,6 @@ class Sender:
         self.digest = shared.targets[sink.id, peer]
         # The digest of all settings and secrets.
         self.setup = shared.digest([sink.settings, dict(sink.secrets)])
-        shared.used.add((sink.id, peer))
         # Nothing more is sent in this pass.
         self.resting = False
         # The thread is done, or nobody waits for it any more.
@@ -8373,26 +8365,34 @@ class QueueHolder:
 
     def get(self) -> Queue:
         if self._queue is None:
-            try:
-                found = stat_of(self.path)
-            except OSError as error:
-                raise storage_error("open", self.path, error) from None
-            was_used = os.path.lexists(f"{self.path}.lock")
-            try:
-                self._queue = Queue.open(self.path)
-            except DamagedQueueError:
-                if is_elsewhere(self._job) and not was_used:
-                    with contextlib.suppress(OSError):
-                        os.unlink(f"{self.path}.lock")
-                    raise foreign_file(self.path) from None
-                if found is not None:
-                    Queue.keep_aside(self.path, identity_of(found))
-                self._queue = Queue.open(self.path)
-            if is_elsewhere(self._job):
-                with self._queue.transaction():
-                    check_owner(self._queue, self._job)
-                    self._queue.set_owner(os.path.realpath(self._job.repo))
+            self._queue = self._open()
         return self._queue
+
+    def _open(self) -> Queue:
+        try:
+            found = stat_of(self.path)
+        except OSError as error:
+            raise storage_error("open", self.path, error) from None
+        was_used = os.path.lexists(f"{self.path}.lock")
+        try:
+            queue = Queue.open(self.path)
+        except DamagedQueueError:
+            if is_elsewhere(self._job) and not was_used:
+                with contextlib.suppress(OSError):
+                    os.unlink(f"{self.path}.lock")
+                raise foreign_file(self.path) from None
+            if found is not None:
+                Queue.keep_aside(self.path, identity_of(found))
+            queue = Queue.open(self.path)
+        if is_elsewhere(self._job):
+            try:
+                with queue.transaction():
+                    check_owner(queue, self._job)
+                    queue.set_owner(os.path.realpath(self._job.repo))
+            except DispatchError:
+                queue.close()
+                raise
+        return queue
 
     def close(self) -> None:
         if self._queue is None:

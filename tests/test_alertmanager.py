@@ -525,6 +525,15 @@ def test_a_peer_that_hangs_costs_all_loops_together_one_timeout(
     assert sorted(told(hanging)) == ["0", "1", "2", "3"]
 
 
+def test_status_says_how_old_what_waits_for_a_cluster_is_before_the_first_pass(pair: Repo) -> None:
+    oldest = alert("two")
+    pair.append(alert("one"), oldest)
+    pair.run("skip", *pair.target, "--sink", SINK, "--to-line", "1", "--yes")
+    [sink] = pair.run("status", *pair.target).json["sinks"]
+
+    assert (sink["lagCount"], sink["oldestPendingAt"]) == (1, oldest["timestamp"])
+
+
 def test_a_peer_that_was_taken_out_hides_neither_a_refusal_nor_an_outage(
     pair: Repo, peers: tuple[SinkServer, SinkServer]
 ) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import os
+import resource
 import shutil
 import sqlite3
 import time
@@ -13,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,8 @@ from loopback import SinkServer, error, hang, ok
 from promise import check_promise
 from tools import in_ci
 from zygote import have_three_threads
+
+from ops_alert_dispatch import FILES_BESIDES, FILES_OF_A_LOOP
 
 
 def loops_of(repo: Repo, count: int) -> list[Repo]:
@@ -463,6 +467,26 @@ def test_two_repos_do_not_share_a_queue_in_which_their_loops_would_be_one(
     server.forget()
     assert Repo(moved, repo.env).dispatch().json["status"] == "no_new_escalations"
     assert server.requests == []
+
+
+def test_no_loop_of_a_long_run_gets_into_the_queue_of_another_repo(
+    repo: Repo, server: SinkServer, tmp_path: Path
+) -> None:
+    repo.write_config(only(HOOK))
+    repo.env["OPS_MANAGER_ALERT_QUEUE_FILE"] = str(tmp_path / "shared.db")
+    repo.append(health_critical())
+    repo.dispatch()
+    few = FILES_BESIDES + FILES_OF_A_LOOP  # one loop at a time
+    limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (few, few))
+    other = Repo(tmp_path / "other", repo.env, prepare=limit)
+    other.root.mkdir()
+    other.write_config(only(HOOK))
+    for loop in loops_of(other, 3):
+        loop.append(health_critical())
+    refused = other.run("dispatch", "--repo", str(other.root), "--all-loops")
+
+    assert (refused.exit_code, len(server.requests)) == (4, 1)
+    assert refused.stderr.count(f"belongs to the repo {repo.root}") == 3
 
 
 def test_a_loss_cannot_be_acknowledged_from_another_repo_before_its_own_people_have_seen_it(
