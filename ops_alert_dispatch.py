@@ -10178,17 +10178,17 @@ class LoopFacts(NamedTuple):
     job: Job
     now: float
     critical_after: float
-    # The state file; None if there is none, or if it is damaged.
-    document: JsonObject | None
+    # The state file; empty if there is none, or if it is damaged.
+    document: JsonObject
     # None if it cannot be read.
     config: Config | None
     # None if there is no config.
     config_valid: bool | None
     figures: LoopFigures
     unread: Unread
-    # The rows at the end of the telemetry, and the last one.
+    # The rows at the end of the telemetry, and the last one; empty if there is none.
     rows: list[JsonObject]
-    last: JsonObject | None
+    last: JsonObject
     # The last failed attempt of each sink, if the end of the attempts file has it.
     failures: dict[str, JsonObject]
     commands: dict[str, str]
@@ -10203,7 +10203,7 @@ class LoopFacts(NamedTuple):
     def was_invalid(self) -> bool:
         """Tell whether the config is valid now, but was not for the last pass: a secret was unset, or the
         file was corrected since."""
-        return (self.document or {}).get("status") == "config_invalid" and self.config_valid is not False
+        return self.document.get("status") == "config_invalid" and self.config_valid is not False
 
 
 def read_facts(job: Job, critical_after: float) -> LoopFacts:
@@ -10211,11 +10211,11 @@ def read_facts(job: Job, critical_after: float) -> LoopFacts:
     now = time.time()
     notes: list[str] = []
     try:
-        document = read_state_document(job.state_file)
+        document = read_state_document(job.state_file) or {}
     except ValueError:
-        document = None
+        document = {}
         notes.append(f"the state file {job.state_file} is damaged: the next pass writes a new one")
-    if fault := wrong_queue(job, document or {}):
+    if fault := wrong_queue(job, document):
         raise fault
     config, config_valid, config_notes = read_config_if_any(job, document)
     figures = read_figures(job, config, now)
@@ -10229,12 +10229,12 @@ def read_facts(job: Job, critical_after: float) -> LoopFacts:
         figures=figures,
         unread=read_unread(job, figures.cursor, config),
         rows=recent_rows(job.telemetry_file),
-        last=next(rows_backwards(job.telemetry_file), None),
+        last=next(rows_backwards(job.telemetry_file), {}),
         failures=last_failures(job),
         commands=commands_for(job),
         notes=notes,
     )
-    if document is None and not notes and facts.place_is_known:
+    if not document and not notes and facts.place_is_known:
         notes.append(f"the state file {job.state_file} is not there: the next pass writes a new one")
     if figures.damage:
         notes.append(f"{figures.damage}: the next pass keeps it aside and starts a new one")
@@ -10252,6 +10252,7 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
     """
     facts = read_facts(job, critical_after)
     document, last = facts.document, facts.last
+    last_pass = {key: document.get(key) for key in DISPATCH_FIELDS} | {"lastTraceId": document.get("traceId")}
     in_config = facts.config.sinks if facts.config else {}
     sinks = [sink_status(facts, sink_id) for sink_id in sorted({*facts.figures.sinks, *in_config})]
     findings = list(find_troubles(facts, sinks)) or [Finding("ok", "nothing is waiting")]
@@ -10262,12 +10263,8 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
         "loopId": job.loop_id,
         "health": max((finding.health for finding in findings), key=HEALTH_ORDER.index),
         "alerts": {
-            "dispatch": document
-            and {
-                **{key: document.get(key) for key in DISPATCH_FIELDS},
-                "lastTraceId": document.get("traceId"),
-            },
-            "lastDelivery": last and {key: last.get(key) for key in DELIVERY_FIELDS},
+            "dispatch": last_pass if document else None,
+            "lastDelivery": {key: last.get(key) for key in DELIVERY_FIELDS} if last else None,
         },
         "sinks": sinks,
         "failureReasons": count_failures(facts.rows),
@@ -10294,13 +10291,13 @@ def notes_of_sinks(facts: LoopFacts, sinks: Sequence[JsonObject]) -> Iterator[st
         elif sink["waitingCount"] and facts.config is not None and sink["enabled"] is None:
             yield f"{waiting} waiting for {sink['id']} will be given up: the config has no such sink any more"
     if facts.was_invalid:
-        yield f"the last pass found the config invalid: {(facts.document or {}).get('message')}"
+        yield f"the last pass found the config invalid: {facts.document.get('message')}"
 
 
-def read_config_if_any(job: Job, document: JsonObject | None) -> tuple[Config | None, bool | None, list[str]]:
+def read_config_if_any(job: Job, document: JsonObject) -> tuple[Config | None, bool | None, list[str]]:
     """The config, None if it cannot be read; whether it is valid, None if there is none; notes about it."""
     try:
-        known = as_text((document or {}).get("configDigest"))
+        known = as_text(document.get("configDigest"))
         config = load_config(job.config_file, {}, check_env=False, known_digest=known)
     except ConfigError as error:
         if os.path.exists(job.config_file):
@@ -10444,7 +10441,7 @@ def find_obstacle(facts: LoopFacts) -> Finding | None:
     if facts.config_valid is False:
         advice = f"run `{commands['config']}` and fix what it names; the next pass sends what waits"
         return Finding("critical", "the config is invalid: nothing is sent", advice)
-    if facts.place_is_known or facts.document is not None:  # a pass has run
+    if facts.place_is_known or facts.document:  # a pass has run
         return None
     if missing := no_such_loop(facts.job):
         return Finding("unknown", missing)
@@ -10459,7 +10456,7 @@ def find_obstacle(facts: LoopFacts) -> Finding | None:
 def find_silence(facts: LoopFacts, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
     """Report that no pass runs any more."""
     if is_silent(facts, sinks):
-        last = (facts.document or {}).get("updatedAt")
+        last = facts.document.get("updatedAt")
         words = f"no pass has run{f' since {last}' if last else ''}, and something waits for one"
         now = f"`{facts.commands['dispatch']}` runs one now"
         yield Finding("critical", words, f"see why reconcile, or the timer, runs none; {now}")
@@ -10564,8 +10561,7 @@ def is_silent(facts: LoopFacts, sinks: Sequence[JsonObject]) -> bool:
     waiting = [sink["oldestPendingAt"] for sink in sinks if sink["lagCount"] and sink["health"] != "disabled"]
     waiting += [facts.unread.oldest] if facts.unread.lines else []
     times = (
-        parse_time((row or {}).get(key))
-        for row, key in ((facts.document, "updatedAt"), (facts.last, "timestamp"))
+        parse_time(row.get(key)) for row, key in ((facts.document, "updatedAt"), (facts.last, "timestamp"))
     )
     # A time in the future, from a clock that was wrong, would hide that no pass runs.
     last_pass = next((at for at in times if at is not None and at <= facts.now + WRITER_GRACE), 0.0)
@@ -10625,7 +10621,7 @@ def find_unfinished(facts: LoopFacts) -> Iterator[Finding]:
 def find_broken_pass(facts: LoopFacts, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
     """Report that the last pass ended with an error: its summary says so, or the row that reconcile writes if
     there is no summary of it."""
-    last, document = facts.last or {}, facts.document or {}
+    last, document = facts.last, facts.document
     words, since, said = "the last pass ended", None, None
     if document.get("status") == "error":
         said, since = document.get("message"), parse_time(document.get("failedSince"))
