@@ -10664,15 +10664,19 @@ def last_failures(job: Job) -> dict[str, JsonObject]:
     }
 
 
+def sink_entries(row: JsonObject) -> list[JsonObject]:
+    """What a telemetry row says about each sink; empty if it names none, or is malformed."""
+    entries = row.get("sinks")
+    return [mapping(entry) for entry in entries] if isinstance(entries, list) else []
+
+
 def count_failures(rows: Iterable[JsonObject]) -> list[JsonObject]:
     """Count the reasons for failure in rows, the most frequent first."""
     found: dict[str, JsonObject] = {}
     for row in rows:
         if row.get("status") not in ("failed", "partial", "failed_command"):
             continue
-        sinks = row.get("sinks")
-        entries = [mapping(entry) for entry in sinks] if isinstance(sinks, list) else []
-        codes = {entry.get("reasonCode") for entry in entries if entry.get("status") == "failed"}
+        codes = {entry.get("reasonCode") for entry in sink_entries(row) if entry.get("status") == "failed"}
         for code in codes or {row.get("reasonCode")}:
             if isinstance(code, str):
                 reason = found.setdefault(code, {"reasonCode": code, "count": 0, "lastSeenAt": None})
@@ -11075,8 +11079,7 @@ def entry_of_queue(
 
 def entry_of_row(row: JsonObject, later: Mapping[str, JsonObject]) -> JsonObject:
     """The log entry of a telemetry row. `later`: what later rows say about its sinks, by their id."""
-    entries = row.get("sinks")
-    listed = [mapping(entry) for entry in entries] if isinstance(entries, list) else []
+    listed = sink_entries(row)
     if row.get("sinkId"):  # the row is about all that waited for this sink
         listed = [{"id": row["sinkId"], "status": row.get("status"), "reasonCode": row.get("reasonCode")}]
     listed = list({**{str(entry.get("id")): entry for entry in listed}, **later}.values())
@@ -11178,7 +11181,7 @@ def rows_with_later(job: Job, containing: bytes = b"") -> Iterator[tuple[JsonObj
             continue
         identity = str(row.get("escalationId"))
         if row.get("late"):
-            for entry in map(mapping, row.get("sinks") or ()):
+            for entry in sink_entries(row):
                 later.setdefault(identity, {}).setdefault(str(entry.get("id")), entry)
         else:
             yield row, later.pop(identity, {})
