@@ -643,40 +643,41 @@ def read_row(line: bytes) -> JsonObject | None:
     return row if isinstance(row, dict) else None
 
 
-def iterate_rows(path: str) -> Iterator[JsonObject]:
-    """The JSON objects of a file of rows; torn lines are skipped. Nothing if the file is not there.
-
-    Raises StorageError.
-    """
+@contextlib.contextmanager
+def open_rows(path: str) -> Iterator[io.BufferedReader | io.BytesIO]:
+    """Open a file of rows to read; an empty one if it is not there. Raises StorageError, also for what fails
+    while it is read."""
+    file: io.BufferedReader | io.BytesIO = io.BytesIO()
     try:
-        with open(path, "rb") as file:
-            yield from filter(None, map(read_row, file))
-    except (FileNotFoundError, NotADirectoryError):
-        return
+        with contextlib.ExitStack() as opened:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                file = opened.enter_context(open(path, "rb"))
+            yield file
     except OSError as error:
         raise storage_error("read", path, error) from None
+
+
+def iterate_rows(path: str) -> Iterator[JsonObject]:
+    """The JSON objects of a file of rows; torn lines are skipped. Raises StorageError."""
+    with open_rows(path) as file:
+        yield from filter(None, map(read_row, file))
 
 
 def rows_backwards(path: str, containing: bytes = b"") -> Iterator[JsonObject]:
-    """The JSON objects of a file of rows, the last one first: those whose line contains `containing`. Nothing
-    if the file is not there. Raises StorageError."""
-    try:
-        with open(path, "rb") as file:
-            end, rest = file.seek(0, os.SEEK_END), b""
-            while end:
-                start = max(0, end - BLOCK_BYTES)
-                file.seek(start)
-                rest, *lines = (file.read(end - start) + rest).split(b"\n")
-                if not start:
-                    lines.insert(0, rest)
-                for line in reversed(lines):
-                    if containing in line and (row := read_row(line)):
-                        yield row
-                end = start
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except OSError as error:
-        raise storage_error("read", path, error) from None
+    """The JSON objects of a file of rows, the last one first: those whose line contains `containing`. Raises
+    StorageError."""
+    with open_rows(path) as file:
+        end, rest = file.seek(0, os.SEEK_END), b""
+        while end:
+            start = max(0, end - BLOCK_BYTES)
+            file.seek(start)
+            rest, *lines = (file.read(end - start) + rest).split(b"\n")
+            if not start:
+                lines.insert(0, rest)
+            for line in reversed(lines):
+                if containing in line and (row := read_row(line)):
+                    yield row
+            end = start
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -10640,16 +10641,11 @@ def find_broken_pass(facts: LoopFacts, sinks: Sequence[JsonObject]) -> Iterator[
 
 
 def recent_rows(path: str) -> list[JsonObject]:
-    """The rows in the last RECENT_BYTES of a file of rows; empty if it is not there. Raises StorageError."""
-    try:
-        with open(path, "rb") as file:
-            start = max(0, file.seek(0, os.SEEK_END) - RECENT_BYTES)
-            file.seek(start)
-            lines = file.read().splitlines()
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise storage_error("read", path, error) from None
+    """The rows in the last RECENT_BYTES of a file of rows. Raises StorageError."""
+    with open_rows(path) as file:
+        start = max(0, file.seek(0, os.SEEK_END) - RECENT_BYTES)
+        file.seek(start)
+        lines = file.read().splitlines()
     return list(filter(None, map(read_row, lines[1:] if start else lines)))
 
 
