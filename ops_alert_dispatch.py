@@ -11183,10 +11183,11 @@ def rows_with_later(job: Job, containing: bytes = b"") -> Iterator[tuple[JsonObj
             yield row, later.pop(identity, {})
 
 
-def log_text(entries: Sequence[JsonObject], now: float, *, several: bool) -> str:
-    """Entries of the log for people. `several`: name the loops."""
+def log_text(entries: Sequence[JsonObject], now: float) -> str:
+    """Entries of the log for people. If there are several loops, they are named."""
     if not entries:
         return "Nothing on record matches."
+    several = len({entry["loopId"] for entry in entries}) > 1
     rows = []
     for entry in entries:
         sinks = sorted(entry["sinks"], key=lambda sink: DELIVERY_WORDS.index(sink["status"]))
@@ -11263,9 +11264,8 @@ def log(
         with contextlib.suppress(ConfigError):  # no config can say whether the sink exists
             path = config_path(paths.repo, paths.config_file)
             check_sink(load_config(path, {}, check_env=False), sink_id)
-    several = len({entry["loopId"] for entry in entries}) > 1
     document = {"schemaVersion": SCHEMA_VERSION, "escalations": entries}
-    output.show(document, lambda: log_text(entries, time.time(), several=several))
+    output.show(document, lambda: log_text(entries, time.time()))
 
 
 def check_loop(job: Job) -> None:
