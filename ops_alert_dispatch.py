@@ -9981,11 +9981,10 @@ def resolution_document(config: Config, resolution: Resolution) -> JsonObject:
 
 def config_text(config: Config) -> str:
     """The config for people: the sinks and their secrets, where each category goes, and warnings."""
-    present = config.env_status()
 
     def secrets(sink: Sink) -> str:
-        names = sink.secret_refs.values()
-        return ", ".join(name if present[name]["present"] else f"{name} (unset)" for name in names)
+        refs = sink.secret_refs.items()
+        return ", ".join(name if key in sink.secrets else f"{name} (unset)" for key, name in refs)
 
     sinks = (
         (sink.id, sink.type, "yes" if sink.enabled else "no", sink.min_severity, secrets(sink))
