@@ -421,7 +421,6 @@ def plural(count: int, noun: str) -> str:
 
 # What must fit on the disk before anything is sent.
 RESERVE_BYTES = 256 << 10
-LOCK_WAIT_SECONDS = 1.0
 # How much of a file of rows is read at once from its end.
 BLOCK_BYTES = 1 << 20
 
@@ -603,7 +602,7 @@ def check_room(folder: str, *files: str, least: int = 0) -> None:
 
 
 @contextlib.contextmanager
-def loop_lock(path: str, wait: float = LOCK_WAIT_SECONDS) -> Iterator[bool]:
+def loop_lock(path: str, wait: float) -> Iterator[bool]:
     """Hold a loop's lock; yields False if it could not be had within `wait` seconds.
 
     The kernel drops the lock when the process ends, so none is left behind. Raises StorageError.
@@ -8285,6 +8284,10 @@ def loops_at_once() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (raised, most))
         allowed = raised
     return max(1, min(LOOPS_AT_ONCE, (allowed - FILES_BESIDES) // FILES_OF_A_LOOP))
+
+
+# How long a run waits for locks that other passes hold, if each of its loops is held.
+LOCK_WAIT_SECONDS = 1.0
 
 
 def run_loops(
