@@ -12268,11 +12268,7 @@ def init(repo: str, output: Output) -> None:
     make_folder(os.path.dirname(path))
     replace_file(path, json.dumps(document, indent=2).encode() + b"\n", durable=True)
     sinks = [
-        {
-            "id": sink_id,
-            "type": sink["type"],
-            "secretRefs": {key: name for key, name in sink.items() if key.endswith("Env")},
-        }
+        {"id": sink_id, "type": sink["type"], "secretRefs": variables_of(sink)}
         for sink_id, sink in document["sinks"].items()
     ]
     if output.is_json:
