@@ -9061,9 +9061,6 @@ def fit_columns(columns: dict[str, list[str]], drop: Iterable[str], room: int) -
     shorten(texts, LEAST_WIDTH)
 
 
-CONTEXT = {"help_option_names": ["--help", "-h"], "show_default": True}
-
-
 # Shell completion. What cannot be read is not offered, and nothing is said.
 
 
@@ -9240,7 +9237,7 @@ def output_options(
 
 @click.group(
     cls=Commands,
-    context_settings=CONTEXT,
+    context_settings={"help_option_names": ["--help", "-h"], "show_default": True},
     params=[VERSION_OPTION],
     epilog=examples("init", "test", "dispatch --loop night-build", "status") + FILES_HELP + EXIT_CODES_HELP,
 )
