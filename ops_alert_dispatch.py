@@ -12444,10 +12444,7 @@ def demo(form: str) -> None:
             "DEMO_ROUTING_KEY": uuid.uuid4().hex,
         }
         found = run_demo(repo, environ, received)
-    if form == "json":
-        Output(form, pretty=False).print_json(found)
-    else:
-        click.echo(demo_text(found, received))
+    Output(form, pretty=False).show(found, lambda: demo_text(found, received))
     if found["status"] == "failed":
         raise click.exceptions.Exit(EXIT_CHECK_FAILED)
 
