@@ -11688,13 +11688,19 @@ def find_selected(job: Job, config: Config, selection: Selection) -> list[Select
         in_queue = cursor is not None
         # The queue is closed: passes over other loops go on while the source is read.
         cursor = cursor or read_past(job).cursor
-        if selection.waiting_to is None and not (in_queue or cursor.number or cursor.line):
+        if selection.waiting_to is not None:
+            if not in_queue or selection.waiting_to == sys.maxsize:
+                with contextlib.closing(Source(job.escalations_file, cursor).find()) as source:
+                    known += [
+                        selectable_of(stored)
+                        for chunk in source.chunks()
+                        for line in chunk.lines
+                        if line.number <= selection.waiting_to
+                        for stored in escalations_of(job, chunk.cursor.segment, line)
+                    ]
+        elif not (in_queue or cursor.number or cursor.line):
             first = f"run `{command_line('dispatch', job)}` first"
             raise StateError(f"no pass has run for loop {job.loop_id} yet", [first])
-        if selection.waiting_to is not None and (not in_queue or selection.waiting_to == sys.maxsize):
-            with contextlib.closing(Source(job.escalations_file, cursor).find()) as source:
-                new = read_new(job, source)
-                known += [selectable_of(stored) for stored in new if stored.line <= selection.waiting_to]
         elif selection.lines is not None:
             with contextlib.closing(Source(job.escalations_file, cursor).find()) as source:
                 check_lines(job, source, selection.lines[0])
@@ -11713,13 +11719,6 @@ def find_selectable(queue: Queue, loop: int, cursor: Cursor, selection: Selectio
     if selection.lines is not None:
         return queue.on_lines(loop, cursor.segment, *selection.lines)
     return queue.with_id(loop, selection.escalation or "")
-
-
-def read_new(job: Job, source: Source) -> Iterator[QueuedEscalation]:
-    """The escalations that no pass has ingested. Raises StorageError."""
-    for chunk in source.chunks():
-        for line in chunk.lines:
-            yield from escalations_of(job, chunk.cursor.segment, line)
 
 
 def read_unknown(
