@@ -10083,6 +10083,10 @@ class Finding(NamedTuple):
     advice: str | None = None
 
 
+def worst_health(findings: Iterable[Finding]) -> Health:
+    return max((finding.health for finding in findings), key=HEALTH_ORDER.index, default="unknown")
+
+
 def advise(fault: object, sink: Sink | None, commands: Mapping[str, str]) -> str:
     """Say how to fix what a fault code stands for. `commands`: those of `commands_for`.
 
@@ -10261,7 +10265,7 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
         "generatedAt": iso(facts.now),
         "repoPath": job.repo,
         "loopId": job.loop_id,
-        "health": max((finding.health for finding in findings), key=HEALTH_ORDER.index),
+        "health": worst_health(findings),
         "alerts": {
             "dispatch": last_pass if document else None,
             "lastDelivery": {key: last.get(key) for key in DELIVERY_FIELDS} if last else None,
@@ -10950,12 +10954,10 @@ def line_for_a_monitor(
     statuses: Sequence[JsonObject], errors: Mapping[str, DispatchError]
 ) -> tuple[Health, str]:
     """The worst health of the loops, and one line that names the loops that have it and says why."""
-    found: list[tuple[Health, str]] = [
-        (known["health"], f"{known['loopId']}: {known['verdict']}") for known in statuses
-    ]
-    found += [("unknown", f"{name}: {error}".replace("\n", ";")) for name, error in errors.items()]
-    worst: Health = max((health for health, _ in found), key=HEALTH_ORDER.index, default="unknown")
-    words = [said for health, said in found if health == worst]
+    findings = [Finding(known["health"], f"{known['loopId']}: {known['verdict']}") for known in statuses]
+    findings += [Finding("unknown", f"{name}: {error}".replace("\n", ";")) for name, error in errors.items()]
+    worst = worst_health(findings)
+    words = [finding.words for finding in findings if finding.health == worst]
     said = "; ".join(words) or "no loop has escalations or a state"
     return worst, printable(f"ALERT DISPATCH {worst.upper()}: {said}")
 
