@@ -1306,11 +1306,11 @@ def validate_config(document: JsonObject) -> list[str]:
     faults = (
         fault for error in validator.iter_errors(document) for fault in explain_schema_error(error, common)
     )
-    found = {
+    return [
         *itertools.islice(faults, MAX_FAULTS + 1),
         *itertools.islice(check_references(document), MAX_FAULTS + 1),
-    }
-    return sorted(found | set(check_headers(document)))
+        *check_headers(document),
+    ]
 
 
 def explain_schema_error(error: Any, common: Iterable[str]) -> Iterator[str]:
