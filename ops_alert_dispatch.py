@@ -1251,11 +1251,12 @@ def parse_config(path: str, raw: bytes) -> tuple[JsonObject, list[str]]:
     except (RecursionError, ValueError):
         why = "nested too deeply, or a number too long; correct the file"
     else:
-        if isinstance(document, dict) and not too_deep(document):
-            return document, faults
-        why = "must be one JSON object; see the README's full example"
-        if isinstance(document, dict):
+        if not isinstance(document, dict):
+            why = "must be one JSON object; see the README's full example"
+        elif too_deep(document):
             why = f"nested more than {MAX_DEPTH} deep; correct the file"
+        else:
+            return document, faults
     raise config_error(path, [f"$: {why}"])
 
 
@@ -1384,9 +1385,7 @@ def show_value(value: object) -> str:
 
 
 def kind_of(value: object) -> str:
-    if value is None:
-        return "null"
-    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
+    names = {type(None): "null", dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
     return names.get(type(value), "a number")
 
 
