@@ -11841,22 +11841,25 @@ def operator_pass(job: Job, config: Config, woken: Collection[str] = ()) -> Iter
             yield loop
 
 
+def still_selected(loop: Loop, selection: Selection, shown: Sequence[Selectable]) -> list[Selectable]:
+    """The deliveries that an operator was shown, without those that a pass or a command has changed since, so
+    that they are not selected any more."""
+    keys = {item.key for item in shown}
+    known = find_selectable(loop.queue, loop.id, loop.source.cursor, selection)
+    return [item for item in select(known, loop.shared.router, selection) if item.key in keys]
+
+
 def redeliver_selected(
     job: Job, config: Config, selection: Selection, shown: Sequence[Selectable]
 ) -> list[JsonObject]:
-    """Queue the deliveries again that an operator was shown, and run a pass. Returns what came of each.
-
-    Leaves out those that are not selected any more, because a pass or a command changed them since. Raises
-    DispatchError.
-    """
-    keys = {item.key for item in shown}
+    """Queue the deliveries again that an operator was shown, if they are still selected, and run a pass.
+    Returns what came of each. Raises DispatchError."""
     woken = {item.sink for item in shown}
     with operator_pass(job, config, woken) as loop, loop.shared.clock.ends_on_signals():
         queue, shared = loop.queue, loop.shared
         with queue.transaction():
-            add_unknown(loop, selection, {key[:3] for key in keys})
-            known = find_selectable(queue, loop.id, loop.source.cursor, selection)
-            chosen = [item for item in select(known, shared.router, selection) if item.key in keys]
+            add_unknown(loop, selection, {item.key[:3] for item in shown})
+            chosen = still_selected(loop, selection, shown)
             for item in chosen:
                 resolution = shared.router.resolve(item.category, item.severity)
                 peers = shared.peers[item.sink]
@@ -11916,13 +11919,11 @@ def skip_deliveries(
 ) -> tuple[list[Selectable], str]:
     """Skip the deliveries that an operator was shown, and write that into the telemetry. Returns those
     that were still there, and the segment of the source's current file. Raises DispatchError."""
-    keys = {item.key for item in shown}
     with operator_pass(job, config) as loop:
         queue = loop.queue
         while (loop.is_new or selection.waiting_to == sys.maxsize) and loop.ingest():
             queue.tidy()
-        known = find_selectable(queue, loop.id, loop.source.cursor, selection)
-        chosen = [item for item in select(known, loop.shared.router, selection) if item.key in keys]
+        chosen = still_selected(loop, selection, shown)
         for start in range(0, len(chosen), ROWS_AT_ONCE):
             with queue.transaction():
                 for item in chosen[start : start + ROWS_AT_ONCE]:
