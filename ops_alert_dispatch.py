@@ -11676,9 +11676,10 @@ def operator_lock(job: Job) -> Iterator[None]:
 def find_selected(job: Job, config: Config, selection: Selection) -> list[Selectable]:
     """Find the deliveries that an operator names. Changes nothing.
 
-    Raises BadParameter if there is no such escalation or line; StateError if there is no such loop, if a pass
-    holds it, or if this needs an earlier pass and there was none; StorageError.
+    Raises BadParameter if there is no such sink, escalation or line; StateError if there is no such loop, if
+    a pass holds it, or if this needs an earlier pass and there was none; StorageError.
     """
+    check_sink(config, selection.sink_id)
     with operator_lock(job):
         known: list[Selectable] = []
         cursor = None
@@ -12040,7 +12041,6 @@ def redeliver(
         sink_id=sink_id,
     )
     loaded = load_config(job.config_file, os.environ)
-    check_sink(loaded, sink_id)
     found = find_selected(job, loaded, selection)
     shown = leave_out_disabled(found, loaded, sink_id)
     check_credentials([loaded.sinks[name] for name in {item.sink for item in shown}])
@@ -12147,7 +12147,6 @@ def skip(
     )
     selection = Selection(dead_letters, None if dead_letters else to_line or sys.maxsize, sink_id=sink_id)
     loaded = load_config(job.config_file, os.environ)
-    check_sink(loaded, sink_id)
     shown = find_selected(job, loaded, selection)
     skipped: list[Selectable] = []
     segment = ""
