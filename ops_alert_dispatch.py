@@ -1331,10 +1331,9 @@ def explain_schema_error(error: Any, common: Iterable[str]) -> Iterator[str]:
                 if key not in known and not key.startswith("x-"):
                     yield f"{json_path([*path, key])}: unknown key; {suggest(key, known)}"
         case "enum":
-            text = show_value(value)
             near = nearest(value, rule)
             advice = f"did you mean {near!r}?" if near else "set it to one of them"
-            yield f"{json_path(path)}: {text} is not one of {', '.join(rule)}; {advice}"
+            yield f"{json_path(path)}: {show_value(value)} is not one of {', '.join(rule)}; {advice}"
         case "const":
             yield f"{json_path(path)}: {show_value(value)} is not {json.dumps(rule)}; set it to that"
         case "type":
@@ -10308,7 +10307,7 @@ def read_config_if_any(job: Job, document: JsonObject) -> tuple[Config | None, b
         # `status` may run on a machine that has no config.
         return None, None, [f"config not read: {job.config_file} is not there"]
     enabled = any(sink.enabled for sink in config.sinks.values())
-    return config, True, list(config_warnings(config)) if enabled else []
+    return config, True, config_warnings(config) if enabled else []
 
 
 def read_unread(job: Job, cursor: Cursor, config: Config | None) -> Unread:
@@ -10810,7 +10809,7 @@ DELIVERY_OUTCOMES = {
 }
 
 
-def prometheus_text(statuses: Sequence[JsonObject], unreadable: Sequence[str]) -> str:
+def prometheus_text(statuses: Sequence[JsonObject], unreadable: Iterable[str]) -> str:
     """The status of loops as text exposition, for node_exporter's textfile collector.
 
     `unreadable`: the loops whose status is not known.
@@ -10936,7 +10935,7 @@ def status(
     for name, problem in errors.items():
         click.echo(f"error: loop {name}: {problem}", err=True)
     if output.form == "prometheus":
-        click.echo(prometheus_text(statuses, list(errors)))
+        click.echo(prometheus_text(statuses, errors))
     elif output.is_json:
         output.print_json(statuses[0] if loop_id else {"loops": statuses})
     elif statuses:
