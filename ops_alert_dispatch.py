@@ -11112,9 +11112,10 @@ def with_reasons(job: Job, entries: Sequence[JsonObject]) -> list[JsonObject]:
         for entry in entries
         if entry["loopId"] == job.loop_id and not entry["sinks"] and "reasonCode" not in entry
     }
+    oldest = min(unexplained.values(), default="")
     rows: dict[str, JsonObject] = {}
     for row in rows_backwards(job.telemetry_file) if unexplained else ():
-        if len(rows) == len(unexplained) or str(row.get("timestamp")) < min(unexplained.values()):
+        if len(rows) == len(unexplained) or str(row.get("timestamp")) < oldest:
             break
         if row.get("escalationId") in unexplained and not row.get("late"):
             rows.setdefault(row["escalationId"], row)
