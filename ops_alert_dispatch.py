@@ -985,10 +985,10 @@ def kind_of_variable(key: str) -> VariableKind:
 class DeliveryPolicy(NamedTuple):
     """When a failed delivery is tried again. Times are in seconds."""
 
-    max_attempts_per_pass: int = 3
-    backoff_initial: float = 30.0
-    backoff_max: float = 900.0
-    give_up_after: float = 86400.0
+    max_attempts_per_pass: int
+    backoff_initial: float
+    backoff_max: float
+    give_up_after: float
 
 
 class Config(NamedTuple):
@@ -1079,7 +1079,6 @@ def load_config(
         raise config_error(path, [redactor.mask(fault) for fault in faults])
     delivery = document.get("delivery", {})
     backoff = delivery.get("backoffSeconds", {})
-    defaults = DeliveryPolicy()
     return Config(
         path=path,
         digest=digest,
@@ -1087,10 +1086,10 @@ def load_config(
         default_min_severity=document["defaultMinSeverity"],
         sinks=sinks_of(document, environ),
         policy=DeliveryPolicy(
-            max_attempts_per_pass=delivery.get("maxAttemptsPerPass", defaults.max_attempts_per_pass),
-            backoff_initial=backoff.get("initial", min(defaults.backoff_initial, backoff.get("max", 30.0))),
-            backoff_max=backoff.get("max", max(defaults.backoff_max, backoff.get("initial", 0.0))),
-            give_up_after=delivery.get("giveUpAfterSeconds", defaults.give_up_after),
+            max_attempts_per_pass=delivery.get("maxAttemptsPerPass", 3),
+            backoff_initial=backoff.get("initial", min(30.0, backoff.get("max", 30.0))),
+            backoff_max=backoff.get("max", max(900.0, backoff.get("initial", 0.0))),
+            give_up_after=delivery.get("giveUpAfterSeconds", 86400.0),
         ),
         env_checked=check_env,
         redactor=redactor,
