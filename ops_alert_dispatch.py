@@ -10039,8 +10039,9 @@ def resolution_text(resolution: Resolution) -> str:
 # ---------------------------------------------------------------------------------------------------------
 # Status: is it working, what is stuck, why, what to do
 # ---------------------------------------------------------------------------------------------------------
-# Reads the queue, the summary, the source and the ends of the telemetry files. Sends nothing and makes no
-# file or folder. Only `--ack` writes, to the queue.
+# Reads the queue, the summary, the source and the ends of the telemetry files (`read_facts`), judges what it
+# has read (`loop_status`, `find_troubles`), and shows that. Sends nothing and makes no file or folder. Only
+# `--ack` writes, to the queue.
 
 # An unfinished line is reported if its writer has been silent for this many seconds.
 WRITER_GRACE = 60.0
@@ -10245,6 +10246,74 @@ def read_facts(job: Job, critical_after: float) -> LoopFacts:
     return facts
 
 
+def where_it_worked(job: Job) -> Job:
+    """A job on the queue, source and telemetry that the last pass used, if this one names files that do not
+    exist."""
+    document = summary_if_readable(job)
+    files: dict[str, Any] = {}
+    for key, name in (
+        ("escalationsFile", "escalations_file"),
+        ("dispatchTelemetryFile", "telemetry_file"),
+        ("queueFile", "queue_file"),
+    ):
+        path = document.get(key)
+        if isinstance(path, str) and os.path.isfile(path) and not os.path.lexists(getattr(job, name)):
+            files[name] = path
+    return job._replace(**files)
+
+
+def recent_rows(path: str) -> list[JsonObject]:
+    """The rows in the last RECENT_BYTES of a file of rows. Raises StorageError."""
+    with open_rows(path) as file:
+        start = max(0, file.seek(0, os.SEEK_END) - RECENT_BYTES)
+        file.seek(start)
+        lines = file.read().splitlines()
+    return list(filter(None, map(read_row, lines[1:] if start else lines)))
+
+
+def last_failures(job: Job) -> dict[str, JsonObject]:
+    """The last failed attempt of each sink that has one at the end of the attempts file."""
+    return {
+        str(row.get("sinkId")): {"timestamp": None, **row}
+        for row in recent_rows(job.attempts_file)
+        if row.get("loopId") == job.loop_id
+        and "peer" not in row
+        and row.get("outcome") in ("retry", "misconfigured", "dead_letter")
+    }
+
+
+def read_config_if_any(job: Job, document: JsonObject) -> tuple[Config | None, bool | None, list[str]]:
+    """The config, None if it cannot be read; whether it is valid, None if there is none; notes about it."""
+    try:
+        known = as_text(document.get("configDigest"))
+        config = load_config(job.config_file, {}, check_env=False, known_digest=known)
+    except ConfigError as error:
+        if os.path.exists(job.config_file):
+            return None, False, [error.headline, *error.faults]
+        # `status` may run on a machine that has no config.
+        return None, None, [f"config not read: {job.config_file} is not there"]
+    enabled = any(sink.enabled for sink in config.sinks.values())
+    return config, True, config_warnings(config) if enabled else []
+
+
+def read_unread(job: Job, cursor: Cursor, config: Config | None) -> Unread:
+    """Read the lines that no pass has read yet. Raises StorageError."""
+    router = Router(config) if config else None
+    lines, oldest = 0, None
+    by_sink: dict[str, tuple[int, str | None]] = {}
+    with contextlib.closing(Source(job.escalations_file, cursor).find()) as source:
+        for line in (line for chunk in source.chunks() for line in chunk.lines):
+            lines += 1
+            for found in parse_line(line.text, line.size, job.loop_id):
+                if isinstance(found, Unusable):
+                    continue
+                oldest = oldest or found.written_at
+                for sink in router.resolve(found.category, found.severity).dispatchable if router else ():
+                    count, first = by_sink.get(sink.id, (0, found.written_at))
+                    by_sink[sink.id] = (count + 1, first)
+    return Unread(lines, oldest, by_sink)
+
+
 def loop_status(job: Job, critical_after: float) -> JsonObject:
     """The status of a loop and its sinks. Works without config, secrets or queue, and says what it does not
     know.
@@ -10293,38 +10362,6 @@ def notes_of_sinks(facts: LoopFacts, sinks: Sequence[JsonObject]) -> Iterator[st
             yield f"{waiting} waiting for {sink['id']} will be given up: the config has no such sink any more"
     if facts.was_invalid:
         yield f"the last pass found the config invalid: {facts.document.get('message')}"
-
-
-def read_config_if_any(job: Job, document: JsonObject) -> tuple[Config | None, bool | None, list[str]]:
-    """The config, None if it cannot be read; whether it is valid, None if there is none; notes about it."""
-    try:
-        known = as_text(document.get("configDigest"))
-        config = load_config(job.config_file, {}, check_env=False, known_digest=known)
-    except ConfigError as error:
-        if os.path.exists(job.config_file):
-            return None, False, [error.headline, *error.faults]
-        # `status` may run on a machine that has no config.
-        return None, None, [f"config not read: {job.config_file} is not there"]
-    enabled = any(sink.enabled for sink in config.sinks.values())
-    return config, True, config_warnings(config) if enabled else []
-
-
-def read_unread(job: Job, cursor: Cursor, config: Config | None) -> Unread:
-    """Read the lines that no pass has read yet. Raises StorageError."""
-    router = Router(config) if config else None
-    lines, oldest = 0, None
-    by_sink: dict[str, tuple[int, str | None]] = {}
-    with contextlib.closing(Source(job.escalations_file, cursor).find()) as source:
-        for line in (line for chunk in source.chunks() for line in chunk.lines):
-            lines += 1
-            for found in parse_line(line.text, line.size, job.loop_id):
-                if isinstance(found, Unusable):
-                    continue
-                oldest = oldest or found.written_at
-                for sink in router.resolve(found.category, found.severity).dispatchable if router else ():
-                    count, first = by_sink.get(sink.id, (0, found.written_at))
-                    by_sink[sink.id] = (count + 1, first)
-    return Unread(lines, oldest, by_sink)
 
 
 def sink_status(facts: LoopFacts, sink_id: str) -> JsonObject:
@@ -10379,6 +10416,23 @@ def sink_health(
     return "warning" if to_come or figure["deadLetterCount"] or figure["laggingPeers"] else "ok"
 
 
+def is_silent(facts: LoopFacts, sinks: Sequence[JsonObject]) -> bool:
+    """Tell whether something has waited for too long, and no pass has run since.
+
+    Something without a timestamp has waited for too long. If the state file does not say when the last pass
+    ran, the last row of the telemetry does.
+    """
+    waiting = [sink["oldestPendingAt"] for sink in sinks if sink["lagCount"] and sink["health"] != "disabled"]
+    waiting += [facts.unread.oldest] if facts.unread.lines else []
+    times = (
+        parse_time(row.get(key)) for row, key in ((facts.document, "updatedAt"), (facts.last, "timestamp"))
+    )
+    # A time in the future, from a clock that was wrong, would hide that no pass runs.
+    last_pass = next((at for at in times if at is not None and at <= facts.now + WRITER_GRACE), 0.0)
+    waiting_since = min((parse_time(at) or 0.0 for at in waiting), default=facts.now)
+    return facts.now - max(0.0, last_pass, waiting_since) > facts.critical_after
+
+
 def last_hours(counts: Mapping[int, tuple[int, int]], now: float) -> list[JsonObject]:
     """The last 24 hours, oldest first: when each began, deliveries made, and attempts that failed."""
     last = int(now // 3600)
@@ -10389,23 +10443,25 @@ def last_hours(counts: Mapping[int, tuple[int, int]], now: float) -> list[JsonOb
     ]
 
 
-BARS = "▁▂▃▄▅▆▇█"
+def sink_entries(row: JsonObject) -> list[JsonObject]:
+    """What a telemetry row says about each sink; empty if it names none, or is malformed."""
+    entries = row.get("sinks")
+    return [mapping(entry) for entry in entries] if isinstance(entries, list) else []
 
 
-def bar_chart(hours: Sequence[JsonObject]) -> Styled:
-    """The attempts of the last hours in one cell: green if all succeeded, red if all failed, else yellow."""
-    highest = max((hour["delivered"] + hour["failed"] for hour in hours), default=0)
-    bars = []
-    for hour in hours:
-        count = hour["delivered"] + hour["failed"]
-        if not count:
-            bars.append(BARS[0])
+def count_failures(rows: Iterable[JsonObject]) -> list[JsonObject]:
+    """Count the reasons for failure in rows, the most frequent first."""
+    found: dict[str, JsonObject] = {}
+    for row in rows:
+        if row.get("status") not in ("failed", "partial", "failed_command"):
             continue
-        colour = "green" if not hour["failed"] else "yellow" if hour["delivered"] else "red"
-        # Even a single attempt is higher than none.
-        height = max(1, round(count / highest * (len(BARS) - 1)))
-        bars.append(click.style(BARS[height], fg=colour))
-    return Styled("".join(bars))
+        codes = {entry.get("reasonCode") for entry in sink_entries(row) if entry.get("status") == "failed"}
+        for code in codes or {row.get("reasonCode")}:
+            if isinstance(code, str):
+                reason = found.setdefault(code, {"reasonCode": code, "count": 0, "lastSeenAt": None})
+                reason["count"] += 1
+                reason["lastSeenAt"] = row.get("timestamp")
+    return sorted(found.values(), key=lambda reason: (-reason["count"], reason["reasonCode"]))
 
 
 def find_troubles(facts: LoopFacts, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
@@ -10452,6 +10508,27 @@ def find_obstacle(facts: LoopFacts) -> Finding | None:
         return Finding("unknown", words, f"`{init}` writes one, or name yours with --alert-config-file")
     advice = f"run `{commands['dispatch']}`, or hook it into reconcile"
     return Finding("unknown", "no pass has run yet", advice)
+
+
+def find_broken_pass(facts: LoopFacts, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
+    """Report that the last pass ended with an error: its summary says so, or the row that reconcile writes if
+    there is no summary of it."""
+    last, document = facts.last, facts.document
+    words, since, said = "the last pass ended", None, None
+    if document.get("status") == "error":
+        said, since = document.get("message"), parse_time(document.get("failedSince"))
+        if since is not None and document["failedSince"] != document.get("updatedAt"):
+            words = f"every pass since {document['failedSince']} ended"
+    elif last.get("status") == "failed_command":
+        ended, worked = parse_time(last.get("timestamp")), parse_time(document.get("updatedAt"))
+        if ended is not None and (worked is None or ended >= worked):
+            said = last.get("message")
+    if said is not None:
+        waits = bool(facts.unread.lines) or any(sink["lagCount"] for sink in sinks)
+        long = since is not None and facts.now - since > facts.critical_after
+        words = f"{words} with an error: {cut(printable(str(said)), 300)}"
+        advice = f"do what the error says; `{facts.commands['dispatch']}` tries again"
+        yield Finding("critical" if waits and long else "warning", words, advice)
 
 
 def find_silence(facts: LoopFacts, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
@@ -10510,15 +10587,6 @@ def find_lagging_peers(sinks: Sequence[JsonObject]) -> Iterator[Finding]:
             yield Finding("warning", words, advice)
 
 
-def find_wrong_clocks(sinks: Sequence[JsonObject]) -> Iterator[Finding]:
-    """Report the sinks whose clocks differ from this machine's."""
-    for sink in sinks:
-        if wrong := clock_words(sink["clockOffsetSeconds"]):
-            words = f"the clock of {sink['id']} is {wrong} this machine's"
-            advice = f"compare `date -u` with {sink['id']}, and set the one that is wrong"
-            yield Finding("warning", words, advice)
-
-
 def find_dead_letters(facts: LoopFacts, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
     """Report the dead letters."""
     if dead := [sink for sink in sinks if sink["deadLetterCount"]]:
@@ -10530,44 +10598,20 @@ def find_dead_letters(facts: LoopFacts, sinks: Sequence[JsonObject]) -> Iterator
         yield Finding("warning", words, advice)
 
 
+def find_wrong_clocks(sinks: Sequence[JsonObject]) -> Iterator[Finding]:
+    """Report the sinks whose clocks differ from this machine's."""
+    for sink in sinks:
+        if wrong := clock_words(sink["clockOffsetSeconds"]):
+            words = f"the clock of {sink['id']} is {wrong} this machine's"
+            advice = f"compare `date -u` with {sink['id']}, and set the one that is wrong"
+            yield Finding("warning", words, advice)
+
+
 def clock_words(offset: float | None) -> str | None:
     """Say how far a clock is off; None if too little to matter."""
     if offset is None or abs(offset) <= CLOCK_TOLERANCE:
         return None
     return f"{abs(offset):.0f} s {'ahead of' if offset > 0 else 'behind'}"
-
-
-def where_it_worked(job: Job) -> Job:
-    """A job on the queue, source and telemetry that the last pass used, if this one names files that do not
-    exist."""
-    document = summary_if_readable(job)
-    files: dict[str, Any] = {}
-    for key, name in (
-        ("escalationsFile", "escalations_file"),
-        ("dispatchTelemetryFile", "telemetry_file"),
-        ("queueFile", "queue_file"),
-    ):
-        path = document.get(key)
-        if isinstance(path, str) and os.path.isfile(path) and not os.path.lexists(getattr(job, name)):
-            files[name] = path
-    return job._replace(**files)
-
-
-def is_silent(facts: LoopFacts, sinks: Sequence[JsonObject]) -> bool:
-    """Tell whether something has waited for too long, and no pass has run since.
-
-    Something without a timestamp has waited for too long. If the state file does not say when the last pass
-    ran, the last row of the telemetry does.
-    """
-    waiting = [sink["oldestPendingAt"] for sink in sinks if sink["lagCount"] and sink["health"] != "disabled"]
-    waiting += [facts.unread.oldest] if facts.unread.lines else []
-    times = (
-        parse_time(row.get(key)) for row, key in ((facts.document, "updatedAt"), (facts.last, "timestamp"))
-    )
-    # A time in the future, from a clock that was wrong, would hide that no pass runs.
-    last_pass = next((at for at in times if at is not None and at <= facts.now + WRITER_GRACE), 0.0)
-    waiting_since = min((parse_time(at) or 0.0 for at in waiting), default=facts.now)
-    return facts.now - max(0.0, last_pass, waiting_since) > facts.critical_after
 
 
 def find_lost(facts: LoopFacts) -> Iterator[Finding]:
@@ -10617,68 +10661,6 @@ def find_unfinished(facts: LoopFacts) -> Iterator[Finding]:
         end = f"`echo >>{shell_line(facts.job.escalations_file)}`"
         advice = f"if its writer has gone, end the line: {end}; the next pass sends it"
         yield Finding("warning", words, advice)
-
-
-def find_broken_pass(facts: LoopFacts, sinks: Sequence[JsonObject]) -> Iterator[Finding]:
-    """Report that the last pass ended with an error: its summary says so, or the row that reconcile writes if
-    there is no summary of it."""
-    last, document = facts.last, facts.document
-    words, since, said = "the last pass ended", None, None
-    if document.get("status") == "error":
-        said, since = document.get("message"), parse_time(document.get("failedSince"))
-        if since is not None and document["failedSince"] != document.get("updatedAt"):
-            words = f"every pass since {document['failedSince']} ended"
-    elif last.get("status") == "failed_command":
-        ended, worked = parse_time(last.get("timestamp")), parse_time(document.get("updatedAt"))
-        if ended is not None and (worked is None or ended >= worked):
-            said = last.get("message")
-    if said is not None:
-        waits = bool(facts.unread.lines) or any(sink["lagCount"] for sink in sinks)
-        long = since is not None and facts.now - since > facts.critical_after
-        words = f"{words} with an error: {cut(printable(str(said)), 300)}"
-        advice = f"do what the error says; `{facts.commands['dispatch']}` tries again"
-        yield Finding("critical" if waits and long else "warning", words, advice)
-
-
-def recent_rows(path: str) -> list[JsonObject]:
-    """The rows in the last RECENT_BYTES of a file of rows. Raises StorageError."""
-    with open_rows(path) as file:
-        start = max(0, file.seek(0, os.SEEK_END) - RECENT_BYTES)
-        file.seek(start)
-        lines = file.read().splitlines()
-    return list(filter(None, map(read_row, lines[1:] if start else lines)))
-
-
-def last_failures(job: Job) -> dict[str, JsonObject]:
-    """The last failed attempt of each sink that has one at the end of the attempts file."""
-    return {
-        str(row.get("sinkId")): {"timestamp": None, **row}
-        for row in recent_rows(job.attempts_file)
-        if row.get("loopId") == job.loop_id
-        and "peer" not in row
-        and row.get("outcome") in ("retry", "misconfigured", "dead_letter")
-    }
-
-
-def sink_entries(row: JsonObject) -> list[JsonObject]:
-    """What a telemetry row says about each sink; empty if it names none, or is malformed."""
-    entries = row.get("sinks")
-    return [mapping(entry) for entry in entries] if isinstance(entries, list) else []
-
-
-def count_failures(rows: Iterable[JsonObject]) -> list[JsonObject]:
-    """Count the reasons for failure in rows, the most frequent first."""
-    found: dict[str, JsonObject] = {}
-    for row in rows:
-        if row.get("status") not in ("failed", "partial", "failed_command"):
-            continue
-        codes = {entry.get("reasonCode") for entry in sink_entries(row) if entry.get("status") == "failed"}
-        for code in codes or {row.get("reasonCode")}:
-            if isinstance(code, str):
-                reason = found.setdefault(code, {"reasonCode": code, "count": 0, "lastSeenAt": None})
-                reason["count"] += 1
-                reason["lastSeenAt"] = row.get("timestamp")
-    return sorted(found.values(), key=lambda reason: (-reason["count"], reason["reasonCode"]))
 
 
 HEALTH_COLOURS = {"ok": "green", "warning": "yellow", "critical": "red", "unknown": "yellow"}
@@ -10748,6 +10730,25 @@ def sinks_table(sinks: Sequence[JsonObject], now: float) -> str:
     )
     drop = ("LAST FAILURE", "LAST SUCCESS", "NEXT ATTEMPT", "OLDEST", "LAST 24 HOURS", "DEAD")
     return table(headings, rows, drop)
+
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def bar_chart(hours: Sequence[JsonObject]) -> Styled:
+    """The attempts of the last hours in one cell: green if all succeeded, red if all failed, else yellow."""
+    highest = max((hour["delivered"] + hour["failed"] for hour in hours), default=0)
+    bars = []
+    for hour in hours:
+        count = hour["delivered"] + hour["failed"]
+        if not count:
+            bars.append(BARS[0])
+            continue
+        colour = "green" if not hour["failed"] else "yellow" if hour["delivered"] else "red"
+        # Even a single attempt is higher than none.
+        height = max(1, round(count / highest * (len(BARS) - 1)))
+        bars.append(click.style(BARS[height], fg=colour))
+    return Styled("".join(bars))
 
 
 def reasons_table(reasons: Sequence[JsonObject], now: float) -> str:
