@@ -433,6 +433,22 @@ def stat_of(path: str, *, follow_symlinks: bool = True) -> os.stat_result | None
         return None
 
 
+def may_be_there(path: str, *, follow_symlinks: bool = True) -> bool:
+    """Tell whether there is something at a path. If that cannot be seen, say yes."""
+    try:
+        return stat_of(path, follow_symlinks=follow_symlinks) is not None
+    except OSError:
+        return True
+
+
+def same_file(one: str, other: str) -> bool:
+    """Tell whether two paths are the same, or lead to the same file. If that cannot be seen, say no."""
+    try:
+        return one == other or os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
 def make_folder(path: str) -> None:
     """Make a folder that only this user can read; one that is there keeps its mode. Raises StorageError."""
     if os.path.isdir(path):
@@ -520,22 +536,6 @@ def check_appendable(path: str) -> None:
         os.close(open_own(path, os.O_RDWR | os.O_APPEND))
     except OSError as error:
         raise storage_error("append to", path, error) from None
-
-
-def may_be_there(path: str, *, follow_symlinks: bool = True) -> bool:
-    """Tell whether there is something at a path. If that cannot be seen, say yes."""
-    try:
-        return stat_of(path, follow_symlinks=follow_symlinks) is not None
-    except OSError:
-        return True
-
-
-def same_file(one: str, other: str) -> bool:
-    """Tell whether two paths are the same, or lead to the same file. If that cannot be seen, say no."""
-    try:
-        return one == other or os.path.samefile(one, other)
-    except OSError:
-        return False
 
 
 def replace_file(path: str, data: bytes, *, durable: bool) -> None:
