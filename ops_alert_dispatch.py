@@ -12582,9 +12582,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.UsageError as error:
         complain(error)
         return EXIT_USAGE
-    except click.ClickException as error:
-        complain(error)
-        return EXIT_STORAGE
     except (click.Abort, KeyboardInterrupt):
         complain("aborted")
         return EXIT_INTERRUPTED
@@ -12599,7 +12596,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_STORAGE
 
 
-def complain(about: str | click.ClickException) -> None:
+def complain(about: str | click.UsageError) -> None:
     """Say on standard error what is wrong. If nobody can read that, say nothing."""
     with contextlib.suppress(OSError):
         if isinstance(about, str):
