@@ -9770,7 +9770,7 @@ def what_is_left(sink: JsonObject, *, failing: bool) -> str | None:
     if sink.get("enabled") is False:
         return "disabled"
     if failing:
-        return cut(why_it_failed(sink), 200)
+        return cut(why_it_failed(sink), SHOWN_CHARACTERS)
     if not sink["waitingCount"]:
         return "given up: status says why" if sink["deadLetterCount"] else None
     rate = sink.get("perMinute")
@@ -10697,7 +10697,7 @@ def status_text(status: JsonObject) -> str:
         lines.append(unread_words(status["unreadCount"]))
     for sink in status["sinks"]:
         if sink["reasonCode"]:
-            why = cut(why_it_failed(sink), 200)
+            why = cut(why_it_failed(sink), SHOWN_CHARACTERS)
             ago = how_long(sink["lastFailureAt"], now)
             lines.append(printable(f"{sink['id']}: last failure {ago}: {why}"))
     if last := status["alerts"]["dispatch"]:
@@ -11415,7 +11415,7 @@ def escalation_text(found: JsonObject, now: float) -> str:
     for item in found["deliveries"]:
         name = f"{item['sinkId']} ({item['peer']})" if "peer" in item else item["sinkId"]
         word = click.style(item["status"], fg=DELIVERY_COLOURS[item["status"]])
-        why = f": {cut(why_it_failed(item), 200)}" if item["reasonCode"] else ""
+        why = f": {cut(why_it_failed(item), SHOWN_CHARACTERS)}" if item["reasonCode"] else ""
         lines.append(f"{printable(name)}  {word}{printable(why)}")
         lines += [printable(f"  {attempt_text(attempt, now)}") for attempt in item["attempts"]]
     if "record" in found:
@@ -11431,7 +11431,7 @@ def attempt_text(attempt: JsonObject, now: float) -> str:
     when = how_long(as_text(attempt.get("timestamp")), now)
     took = f", {attempt.get('durationMs', 0)} ms" if attempt.get("attempt") else ""
     fault = f", fault code {attempt['faultCode']}" if "faultCode" in attempt else ""
-    return f"{when}: {attempt.get('outcome')} {cut(str(said), 200)}{took}{fault}"
+    return f"{when}: {attempt.get('outcome')} {cut(str(said), SHOWN_CHARACTERS)}{took}{fault}"
 
 
 @cli.command(epilog=examples("show esc_4f2a", "show esc_4f2a --loop night-build --pretty"))
