@@ -9337,7 +9337,7 @@ def dispatch(
         summary = summary_of_one(jobs[0], outcomes[jobs[0].loop_id])
     errors = {name: error for name, error in outcomes.items() if isinstance(error, DispatchError)}
     for name, error in errors.items():
-        click.echo(f"error: loop {printable(name)}: {error}", err=True)
+        click.echo(f"error: loop {name}: {error}", err=True)
     output.show(summary, lambda: dispatch_text(summary))
     if errors:
         raise click.exceptions.Exit(max(error.exit_code for error in errors.values()))
