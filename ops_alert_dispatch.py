@@ -10430,7 +10430,7 @@ def is_silent(facts: LoopFacts, sinks: Sequence[JsonObject]) -> bool:
     # A time in the future, from a clock that was wrong, would hide that no pass runs.
     last_pass = next((at for at in times if at is not None and at <= facts.now + WRITER_GRACE), 0.0)
     waiting_since = min((parse_time(at) or 0.0 for at in waiting), default=facts.now)
-    return facts.now - max(0.0, last_pass, waiting_since) > facts.critical_after
+    return facts.now - max(last_pass, waiting_since) > facts.critical_after
 
 
 def last_hours(counts: Mapping[int, tuple[int, int]], now: float) -> list[JsonObject]:
@@ -10737,7 +10737,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 def bar_chart(hours: Sequence[JsonObject]) -> Styled:
     """The attempts of the last hours in one cell: green if all succeeded, red if all failed, else yellow."""
-    highest = max((hour["delivered"] + hour["failed"] for hour in hours), default=0)
+    highest = max(hour["delivered"] + hour["failed"] for hour in hours)
     bars = []
     for hour in hours:
         count = hour["delivered"] + hour["failed"]
