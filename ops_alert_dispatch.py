@@ -9809,11 +9809,11 @@ PLAN_WORDS = {"send": "send", "wait": "waiting", "keep": "waiting", "drop": "dea
 def plan_text(plans: Sequence[JsonObject], *, several: bool) -> str:
     """The plans of loops for people. `several`: name the loops."""
     now = time.time()
-    lines = ["Nothing was sent or written. This is what a pass would do, if each sink took it in time."]
-    if written := [plan["oldestAt"] for plan in plans if plan["oldestAt"]]:
-        oldest = min(written, key=by_time)
-        lines.append(f"Of what it would send, the oldest was written {how_long(oldest, now)}.")
     if any(plan["escalations"] for plan in plans):
+        lines = ["Nothing was sent or written. This is what a pass would do, if each sink took it in time."]
+        if written := [plan["oldestAt"] for plan in plans if plan["oldestAt"]]:
+            oldest = min(written, key=by_time)
+            lines.append(f"Of what it would send, the oldest was written {how_long(oldest, now)}.")
         lines += ["", plan_table(plans, now, several=several)]
     else:
         lines = ["Nothing waits: a pass would send nothing."]
