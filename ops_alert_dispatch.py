@@ -4520,13 +4520,11 @@ class Queue:
         dead = "SELECT escalation FROM deliveries INDEXED BY dead WHERE status = 'dead' AND loop = ?"
         return self._selectable(loop, f"e.id IN ({dead}) AND d.status = 'dead'", loop)
 
-    def waiting_up_to(self, loop: int, sink: str, segment: str, line: int) -> list[Selectable]:
-        """What waits of a loop for a sink, but for the lines after `line` of this segment."""
+    def waiting_for(self, loop: int, sink: str) -> list[Selectable]:
+        """What waits of a loop for a sink."""
         waiting = f"SELECT escalation FROM {WAITING} AND sink = ?"
         condition = f"e.id IN ({waiting}) AND d.status = 'waiting' AND d.sink = ?"
-        return self._selectable(
-            loop, f"{condition} AND (e.segment <> ? OR e.line <= ?)", sink, sink, segment, line
-        )
+        return self._selectable(loop, condition, sink, sink)
 
     def on_lines(self, loop: int, segment: str, first: int, last: int) -> list[Selectable]:
         """The deliveries of a loop's escalations on these lines of a segment, in the order of ingestion."""
@@ -6859,8 +6857,6 @@ class Loop:
         self._row_files = {"attempts": job.attempts_file, "telemetry": job.telemetry_file}
         self._written = 0
         self._flushed = False
-        # The queue has not known it until now.
-        self.is_new = False
         cursor, self._rules = self._find()
         shared.loops[self.id] = self
         self._before = self.queue.tallies(self.id)
@@ -6895,7 +6891,6 @@ class Loop:
                     return after_shell(job, document, here), rules
             past = read_past(job)
             if found is None:
-                self.is_new = True
                 self.id = self.queue.add_loop(job.loop_id, past.cursor)
                 self._hold()
                 for loss in past.losses:
@@ -11691,15 +11686,18 @@ def find_selected(job: Job, config: Config, selection: Selection) -> list[Select
         # The queue is closed: passes over other loops go on while the source is read.
         cursor = cursor or read_past(job).cursor
         if selection.waiting_to is not None:
-            if not in_queue or selection.waiting_to == sys.maxsize:
+            try:
                 with contextlib.closing(Source(job.escalations_file, cursor).find()) as source:
                     known += [
                         selectable_of(stored)
                         for chunk in source.chunks()
                         for line in chunk.lines
-                        if line.number <= selection.waiting_to
                         for stored in escalations_of(job, chunk.cursor.segment, line)
                     ]
+                    cursor = source.cursor
+            except StorageError:
+                if not in_queue:
+                    raise
         elif not (in_queue or cursor.number or cursor.line):
             first = f"run `{command_line('dispatch', job)}` first"
             raise StateError(f"no pass has run for loop {job.loop_id} yet", [first])
@@ -11709,7 +11707,7 @@ def find_selected(job: Job, config: Config, selection: Selection) -> list[Select
                 known += [*map(selectable_of, read_unknown(job, source, selection.lines, known))]
     if selection.escalation is not None and not known:
         explain_unknown(job, selection.escalation)
-    return select(known, Router(config), selection)
+    return select(known, cursor, Router(config), selection)
 
 
 def find_selectable(queue: Queue, loop: int, cursor: Cursor, selection: Selection) -> list[Selectable]:
@@ -11717,7 +11715,7 @@ def find_selectable(queue: Queue, loop: int, cursor: Cursor, selection: Selectio
     if selection.dead_letters:
         return queue.dead_letters(loop)
     if selection.waiting_to is not None:
-        return queue.waiting_up_to(loop, selection.sink_id or "", cursor.segment, selection.waiting_to)
+        return queue.waiting_for(loop, selection.sink_id or "")
     if selection.lines is not None:
         return queue.on_lines(loop, cursor.segment, *selection.lines)
     return queue.with_id(loop, selection.escalation or "")
@@ -11750,8 +11748,13 @@ def selectable_of(stored: QueuedEscalation) -> Selectable:
     )
 
 
-def select(known: Sequence[Selectable], router: Router, selection: Selection) -> list[Selectable]:
-    """The deliveries of these escalations that an operator names."""
+def select(
+    known: Sequence[Selectable], cursor: Cursor, router: Router, selection: Selection
+) -> list[Selectable]:
+    """The deliveries of these escalations that an operator names. `cursor`: where all of them end."""
+    if selection.waiting_to is not None:
+        last = selection.waiting_to
+        known = [named for named in known if named.line <= last or named.segment != cursor.segment]
     chosen: dict[object, Selectable] = {}
     for _, group in itertools.groupby(known, key=lambda named: (named.escalation, named.key[:3])):
         rows = list(group)
@@ -11846,8 +11849,9 @@ def still_selected(loop: Loop, selection: Selection, shown: Sequence[Selectable]
     """The deliveries that an operator was shown, without those that a pass or a command has changed since, so
     that they are not selected any more."""
     keys = {item.key for item in shown}
-    known = find_selectable(loop.queue, loop.id, loop.source.cursor, selection)
-    return [item for item in select(known, loop.shared.router, selection) if item.key in keys]
+    cursor = loop.source.cursor
+    known = find_selectable(loop.queue, loop.id, cursor, selection)
+    return [item for item in select(known, cursor, loop.shared.router, selection) if item.key in keys]
 
 
 def redeliver_selected(
@@ -11922,8 +11926,9 @@ def skip_deliveries(
     that were still there, and the segment of the source's current file. Raises DispatchError."""
     with operator_pass(job, config) as loop:
         queue = loop.queue
-        while (loop.is_new or selection.waiting_to == sys.maxsize) and loop.ingest():
-            queue.tidy()
+        with contextlib.suppress(StorageError):  # what is in the queue can be skipped without the source
+            while selection.waiting_to is not None and loop.ingest():
+                queue.tidy()
         chosen = still_selected(loop, selection, shown)
         for start in range(0, len(chosen), ROWS_AT_ONCE):
             with queue.transaction():

@@ -652,6 +652,20 @@ def test_a_disabled_sink_that_is_named_is_sent_only_what_was_asked_for(
     assert repo.dispatch().json["waitingCount"] == 1
 
 
+def test_skip_up_to_a_line_counts_lines_that_no_pass_has_read(repo: Repo, server: SinkServer) -> None:
+    repo.append(*batch(3))
+    repo.dispatch("--max-escalations", "1")
+    repo.source.rename(f"{repo.source}.1")
+    repo.append(*batch(5))
+    server.forget()
+    done = repo.run("skip", *repo.target, "--sink", CHAT, "--to-line", "4", "--yes").json
+    repo.dispatch()
+
+    assert done["skippedCount"] == 2 + 4
+    assert len(ids_at(server, CHAT)) == 1
+    assert len(ids_at(server, HOOK)) == 2 + 5
+
+
 def test_a_clock_that_is_off_is_a_warning(repo: Repo, server: SinkServer) -> None:
     ahead = formatdate(time.time() + 7200, usegmt=True)
     server.answer(PATHS[HOOK], Answer(200, b"ok", {"Date": ahead}))
