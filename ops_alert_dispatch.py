@@ -633,13 +633,59 @@ def loop_lock(path: str, wait: float) -> Iterator[bool]:
         os.close(descriptor)
 
 
+# Fields of rows, of what they say about a sink, and of the state file that are texts.
+TEXT_FIELDS = {
+    *(
+        "timestamp",
+        "updatedAt",
+        "failedSince",
+        "loopId",
+        "traceId",
+        "escalationTraceId",
+        "category",
+        "status",
+    ),
+    *("escalationId", "escalationCategory", "escalationTimestamp", "eventSeverity", "reasonCode", "message"),
+    *(
+        "faultCode",
+        "id",
+        "type",
+        "sinkId",
+        "sinkType",
+        "peer",
+        "outcome",
+        "rawLine",
+        "minSeverity",
+        "pattern",
+    ),
+}
+
+
+def checked_texts(fields: JsonObject) -> JsonObject:
+    """Fields without those that should be texts and are not."""
+    return {key: value for key, value in fields.items() if key not in TEXT_FIELDS or isinstance(value, str)}
+
+
 def read_row(line: bytes) -> JsonObject | None:
-    """The JSON object on a line; None if it is torn, or no object."""
+    """The JSON object on a line, without fields of another type than its writers give them; None if the line
+    is torn, or no object."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) else None
+    if not isinstance(row, dict):
+        return None
+    sinks, route = row.get("sinks"), row.get("route")
+    row = checked_texts(row)
+    entries = sinks if isinstance(sinks, list) else []
+    row["sinks"] = [checked_texts(entry) for entry in entries if isinstance(entry, dict)]
+    if isinstance(route, dict):
+        names = route.get("sinks")
+        named = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+        row["route"] = {**checked_texts(route), "sinks": named}
+    else:
+        row.pop("route", None)
+    return row
 
 
 @contextlib.contextmanager
@@ -9331,8 +9377,7 @@ def dispatch(
     else:
         summary = summary_of_one(jobs[0], outcomes[jobs[0].loop_id])
     errors = {name: error for name, error in outcomes.items() if isinstance(error, DispatchError)}
-    for name, error in errors.items():
-        click.echo(f"error: loop {name}: {error}", err=True)
+    complain_of_loops(errors)
     output.show(summary, lambda: dispatch_text(summary))
     if errors:
         raise click.exceptions.Exit(max(error.exit_code for error in errors.values()))
@@ -9649,6 +9694,12 @@ def make_jobs(
         else:
             jobs.append(job)
     return jobs, errors
+
+
+def complain_of_loops(errors: Mapping[str, DispatchError]) -> None:
+    """Say on standard error which loops cannot be served or read, and why."""
+    for name, error in errors.items():
+        click.echo(f"error: loop {name}: {error}", err=True)
 
 
 @contextlib.contextmanager
@@ -10208,7 +10259,7 @@ def read_facts(job: Job, critical_after: float) -> LoopFacts:
     now = time.time()
     notes: list[str] = []
     try:
-        document = read_state_document(job.state_file) or {}
+        document = checked_texts(read_state_document(job.state_file) or {})
     except ValueError:
         document = {}
         notes.append(f"the state file {job.state_file} is damaged: the next pass writes a new one")
@@ -10438,19 +10489,13 @@ def last_hours(counts: Mapping[int, tuple[int, int]], now: float) -> list[JsonOb
     ]
 
 
-def sink_entries(row: JsonObject) -> list[JsonObject]:
-    """What a telemetry row says about each sink; empty if it names none, or is malformed."""
-    entries = row.get("sinks")
-    return [mapping(entry) for entry in entries] if isinstance(entries, list) else []
-
-
 def count_failures(rows: Iterable[JsonObject]) -> list[JsonObject]:
     """Count the reasons for failure in rows, the most frequent first."""
     found: dict[str, JsonObject] = {}
     for row in rows:
         if row.get("status") not in ("failed", "partial", "failed_command"):
             continue
-        codes = {entry.get("reasonCode") for entry in sink_entries(row) if entry.get("status") == "failed"}
+        codes = {entry.get("reasonCode") for entry in row["sinks"] if entry.get("status") == "failed"}
         for code in codes or {row.get("reasonCode")}:
             if isinstance(code, str):
                 reason = found.setdefault(code, {"reasonCode": code, "count": 0, "lastSeenAt": None})
@@ -10695,7 +10740,7 @@ def status_text(status: JsonObject) -> str:
             why = cut(why_it_failed(sink), SHOWN_CHARACTERS)
             ago = how_long(sink["lastFailureAt"], now)
             lines.append(printable(f"{sink['id']}: last failure {ago}: {why}"))
-    if last := status["alerts"]["dispatch"]:
+    if (last := status["alerts"]["dispatch"]) and last["status"]:
         ago = how_long(last["updatedAt"], now) or last["updatedAt"]
         lines.append(printable(f"Last pass: {ago}, {last['status']}"))
     lines += note_lines(status["notes"])
@@ -10927,8 +10972,7 @@ def status(
         raise click.exceptions.Exit(PLUGIN_CODES[worst])
     if loop_id and errors:
         raise errors[loop_id]
-    for name, problem in errors.items():
-        click.echo(f"error: loop {name}: {problem}", err=True)
+    complain_of_loops(errors)
     if output.form == "prometheus":
         click.echo(prometheus_text(statuses, errors))
     elif output.is_json:
@@ -11069,7 +11113,7 @@ def entry_of_queue(
 
 def entry_of_row(row: JsonObject, later: Mapping[str, JsonObject]) -> JsonObject:
     """The log entry of a telemetry row. `later`: what later rows say about its sinks, by their id."""
-    listed = sink_entries(row)
+    listed = row["sinks"]
     if row.get("sinkId"):  # the row is about all that waited for this sink
         listed = [{"id": row["sinkId"], "status": row.get("status"), "reasonCode": row.get("reasonCode")}]
     listed = list({**{str(entry.get("id")): entry for entry in listed}, **later}.values())
@@ -11172,7 +11216,7 @@ def rows_with_later(job: Job, containing: bytes = b"") -> Iterator[tuple[JsonObj
             continue
         identity = str(row.get("escalationId"))
         if row.get("late"):
-            for entry in sink_entries(row):
+            for entry in row["sinks"]:
                 later.setdefault(identity, {}).setdefault(str(entry.get("id")), entry)
         else:
             yield row, later.pop(identity, {})
@@ -11251,7 +11295,9 @@ def log(
 
     One line for each escalation, and how its deliveries stand; also lines that are no escalation, and losses.
     """
-    jobs = [where_it_worked(job) for job in make_jobs(paths, loop_id)[0]]
+    found, errors = make_jobs(paths, loop_id)
+    complain_of_loops(errors)
+    jobs = [where_it_worked(job) for job in found]
     entries = read_log(jobs, loop_id, Filter(sink_id, word, category, since), count)
     if loop_id and not entries:
         check_loop(jobs[0])
@@ -11261,6 +11307,8 @@ def log(
             check_sink(load_config(path, {}, check_env=False), sink_id)
     document = {"schemaVersion": SCHEMA_VERSION, "escalations": entries}
     output.show(document, lambda: log_text(entries, time.time()))
+    if errors:
+        raise click.exceptions.Exit(max(error.exit_code for error in errors.values()))
 
 
 def check_loop(job: Job) -> None:
@@ -11445,7 +11493,8 @@ def show(
 
     Its record, its route and why, and each delivery. ID is its id, or as much of it as tells it from others.
     """
-    jobs, _ = make_jobs(paths, loop_id)
+    jobs, errors = make_jobs(paths, loop_id)
+    complain_of_loops(errors)
     by_loop = {job.loop_id: where_it_worked(job) for job in jobs}
     if not escalation.strip():
         raise click.BadParameter("is empty", param_hint="ID")

@@ -701,3 +701,35 @@ def test_the_advice_for_what_reached_nobody_repeats_nothing_that_was_delivered(
     repo.write_config(config)
     assert repo.run("redeliver", *repo.target, "--id", missed["escalationId"], "--yes").exit_code == 0
     assert [request.json["escalation"]["number"] for request in server.received(PATHS[HOOK])] == [1, 2]
+
+
+def test_no_row_that_is_malformed_keeps_people_from_seeing_the_others(repo: Repo, server: SinkServer) -> None:
+    odd = [1]
+    malformed: list[dict[str, Any]] = [
+        {"status": "failed", "reasonCode": odd, "sinks": []},
+        {"status": "partial", "sinks": [{"id": HOOK, "status": odd, "reasonCode": odd}]},
+        {"status": "dispatched", "sinks": 5, "route": {"sinks": odd}, "timestamp": 5},
+        {"status": "failed", "late": True, "sinks": 5},
+        {"status": "failed_command", "message": odd, "reasonCode": {}},
+    ]
+    repo.append(health_critical())
+    repo.dispatch()
+    first = repo.telemetry()[0]
+    with repo.telemetry_file.open("a") as rows:
+        for number, row in enumerate(malformed):
+            common = {"timestamp": first["timestamp"], "loopId": repo.loop, "escalationId": f"esc_0{number}"}
+            rows.write(json.dumps({**common, "escalationCategory": "odd", "position": odd, **row}) + "\n")
+    repo.state_file.write_text(json.dumps({**repo.state(), "updatedAt": 7, "message": odd}))
+
+    assert repo.run("status", *repo.target).json["verdict"]
+    assert repo.run("status", *repo.target, "--check").stdout.startswith("ALERT DISPATCH")
+    listed = repo.run("log", *repo.target).json["escalations"]
+    assert first["escalationId"] in {entry["escalationId"] for entry in listed}
+    assert {repo.run("show", f"esc_0{number}", *repo.target).exit_code for number in (0, 1, 2, 4)} == {0}
+
+
+def test_status_says_nothing_of_a_last_pass_that_the_state_does_not_tell_of(repo: Repo) -> None:
+    repo.append(health_critical())
+    repo.state_file.write_text('{"schemaVersion":"v1","escalationsLineOffset":1}')
+
+    assert "Last pass" not in repo.run("status", *repo.target, "--format", "text").stdout

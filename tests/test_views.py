@@ -692,3 +692,21 @@ def test_a_narrow_summary_still_says_why_and_how_long(repo: Repo, server: SinkSe
     [line] = [line for line in text.splitlines() if line.startswith(CHAT)]
     assert len(line) <= 80
     assert "http_error 503: down" in line
+
+
+def test_a_loop_that_cannot_be_read_is_named_beside_the_log_of_the_others(
+    repo: Repo, server: SinkServer
+) -> None:
+    broken = replace(repo, loop="broken")
+    for loop in (repo, broken):
+        loop.append(health_critical())
+        loop.dispatch()
+    broken.state_file.unlink()
+    broken.state_file.mkdir()
+    run = repo.run("log", "--repo", str(repo.root))
+    shown = repo.run("show", "esc_f0", "--repo", str(repo.root))
+
+    assert (run.exit_code, shown.exit_code) == (4, 2)
+    assert repo.loop in {found["loopId"] for found in json.loads(run.stdout)["escalations"]}
+    for said in (run.stderr, shown.stderr):
+        assert said.startswith(f"error: loop broken: {broken.state_file} is not a regular file")
