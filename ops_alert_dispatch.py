@@ -8101,7 +8101,7 @@ class Sender:
         first = min(item.first_failed_at or now for item, _ in batch)
         well = not destination.consecutive_failures and (destination.last_success_at or 0.0) > first
         # A sink that says how long to wait, or that is misconfigured, does not mean the record.
-        may_be_record = verdict.outcome == "retry" and verdict.retry_after is None
+        may_be_record = verdict.outcome == "retry" and not verdict.retry_after
         if verdict.fault == "adapter_fault" or (may_be_record and well):
             # The destination takes other records: it need not back off.
             self._failures_in_row = 0

@@ -31,7 +31,7 @@ from escalations import (
     only,
     sink_config,
 )
-from loopback import SinkServer, error, hang, ok
+from loopback import SinkServer, error, hang, ok, rate_limited
 from promise import check_promise
 from tools import in_ci
 from zygote import have_three_threads
@@ -765,6 +765,21 @@ def test_records_that_their_sink_always_answers_with_500_block_the_others_for_fi
     assert received.index(poison) <= (5 if poison == 1 else 10 * poison)
     assert repo.state()["waitingCount"] == poison
     check_promise(repo)
+
+
+def test_a_record_for_which_its_sink_asks_for_no_wait_blocks_the_others_no_longer_than_any(
+    repo: Repo, server: SinkServer
+) -> None:
+    repo.write_config(only(HOOK))
+    server.answer(
+        PATHS[HOOK],
+        lambda request: rate_limited(0, 503) if request.json["escalation"]["number"] == 0 else ok(),
+    )
+    repo.append(*(health_degraded(number=number) for number in range(3)))
+    for _ in range(3):
+        repo.dispatch()
+
+    assert numbers(server)[:7] == [0, 0, 0, 0, 0, 1, 2]
 
 
 def test_a_digest_that_fails_five_times_is_sent_one_by_one(repo: Repo, server: SinkServer) -> None:
