@@ -10371,7 +10371,9 @@ def loop_status(job: Job, critical_after: float) -> JsonObject:
     last_pass = {key: document.get(key) for key in DISPATCH_FIELDS} | {"lastTraceId": document.get("traceId")}
     in_config = facts.config.sinks if facts.config else {}
     sinks = [sink_status(facts, sink_id) for sink_id in sorted({*facts.figures.sinks, *in_config})]
-    findings = list(find_troubles(facts, sinks)) or [Finding("ok", "nothing is waiting")]
+    kept = sum(sink["waitingCount"] for sink in sinks if sink["enabled"] is False)
+    well = "nothing is waiting" + (f", but for {plural(kept, 'delivery')} to disabled sinks" if kept else "")
+    findings = list(find_troubles(facts, sinks)) or [Finding("ok", well)]
     return {
         "schemaVersion": SCHEMA_VERSION,
         "generatedAt": iso(facts.now),
@@ -10401,8 +10403,8 @@ def notes_of_sinks(facts: LoopFacts, sinks: Sequence[JsonObject]) -> Iterator[st
         if sink["waitingCount"] and sink["enabled"] is False:
             given_up = command_line("skip", facts.job, "--sink", sink["id"])
             yield (
-                f"{waiting} waiting for {sink['id']}, which is disabled: kept until it is enabled, or given "
-                f"up with `{given_up}`"
+                f"{waiting} waiting for {sink['id']}, which is disabled: sent if it is enabled within "
+                f"giveUpAfterSeconds, or given up with `{given_up}`"
             )
         elif sink["waitingCount"] and facts.config is not None and sink["enabled"] is None:
             yield f"{waiting} waiting for {sink['id']} will be given up: the config has no such sink any more"

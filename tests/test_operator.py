@@ -650,6 +650,7 @@ def test_a_disabled_sink_that_is_named_is_sent_only_what_was_asked_for(
     assert done["deliveredCount"] == 1
     assert ids_at(server, CHAT) == [ids[0]]
     assert repo.dispatch().json["waitingCount"] == 1
+    assert status(repo)["verdict"] == "nothing is waiting, but for 1 delivery to disabled sinks"
 
 
 def test_skip_up_to_a_line_counts_lines_that_no_pass_has_read(repo: Repo, server: SinkServer) -> None:
