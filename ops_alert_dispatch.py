@@ -2078,10 +2078,16 @@ class Source:
     words, or None. A file is read to where it ended when the pass came to it.
     """
 
-    def __init__(self, path: str, cursor: Cursor) -> None:
-        """`find` looks for the files."""
+    def __init__(
+        self,
+        path: str,
+        cursor: Cursor,
+        last_known: Callable[[str, Iterable[Line]], Line | None] = lambda *_: None,
+    ) -> None:
+        """`find` looks for the files. `last_known`: see `Loop.last_known`."""
         self.path = path
         self.cursor = cursor
+        self._last_known = last_known
         self.present = False
         self.loss: str | None = None
         # Files in the order in which they are read; the last one may be the current file.
@@ -2311,8 +2317,12 @@ class Source:
                         f"the file that was read to line {cursor.line} is gone ({change}): if anything was "
                         "appended to it after that, it was not read"
                     )
-                # Its number is used up, and a new file may have its inode.
-                self.cursor = cursor.moved_to((0, 0))._replace(rotated=True)
+                if not older and current and (line := self._last_that_was_read(current)):
+                    # The file lost its end, or is an older copy: only what follows is new.
+                    self.cursor = current.after(line, cursor.moved_to(current.identity))
+                else:
+                    # Its number is used up, and a new file may have its inode.
+                    self.cursor = cursor.moved_to((0, 0))._replace(rotated=True)
         if unread and self.loss is None:
             names = ", ".join(printable(os.path.basename(file.path)) for file in unread)
             self.loss = f"the source was rotated, and what {names} may hold of it was not read"
@@ -2328,6 +2338,14 @@ class Source:
             self.loss = loss
             self.cursor = cursor
             raise SourceChangedError
+
+    def _last_that_was_read(self, file: LogFile) -> Line | None:
+        """The last of the first lines of a file that are those of the file of the cursor. Raises OSError."""
+        cursor = self.cursor
+        if not cursor.fingerprint or file.fingerprint() != cursor.fingerprint:
+            return None
+        end = min(file.end_of_lines(), cursor.offset)
+        return self._last_known(cursor.segment, read_lines(file.read, file.after_hole(0), end, 0))
 
     def _after_lines(self) -> Cursor:
         """The cursor after as many lines as the shell dispatcher has read. It counted lines of a file that
@@ -3955,6 +3973,18 @@ class Queue:
         except UnicodeEncodeError:  # see `execute`; the rows before it are stored
             strict = cast("list[QueuedEscalation]", strict_value(rows))
             self.execute_many(insert.replace("INSERT", "INSERT OR IGNORE"), strict)
+
+    def places(self, loop: int, segment: str) -> Iterator[tuple[int, str]]:
+        """The offset and the id of each escalation of a loop that is kept, of one segment, in the order of
+        ingestion."""
+        query = (
+            "SELECT id, offset, escalation_id FROM escalations WHERE id > ? AND loop = ? AND segment = ? "
+            "ORDER BY id LIMIT 1000"
+        )
+        last = 0
+        while rows := self.execute(query, last, loop, segment):
+            yield from (row[1:] for row in rows)
+            last = rows[-1][0]
 
     # -- what waits
 
@@ -6908,11 +6938,29 @@ class Loop:
         self._before = self.queue.tallies(self.id)
         # What is wrong with the source. What waits is sent all the same.
         self.unreadable: StorageError | None = None
-        self.source = Source(job.escalations_file, cursor)
+        self.source = Source(job.escalations_file, cursor, self.last_known)
         with self._reading():
             self.source.find()
         self.chunks = self.source.chunks(job.max_escalations)
         self.has_read_all = False
+
+    def last_known(self, segment: str, lines: Iterable[Line]) -> Line | None:
+        """The last of the lines, up to the first new one, that the queue has at the same place in a segment;
+        None unless it has two of them: a new file may begin with the same line as an old one."""
+        places = self.queue.places(self.id, segment)
+        at, known = next(places, None), 0
+        last = None
+        for line in lines:
+            while at is not None and at[0] < line.offset:
+                at = next(places, None)
+            if at is None:
+                break
+            if at[0] > line.offset:
+                continue  # it is no escalation, or was purged
+            if at[1] not in {found.id for found in parse_line(line.text, line.size, self.job.loop_id)}:
+                break
+            known, last = known + 1, line
+        return last if known > 1 else None
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:

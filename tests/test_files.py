@@ -526,6 +526,29 @@ def test_an_emptied_source_is_no_fault_and_goes_on(repo: Repo, server: SinkServe
     check_promise(repo)
 
 
+@pytest.mark.parametrize("new_file", [False, True], ids=["the_file", "a_copy_in_its_place"])
+@pytest.mark.parametrize("more", [(), ("a new one",)], ids=["nothing_new", "a_new_line"])
+def test_what_is_left_of_a_source_that_lost_its_end_is_not_sent_again(
+    repo: Repo, server: SinkServer, new_file: bool, more: tuple[str, ...]
+) -> None:
+    """After a power cut, or from a backup: the queue may know more lines than the file has."""
+    repo.append(record("one"), "\n", record("two"), record("three"), record("four"))
+    repo.dispatch()
+    before = repo.source.read_bytes()
+    left = b"".join(before.splitlines(keepends=True)[:-1])
+    if new_file:
+        repo.source.rename(repo.root / "aside")
+        repo.source.write_bytes(left)
+    else:
+        os.truncate(repo.source, len(left))
+    repo.append(*map(record, more))
+    assert repo.dispatch().json["processedCount"] == len(more)
+    repo.append(record("five"))
+    repo.dispatch()
+    the_sink_got(server, "one", "two", "three", "four", *more, "five")
+    check_promise(repo)
+
+
 def test_a_deleted_source_forgets_nothing_and_goes_on_when_it_is_back(
     repo: Repo, server: SinkServer, tmp_path: Path
 ) -> None:
