@@ -2639,13 +2639,15 @@ def salvage(line: bytes, loop_id: str) -> list[Escalation | Unusable]:
     """Find the complete objects with a category on a line that is not one object. Objects within others do
     not count.
 
-    If there are too many objects or too much debris, the last item is the rest of the line, unusable.
+    If an object beside them is incomplete, the last item is the line, unusable; if there are too many objects
+    or too much debris, it is the rest of the line.
     """
     raw_line = text_of(line)
     found: list[Escalation | Unusable] = []
     text = line.decode("latin-1")  # a character for each byte
     pattern = re.compile(OBJECT_START)
     wasted, at = 0, 0
+    is_torn = False
     while match := pattern.search(text, at):
         start = match.start()
         if len(found) == SALVAGE_MAX or wasted > SALVAGE_WASTE:
@@ -2659,6 +2661,7 @@ def salvage(line: bytes, loop_id: str) -> list[Escalation | Unusable]:
             # It has read up to `pos`; if that is the quote of a string without an end, all of it.
             wasted += len(text) if text[error.pos : error.pos + 1] == '"' else error.pos
             at = start + 1
+            is_torn = True
         except RecursionError:
             wasted += len(text)
             at = start + 1
@@ -2674,6 +2677,9 @@ def salvage(line: bytes, loop_id: str) -> list[Escalation | Unusable]:
             if isinstance(record, Escalation):
                 found.append(record._replace(raw_line=raw_line))
                 wasted -= SALVAGE_COST
+    if found and is_torn:
+        why = "a record beside others on its line is incomplete"
+        found.append(Unusable.from_line(line, loop_id, "invalid_escalation_json", why))
     return found
 
 

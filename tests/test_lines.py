@@ -32,34 +32,36 @@ GOOD = record(reasons=[{"code": "ingest_stale"}], note='a "quoted" {"category": 
 OTHER = record("profile_drift_detected", drift={"category": "nested"})
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        b'{"a":' + GOOD,
-        b'{"category":"health_cri' + GOOD,
-        b'{"category":"health_critical","note":"cut of' + GOOD,
-        b'{"category":"health_critical","note":"cut off\\' + GOOD,
-        b'{"reasons":[{"code":"a"},{"code":"b"},{"co' + GOOD,
-        b"\x1e" + GOOD,
-        GOOD + b"\x1e",
-        GOOD + b"} trailing garbage",
-        GOOD + b'{"category":"torn',
-        GOOD + b",",
-        b"garbage { [ ] } " + GOOD,
-        b'"' + GOOD,
-        b"\xff\xfe" + GOOD + b"\xc3",
-        b'{"a":\0\0\0\0' + GOOD + b"\0\0x",
-        b"2026-03-01T12:00:00Z " + GOOD,
-        b"[" + GOOD + b"]",
-        b'{"no":"category"}' + GOOD,
-        b"{}" + GOOD + b"{}",
-        b"{" * 5000 + GOOD,
-        b'{"' * 500 + GOOD,
-        b"[" * 50 + GOOD,
-    ],
-)
-def test_a_good_record_among_debris_is_not_lost(line: bytes) -> None:
-    (found,) = parse(line)
+INCOMPLETE = [
+    b'{"a":' + GOOD,
+    b'{"category":"health_cri' + GOOD,
+    b'{"category":"health_critical","note":"cut of' + GOOD,
+    b'{"category":"health_critical","note":"cut off\\' + GOOD,
+    b'{"reasons":[{"code":"a"},{"code":"b"},{"co' + GOOD,
+    GOOD + b'{"category":"torn',
+    b'{"a":\0\0\0\0' + GOOD + b"\0\0x",
+    b'{"' * 500 + GOOD,
+]
+DEBRIS = [
+    b"\x1e" + GOOD,
+    GOOD + b"\x1e",
+    GOOD + b"} trailing garbage",
+    GOOD + b",",
+    b"garbage { [ ] } " + GOOD,
+    b'"' + GOOD,
+    b"\xff\xfe" + GOOD + b"\xc3",
+    b"2026-03-01T12:00:00Z " + GOOD,
+    b"[" + GOOD + b"]",
+    b'{"no":"category"}' + GOOD,
+    b"{}" + GOOD + b"{}",
+    b"{" * 5000 + GOOD,
+    b"[" * 50 + GOOD,
+]
+
+
+@pytest.mark.parametrize("line", [*INCOMPLETE, *DEBRIS])
+def test_a_good_record_among_debris_is_not_lost_and_an_incomplete_one_is_told(line: bytes) -> None:
+    found, *rest = parse(line)
 
     assert isinstance(found, Escalation)
     assert found.raw_line is not None
@@ -68,6 +70,9 @@ def test_a_good_record_among_debris_is_not_lost(line: bytes) -> None:
     (alone,) = parse(GOOD)
     assert found._replace(raw_line=None) == alone
     assert found.raw == GOOD
+    assert [isinstance(item, Unusable) and item.raw_line == found.raw_line for item in rest] == (
+        [True] if line in INCOMPLETE else []
+    )
 
 
 def test_records_without_a_line_feed_between_are_all_sent_in_order() -> None:
