@@ -3672,7 +3672,9 @@ class Queue:
                 queue._take(fcntl.LOCK_SH)
             # A log that a kill has left must be read; without one, SQLite would make files to share.
             queue._connect("?mode=ro" if has_wal(path) else "?immutable=1")
-            queue._check_version()
+            if not queue._check_version():  # a pass is making it
+                queue.close()
+                return None
         return queue
 
     @classmethod

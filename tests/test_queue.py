@@ -409,6 +409,19 @@ def test_what_waits_in_a_queue_that_is_put_back_goes_out_with_the_next_pass(
     assert numbers(server) == [0]
 
 
+def test_a_queue_that_a_pass_is_making_is_not_called_damaged(repo: Repo, server: SinkServer) -> None:
+    repo.write_config(only(HOOK))
+    repo.append(health_critical())
+    with contextlib.closing(sqlite3.connect(repo.queue_file)) as queue:
+        queue.execute("PRAGMA journal_mode = WAL")
+    for command in ("status", "log"):
+        run = repo.run(command, *repo.target)
+        assert (run.exit_code, "damaged" in run.stdout + run.stderr) == (0, False)
+    repo.dispatch()
+
+    assert len(server.requests) == 1
+
+
 def test_a_limit_of_threads_costs_no_sink_its_alerts_and_repeats_none(repo: Repo, server: SinkServer) -> None:
     """As TasksMax of a unit sets it, or the pids of a container."""
     if os.geteuid() != 0:
