@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -151,31 +152,31 @@ class Repo:
     # Called in each process of the program before it begins; it must be possible to pickle it.
     prepare: Callable[[], object] | None = None
 
-    @property
+    @functools.cached_property
     def config_file(self) -> Path:
         return self.root / "config" / "ops-manager-alert-sinks.v1.json"
 
-    @property
+    @functools.cached_property
     def folder(self) -> Path:
         return self.root / ".superloop" / "ops-manager" / self.loop
 
-    @property
+    @functools.cached_property
     def source(self) -> Path:
         return self.folder / "escalations.jsonl"
 
-    @property
+    @functools.cached_property
     def state_file(self) -> Path:
         return self.folder / "alert-dispatch-state.json"
 
-    @property
+    @functools.cached_property
     def queue_file(self) -> Path:
         return self.root / ".superloop" / "ops-manager" / "alert-queue.db"
 
-    @property
+    @functools.cached_property
     def telemetry_file(self) -> Path:
         return self.folder / "telemetry" / "alerts.jsonl"
 
-    @property
+    @functools.cached_property
     def attempts_file(self) -> Path:
         return self.folder / "telemetry" / "alert-attempts.jsonl"
 

@@ -448,11 +448,11 @@ def test_a_low_limit_of_open_files_costs_no_loop_its_alerts(
     repo: Repo, server: SinkServer, limit: str
 ) -> None:
     repo.write_config(everywhere(HOOK))
-    loops = loops_of(repo, *(f"loop-{number:02}" for number in range(40)))
+    loops = loops_of(repo, *(f"loop-{number:02}" for number in range(20)))
     fill(loops)
     limited = replace(repo, command=["sh", "-c", f'{limit}; exec "$@"', "sh", *repo.command])
     summary = dispatch_all(limited).json
-    assert (summary["brokenLoopCount"], summary["dispatchedCount"]) == (0, 40)
+    assert (summary["brokenLoopCount"], summary["dispatchedCount"]) == (0, 20)
     assert Counter(arrived(server)) == Counter((loop.loop, 0) for loop in loops)
 
 

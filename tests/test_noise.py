@@ -400,7 +400,7 @@ def test_a_long_backlog_of_repeats_does_not_outlast_the_budget(
     repo.write_config(config)
     repo.append(past.divergence(0))
     repo.dispatch()
-    count = 2 * program.SETTLED_AT_ONCE
+    count = program.SETTLED_AT_ONCE + 100
     repo.append(*(past.divergence(1) for _ in range(count)))
     first = repo.dispatch("--time-budget", "0.001").json
     second = repo.dispatch().json

@@ -12,7 +12,6 @@ import time
 import unicodedata
 from typing import Any
 
-import pagerduty
 import pytest
 import standardwebhooks
 from conftest import Repo
@@ -33,8 +32,6 @@ from escalations import (
 from hypothesis import example, given
 from hypothesis import strategies as st
 from loopback import TLS_PEM, SinkServer, accepted
-from slack_sdk.models.blocks import Block
-from slack_sdk.webhook import WebhookClient
 
 import ops_alert_dispatch as program
 from ops_alert_dispatch import ADAPTERS, Answer, Delivery
@@ -117,6 +114,8 @@ def seen(message: dict[str, Any]) -> str:
 
 def check_slack(message: dict[str, Any]) -> None:
     """Slack takes the message, by its own models and its documented limits, and nothing in it is active."""
+    from slack_sdk.models.blocks import Block  # imports asyncio
+
     for block in message["blocks"]:
         parsed = Block.parse(block)
         assert parsed is not None
@@ -194,6 +193,8 @@ def test_no_record_breaks_a_slack_message_or_makes_anything_in_it_active(
 
 
 def test_slacks_own_client_knows_every_part_of_a_message_that_it_can_send() -> None:
+    from slack_sdk.webhook import WebhookClient  # imports asyncio
+
     known = set(inspect.signature(WebhookClient.send).parameters)
     message = body("slack", delivery_of(health_critical()))
     # Slack documents the others for every message; its client leaves them at their defaults.
@@ -400,6 +401,8 @@ def test_an_answer_after_which_slack_may_have_posted_is_not_tried_again_at_once(
 
 
 def test_pagerdutys_own_client_sends_the_same_event() -> None:
+    import pagerduty  # imports httpx
+
     event = body("pagerduty_events", ORDINARY)
     trusted = ssl.create_default_context(cadata=TLS_PEM[TLS_PEM.index("-----BEGIN CERTIFICATE") :])
     with SinkServer(tls=True, default=accepted()) as server:
