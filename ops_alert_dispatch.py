@@ -3301,6 +3301,8 @@ RETENTION_COUNT = 100_000
 FRESH_SECONDS = 1.0
 # Longer than any transaction that is not stuck.
 QUEUE_WAIT_SECONDS = 30.0
+# For how long a reader waits for the transaction of another process; then it reads beside it.
+QUEUE_READ_WAIT_SECONDS = 5.0
 # The write-ahead log is copied into the database when it is larger than this.
 WAL_BYTES = 16 << 20
 # How many free pages a pass gives back to the file system at most: others wait meanwhile.
@@ -3669,7 +3671,7 @@ class Queue:
                 return None
             with contextlib.suppress(FileNotFoundError):
                 queue._lock_file = os.open(f"{path}.lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-                queue._take(fcntl.LOCK_SH)
+                queue._take(fcntl.LOCK_SH, wait=QUEUE_READ_WAIT_SECONDS)
             # A log that a kill has left must be read; without one, SQLite would make files to share.
             queue._connect("?mode=ro" if has_wal(path) else "?immutable=1")
             if not queue._check_version():  # a pass is making it
