@@ -7431,7 +7431,7 @@ class Loop:
 
 def after_shell(job: Job, document: JsonObject, cursor: Cursor) -> Cursor:
     """The cursor after the lines that the shell dispatcher has read, if it was run again after our last pass:
-    then `document`, the state, is newer than the cursor and none of ours."""
+    then `document`, the state, is newer than the cursor, and another program wrote it."""
     lines = count_in(document, "escalationsLineOffset")
     state = stat_of(job.state_file)
     is_newer = state is not None and state.st_mtime > cursor.seen_at
