@@ -8411,31 +8411,28 @@ def run_loops(
         return {jobs[0].loop_id: empty_summary(jobs[0], "no_source")}
     clock = Clock(jobs[0].time_budget)
     at_once = loops_at_once() if len(jobs) > 1 else 1
-    with contextlib.ExitStack() as everything:
-        queues = everything.enter_context(contextlib.closing(QueueHolder(jobs[0])))
+    with contextlib.closing(QueueHolder(jobs[0])) as queues:
         busy: list[tuple[Job, contextlib.ExitStack]] = []
         looked_at = 0
         for index, job in enumerate(jobs):
             looked_at += 1
-            files = everything.enter_context(contextlib.ExitStack())
-            try:
-                if not files.enter_context(loop_lock(job.lock_file, wait)):
-                    outcomes[job.loop_id] = locked_summary(job)
-                elif idle := idle_summary(
-                    job, document := read_summary(job), config, queues, always=len(jobs) == 1
-                ):
-                    outcomes[job.loop_id] = idle
-                elif fault := wrong_queue(job, document):  # before that queue is made
-                    note_failed_pass(job, fault)
-                    outcomes[job.loop_id] = fault
-                else:
-                    busy.append((job, files.pop_all()))
-            except DispatchError as error:
-                outcomes[job.loop_id] = error
-            except OSError as error:
-                outcomes[job.loop_id] = storage_error("read", job.escalations_file, error)
-            finally:
-                files.close()
+            with contextlib.ExitStack() as files:
+                try:
+                    if not files.enter_context(loop_lock(job.lock_file, wait)):
+                        outcomes[job.loop_id] = locked_summary(job)
+                    elif idle := idle_summary(
+                        job, document := read_summary(job), config, queues, always=len(jobs) == 1
+                    ):
+                        outcomes[job.loop_id] = idle
+                    elif fault := wrong_queue(job, document):  # before that queue is made
+                        note_failed_pass(job, fault)
+                        outcomes[job.loop_id] = fault
+                    else:
+                        busy.append((job, files.pop_all()))
+                except DispatchError as error:
+                    outcomes[job.loop_id] = error
+                except OSError as error:
+                    outcomes[job.loop_id] = storage_error("read", job.escalations_file, error)
             if busy and (len(busy) == at_once or index == len(jobs) - 1):
                 # Of the loops that are left, these and the idle ones between them get their part of the time.
                 share = looked_at / (len(jobs) - index - 1 + looked_at)
