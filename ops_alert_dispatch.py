@@ -633,36 +633,17 @@ def loop_lock(path: str, wait: float) -> Iterator[bool]:
         os.close(descriptor)
 
 
-# Fields of rows, of what they say about a sink, and of the state file that are texts.
+# The fields of rows, of what they say about a sink, and of the state file that are texts.
 TEXT_FIELDS = {
-    *(
-        "timestamp",
-        "updatedAt",
-        "failedSince",
-        "loopId",
-        "traceId",
-        "escalationTraceId",
-        "category",
-        "status",
-    ),
-    *("escalationId", "escalationCategory", "escalationTimestamp", "eventSeverity", "reasonCode", "message"),
-    *(
-        "faultCode",
-        "id",
-        "type",
-        "sinkId",
-        "sinkType",
-        "peer",
-        "outcome",
-        "rawLine",
-        "minSeverity",
-        "pattern",
-    ),
+    *("timestamp", "updatedAt", "failedSince", "escalationTimestamp"),
+    *("loopId", "traceId", "escalationTraceId", "escalationId", "id", "sinkId", "peer", "type", "sinkType"),
+    *("category", "escalationCategory", "eventSeverity", "minSeverity", "pattern"),
+    *("status", "outcome", "reasonCode", "faultCode", "message", "rawLine"),
 }
 
 
 def checked_texts(fields: JsonObject) -> JsonObject:
-    """Fields without those that should be texts and are not."""
+    """Fields, except those that must be texts and hold something else."""
     return {key: value for key, value in fields.items() if key not in TEXT_FIELDS or isinstance(value, str)}
 
 
@@ -2340,7 +2321,8 @@ class Source:
             raise SourceChangedError
 
     def _last_that_was_read(self, file: LogFile) -> Line | None:
-        """The last of the first lines of a file that are those of the file of the cursor. Raises OSError."""
+        """The line up to which a file is the same as the one that was read; None if it is another from the
+        start. Raises OSError."""
         cursor = self.cursor
         if not cursor.fingerprint or file.fingerprint() != cursor.fingerprint:
             return None
@@ -6955,8 +6937,9 @@ class Loop:
         self.has_read_all = False
 
     def last_known(self, segment: str, lines: Iterable[Line]) -> Line | None:
-        """The last of the lines, up to the first new one, that the queue has at the same place in a segment;
-        None unless it has two of them: a new file may begin with the same line as an old one."""
+        """The last line that is known before the first one that is new: the queue has its escalation from the
+        same place in a segment. None if fewer than two are known, because a new file may begin with the same
+        line as an old one."""
         places = self.queue.places(self.id, segment)
         at, known = next(places, None), 0
         last = None

@@ -266,6 +266,11 @@ ROUTED = {
 }
 
 
+def everywhere(**delivery: Any) -> dict[str, Any]:
+    """Each record to all three sinks; every pass tries."""
+    return {**sink_config(everywhere=True), "delivery": {"backoffSeconds": NO_WAIT, **delivery}}
+
+
 def only(sink: str, *, delivery: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
     """Each record to this sink alone."""
     config = sink_config(everywhere=True)

@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import Repo, time_passes
@@ -21,10 +20,10 @@ from crash import PER_MESSAGE, compress, crash, rotated, unpacked
 from escalations import (
     CHAT,
     HOOK,
-    NO_WAIT,
     PAGER,
     PATHS,
     escalation_id,
+    everywhere,
     health_critical,
     health_degraded,
     sink_config,
@@ -37,13 +36,6 @@ pytestmark = pytest.mark.slow
 # that runs many tests at once.
 LEAVES_WITHIN = 2.0
 START_UP = 6.0
-
-
-def everywhere(**delivery: Any) -> dict[str, Any]:
-    """Each record to all three sinks; no wait between passes."""
-    config = sink_config(everywhere=True)
-    config["delivery"] = {"backoffSeconds": NO_WAIT, **delivery}
-    return config
 
 
 def slow(server: SinkServer, seconds: float) -> None:

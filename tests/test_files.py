@@ -21,10 +21,10 @@ import pytest
 from conftest import Repo, Run, edit_queue
 from escalations import (
     HOOK,
-    NO_WAIT,
     PAGER,
     PATHS,
     divergence_detected,
+    everywhere,
     health_critical,
     line,
     only,
@@ -36,11 +36,6 @@ from tools import in_ci, needs_tool
 from zygote import lose_power
 
 from ops_alert_dispatch import MAX_STATE_BYTES
-
-
-def everywhere() -> dict[str, Any]:
-    """Each record to all three sinks; every pass tries."""
-    return {**sink_config(everywhere=True), "delivery": {"backoffSeconds": NO_WAIT}}
 
 
 @pytest.fixture(autouse=True)
